@@ -1,0 +1,138 @@
+"""Every setting a user can give, documented and validated here, once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+from minipaged.errors import InvalidConfig, InvalidRequest
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _whole(value: Any, name: str, least: int, error: type[ValueError]) -> None:
+    # bool is an Integral in Python; `n=True` is a slip, not a number.
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise error(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def _real(value: Any, name: str, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high or math.isinf(value):
+        raise InvalidRequest(f"{name} must be a number between {low:g} and {high:g}, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an engine is built. Nothing here changes while it runs.
+
+    Attributes:
+        model: ``"tiny"`` (the embedded model), a directory in Hugging Face format, or a hub id.
+        device: ``"auto"`` takes CUDA where there is one, else the CPU.
+        dtype: of weights and KV cache. ``"auto"``: float32 on a CPU, the checkpoint's own elsewhere.
+        block_size: tokens a KV block holds (paper §4.1; 16 is the paper's default).
+        num_blocks: physical blocks in the pool. ``None``: as many as fit in free memory, but never more than
+            ``max_num_seqs`` sequences of ``max_model_len`` tokens could fill.
+        max_num_seqs: sequences that may be in the running batch at once. A request with ``n`` samples counts ``n``.
+        max_num_batched_tokens: tokens computed in one step, decodes and prefill chunks together.
+        max_model_len: tokens a sequence may reach, prompt included. ``None``: what the model was made for.
+        enable_prefix_caching: keep full blocks of finished requests and share them with prompts that start alike.
+        seed: of the random numbers of requests that bring no seed of their own.
+    """
+
+    model: str = "tiny"
+    device: str = "auto"
+    dtype: str = "auto"
+    block_size: int = 16
+    num_blocks: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    max_model_len: int | None = None
+    enable_prefix_caching: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise InvalidConfig(f"model must be 'tiny', a directory or a hub id, not {self.model!r}")
+        for name, allowed in (("device", DEVICES), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise InvalidConfig(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+            _whole(getattr(self, name), name, 1, InvalidConfig)
+        for name, least in (("num_blocks", 1), ("max_model_len", 2)):
+            if getattr(self, name) is not None:
+                _whole(getattr(self, name), name, least, InvalidConfig)
+        _whole(self.seed, "seed", 0, InvalidConfig)
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise InvalidConfig(f"enable_prefix_caching must be True or False, not {self.enable_prefix_caching!r}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            # Decodes come first: every running sequence must get its token in every step.
+            raise InvalidConfig(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}), so that each running sequence can have its token in every step"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen and when a sequence ends.
+
+    Filters apply in this order: temperature, top-k, top-p, min-p.
+
+    Attributes:
+        n: sequences sampled from one prompt. Their prompt blocks are shared until they differ (paper §4.4).
+        temperature: logits are divided by it; 0 means greedy.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of likeliest tokens whose probability reaches p; 1 keeps all.
+        min_p: drop tokens less likely than min_p times the likeliest one; 0 drops none.
+        max_tokens: end with ``"length"`` after this many new tokens; ``None``: up to the model's length.
+        stop: strings that end the sequence; the text is cut before them.
+        stop_token_ids: tokens that end the sequence beside the model's own end-of-text tokens.
+        ignore_eos: go on past the model's end-of-text tokens (for benchmarks).
+        logprobs: report the sampled token's log-probability and those of this many likeliest tokens (0: only the
+            sampled one; ``None``: report none). They are taken from the model's own distribution, before any filter.
+        seed: makes this request repeat, whatever else is in the batch. ``None``: drawn from the engine's seed.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_tokens: int | None = 128
+    stop: str | Seq[str] = ()
+    stop_token_ids: Seq[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    seed: int | None = None
+
+    MAX_LOGPROBS: ClassVar[int] = 20
+
+    def __post_init__(self) -> None:
+        _whole(self.n, "n", 1, InvalidRequest)
+        _real(self.temperature, "temperature", 0.0, 100.0)
+        _whole(self.top_k, "top_k", 0, InvalidRequest)
+        _real(self.top_p, "top_p", 0.0, 1.0)
+        if self.top_p == 0:
+            raise InvalidRequest("top_p must be above 0 (1 keeps every token); for greedy decoding use temperature=0")
+        _real(self.min_p, "min_p", 0.0, 1.0)
+        if self.max_tokens is not None:
+            _whole(self.max_tokens, "max_tokens", 1, InvalidRequest)
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not all(isinstance(text, str) and text for text in stops):
+            raise InvalidRequest(f"stop must be a string or a list of strings, none of them empty; got {self.stop!r}")
+        object.__setattr__(self, "stop", stops)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for token_id in self.stop_token_ids:
+            _whole(token_id, "each of stop_token_ids", 0, InvalidRequest)
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidRequest(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
+        if self.logprobs is not None:
+            _whole(self.logprobs, "logprobs", 0, InvalidRequest)
+            if self.logprobs > self.MAX_LOGPROBS:
+                raise InvalidRequest(f"logprobs can be at most {self.MAX_LOGPROBS}, not {self.logprobs}")
+        if self.seed is not None:
+            _whole(self.seed, "seed", 0, InvalidRequest)

@@ -1,0 +1,38 @@
+"""Every error that minipaged raises on purpose, so that callers can catch what they mean to.
+
+The ones that a user can cause (`InvalidRequest`, `InvalidConfig`, `ModelError`) are also `ValueError`s: they are
+raised at the door, before anything has changed, and their message says what to do.
+"""
+
+
+class MinipagedError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class InvalidRequest(MinipagedError, ValueError):
+    """A prompt or a sampling parameter that can never be served as it stands."""
+
+
+class InvalidConfig(MinipagedError, ValueError):
+    """An engine setting that makes no sense, alone or beside another one."""
+
+
+class ModelError(MinipagedError, ValueError):
+    """A model that cannot be found, read or supported."""
+
+
+class OutOfBlocks(MinipagedError, MemoryError):
+    """The pool has no free block. The scheduler counts before it asks, so seeing this means a bug in the caller."""
+
+
+class BlockError(MinipagedError, RuntimeError):
+    """A block or table used against its life cycle: freed twice, shared when free, unknown."""
+
+
+class InvariantViolation(MinipagedError, AssertionError):
+    """`check()` found the bookkeeping inconsistent. Always a bug; please report it with the recording."""
+
+
+class StepFailed(MinipagedError, RuntimeError):
+    """A step raised (out of memory, a kernel error). Its requests were aborted and their blocks freed; the engine
+    goes on with the others."""

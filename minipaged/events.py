@@ -1,0 +1,428 @@
+"""What happened, as typed deltas: the one stream that the visualizer, metrics, recordings and tests all read.
+
+The engine emits an event at every change of state, ordered within a step as the changes happened. `State` rebuilds
+the whole picture from them: live view and replay share this one reducer (its twin in JavaScript is
+``visualizer/static/reducer.js``; both are tested on the same recordings). An engine with no listener pays one
+attribute test per event.
+
+Ids: ``request_id`` is the caller's string, ``seq_id`` the engine's own number (a request with n samples has n
+sequences), ``block`` a physical block, ``logical`` an index into a block table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TextIO
+
+FORMAT = "minipaged-recording/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of all events. ``type`` is the name used in JSON."""
+
+    type: ClassVar[str] = "event"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": self.type} | asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStarted(Event):
+    """First event of a run: the sizes everything else is drawn with."""
+
+    type: ClassVar[str] = "engine_started"
+    model: str
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    enable_prefix_caching: bool
+    bytes_per_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestAdded(Event):
+    """A request joined the waiting queue. ``prompt_pieces`` is the prompt's text, token by token."""
+
+    type: ClassVar[str] = "request_added"
+    request_id: str
+    seq_ids: list[int]
+    prompt_token_ids: list[int]
+    prompt_pieces: list[str]
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepStarted(Event):
+    type: ClassVar[str] = "step_started"
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted(Event):
+    """Waiting → running. ``num_cached`` tokens of ``seq_id`` came from the prefix cache."""
+
+    type: ClassVar[str] = "admitted"
+    request_id: str
+    seq_id: int
+    num_cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class Allocated(Event):
+    """``block`` is now entry ``logical`` of the sequence's block table."""
+
+    type: ClassVar[str] = "allocated"
+    seq_id: int
+    logical: int
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shared(Event):
+    """As `Allocated`, but the block has other owners too (or waited in the prefix cache)."""
+
+    type: ClassVar[str] = "shared"
+    seq_id: int
+    logical: int
+    block: int
+    reason: Literal["fork", "prefix"]
+
+
+@dataclass(frozen=True, slots=True)
+class Copied(Event):
+    """Copy-on-write: the sequence was about to write into the shared block ``src`` and now owns a copy, ``dst``."""
+
+    type: ClassVar[str] = "copied"
+    seq_id: int
+    logical: int
+    src: int
+    dst: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled(Event):
+    """This step computes tokens [start, start + num_tokens) of the sequence: a decode (1) or a prefill chunk."""
+
+    type: ClassVar[str] = "scheduled"
+    seq_id: int
+    start: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted(Event):
+    """Running → waiting: all sequences of the request lost their blocks and will be recomputed (paper §4.5)."""
+
+    type: ClassVar[str] = "preempted"
+    request_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Filled(Event):
+    """The KV of tokens [start, start + num_tokens) is now in the cache."""
+
+    type: ClassVar[str] = "filled"
+    seq_id: int
+    start: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cached(Event):
+    """A full block entered the prefix cache under the name ``prefix``, which stands for all tokens up to its end."""
+
+    type: ClassVar[str] = "cached"
+    block: int
+    prefix: int
+    parent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted(Event):
+    """A block that nobody used left the prefix cache, to be handed out anew."""
+
+    type: ClassVar[str] = "evicted"
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forked(Event):
+    """``child`` starts as a copy of ``parent``: `Shared` events for all of its blocks follow."""
+
+    type: ClassVar[str] = "forked"
+    parent: int
+    child: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled(Event):
+    """A token was appended. ``text`` is what became readable with it (may be empty: half a character)."""
+
+    type: ClassVar[str] = "sampled"
+    seq_id: int
+    token_id: int
+    text: str
+    logprob: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Freed(Event):
+    """The sequence gave up its whole block table, listed in the order the references were dropped (tail first)."""
+
+    type: ClassVar[str] = "freed"
+    seq_id: int
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished(Event):
+    """A sequence ended: ``"stop"``, ``"length"`` or ``"abort"``."""
+
+    type: ClassVar[str] = "finished"
+    seq_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepFinished(Event):
+    type: ClassVar[str] = "step_finished"
+    step: int
+    num_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineError(Event):
+    """A step failed; the requests it was computing were aborted."""
+
+    type: ClassVar[str] = "engine_error"
+    message: str
+
+
+EVENT_TYPES: dict[str, type[Event]] = {cls.type: cls for cls in Event.__subclasses__()}
+
+
+def event_from_dict(data: dict[str, Any]) -> Event:
+    """The inverse of `Event.to_dict`; unknown types and fields raise ``ValueError``."""
+    try:
+        cls = EVENT_TYPES[data["type"]]
+        return cls(**{key: value for key, value in data.items() if key != "type"})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not an event of {FORMAT}: {error}") from error
+
+
+class EventLog:
+    """Where the engine tells what happens. Subscribers are called in order, in the engine's thread."""
+
+    def __init__(self) -> None:
+        self._subscribers: list[Callable[[Event], None]] = []
+
+    def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        """Calls ``callback(event)`` for every event from now on. Returns a function that ends it."""
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback)
+
+    @property
+    def active(self) -> bool:
+        """Whether anybody listens. Emitters ask first when making an event costs something."""
+        return bool(self._subscribers)
+
+    def emit(self, cls: type[Event], *args: Any) -> None:
+        """Makes the event only if somebody listens, so that a silent engine does not pay for it."""
+        if self._subscribers:
+            event = cls(*args)
+            for subscriber in self._subscribers:
+                subscriber(event)
+
+
+@dataclass
+class SeqState:
+    """A sequence as the events tell it."""
+
+    request_id: str
+    num_prompt: int
+    tokens: list[int]
+    pieces: list[str]
+    logprobs: list[float | None]
+    num_computed: int = 0
+    table: list[int] = field(default_factory=list)
+    parent: int | None = None
+    finish_reason: str | None = None
+
+
+@dataclass
+class State:
+    """The engine's state rebuilt from its events: ``state.apply(event)`` for each, in order.
+
+    ``waiting`` and ``running`` hold request ids in queue order. ``ref_counts[b]`` is how many block tables name block
+    b; ``cached[b]`` the prefix cache's name for it. ``scheduled`` is this step's token budget, as spent so far.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    seqs: dict[int, SeqState] = field(default_factory=dict)
+    requests: dict[str, list[int]] = field(default_factory=dict)
+    waiting: list[str] = field(default_factory=list)
+    running: list[str] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+    ref_counts: list[int] = field(default_factory=list)
+    cached: dict[int, int] = field(default_factory=dict)
+    scheduled: list[tuple[int, int, int]] = field(default_factory=list)
+    error: str | None = None
+
+    def apply(self, event: Event) -> None:
+        getattr(self, "_" + event.type)(event)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` undoes it. Used as the keyframe from which a replay can start."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> State:
+        state = cls(**data)
+        state.seqs = {int(seq_id): SeqState(**seq) for seq_id, seq in data["seqs"].items()}
+        state.cached = {int(block): prefix for block, prefix in data["cached"].items()}
+        state.scheduled = [(seq_id, start, count) for seq_id, start, count in data["scheduled"]]
+        return state
+
+    # One method per event type, named after it.
+
+    def _engine_started(self, e: EngineStarted) -> None:
+        self.__init__()  # type: ignore[misc]  # a run starts from nothing
+        self.config = {f.name: getattr(e, f.name) for f in fields(e)}
+        self.ref_counts = [0] * e.num_blocks
+
+    def _request_added(self, e: RequestAdded) -> None:
+        self.requests[e.request_id] = list(e.seq_ids)
+        self.waiting.append(e.request_id)
+        for seq_id in e.seq_ids:
+            tokens, pieces = list(e.prompt_token_ids), list(e.prompt_pieces)
+            self.seqs[seq_id] = SeqState(e.request_id, len(tokens), tokens, pieces, [None] * len(tokens))
+
+    def _step_started(self, e: StepStarted) -> None:
+        self.step = e.step
+        self.scheduled = []
+
+    def _admitted(self, e: Admitted) -> None:
+        self.waiting.remove(e.request_id)
+        self.running.append(e.request_id)
+        self.seqs[e.seq_id].num_computed = e.num_cached
+
+    def _allocated(self, e: Allocated | Shared) -> None:
+        table = self.seqs[e.seq_id].table
+        assert e.logical == len(table), f"block tables grow at their end: {e}"
+        table.append(e.block)
+        self.ref_counts[e.block] += 1
+
+    _shared = _allocated
+
+    def _copied(self, e: Copied) -> None:
+        self.seqs[e.seq_id].table[e.logical] = e.dst
+        self.ref_counts[e.src] -= 1
+        self.ref_counts[e.dst] += 1
+
+    def _scheduled(self, e: Scheduled) -> None:
+        self.scheduled.append((e.seq_id, e.start, e.num_tokens))
+
+    def _preempted(self, e: Preempted) -> None:
+        self.running.remove(e.request_id)
+        self.waiting.insert(0, e.request_id)
+        for seq_id in self.requests[e.request_id]:
+            self.seqs[seq_id].num_computed = 0
+
+    def _filled(self, e: Filled) -> None:
+        self.seqs[e.seq_id].num_computed = e.start + e.num_tokens
+
+    def _cached(self, e: Cached) -> None:
+        self.cached[e.block] = e.prefix
+
+    def _evicted(self, e: Evicted) -> None:
+        del self.cached[e.block]
+
+    def _forked(self, e: Forked) -> None:
+        parent, child = self.seqs[e.parent], self.seqs[e.child]
+        child.num_computed = parent.num_computed
+        child.parent = e.parent
+
+    def _sampled(self, e: Sampled) -> None:
+        seq = self.seqs[e.seq_id]
+        seq.tokens.append(e.token_id)
+        seq.pieces.append(e.text)
+        seq.logprobs.append(e.logprob)
+
+    def _freed(self, e: Freed) -> None:
+        self.seqs[e.seq_id].table = []
+        for block in e.blocks:
+            self.ref_counts[block] -= 1
+
+    def _finished(self, e: Finished) -> None:
+        seq = self.seqs[e.seq_id]
+        seq.finish_reason = e.reason
+        if all(self.seqs[s].finish_reason for s in self.requests[seq.request_id]):
+            for queue in (self.waiting, self.running):
+                if seq.request_id in queue:
+                    queue.remove(seq.request_id)
+            self.finished.append(seq.request_id)
+
+    def _step_finished(self, e: StepFinished) -> None:
+        pass  # its numbers are for charts; no state changes
+
+    def _engine_error(self, e: EngineError) -> None:
+        self.error = e.message
+
+
+class Recorder:
+    """Subscribes to an engine and keeps every event; with ``path`` also writes them as JSON lines.
+
+    The file's first line is ``{"format": "minipaged-recording/1"}``, each further line one event.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.events: list[Event] = []
+        self._file: TextIO | None = None
+        if path is not None:
+            self._file = open(path, "w", encoding="utf-8")
+            self._file.write(json.dumps({"format": FORMAT}) + "\n")
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if self._file:
+            self._file.write(json.dumps(event.to_dict(), separators=(",", ":")) + "\n")
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+            self._file = None
+
+
+def load_recording(path: str | Path) -> list[Event]:
+    """Reads what `Recorder` wrote. ``ValueError`` names the line that is not of this format."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    events: list[Event] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            data = json.loads(line)
+            if number > 1:
+                events.append(event_from_dict(data))
+            elif data.get("format") != FORMAT:
+                raise ValueError(f"its first line does not say {FORMAT}")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: not a minipaged recording ({error})") from error
+    if not lines:
+        raise ValueError(f"{path} is empty, not a minipaged recording")
+    return events
+
+
+def replay(events: Iterable[Event]) -> Iterator[State]:
+    """Yields the (one, changing) `State` after each event."""
+    state = State()
+    for event in events:
+        state.apply(event)
+        yield state

@@ -1,0 +1,1 @@
+"""The plan, on tensors: batch, KV cache, runner, sampler."""

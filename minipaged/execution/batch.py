@@ -1,0 +1,63 @@
+"""StepPlan → tensors. Everything the model needs to know about a step is in one `Batch`, passed as an argument."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minipaged.scheduling.plan import StepPlan
+
+
+@dataclass
+class Batch:
+    """One step as tensors. T tokens of B sequences, flattened: no padding between sequences.
+
+    The first ``num_decodes`` sequences bring one token each; prompts and chunks of prompts follow.
+    """
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, position of each token in its sequence
+    slot_mapping: Tensor  # [T] int64, block · block_size + offset: where each token's KV goes
+    block_tables: Tensor  # [B, M] int64, padded with 0 at the end
+    context_lens: Tensor  # [B] int64, tokens with KV once this step is done
+    logit_rows: Tensor  # [R] int64, rows of the T whose logits are wanted: the last of each sampling sequence
+    query_lens: list[int]  # [B], tokens of this step; sums to T
+    context_lens_list: list[int]  # context_lens again, for host code that must not wait for the device
+    num_decodes: int
+
+
+def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
+    """Lays the plan's chunks one after the other."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    logit_rows: list[int] = []
+    for chunk in plan.chunks:
+        token_ids += chunk.token_ids
+        span = range(chunk.start, chunk.start + chunk.num_tokens)
+        positions += span
+        slots += [chunk.block_table[p // block_size] * block_size + p % block_size for p in span]
+        if chunk.samples:
+            logit_rows.append(len(token_ids) - 1)
+    query_lens = [chunk.num_tokens for chunk in plan.chunks]
+    context_lens = [chunk.start + chunk.num_tokens for chunk in plan.chunks]
+    width = max(len(chunk.block_table) for chunk in plan.chunks)
+    tables = [chunk.block_table + [0] * (width - len(chunk.block_table)) for chunk in plan.chunks]
+    num_decodes = next((i for i, count in enumerate(query_lens) if count > 1), len(query_lens))
+
+    def tensor(data: list) -> Tensor:
+        return torch.tensor(data, dtype=torch.int64, device=device)
+
+    return Batch(
+        token_ids=tensor(token_ids),
+        positions=tensor(positions),
+        slot_mapping=tensor(slots),
+        block_tables=tensor(tables),
+        context_lens=tensor(context_lens),
+        logit_rows=tensor(logit_rows),
+        query_lens=query_lens,
+        context_lens_list=context_lens,
+        num_decodes=num_decodes,
+    )

@@ -1,0 +1,45 @@
+"""The KV tensors: where every key and value lives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+
+from minipaged.kernels import reference
+
+
+class KVCache:
+    """Keys and values of all layers, in blocks.
+
+    ``k[layer]`` and ``v[layer]`` are [num_blocks, block_size, kv_heads, head_dim]. Which block belongs to whom is the
+    business of ``minipaged.memory``; here is only storage.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.num_blocks, self.block_size = num_blocks, block_size
+
+    @staticmethod
+    def bytes_per_block(
+        num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
+        """2 (key and value) · layers · block size · heads · head dimension · bytes of one number."""
+        return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
+
+    def copy(self, pairs: Seq[tuple[int, int]]) -> None:
+        """Copies blocks (source, target) in all layers; reads before writes."""
+        if pairs:
+            src, dst = torch.tensor(pairs, device=self.k[0].device).unbind(dim=1)
+            reference.copy_blocks(self.k + self.v, src, dst)

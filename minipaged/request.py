@@ -1,0 +1,63 @@
+"""Requests and their sequences: plain data that the scheduler moves about."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from minipaged.config import SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One stream of tokens. The one counter that drives everything is ``num_computed``: tokens whose KV is cached.
+
+    A sequence wants a step while ``num_computed < len(tokens)``. Prefill, decode, a prefix hit and recomputation after
+    preemption differ only in how far the two are apart.
+    """
+
+    seq_id: int
+    tokens: list[int]  # prompt, then output
+    num_prompt: int
+    rng: Random  # its own, so that results depend on neither batch neighbours nor preemption
+    num_computed: int = 0
+    finish_reason: str | None = None
+    logprobs: list[dict[int, float]] = field(default_factory=list)  # one per output token, if asked for
+    cumulative_logprob: float = 0.0
+    text: Any = None  # text.TextStream where there is a tokenizer; tokens in, readable text out
+
+    @property
+    def output_tokens(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """What the user asked for: one prompt and ``params.n`` sequences (the paper's *sequence group*, §4.5).
+
+    The sequences are admitted, preempted and resumed together. While they still agree on every token, only the first,
+    the *lead*, computes; `Scheduler.commit` forks the others from it.
+    """
+
+    request_id: str
+    params: SamplingParams
+    seqs: list[Sequence]
+    prompt: str | None = None
+    status: Status = Status.WAITING
+
+    @property
+    def live(self) -> list[Sequence]:
+        """The sequences that are not finished."""
+        return [seq for seq in self.seqs if seq.finish_reason is None]

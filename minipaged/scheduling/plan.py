@@ -1,0 +1,49 @@
+"""The contract between deciding and executing: everything one step does, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from minipaged.request import Request, Sequence
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Copy-on-write: block ``src`` is copied to ``dst`` in all layers before the forward pass."""
+
+    src: int
+    dst: int
+
+
+@dataclass
+class Chunk:
+    """Tokens [start, start + num_tokens) of one sequence, computed in this step: a decode (1) or part of a prompt.
+
+    ``samples`` are the sequences that take their next token from the last row of logits: none in the middle of a
+    prompt, usually the sequence itself, and all n of a request whose common prompt ends here.
+    """
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    samples: list[Sequence]
+    block_table: list[int] = field(default_factory=list)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.seq.tokens[self.start : self.start + self.num_tokens]
+
+
+@dataclass
+class StepPlan:
+    """One step. The runner executes the copies, then the chunks; commit applies the results."""
+
+    step: int
+    chunks: list[Chunk] = field(default_factory=list)  # decodes first
+    copies: list[Copy] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+    outgrown: list[Sequence] = field(default_factory=list)  # ended: not even the whole pool could hold them further
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
