@@ -4,6 +4,13 @@ The ones that a user can cause (`InvalidRequest`, `InvalidConfig`, `ModelError`)
 raised at the door, before anything has changed, and their message says what to do.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from minipaged.outputs import RequestOutput
+
 
 class MinipagedError(Exception):
     """Base of all errors raised on purpose."""
@@ -35,4 +42,8 @@ class InvariantViolation(MinipagedError, AssertionError):
 
 class StepFailed(MinipagedError, RuntimeError):
     """A step raised (out of memory, a kernel error). Its requests were aborted and their blocks freed; the engine
-    goes on with the others."""
+    goes on with the others. ``outputs`` holds what the aborted requests had so far."""
+
+    def __init__(self, message: str, outputs: list[RequestOutput]) -> None:
+        super().__init__(message)
+        self.outputs = outputs

@@ -335,7 +335,8 @@ class State:
         self.running.remove(e.request_id)
         self.waiting.insert(0, e.request_id)
         for seq_id in self.requests[e.request_id]:
-            self.seqs[seq_id].num_computed = 0
+            if self.seqs[seq_id].finish_reason is None:
+                self.seqs[seq_id].num_computed = 0
 
     def _filled(self, e: Filled) -> None:
         self.seqs[e.seq_id].num_computed = e.start + e.num_tokens

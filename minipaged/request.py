@@ -55,6 +55,7 @@ class Request:
     params: SamplingParams
     seqs: list[Sequence]
     prompt: str | None = None
+    fork_at: int = 0  # tokens that all live sequences agree on, set when the request is admitted
     status: Status = Status.WAITING
 
     @property

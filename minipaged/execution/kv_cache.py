@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+import psutil
 import torch
 
+from minipaged.errors import InvalidConfig
 from minipaged.kernels import reference
 
 
@@ -43,3 +45,27 @@ class KVCache:
         if pairs:
             src, dst = torch.tensor(pairs, device=self.k[0].device).unbind(dim=1)
             reference.copy_blocks(self.k + self.v, src, dst)
+
+
+def blocks_that_fit(bytes_per_block: int, device: torch.device, *, wanted: int | None, useful: int) -> int:
+    """How many blocks the pool gets.
+
+    ``wanted`` if given, unless the memory there is cannot hold it (`InvalidConfig`). Else as many as fit into half of
+    a CPU's free memory (others need some too) or nine tenths of a GPU's, but no more than ``useful``: what the running
+    batch could ever fill.
+    """
+    if device.type == "cuda":
+        free, share = torch.cuda.mem_get_info(device)[0], 0.9
+    else:
+        free, share = psutil.virtual_memory().available, 0.5
+    if wanted is None:
+        wanted = min(useful, int(free * share) // bytes_per_block)
+        if wanted == 0:
+            raise InvalidConfig(f"not even one KV block of {bytes_per_block} bytes fits into the memory of {device}")
+    elif wanted * bytes_per_block > free:
+        fits = free // bytes_per_block
+        raise InvalidConfig(
+            f"num_blocks = {wanted} takes {wanted * bytes_per_block / 1e9:.1f} GB of KV cache, but {device} has "
+            f"{free / 1e9:.1f} GB free: {fits} blocks at most"
+        )
+    return wanted

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from minipaged.memory.table import Copy
 from minipaged.request import Request, Sequence
-
-
-@dataclass(frozen=True)
-class Copy:
-    """Copy-on-write: block ``src`` is copied to ``dst`` in all layers before the forward pass."""
-
-    src: int
-    dst: int
 
 
 @dataclass
@@ -23,11 +16,12 @@ class Chunk:
     prompt, usually the sequence itself, and all n of a request whose common prompt ends here.
     """
 
+    request: Request
     seq: Sequence
     start: int
     num_tokens: int
     samples: list[Sequence]
-    block_table: list[int] = field(default_factory=list)
+    block_table: list[int]
 
     @property
     def token_ids(self) -> list[int]:
@@ -42,8 +36,21 @@ class StepPlan:
     chunks: list[Chunk] = field(default_factory=list)  # decodes first
     copies: list[Copy] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
-    outgrown: list[Sequence] = field(default_factory=list)  # ended: not even the whole pool could hold them further
+    outgrown: list[Request] = field(default_factory=list)  # lost a sequence: not even the whole pool could hold it
 
     @property
     def num_tokens(self) -> int:
         return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def samples(self) -> list[tuple[Request, Sequence]]:
+        """Who takes a token, in the order of the sampler's results."""
+        return [(chunk.request, seq) for chunk in self.chunks for seq in chunk.samples]
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """The sampler's answer for one sequence. ``logprobs``: token id → log-probability, if the request asked."""
+
+    token_id: int
+    logprobs: dict[int, float] | None = None

@@ -1,0 +1,213 @@
+"""The engine: requests in, one step at a time, tokens out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import count
+from random import Random
+from typing import Any, Protocol
+
+from minipaged.config import EngineConfig, SamplingParams
+from minipaged.errors import InvalidRequest, StepFailed
+from minipaged.events import EngineError, EngineStarted, EventLog, RequestAdded, StepFinished, StepStarted
+from minipaged.memory.table import BlockTables
+from minipaged.outputs import RequestOutput
+from minipaged.request import Request, Sequence
+from minipaged.scheduling.plan import SampledToken, StepPlan
+from minipaged.scheduling.scheduler import Scheduler
+
+
+class Runner(Protocol):
+    """Executes plans. `execution.runner.ModelRunner` does it with a model; a test or simulator may do without."""
+
+    def execute(self, plan: StepPlan) -> Any:
+        """Runs the plan's copies and chunks; returns logits [R, vocab], a row for each chunk that samples."""
+
+
+class Engine:
+    """Continuous batching over a paged KV cache.
+
+    ``config.num_blocks`` and ``config.max_model_len`` must be numbers here; `LLM` works them out from the model and
+    the memory there is. Not thread-safe: one thread calls it.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        sampler: Callable[[Any, StepPlan], list[SampledToken]],
+        *,
+        vocab_size: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+        tokenizer: Any = None,
+        bytes_per_block: int = 0,
+    ) -> None:
+        assert config.num_blocks is not None and config.max_model_len is not None
+        self.config, self.num_blocks, self.max_model_len = config, config.num_blocks, config.max_model_len
+        self.runner, self.sampler, self.tokenizer = runner, sampler, tokenizer
+        self.vocab_size, self.bytes_per_block = vocab_size, bytes_per_block
+        self.events = EventLog()
+        self.memory = BlockTables(
+            self.num_blocks, config.block_size, self.events, enable_prefix_caching=config.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(
+            self.memory,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            eos_token_ids=eos_token_ids,
+            events=self.events,
+        )
+        self._requests: dict[str, Request] = {}
+        self._seq_ids = count()
+        self._random = Random(config.seed)
+
+    def step(self) -> list[RequestOutput]:
+        """Computes one step; returns the requests that got a token or ended in it.
+
+        Raises `StepFailed` if the step itself raised. The requests it was computing are aborted then and their blocks
+        free again; the others go on with the next step.
+        """
+        if not self.has_unfinished():
+            return []
+        started = time.perf_counter()
+        self.events.emit(StepStarted, self.scheduler.step)
+        plan = self.scheduler.schedule()
+        try:
+            logits = self.runner.execute(plan) if plan.chunks else None
+            tokens = self.sampler(logits, plan) if plan.samples else []
+        except BaseException as error:
+            self._give_up(plan, error)
+            raise
+        requests = self.scheduler.commit(plan, tokens)
+        self.events.emit(StepFinished, plan.step, plan.num_tokens, time.perf_counter() - started)
+        return self._outputs(requests)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams | None = None,
+        *,
+        prompt: str | None = None,
+    ) -> None:
+        """Queues a request. ``prompt`` is only carried along to the output.
+
+        Raises `InvalidRequest` for one that can never be served; nothing has changed then.
+        """
+        params = params or SamplingParams()
+        tokens = self._checked_tokens(request_id, prompt_token_ids, params)
+        seed = params.seed if params.seed is not None else self._random.getrandbits(64)
+        seqs = [
+            # A string seeds Random by its SHA-512, so that neighbouring seeds and branches have nothing in common.
+            Sequence(next(self._seq_ids), list(tokens), len(tokens), Random(f"{seed}/{branch}"))
+            for branch in range(params.n)
+        ]
+        if self.tokenizer is not None:
+            from minipaged.text import TextStream  # not at the top: the engine runs without a tokenizer too
+
+            for seq in seqs:
+                seq.text = TextStream(self.tokenizer, tokens, params.stop)
+        request = Request(request_id, params, seqs, prompt, fork_at=len(tokens))
+        self._check_room(request)
+        self._requests[request_id] = request
+        if self.events.active:
+            max_tokens = min(params.max_tokens or self.max_model_len, self.max_model_len - len(tokens))
+            seq_ids = [seq.seq_id for seq in seqs]
+            self.events.emit(RequestAdded, request_id, seq_ids, tokens, self._pieces(tokens), max_tokens)
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Ends a request in whatever state it is; its blocks are free when this returns.
+
+        Returns its last output, or ``None`` for a request that is unknown or finished already: aborting twice is fine.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        self.scheduler.abort(request)
+        return self._outputs([request])[0]
+
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished()
+
+    def block_tables(self) -> dict[int, list[int]]:
+        """A copy of every block table: sequence id → physical blocks in logical order."""
+        return {seq_id: list(table) for seq_id, table in self.memory.tables.items()}
+
+    def started_event(self) -> EngineStarted:
+        """The header of a recording. Listeners come and go, so whoever records asks for it."""
+        config = self.config
+        return EngineStarted(
+            config.model,
+            config.block_size,
+            self.num_blocks,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            self.max_model_len,
+            config.enable_prefix_caching,
+            self.bytes_per_block,
+        )
+
+    def check(self) -> None:
+        """Raises `InvariantViolation` if the bookkeeping is inconsistent. For tests, after every step."""
+        self.scheduler.check()
+
+    def _checked_tokens(self, request_id: str, token_ids: list[int], params: SamplingParams) -> list[int]:
+        if not isinstance(request_id, str) or not request_id:
+            raise InvalidRequest(f"request_id must be a string that is not empty, not {request_id!r}")
+        if request_id in self._requests:
+            raise InvalidRequest(f"a request {request_id!r} is running already; give each its own id")
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequest(f"params must be a SamplingParams, not {type(params).__name__}")
+        tokens = list(token_ids)
+        if not tokens:
+            raise InvalidRequest("the prompt is empty; give at least one token")
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise InvalidRequest(f"token id {token!r} is not a whole number below the vocabulary's {self.vocab_size}")
+        if len(tokens) >= self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {len(tokens)} tokens, but a sequence can have {self.max_model_len} at most "
+                "and needs room for one more; shorten it"
+            )
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer, and this model came without one; use stop_token_ids")
+        if params.n > self.config.max_num_seqs:
+            raise InvalidRequest(
+                f"n is {params.n}, but at most max_num_seqs = {self.config.max_num_seqs} sequences run at once"
+            )
+        return tokens
+
+    def _check_room(self, request: Request) -> None:
+        needed = self.scheduler.blocks_to_hold(request)
+        if needed > self.num_blocks:
+            raise InvalidRequest(
+                f"the prompt needs {needed} KV blocks of {self.config.block_size} tokens with the next token of its "
+                f"{len(request.seqs)} sequence(s), but the pool has {self.num_blocks}; shorten it or raise num_blocks"
+            )
+
+    def _pieces(self, tokens: list[int]) -> list[str]:
+        """The text of each token, for those who watch."""
+        return [self.tokenizer.decode([token]) if self.tokenizer is not None else f"<{token}>" for token in tokens]
+
+    def _outputs(self, requests: list[Request]) -> list[RequestOutput]:
+        outputs = [RequestOutput.of(request) for request in requests]
+        for output in outputs:
+            if output.finished:
+                del self._requests[output.request_id]
+        return outputs
+
+    def _give_up(self, plan: StepPlan, error: BaseException) -> None:
+        """A step failed midway: copies may be missing, KV half written. Nothing that it touched may live on."""
+        requests = list(dict.fromkeys([*(chunk.request for chunk in plan.chunks), *plan.outgrown]))
+        message = f"step {plan.step} failed: {type(error).__name__}: {error}"
+        self.events.emit(EngineError, message)
+        for request in requests:
+            self.scheduler.abort(request)
+        outputs = self._outputs(requests)
+        self.scheduler.step += 1
+        if isinstance(error, Exception):
+            ids = ", ".join(request.request_id for request in requests)
+            raise StepFailed(f"{message}; aborted: {ids}", outputs) from error

@@ -1,0 +1,25 @@
+"""Runs a plan with a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipaged.execution.batch import build_batch
+from minipaged.execution.kv_cache import KVCache
+from minipaged.scheduling.plan import StepPlan
+
+
+class ModelRunner:
+    """Owns the model and its KV cache; turns plans into logits."""
+
+    def __init__(self, model: Any, kv_cache: KVCache, device: torch.device) -> None:
+        self.model, self.kv_cache, self.device = model, kv_cache, device
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> Tensor:
+        """Copies first, then the forward pass. Returns logits [R, vocab], one row per chunk that samples."""
+        self.kv_cache.copy(plan.copies)
+        return self.model(build_batch(plan, self.kv_cache.block_size, self.device), self.kv_cache)

@@ -1,0 +1,226 @@
+"""LLM: the front door. Loads a model, sizes its KV cache, and drives the engine for you."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import torch
+
+from minipaged.config import EngineConfig, SamplingParams
+from minipaged.engine import Engine
+from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
+from minipaged.execution.kv_cache import KVCache, blocks_that_fit
+from minipaged.execution.runner import ModelRunner
+from minipaged.execution.sampler import sample
+from minipaged.models.loader import LoadedModel, load_model
+from minipaged.outputs import Delta, RequestOutput
+
+Prompt = str | list[int]
+Messages = list[dict[str, str]]
+
+
+class LLM:
+    """A model and an engine that serves it.
+
+    Takes the fields of `EngineConfig` as keywords. Raises `InvalidConfig` or `ModelError` before anything is loaded
+    in vain.
+
+    >>> llm = LLM("tiny")
+    >>> print(llm.generate("Once upon a time", SamplingParams(seed=1))[0].outputs[0].text)
+    """
+
+    def __init__(self, model: str = "tiny", **settings: Any) -> None:
+        try:
+            config = EngineConfig(model=model, **settings)
+        except TypeError as error:
+            raise InvalidConfig(f"{error}; see EngineConfig for what there is") from None
+        loaded = load_model(config.model, config.device, config.dtype)
+        self.tokenizer = loaded.tokenizer
+        self.engine = _build_engine(config, loaded)
+        self._ids = count()
+        self._inboxes: dict[str, deque[RequestOutput]] = {}
+
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        params: SamplingParams | Seq[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes one prompt or many, batched together; results come in the order of the prompts.
+
+        A prompt is text or token ids. ``params`` is one for all prompts, or a list with one for each. Work that takes
+        long shows a progress bar on a terminal. Raises `InvalidRequest` if any prompt cannot be served (then none
+        is), `StepFailed` if a step fails.
+        """
+        prompt_list = _as_list(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompt_list)
+        if len(params) != len(prompt_list):
+            raise InvalidRequest(f"{len(prompt_list)} prompts but {len(params)} sampling parameters; give one, or each its own")
+        ids: list[str] = []
+        try:
+            for prompt, one in zip(prompt_list, params, strict=True):
+                ids.append(self._submit(prompt, one))
+            return self._finish(ids)
+        finally:
+            for request_id in ids:
+                self._close(request_id)
+
+    def chat(self, messages: Messages, params: SamplingParams | None = None) -> RequestOutput:
+        """Answers a conversation: dicts with ``role`` ("system", "user" or "assistant") and ``content``."""
+        return self.generate([self.render_chat(messages)], params)[0]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Completes one prompt and yields what each step adds, for each of its n sequences.
+
+        Closing the iterator early aborts the request and frees its blocks.
+        """
+        request_id = self._submit(prompt, params or SamplingParams())
+        return self._deltas(request_id)
+
+    def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """`stream` for a conversation."""
+        return self.stream(self.render_chat(messages), params)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the beginning-of-text token if the model's tokenizer adds one."""
+        if self.tokenizer is None:
+            raise InvalidRequest("this model came without a tokenizer; give token ids instead of text")
+        return list(self.tokenizer(text)["input_ids"])
+
+    def render_chat(self, messages: Messages) -> list[int]:
+        """Token ids of a conversation in the model's own chat template, ready for the answer."""
+        from minipaged.text import render_chat  # transformers is slow to import; only chats need it
+
+        return render_chat(self.tokenizer, messages)
+
+    # --- driving the engine -----------------------------------------------------------------------------------
+
+    def _submit(self, prompt: Prompt, params: SamplingParams) -> str:
+        request_id = f"llm-{next(self._ids)}"
+        text = prompt if isinstance(prompt, str) else None
+        if text == "":
+            raise InvalidRequest("the prompt is empty; give at least one character")
+        tokens = self.encode(prompt) if isinstance(prompt, str) else prompt
+        self.engine.add_request(request_id, tokens, params, prompt=text)
+        self._inboxes[request_id] = deque()
+        return request_id
+
+    def _close(self, request_id: str) -> None:
+        self.engine.abort(request_id)
+        del self._inboxes[request_id]
+
+    def _step(self) -> None:
+        """One step for everybody: a stream that is read slowly must not lose what others' steps bring it."""
+        try:
+            outputs = self.engine.step()
+        except StepFailed as error:
+            self._deliver(error.outputs)
+            raise
+        self._deliver(outputs)
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            if output.request_id in self._inboxes:
+                self._inboxes[output.request_id].append(output)
+
+    def _finish(self, ids: list[str]) -> list[RequestOutput]:
+        """Steps until all of these are done."""
+        last: dict[str, RequestOutput] = {}
+        with _Progress(len(ids)) as progress:
+            while any(i not in last or not last[i].finished for i in ids):
+                if not any(self._inboxes[i] for i in ids):
+                    self._step()
+                for i in ids:
+                    while self._inboxes[i]:
+                        last[i] = self._inboxes[i].popleft()
+                progress.update(last)
+        return [last[i] for i in ids]
+
+    def _deltas(self, request_id: str) -> Iterator[Delta]:
+        inbox = self._inboxes[request_id]
+        seen: dict[int, tuple[int, int]] = {}  # index -> characters and tokens passed on
+        ended: set[int] = set()
+        try:
+            while True:
+                while not inbox:
+                    self._step()
+                output = inbox.popleft()
+                for out in output.outputs:
+                    chars, tokens = seen.get(out.index, (0, 0))
+                    if out.index not in ended and (len(out.token_ids) > tokens or out.finish_reason):
+                        yield Delta(out.index, out.text[chars:], out.token_ids[tokens:], out.finish_reason)
+                        seen[out.index] = (len(out.text), len(out.token_ids))
+                        if out.finish_reason:
+                            ended.add(out.index)
+                if output.finished:
+                    return
+        finally:
+            self._close(request_id)
+
+
+def _build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
+    """Fills in what depends on the model and the machine, and makes the KV cache."""
+    spec = loaded.spec
+    max_model_len = config.max_model_len or spec.max_model_len
+    if max_model_len > spec.max_model_len:
+        raise InvalidConfig(f"max_model_len is {max_model_len}, but {config.model} was made for {spec.max_model_len}")
+    shape = (config.block_size, spec.num_kv_heads, spec.head_dim)
+    bytes_per_block = KVCache.bytes_per_block(spec.num_layers, *shape, loaded.dtype)
+    useful = config.max_num_seqs * -(-max_model_len // config.block_size)
+    num_blocks = blocks_that_fit(bytes_per_block, loaded.device, wanted=config.num_blocks, useful=useful)
+    config = replace(config, num_blocks=num_blocks, max_model_len=max_model_len)
+    kv_cache = KVCache(spec.num_layers, num_blocks, *shape, loaded.dtype, loaded.device)
+    return Engine(
+        config,
+        ModelRunner(loaded.model, kv_cache, loaded.device),
+        sample,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=spec.eos_token_ids,
+        tokenizer=loaded.tokenizer,
+        bytes_per_block=bytes_per_block,
+    )
+
+
+def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    items: list[Any] = list(prompts)
+    if items and all(isinstance(item, int) for item in items):
+        return [items]
+    for item in items:
+        if not isinstance(item, (str, list)):
+            raise InvalidRequest(f"a prompt is a string or a list of token ids, not {type(item).__name__}")
+    return items
+
+
+class _Progress:
+    """A bar on stderr, once the work has lasted two seconds and if a person may be looking."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._started, self._bar = total, time.monotonic(), None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, outputs: dict[str, RequestOutput]) -> None:
+        if self._bar is None and (time.monotonic() - self._started < 2 or not sys.stderr.isatty()):
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, desc="requests", unit="req", leave=False)
+        done = sum(output.finished for output in outputs.values())
+        tokens = sum(len(out.token_ids) for output in outputs.values() for out in output.outputs)
+        self._bar.set_postfix_str(f"{tokens} tokens", refresh=False)
+        self._bar.update(done - self._bar.n)

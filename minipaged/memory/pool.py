@@ -1,0 +1,67 @@
+"""The physical blocks: which are free, and how many block tables name each of the others."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from minipaged.errors import BlockError, InvariantViolation, OutOfBlocks
+from minipaged.memory.prefix_cache import PrefixCache
+
+
+class BlockPool:
+    """Hands out block ids 0 … num_blocks − 1 and counts references (paper §4.3, §4.4).
+
+    A block is in one of three places: *free* (nobody needs its content), *cached* (no owner, but the prefix cache can
+    still find it) or *used* (``ref_counts[block] > 0``). Free and cached blocks can both be handed out.
+    """
+
+    def __init__(self, num_blocks: int, cache: PrefixCache | None = None) -> None:
+        self.num_blocks = num_blocks
+        self.ref_counts = [0] * num_blocks
+        self._free = deque(range(num_blocks))
+        self._cache = cache
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can still hand out."""
+        return len(self._free) + (len(self._cache.evictable) if self._cache else 0)
+
+    def allocate(self) -> int:
+        """A block with one owner. Takes cached ones only when nothing else is left."""
+        if self._free:
+            block = self._free.popleft()
+        elif self._cache and self._cache.evictable:
+            block = self._cache.evict()
+        else:
+            raise OutOfBlocks(f"all {self.num_blocks} blocks are in use")
+        self.ref_counts[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        """One more owner: a fork, or a hit in the prefix cache (which may find the block without any owner)."""
+        if self.ref_counts[block] == 0:
+            if not self._cache or block not in self._cache.evictable:
+                raise BlockError(f"block {block} is free: there is nothing in it to share")
+            self._cache.revive(block)
+        self.ref_counts[block] += 1
+
+    def free(self, block: int) -> None:
+        """One owner less. The last one's block goes back to the pool, or stays cached until it is needed."""
+        if not 0 <= block < self.num_blocks:
+            raise BlockError(f"block {block} is not one of this pool's {self.num_blocks}")
+        if self.ref_counts[block] == 0:
+            raise BlockError(f"block {block} is freed twice")
+        self.ref_counts[block] -= 1
+        if self.ref_counts[block] == 0:
+            if self._cache and block in self._cache:
+                self._cache.retire(block)
+            else:
+                self._free.append(block)
+
+    def check(self) -> None:
+        """Every block is in exactly one place. Raises `InvariantViolation`."""
+        cached = self._cache.evictable if self._cache else set()
+        used = [block for block, count in enumerate(self.ref_counts) if count > 0]
+        places = sorted([*self._free, *cached, *used])
+        if places != list(range(self.num_blocks)):
+            raise InvariantViolation(f"free {list(self._free)}, cached {cached} and used {used} do not partition the pool")

@@ -1,0 +1,169 @@
+"""Block tables: for each sequence, which physical block holds which of its tokens (paper §4.2).
+
+Token i of a sequence lives in entry i // block_size of its table, at offset i % block_size. Tables grow at their end,
+one block at a time, only when the last block is full; so a sequence wastes less than one block.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+from minipaged.errors import BlockError, InvariantViolation
+from minipaged.events import Allocated, Copied, EventLog, Forked, Freed, Shared
+from minipaged.memory.pool import BlockPool
+from minipaged.memory.prefix_cache import EMPTY_PREFIX, EvictionPolicy, PrefixCache
+
+
+class Copy(NamedTuple):
+    """Copy-on-write: block ``src`` must be copied to ``dst``, in all layers, before the step's forward pass."""
+
+    src: int
+    dst: int
+
+
+class Write(NamedTuple):
+    """Tokens [start, end) of a sequence will be written in this step."""
+
+    seq_id: int
+    start: int
+    end: int
+
+
+class Hit(NamedTuple):
+    """A cached block that begins a prompt: its prefix's name and the block."""
+
+    prefix: int
+    block: int
+
+
+class BlockTables:
+    """The paged memory manager: all block tables over one pool."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        events: EventLog | None = None,
+        enable_prefix_caching: bool = True,
+        policy: EvictionPolicy | None = None,
+    ) -> None:
+        self.block_size = block_size
+        self._events = events or EventLog()
+        self._cache = PrefixCache(self._events, policy) if enable_prefix_caching else None
+        self.pool = BlockPool(num_blocks, self._cache)
+        self.tables: dict[int, list[int]] = {}
+        self._prefixes: dict[int, list[int]] = {}  # seq_id -> names of the prefixes that end its full blocks
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens: the ceiling of their quotient."""
+        return -(-num_tokens // self.block_size)
+
+    def match(self, tokens: Seq[int]) -> list[Hit]:
+        """The longest cached beginning of ``tokens``, in whole blocks. Changes nothing.
+
+        Stops short of the last token, so that at least one is left to compute: without that there are no logits.
+        """
+        hits: list[Hit] = []
+        parent = EMPTY_PREFIX
+        for end in range(self.block_size, len(tokens), self.block_size):
+            found = self._cache and self._cache.lookup(parent, tuple(tokens[end - self.block_size : end]))
+            if not found:
+                break
+            hits.append(Hit(*found))
+            parent = found[0]
+        return hits
+
+    def open(self, seq_id: int, hits: Seq[Hit] = ()) -> None:
+        """Starts a table, with the blocks that `match` found."""
+        if seq_id in self.tables:
+            raise BlockError(f"sequence {seq_id} has a block table already")
+        self.tables[seq_id] = []
+        self._prefixes[seq_id] = [hit.prefix for hit in hits]
+        for hit in hits:
+            self._share(seq_id, hit.block, "prefix")
+
+    def blocks_needed(self, writes: Seq[Write]) -> int:
+        """Free blocks that `reserve` will take for all of ``writes``, copies included.
+
+        Of a shared block's owners the last to write needs no copy: by then it is the only one.
+        """
+        grown = 0
+        writers: Counter[int] = Counter()
+        for seq_id, start, end in writes:
+            table = self.tables[seq_id]
+            grown += self.blocks_for(end) - len(table)
+            writers.update(table[start // self.block_size :])
+        return grown + sum(min(count, self.pool.ref_counts[block] - 1) for block, count in writers.items())
+
+    def reserve(self, write: Write) -> list[Copy]:
+        """Makes the slots of tokens [start, end) writable by this sequence alone.
+
+        This is the one place of copy-on-write: a block that others also name is replaced by a copy before it is
+        written to. Returns those copies; executing them is the runner's part.
+        """
+        seq_id, start, end = write
+        table = self.tables[seq_id]
+        copies = []
+        for logical in range(start // self.block_size, len(table)):
+            src = table[logical]
+            if self.pool.ref_counts[src] > 1:
+                dst = self.pool.allocate()
+                self.pool.free(src)
+                table[logical] = dst
+                copies.append(Copy(src, dst))
+                self._events.emit(Copied, seq_id, logical, src, dst)
+        while len(table) < self.blocks_for(end):
+            block = self.pool.allocate()
+            self._events.emit(Allocated, seq_id, len(table), block)
+            table.append(block)
+        return copies
+
+    def computed(self, seq_id: int, tokens: Seq[int], num_computed: int) -> None:
+        """Tells that the KV of the first ``num_computed`` tokens is in place: full blocks become findable.
+
+        Only now, not when they were reserved: a block must never be found before its KV exists.
+        """
+        if not self._cache:
+            return
+        prefixes, table = self._prefixes[seq_id], self.tables[seq_id]
+        while (len(prefixes) + 1) * self.block_size <= num_computed:
+            start = len(prefixes) * self.block_size
+            parent = prefixes[-1] if prefixes else EMPTY_PREFIX
+            content = tuple(tokens[start : start + self.block_size])
+            prefixes.append(self._cache.insert(parent, content, table[len(prefixes)]))
+
+    def fork(self, parent: int, child: int) -> None:
+        """The child gets the parent's table: every block is shared, nothing is copied (paper §4.4)."""
+        if child in self.tables:
+            raise BlockError(f"sequence {child} has a block table already")
+        self._events.emit(Forked, parent, child)
+        self.tables[child] = []
+        self._prefixes[child] = list(self._prefixes[parent])
+        for block in self.tables[parent]:
+            self._share(child, block, "fork")
+
+    def free(self, seq_id: int) -> None:
+        """Gives up the whole table, tail before head: the blocks most worth keeping are freed, so evicted, last."""
+        if seq_id not in self.tables:
+            raise BlockError(f"sequence {seq_id} has no block table; was it freed twice?")
+        blocks = self.tables.pop(seq_id)[::-1]
+        del self._prefixes[seq_id]
+        for block in blocks:
+            self.pool.free(block)
+        self._events.emit(Freed, seq_id, blocks)
+
+    def check(self) -> None:
+        """Reference counts equal occurrences in tables. Raises `InvariantViolation`."""
+        self.pool.check()
+        named = Counter(block for table in self.tables.values() for block in table)
+        for block, count in enumerate(self.pool.ref_counts):
+            if named[block] != count:
+                raise InvariantViolation(f"block {block} is in {named[block]} tables but has {count} references")
+
+    def _share(self, seq_id: int, block: int, reason: str) -> None:
+        self.pool.share(block)
+        table = self.tables[seq_id]
+        self._events.emit(Shared, seq_id, len(table), block, reason)
+        table.append(block)

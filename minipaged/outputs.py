@@ -1,0 +1,64 @@
+"""What callers get back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minipaged.request import Request
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One generated sequence, as of the step that returned it.
+
+    ``logprobs[i]`` maps token ids to log-probabilities at output position i (``None`` unless asked for); the sampled
+    token is always among them. ``cumulative_logprob`` is the sum over the sampled ones. ``finish_reason`` is
+    ``"stop"``, ``"length"``, ``"abort"``, or ``None`` while it runs.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, float]] | None
+    cumulative_logprob: float | None
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A request and its sequences so far; ``finished`` once all of them have ended."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+
+    @classmethod
+    def of(cls, request: Request) -> RequestOutput:
+        asked = request.params.logprobs is not None
+        outputs = [
+            CompletionOutput(
+                index=index,
+                text=seq.text.text if seq.text is not None else "",
+                token_ids=seq.output_tokens,
+                logprobs=list(seq.logprobs) if asked else None,
+                cumulative_logprob=seq.cumulative_logprob if asked else None,
+                finish_reason=seq.finish_reason,
+            )
+            for index, seq in enumerate(request.seqs)
+        ]
+        first = request.seqs[0]
+        return cls(
+            request.request_id, request.prompt, first.tokens[: first.num_prompt], outputs, not request.live
+        )
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to sequence ``index``: new text (may be empty), new tokens, and the end, if it was that."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
