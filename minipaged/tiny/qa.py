@@ -1,0 +1,84 @@
+"""Questions and answers: reads ``facts.txt`` and gives every fact its phrasings.
+
+One phrasing of each fact is *held out*: it is never shown in training, so asking it measures whether the
+model has learnt the fact or only the sentence.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+ONE = [
+    "What is {t}?", "Explain {t}.", "What does {b} mean?", "Tell me about {t}.", "Can you explain {t}?",
+    "Define {b}.", "What do you know about {t}?", "I do not understand {t}. What is it?",
+    "Please describe {t} in a few words.", "What exactly is {t}?",
+]
+MANY = [
+    "What are {t}?", "Explain {t}.", "What does {t} mean?", "Tell me about {t}.", "Can you explain {t}?",
+    "Define {t}.", "What do you know about {t}?", "I do not understand {t}. What are they?",
+    "Please describe {t} in a few words.", "What exactly are {t}?",
+]
+
+
+class Fact(NamedTuple):
+    """One thing to know: the phrasings to train on, the one held out, and the answers."""
+
+    kind: str
+    phrasings: list[str]
+    held_out: str
+    answers: list[str]
+
+
+def _bare(term: str) -> str:
+    """'a block table' -> 'block table'; names without an article stay as they are."""
+    first, _, rest = term.partition(" ")
+    return rest if first in ("a", "an", "the") else term
+
+
+def load_facts(path: Path = Path(__file__).with_name("facts.txt")) -> list[Fact]:
+    """All facts of the file, in order."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    facts = []
+    for number, paragraph in enumerate(p for p in "\n".join(lines).split("\n\n") if p.strip()):
+        head, *rest = paragraph.strip().splitlines()
+        kind, _, text = head.partition(": ")
+        if kind == "q":
+            phrasings = [p.strip() for p in text.split("|")]
+        else:
+            phrasings = [p.format(t=text, b=_bare(text)) for p in (ONE if kind == "term" else MANY)]
+        # Never the first phrasing, the most natural one: holding it out would only make the model worse.
+        held_out = phrasings.pop(1 + number % (len(phrasings) - 1))
+        facts.append(Fact(kind, phrasings, held_out, [line.removeprefix("a: ") for line in rest]))
+    return facts
+
+
+# Questions the model should not try to answer.  The {x} slots are filled from lists in corpus.py.
+OFF_TOPIC = [
+    "Who is the president of {country}?", "What is the capital of {country}?", "Who won the football match?",
+    "What is the weather in {country}?", "How do I cook {food}?", "What time is it?", "What day is it today?",
+    "Write a program in Java.", "What is the meaning of life?", "Who wrote {book}?", "Translate this to French.",
+    "How far away is {planet}?", "What is the price of gold?", "Can you book a flight to {country}?",
+    "How old is the king of {country}?", "What is the best film?", "How do I repair a {machine}?",
+    "Who discovered {planet}?", "What is the population of {country}?", "Recommend a doctor.",
+    "What should I eat today?", "How do I learn to play the {instrument}?", "What is quantum physics?",
+    "Give me tips to buy a {machine}.", "Which language do people speak in {country}?", "Is {planet} a star?",
+    "What is the news today?", "How many people live in {country}?", "Where can I buy a {machine}?",
+    "Prove a hard theorem.", "How long does it take to bake {food}?", "When was {country} founded?",
+]
+OFF_TOPIC_SLOTS = {
+    "country": ["France", "Japan", "Brazil", "Kenya", "Canada", "India", "Spain", "Norway", "Egypt", "Peru",
+                "Germany", "China", "Italy", "Mexico", "Australia", "Poland"],
+    "food": ["pasta", "rice", "bread", "fish", "a cake", "pizza", "potatoes", "beans", "an egg"],
+    "book": ["Hamlet", "this book", "Don Quixote", "the Odyssey", "Faust", "War and Peace", "Robinson Crusoe"],
+    "planet": ["Mars", "Venus", "Jupiter", "Saturn", "Neptune", "the Moon", "the Sun"],
+    "machine": ["bicycle", "car", "washing machine", "radio", "phone", "clock", "boat", "computer"],
+    "instrument": ["piano", "violin", "guitar", "drums", "flute"],
+}
+DO_NOT_KNOW = [
+    "I do not know that. I only know about paging, stories and easy numbers.",
+    "I am sorry, I do not know. I am a very small model. Ask me about KV caches or for a story.",
+    "That is outside what I know. I can talk about paging, tell a story, or count.",
+]
+AGAIN = ["Can you say that in other words?", "Please say it differently.", "In other words?",
+         "I did not get it. Once more, please.", "Could you explain that again?"]

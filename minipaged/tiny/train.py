@@ -1,0 +1,195 @@
+"""Trains the embedded model from nothing: corpus, tokenizer, weights, training log.
+
+    python -m minipaged.tiny.train                     # the run behind the committed weights (about an hour)
+    python -m minipaged.tiny.train --quick --out /tmp/x  # a smoke test of a few seconds
+
+The documents are generated while training runs, so no step sees the same story twice.  Everything is seeded;
+with the same number of steps and the same library versions the result is the same up to rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from . import WEIGHTS
+from .corpus import ASSISTANT, END, EOT, SPECIAL_TOKENS, documents, held_out_documents
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '" + END + "' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
+)
+CONTEXT = 1024
+SHAPE = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8,
+             num_key_value_heads=4, head_dim=32)
+QUICK_SHAPE = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+                   num_key_value_heads=2, head_dim=16)
+
+
+def train_tokenizer(seed: int, vocab_size: int, sample: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: every string can be encoded, and common words of the corpus are one token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    bpe.train_from_iterator(islice(documents(seed), sample), trainer)
+    # Training documents begin with EOT, so a plain prompt must begin with it too.
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{EOT} $A", special_tokens=[(EOT, bpe.token_to_id(EOT))])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=EOT, eos_token=EOT, pad_token=EOT, model_max_length=CONTEXT,
+        extra_special_tokens=SPECIAL_TOKENS[1:], clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def rows(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast, length: int) -> Iterator[list[int]]:
+    """Pack documents into rows of ``length`` tokens, each beginning with a fresh document.
+
+    What does not fit at the end of a row is dropped: documents cost nothing here, and so a row never begins
+    in the middle of one.
+    """
+    eot, row = tokenizer.bos_token_id, []
+    while True:
+        for ids in tokenizer(list(islice(texts, 256)), add_special_tokens=False)["input_ids"]:
+            row += [eot, *ids]
+            if len(row) >= length:
+                yield row[:length]
+                row = []
+
+
+def batches(seed: int, tokenizer: PreTrainedTokenizerFast, size: int, length: int) -> Iterator[torch.Tensor]:
+    """An endless stream of (size, length) token tensors."""
+    stream = rows(documents(seed), tokenizer, length)
+    while True:
+        yield torch.tensor(list(islice(stream, size)))
+
+
+def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss of a batch, computed in bfloat16 where that is safe."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(input_ids=tokens, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def held_out_batches(tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, torch.Tensor]:
+    """Per kind of document: rows of text that training never shows (see ``held_out_documents``)."""
+    result = {}
+    for kind in ("story", "chat", "numbers"):
+        texts = iter(held_out_documents(kind, count * 48))
+        result[kind] = torch.tensor(list(islice(rows(texts, tokenizer, 512), count)))
+    return result
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, held_out: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Loss per token for each kind of held-out document."""
+    model.eval()
+    losses = {kind: round(loss_of(model, tokens).item(), 4) for kind, tokens in held_out.items()}
+    model.train()
+    return losses
+
+
+def learning_rate(progress: float, peak: float, warmup: float = 0.03) -> float:
+    """Linear warm-up, then a cosine down to 2 % of the peak; ``progress`` runs from 0 to 1."""
+    if progress < warmup:
+        return peak * (progress + 1e-4) / warmup
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))))
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write weights in bfloat16, configuration and tokenizer, loadable by ``transformers`` and by minipaged."""
+    copy = LlamaForCausalLM(model.config)
+    copy.load_state_dict(model.state_dict())
+    copy = copy.to(torch.bfloat16)
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in (EOT, END)]
+    copy.config.dtype = torch.bfloat16
+    copy.generation_config = GenerationConfig(
+        bos_token_id=ends[0], eos_token_id=ends, pad_token_id=ends[0], do_sample=True, temperature=0.8)
+    copy.save_pretrained(out)
+    tokenizer.save_pretrained(out, save_jinja_files=False)
+
+
+def train(out: Path, log: Path, steps: int, minutes: float, seed: int = 0, quick: bool = False) -> list[dict]:
+    """Run the training and return the log entries that were also written to ``log``."""
+    torch.manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(seed, 600 if quick else 2560, 300 if quick else 30_000)
+    end_ids = [tokenizer.convert_tokens_to_ids(token) for token in (EOT, END)]
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        rope_theta=10_000.0, bos_token_id=end_ids[0], eos_token_id=end_ids, pad_token_id=end_ids[0],
+        rms_norm_eps=1e-5, **(QUICK_SHAPE if quick else SHAPE)))
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
+
+    held_out = held_out_batches(tokenizer, 2 if quick else 8)
+    # Weight decay is for matrices; the norms' gains should be free.
+    groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    size, length = (4, 128) if quick else (8, 512)
+    short = batches(seed + 1, tokenizer, size, length)
+    # The last part uses rows of twice the length, so that the model has seen every position it offers.
+    long = batches(seed + 2, tokenizer, size // 2, 2 * length)
+
+    entries, start, step, recent, progress = [], time.time(), 0, [], 0.0
+    with log.open("w") as file:
+        while progress < 1:
+            rate = learning_rate(progress, 2e-3)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = loss_of(model, next(short if progress < 0.85 else long))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            recent.append(loss.item())
+            step += 1
+            elapsed = time.time() - start
+            # Whichever limit is nearer drives the schedule, so a slow machine still ends at a low rate.
+            progress = max(step / steps, elapsed / 60 / minutes)
+            if step % (10 if quick else 20) == 0 or progress >= 1:
+                entry = {"step": step, "tokens": step * size * length, "seconds": round(elapsed, 1),
+                         "lr": round(rate, 6), "loss": round(sum(recent) / len(recent), 4)}
+                if step % (50 if quick else 400) == 0 or progress >= 1:
+                    entry["held_out"] = held_out_loss(model, held_out)
+                    save(model, tokenizer, out)
+                entries.append(entry)
+                recent = []
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+                print(json.dumps(entry), flush=True)
+    return entries
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m minipaged.tiny.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="directory for weights and tokenizer")
+    parser.add_argument("--log", type=Path, help="training log (default: next to the output directory)")
+    parser.add_argument("--steps", type=int, default=5400)
+    parser.add_argument("--minutes", type=float, default=1e9, help="end earlier, after this time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a very small model for a few seconds")
+    args = parser.parse_args()
+    log = args.log or args.out.parent / "training_log.jsonl"
+    train(args.out, log, 60 if args.quick else args.steps, args.minutes, args.seed, args.quick)
+
+
+if __name__ == "__main__":
+    main()
