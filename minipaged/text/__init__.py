@@ -1,0 +1,6 @@
+"""Tokenizer glue: incremental detokenizer, stop strings, chat templates."""
+
+from minipaged.text.chat import render_chat
+from minipaged.text.stream import TextStream
+
+__all__ = ["TextStream", "render_chat"]

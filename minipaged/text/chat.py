@@ -1,0 +1,47 @@
+"""From a list of chat messages to the prompt tokens that the model was trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minipaged.errors import InvalidRequest
+
+ROLES = ("system", "user", "assistant")
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Prompt tokens for the assistant's next turn, laid out by the model's own chat template.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        messages: ``[{"role": "system" | "user" | "assistant", "content": "…"}, …]``, oldest first.
+
+    Raises:
+        InvalidRequest: for messages of another shape, or that the template refuses; also when the model has no
+            chat template, that is, was not trained to chat.
+    """
+    _validate(messages)
+    if not getattr(tokenizer, "chat_template", None):
+        raise InvalidRequest("this model has no chat template; give it a plain prompt, or load a chat model")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates are programs of their own and raise what they like
+        raise InvalidRequest(f"the model's chat template refused these messages: {error}") from error
+    # The template has written all special tokens already; the tokenizer must not add a second first one.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _validate(messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest(f"messages must be a list with at least one message, not {messages!r}")
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        if not isinstance(message, dict):
+            raise InvalidRequest(f"{where} must be a dict with 'role' and 'content', not {message!r}")
+        if unknown := sorted(set(message) - {"role", "content"}, key=str):
+            raise InvalidRequest(f"{where} has unknown keys: {', '.join(map(str, unknown))}")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise InvalidRequest(f"{where}: role must be one of {', '.join(ROLES)}, not {role!r}")
+        if not isinstance(content, str):
+            raise InvalidRequest(f"{where}: content must be a string, not {content!r}")
