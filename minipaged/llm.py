@@ -81,8 +81,9 @@ class LLM:
 
         Closing the iterator early aborts the request and frees its blocks.
         """
-        request_id = self._submit(prompt, params or SamplingParams())
-        return self._deltas(request_id)
+        deltas = self._deltas(self._submit(prompt, params or SamplingParams()))
+        next(deltas)  # enters its try block: a generator that never ran would not clean up when dropped
+        return deltas
 
     def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> Iterator[Delta]:
         """`stream` for a conversation."""
@@ -148,6 +149,7 @@ class LLM:
         seen: dict[int, tuple[int, int]] = {}  # index -> characters and tokens passed on
         ended: set[int] = set()
         try:
+            yield Delta(0, "", [], None)  # swallowed by `stream`
             while True:
                 while not inbox:
                     self._step()

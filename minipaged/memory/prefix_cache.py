@@ -50,7 +50,7 @@ class PrefixCache:
 
     def __init__(self, events: EventLog, policy: EvictionPolicy | None = None) -> None:
         self._events = events
-        self._policy = policy or LRU()
+        self._policy = LRU() if policy is None else policy
         self._names = count(EMPTY_PREFIX + 1)  # never reused: a stale parent can match nothing
         self._index: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # (parent, tokens) -> (name, block)
         self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}  # block -> its key in the index

@@ -50,7 +50,7 @@ class BlockTables:
         policy: EvictionPolicy | None = None,
     ) -> None:
         self.block_size = block_size
-        self._events = events or EventLog()
+        self._events = EventLog() if events is None else events
         self._cache = PrefixCache(self._events, policy) if enable_prefix_caching else None
         self.pool = BlockPool(num_blocks, self._cache)
         self.tables: dict[int, list[int]] = {}

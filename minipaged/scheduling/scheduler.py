@@ -37,7 +37,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
-        self.events = events or EventLog()
+        self.events = EventLog() if events is None else events
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.step = 0

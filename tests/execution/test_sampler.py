@@ -1,0 +1,113 @@
+"""Filters against transformers' own logits processors, distributions by chi-square, and the exact edges."""
+
+from random import Random
+
+import pytest
+import torch
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from minipaged.config import SamplingParams
+from minipaged.execution.sampler import sample
+from minipaged.request import Request, Sequence
+from minipaged.scheduling.plan import Chunk, StepPlan
+
+VOCAB = 40
+
+
+def plan_for(all_params, seeds=None):
+    """A plan in which each of these parameters samples from a row of its own."""
+    plan = StepPlan(0)
+    for i, params in enumerate(all_params):
+        seq = Sequence(i, [1], 1, Random(seeds[i] if seeds else i))
+        request = Request(str(i), params, [seq])
+        plan.chunks.append(Chunk(request, seq, 0, 1, [seq], [0]))
+    return plan
+
+
+def draws(logits, params, count):
+    """Token counts of ``count`` draws from one distribution."""
+    plan = plan_for([params] * count)
+    tokens = [s.token_id for s in sample(logits.expand(count, -1), plan)]
+    return torch.bincount(torch.tensor(tokens), minlength=logits.numel())
+
+
+def logits_of(seed):
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+FILTERS = [
+    ({"top_k": 5}, [TopKLogitsWarper(5)]),
+    ({"top_p": 0.7}, [TopPLogitsWarper(0.7)]),
+    ({"min_p": 0.1}, [MinPLogitsWarper(0.1)]),
+    ({"temperature": 1.7}, [TemperatureLogitsWarper(1.7)]),
+    (
+        {"temperature": 0.6, "top_k": 12, "top_p": 0.9, "min_p": 0.02},
+        [TemperatureLogitsWarper(0.6), TopKLogitsWarper(12), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02)],
+    ),
+]
+
+
+@pytest.mark.parametrize("settings, warpers", FILTERS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_draws_follow_the_distribution_that_transformers_filters(settings, warpers, seed):
+    logits = logits_of(seed)
+    expected = logits[None].clone()
+    for warper in warpers:
+        expected = warper(None, expected)
+    probs = expected.softmax(-1)[0].double()
+    count = 20_000
+    seen = draws(logits, SamplingParams(**settings), count).double()
+    assert seen[probs == 0].sum() == 0, "a filtered token was drawn"
+    alive = probs * count >= 5  # the test's approximation needs a few expected draws in each cell
+    chi2 = ((seen - probs * count)[alive] ** 2 / (probs * count)[alive]).sum().item()
+    freedom = int(alive.sum()) - 1
+    assert chi2 < freedom + 4 * (2 * freedom) ** 0.5 + 4, f"chi-square {chi2:.1f} at {freedom} degrees of freedom"
+
+
+def test_temperature_zero_is_greedy_whatever_else_is_set():
+    logits = torch.stack([logits_of(i) for i in range(8)])
+    params = [SamplingParams(temperature=0, top_k=3, top_p=0.1, min_p=0.5, seed=i) for i in range(8)]
+    assert [s.token_id for s in sample(logits, plan_for(params))] == logits.argmax(-1).tolist()
+
+
+def test_settings_that_filter_nothing_leave_every_token_reachable():
+    logits = torch.zeros(VOCAB)
+    for settings in ({}, {"top_k": VOCAB}, {"top_p": 1.0}, {"min_p": 0.0}):
+        assert (draws(logits, SamplingParams(**settings), 4000) > 0).all(), settings
+
+
+def test_top_k_one_and_a_tiny_top_p_are_greedy():
+    logits = logits_of(3)
+    for settings in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert draws(logits, SamplingParams(**settings), 50)[logits.argmax()] == 50
+
+
+def test_a_draw_does_not_depend_on_its_neighbours():
+    logits = torch.stack([logits_of(i) for i in range(6)])
+    mixed = [
+        SamplingParams(),
+        SamplingParams(temperature=0),
+        SamplingParams(top_k=3),
+        SamplingParams(top_p=0.5),
+        SamplingParams(temperature=2.0),
+        SamplingParams(min_p=0.2),
+    ]
+    together = [s.token_id for s in sample(logits, plan_for(mixed, range(6)))]
+    alone = [sample(logits[i : i + 1], plan_for([p], [i]))[0].token_id for i, p in enumerate(mixed)]
+    assert together == alone
+
+
+def test_logprobs_are_the_models_own_before_any_filter():
+    logits = torch.stack([logits_of(0), logits_of(1)])
+    params = [SamplingParams(logprobs=3, temperature=0.1, top_k=1), SamplingParams()]
+    first, second = sample(logits, plan_for(params))
+    truth = logits[0].log_softmax(-1)
+    assert second.logprobs is None
+    assert first.logprobs.keys() == set(truth.topk(3).indices.tolist()) | {first.token_id}
+    for token, logprob in first.logprobs.items():
+        assert logprob == pytest.approx(truth[token].item(), abs=1e-5)
+
+
+def test_zero_logprobs_report_only_the_sampled_token():
+    (only,) = sample(logits_of(0)[None], plan_for([SamplingParams(logprobs=0)]))
+    assert only.logprobs.keys() == {only.token_id}

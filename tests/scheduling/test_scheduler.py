@@ -1,0 +1,189 @@
+"""Who runs next, one rule at a time. The fuzz covers their combinations."""
+
+import pytest
+
+from minipaged.config import SamplingParams
+from minipaged.events import Preempted
+from minipaged.scheduling.plan import StepPlan
+from tests.fake import fake_engine, unbatched
+
+LONG = SamplingParams(max_tokens=60, ignore_eos=True)
+
+
+def counts(plan):
+    return {chunk.request.request_id: chunk.num_tokens for chunk in plan.chunks}
+
+
+def plans(engine):
+    """Records every plan that the engine executes."""
+    seen, execute = [], engine.runner.execute
+
+    def recording(plan):
+        seen.append(plan)
+        return execute(plan)
+
+    engine.runner.execute = recording
+    return seen
+
+
+def run(engine):
+    done = {}
+    while engine.has_unfinished():
+        for output in engine.step():
+            if output.finished:
+                done[output.request_id] = output
+        engine.check()
+    return done
+
+
+def test_running_sequences_get_their_token_in_every_step_while_prompts_keep_arriving():
+    engine = fake_engine(num_blocks=200, max_num_seqs=8, max_num_batched_tokens=10)
+    seen = plans(engine)
+    engine.add_request("first", [1, 2, 3], LONG)
+    engine.step()
+    for i in range(30):
+        engine.add_request(f"later-{i}", [3] * 40, SamplingParams(max_tokens=1))
+        engine.step()
+    assert all(counts(plan).get("first") == 1 for plan in seen[1:])
+    assert all(plan.num_tokens <= 10 for plan in seen)
+    assert any(count > 1 for plan in seen[1:] for count in counts(plan).values())  # prompts did get the rest
+
+
+def test_decodes_come_first_in_the_plan():
+    engine = fake_engine(num_blocks=200, max_num_batched_tokens=10)
+    seen = plans(engine)
+    engine.add_request("short", [1], LONG)
+    engine.step()
+    engine.add_request("long", [5] * 30, LONG)
+    for _ in range(4):
+        engine.step()
+    mixed = [plan for plan in seen if {1, 9} <= set(counts(plan).values())]
+    assert mixed and all(plan.chunks[0].num_tokens == 1 for plan in mixed)
+
+
+def test_requests_are_admitted_in_order_of_arrival_even_if_a_later_one_would_fit():
+    engine = fake_engine(num_blocks=10, block_size=4, enable_prefix_caching=False)
+    engine.add_request("a", [1] * 24, LONG)
+    engine.add_request("b", [2] * 24, LONG)
+    engine.add_request("c", [3], LONG)
+    engine.step()
+    assert [r.request_id for r in engine.scheduler.running] == ["a"]
+    assert [r.request_id for r in engine.scheduler.waiting] == ["b", "c"]
+
+
+def test_never_more_sequences_than_max_num_seqs():
+    engine = fake_engine(num_blocks=100, max_num_seqs=3)
+    for i in range(4):
+        engine.add_request(f"r{i}", [i + 1], SamplingParams(n=2, max_tokens=5))
+    engine.step()
+    assert len(engine.scheduler.running) == 1  # a second pair would make four
+    run(engine)
+
+
+def test_the_latest_arrival_is_preempted_and_its_tokens_do_not_change():
+    engine = fake_engine(num_blocks=12, block_size=4, enable_prefix_caching=False)
+    preempted = []
+    engine.events.subscribe(lambda e: preempted.append(e.request_id) if isinstance(e, Preempted) else None)
+    params = SamplingParams(max_tokens=25, ignore_eos=True)
+    for name in "ab":
+        engine.add_request(name, [ord(name) % 50] * 5, params)
+    done = run(engine)
+    assert preempted and set(preempted) == {"b"}
+    for name in "ab":
+        assert done[name].outputs[0].token_ids == unbatched([ord(name) % 50] * 5, params, 0, 200)
+
+
+def test_a_preempted_request_leaves_the_plan_and_its_tokens_are_not_counted():
+    engine = fake_engine(num_blocks=6, block_size=4, enable_prefix_caching=False)
+    engine.add_request("a", [1] * 8, LONG)
+    engine.add_request("b", [2] * 8, LONG)
+    seen = plans(engine)
+    while not (seen and seen[-1].preempted):
+        engine.step()
+    plan = seen[-1]
+    assert [r.request_id for r in plan.preempted] == ["b"] and counts(plan) == {"a": 1} and plan.num_tokens == 1
+    assert engine.scheduler.waiting[0].request_id == "b"
+
+
+def test_nobody_is_admitted_in_a_step_that_preempts():
+    engine = fake_engine(num_blocks=6, block_size=4, enable_prefix_caching=False)
+    seen = plans(engine)
+    engine.add_request("a", [1] * 8, LONG)
+    engine.add_request("b", [2] * 8, LONG)
+    engine.step()
+    engine.add_request("c", [3], LONG)
+    run(engine)
+    preempting = [plan for plan in seen if plan.preempted]
+    assert preempting and all(chunk.start > 0 for plan in preempting for chunk in plan.chunks)
+
+
+def test_a_preempted_group_comes_back_with_all_its_branches_sharing_what_still_agrees():
+    engine = fake_engine(num_blocks=14, block_size=4, max_num_seqs=4, enable_prefix_caching=False)
+    params = SamplingParams(n=3, max_tokens=12, ignore_eos=True)
+    engine.add_request("a", [1] * 9, params)
+    engine.add_request("b", [2] * 9, SamplingParams(max_tokens=20, ignore_eos=True))
+    for _ in range(4):
+        engine.step()
+    request, later = engine.scheduler.running
+    for victim in (later, request):
+        engine.scheduler._preempt(victim, StepPlan(0))
+    assert not engine.memory.tables
+    done = {}
+    shared_again = False
+    while engine.has_unfinished():
+        for output in engine.step():
+            done[output.request_id] = output
+        tables = [engine.memory.tables.get(seq.seq_id, []) for seq in request.seqs]
+        shared_again |= all(table[:2] == tables[0][:2] and len(table) > 2 for table in tables)
+        engine.check()
+    assert shared_again
+    for out in done["a"].outputs:
+        assert out.token_ids == unbatched([1] * 9, params, out.index, 200)
+
+
+def test_a_lone_sequence_that_outgrows_the_pool_ends_with_length():
+    engine = fake_engine(num_blocks=3, block_size=4)
+    engine.add_request("a", [1] * 5, LONG)
+    (out,) = run(engine)["a"].outputs
+    assert out.finish_reason == "length" and 5 + len(out.token_ids) == 13  # 12 slots, and one token without KV
+    assert engine.memory.pool.num_free == 3
+
+
+def test_of_branches_that_outgrow_the_pool_the_last_gives_way_to_the_others():
+    engine = fake_engine(num_blocks=4, block_size=4)
+    params = SamplingParams(n=2, max_tokens=10, ignore_eos=True)
+    engine.add_request("a", [1] * 4, params)
+    first, second = run(engine)["a"].outputs
+    assert len(second.token_ids) < len(first.token_ids) == 10
+    assert first.finish_reason == second.finish_reason == "length"
+
+
+def test_a_long_prompt_is_computed_in_chunks_under_the_budget():
+    engine = fake_engine(num_blocks=50, max_num_batched_tokens=16, max_num_seqs=4)
+    seen = plans(engine)
+    engine.add_request("a", list(range(40)), SamplingParams(max_tokens=1))
+    run(engine)
+    assert [plan.num_tokens for plan in seen] == [16, 16, 8]
+    assert [len(plan.samples) for plan in seen] == [0, 0, 1]
+
+
+def test_a_second_identical_prompt_computes_only_what_is_not_cached():
+    engine = fake_engine(num_blocks=50, block_size=4)
+    seen = plans(engine)
+    prompt = list(range(16))
+    engine.add_request("a", prompt, SamplingParams(max_tokens=1))
+    run(engine)
+    engine.add_request("b", prompt, SamplingParams(max_tokens=1))
+    done = run(engine)
+    assert [plan.num_tokens for plan in seen] == [16, 4]  # a full hit recomputes its last block
+    assert done["b"].outputs[0].token_ids == unbatched(prompt, SamplingParams(max_tokens=1), 0, 200)
+
+
+@pytest.mark.parametrize("branches", [2, 3])
+def test_n_samples_compute_the_prompt_once(branches):
+    engine = fake_engine(num_blocks=50, block_size=4, enable_prefix_caching=False)
+    seen = plans(engine)
+    engine.add_request("a", [1] * 10, SamplingParams(n=branches, max_tokens=3, ignore_eos=True))
+    run(engine)
+    assert [plan.num_tokens for plan in seen] == [10, branches, branches]
+    assert [len(plan.copies) for plan in seen] == [0, branches - 1, 0]  # the last owner writes in place

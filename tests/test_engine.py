@@ -1,0 +1,185 @@
+"""The engine as a caller meets it, on the fake model: bad input, aborts, and steps that fail."""
+
+import math
+
+import pytest
+
+from minipaged.config import EngineConfig, SamplingParams
+from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
+from minipaged.events import EngineError
+from tests.fake import EOS, VOCAB, fake_engine, unbatched
+
+PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
+
+
+def run(engine):
+    done = {}
+    while engine.has_unfinished():
+        for output in engine.step():
+            done[output.request_id] = output
+        engine.check()
+    return done
+
+
+BAD_REQUESTS = [
+    ({"prompt_token_ids": []}, "prompt is empty"),
+    ({"prompt_token_ids": [VOCAB]}, "token id 50"),
+    ({"prompt_token_ids": [-1]}, "token id -1"),
+    ({"prompt_token_ids": [1.5]}, "token id 1.5"),
+    ({"prompt_token_ids": ["a"]}, "token id 'a'"),
+    ({"prompt_token_ids": [True]}, "token id True"),
+    ({"prompt_token_ids": [1] * 200}, "200 at most"),
+    ({"prompt_token_ids": [1] * 128}, "raise num_blocks"),  # 32 blocks of 4: no slot for a next token
+    ({"params": SamplingParams(n=9)}, "max_num_seqs = 8"),
+    ({"params": SamplingParams(stop="x")}, "need a tokenizer"),
+    ({"params": {"n": 1}}, "must be a SamplingParams"),
+    ({"request_id": ""}, "request_id"),
+    ({"request_id": "good"}, "running already"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_REQUESTS)
+def test_a_bad_request_is_refused_at_the_door_and_the_others_go_on(change, message):
+    engine = fake_engine()
+    engine.add_request("good", [1, 2, 3], PARAMS)
+    engine.step()
+    request = {"request_id": "bad", "prompt_token_ids": [1], "params": PARAMS} | change
+    with pytest.raises(InvalidRequest, match=message):
+        engine.add_request(**request)
+    done = run(engine)
+    assert done["good"].outputs[0].token_ids == unbatched([1, 2, 3], PARAMS, 0, 200)
+    assert "bad" not in done
+
+
+BAD_SAMPLING = [
+    {"n": 0}, {"n": 1.5}, {"n": True},
+    {"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": "hot"},
+    {"top_k": -1}, {"top_k": 2.5}, {"top_p": 0}, {"top_p": 1.1}, {"top_p": math.nan}, {"min_p": -0.1}, {"min_p": 2},
+    {"max_tokens": 0}, {"max_tokens": 1.0}, {"stop": ""}, {"stop": ["a", ""]}, {"stop": [1]}, {"stop_token_ids": [-1]},
+    {"ignore_eos": 1}, {"logprobs": -1}, {"logprobs": 21}, {"seed": -1}, {"seed": "x"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", BAD_SAMPLING, ids=str)
+def test_sampling_values_that_make_no_sense_are_refused_by_name(settings):
+    (name,) = settings
+    with pytest.raises(InvalidRequest, match=name):
+        SamplingParams(**settings)
+
+
+BAD_CONFIG = [
+    {"model": ""}, {"device": "tpu"}, {"dtype": "int4"}, {"block_size": 0}, {"block_size": 1.5}, {"num_blocks": 0},
+    {"max_num_seqs": 0}, {"max_num_batched_tokens": 63}, {"max_model_len": 1}, {"seed": -1},
+    {"enable_prefix_caching": "yes"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", BAD_CONFIG, ids=str)
+def test_settings_that_make_no_sense_are_refused_by_name(settings):
+    (name,) = settings
+    with pytest.raises(InvalidConfig, match=name):
+        EngineConfig(**settings)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 5])
+def test_an_abort_in_any_state_gives_every_block_back_and_twice_is_fine(steps):
+    engine = fake_engine(max_num_batched_tokens=8)
+    engine.add_request("a", [1] * 20, SamplingParams(n=3, max_tokens=30, ignore_eos=True))
+    for _ in range(steps):  # waiting, mid-prompt, mid-prompt, running as three
+        engine.step()
+    output = engine.abort("a")
+    assert output.finished and {out.finish_reason for out in output.outputs} == {"abort"}
+    engine.check()
+    assert engine.memory.pool.num_free == engine.num_blocks and not engine.has_unfinished()
+    assert engine.abort("a") is None
+    assert engine.abort("never seen") is None
+
+
+def test_the_id_of_a_finished_request_can_be_used_again():
+    engine = fake_engine()
+    for _ in range(2):
+        engine.add_request("a", [1], PARAMS)
+        assert run(engine)["a"].finished
+
+
+def test_a_request_ends_at_its_end_of_text_token():
+    engine = fake_engine(num_blocks=200, max_model_len=400)
+    params = SamplingParams(max_tokens=None)
+    engine.add_request("a", [1, 2], params)
+    (out,) = run(engine)["a"].outputs
+    assert out.finish_reason == "stop" and out.token_ids[-1] == EOS
+    assert out.token_ids == unbatched([1, 2], params, 0, 400)
+
+
+def test_stop_token_ids_end_a_request():
+    truth = unbatched([1, 2], PARAMS, 0, 200)
+    engine = fake_engine()
+    engine.add_request("a", [1, 2], SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=[truth[4]]))
+    (out,) = run(engine)["a"].outputs
+    assert out.finish_reason == "stop" and out.token_ids == truth[: truth.index(truth[4]) + 1]
+
+
+def test_max_model_len_ends_a_request_with_length():
+    engine = fake_engine(max_model_len=10)
+    engine.add_request("a", [1] * 8, SamplingParams(max_tokens=None, ignore_eos=True))
+    (out,) = run(engine)["a"].outputs
+    assert out.finish_reason == "length" and len(out.token_ids) == 2
+
+
+@pytest.mark.parametrize("where", ["runner", "sampler"])
+def test_a_failing_step_is_reported_and_the_engine_goes_on(where):
+    engine = fake_engine(max_num_seqs=2)
+    errors = []
+    engine.events.subscribe(lambda e: errors.append(e.message) if isinstance(e, EngineError) else None)
+    engine.add_request("a", [1] * 9, PARAMS)
+    engine.add_request("b", [1] * 9, PARAMS)
+    engine.add_request("c", [2] * 9, PARAMS)  # waits: it was not part of the failing step
+    engine.step()
+    healthy = engine.runner.execute, engine.sampler
+
+    def broken(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    if where == "runner":
+        engine.runner.execute = broken
+    else:
+        engine.sampler = broken
+    with pytest.raises(StepFailed, match=r"CUDA out of memory; aborted: a, b") as caught:
+        engine.step()
+    engine.check()
+    assert [out.request_id for out in caught.value.outputs] == ["a", "b"]
+    assert all(out.finished for out in caught.value.outputs)
+    assert len(errors) == 1 and "CUDA out of memory" in errors[0]
+    engine.runner.execute, engine.sampler = healthy
+    engine.add_request("a", [1] * 9, PARAMS)
+    done = run(engine)
+    for name, token in (("a", 1), ("c", 2)):
+        assert done[name].outputs[0].token_ids == unbatched([token] * 9, PARAMS, 0, 200)
+    assert engine.memory.pool.num_free == engine.num_blocks
+
+
+def test_ctrl_c_inside_a_step_frees_its_requests():
+    engine = fake_engine()
+    engine.add_request("a", [1] * 9, PARAMS)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    engine.runner.execute = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    engine.check()
+    assert not engine.has_unfinished() and engine.memory.pool.num_free == engine.num_blocks
+
+
+def test_two_engines_with_different_block_sizes_do_not_affect_one_another():
+    engines = [fake_engine(block_size=size) for size in (3, 8)]
+    for engine in engines:
+        engine.add_request("a", [1, 2, 3, 4], PARAMS)
+    outs = [None, None]
+    while any(engine.has_unfinished() for engine in engines):
+        for i, engine in enumerate(engines):
+            for output in engine.step():
+                outs[i] = output.outputs[0].token_ids
+            engine.check()
+    assert outs[0] == outs[1] == unbatched([1, 2, 3, 4], PARAMS, 0, 200)

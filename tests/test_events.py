@@ -1,0 +1,101 @@
+"""Events, recordings and the reducer. That replay equals the engine's tables step by step is part of the fuzz."""
+
+import json
+
+import pytest
+
+from minipaged.config import SamplingParams
+from minipaged.events import EVENT_TYPES, Recorder, State, event_from_dict, load_recording, replay
+from tests.fake import fake_engine
+
+
+def busy_engine():
+    """Forks, copies, shares, evicts and preempts within a few dozen steps."""
+    return fake_engine(num_blocks=14, block_size=4, max_num_seqs=6)
+
+
+def add_requests(engine):
+    for i in range(5):
+        engine.add_request(f"r{i}", [1] * 9 + [i], SamplingParams(n=1 + i % 3, max_tokens=12, ignore_eos=True))
+
+
+def record(path=None):
+    engine, recorder = busy_engine(), Recorder(path)
+    recorder(engine.started_event())
+    engine.events.subscribe(recorder)
+    add_requests(engine)
+    while engine.has_unfinished():
+        engine.step()
+    recorder.close()
+    return recorder.events
+
+
+def test_a_recording_reads_back_as_it_was(tmp_path):
+    events = record(tmp_path / "run.jsonl")
+    assert load_recording(tmp_path / "run.jsonl") == events
+    kinds = {event.type for event in events}
+    assert kinds >= set(EVENT_TYPES) - {"engine_error"}, "the run above should show every kind of event"
+
+
+def test_every_event_survives_json():
+    for event in record():
+        assert event_from_dict(json.loads(json.dumps(event.to_dict()))) == event
+
+
+def test_replay_from_a_keyframe_equals_replay_from_the_start():
+    events = record()
+    middle = len(events) // 2
+    states = list(replay(events[:middle]))
+    resumed = State.from_dict(json.loads(json.dumps(states[-1].to_dict())))
+    whole = State()
+    for event in events:
+        whole.apply(event)
+    for event in events[middle:]:
+        resumed.apply(event)
+    assert resumed == whole
+
+
+def test_the_last_state_is_an_idle_engine():
+    events = record()
+    *_, state = replay(events)
+    assert not state.waiting and not state.running and len(state.finished) == 5
+    assert set(state.ref_counts) == {0}
+
+
+def test_an_engine_nobody_listens_to_makes_no_events(monkeypatch):
+    engine = busy_engine()
+    add_requests(engine)
+    for cls in EVENT_TYPES.values():
+        monkeypatch.setattr(cls, "__init__", lambda *_: pytest.fail("an event was made for nobody"))
+    while engine.has_unfinished():
+        engine.step()
+
+
+def test_unsubscribing_ends_it():
+    engine, seen = busy_engine(), []
+    add_requests(engine)
+    stop = engine.events.subscribe(seen.append)
+    engine.step()
+    stop()
+    count = len(seen)
+    engine.step()
+    assert count and len(seen) == count
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "is empty"),
+        ("hello\n", "line 1"),
+        ("[1]\n", "line 1"),
+        ('{"format": "something else"}\n', "line 1"),
+        ('{"format": "minipaged-recording/1"}\n{"type": "step_started"}\n', "line 2"),
+        ('{"format": "minipaged-recording/1"}\n{"type": "unheard_of"}\n', "line 2"),
+        ('{"format": "minipaged-recording/1"}\n{"type": "step_started", "step"', "line 2"),
+    ],
+)
+def test_a_foreign_or_broken_file_is_named_with_its_line(tmp_path, text, message):
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_recording(path)

@@ -1,0 +1,220 @@
+"""The front door on a real (small, random) Llama: tokens equal transformers', whatever the batch and the memory."""
+
+from random import Random
+
+import pytest
+import torch
+
+from minipaged import LLM, EngineConfig, SamplingParams
+from minipaged.errors import InvalidConfig, InvalidRequest, MinipagedError, StepFailed
+from minipaged.events import Copied, Preempted, Shared
+from tests.checkpoints import VOCAB, save_llama, transformers_greedy
+
+GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    random = Random(0)
+    return [[random.randrange(3, VOCAB) for _ in range(length)] for length in (1, 5, 15, 16, 17, 40)]
+
+
+@pytest.fixture(scope="module")
+def truth(checkpoint, prompts):
+    """Greedy continuations by transformers, one prompt at a time, past end-of-text."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    outs = []
+    for prompt in prompts:
+        with torch.inference_mode():
+            ids = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)
+        outs.append(ids[0, len(prompt) :].tolist())
+    return outs
+
+
+def tokens(outputs):
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def small(checkpoint, **settings):
+    return LLM(str(checkpoint), **({"num_blocks": 64, "max_num_seqs": 8, "max_num_batched_tokens": 64} | settings))
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16, 24])
+@pytest.mark.parametrize("caching", [True, False])
+def test_greedy_tokens_equal_transformers(checkpoint, prompts, truth, block_size, caching):
+    llm = small(checkpoint, block_size=block_size, num_blocks=512 // block_size, enable_prefix_caching=caching)
+    assert tokens(llm.generate(prompts, GREEDY)) == truth
+    assert tokens(llm.generate(prompts, GREEDY)) == truth  # now from the prefix cache, where it is on
+    assert llm.engine.memory.pool.num_free == llm.engine.num_blocks
+
+
+def test_tokens_survive_preemption_and_chunked_prefill(checkpoint, prompts, truth):
+    llm = small(checkpoint, block_size=4, num_blocks=18, max_num_batched_tokens=9)
+    preempted = []
+    llm.engine.events.subscribe(lambda e: preempted.append(e) if isinstance(e, Preempted) else None)
+    assert tokens(llm.generate(prompts, GREEDY)) == truth
+    assert preempted
+
+
+def test_n_samples_share_the_prompt_and_each_equals_a_lone_run_of_its_branch(checkpoint, prompts):
+    llm = small(checkpoint, block_size=4, enable_prefix_caching=False)
+    seen = []
+    llm.engine.events.subscribe(seen.append)
+    params = SamplingParams(n=3, seed=5, max_tokens=15, ignore_eos=True)
+    (output,) = llm.generate([prompts[1]], params)
+    assert len({tuple(out.token_ids) for out in output.outputs}) == 3
+    assert any(isinstance(e, Copied) for e in seen) and any(isinstance(e, Shared) for e in seen)
+    crowd = llm.generate([prompts[1], *prompts], [params, *[SamplingParams(max_tokens=15)] * len(prompts)])
+    assert [o.token_ids for o in crowd[0].outputs] == [o.token_ids for o in output.outputs]
+
+
+def test_seeded_results_repeat_and_do_not_depend_on_batch_or_preemption(checkpoint, prompts):
+    params = SamplingParams(seed=11, max_tokens=20, temperature=0.9, top_p=0.95, ignore_eos=True)
+    alone = [tokens(small(checkpoint).generate([p], params))[0] for p in prompts]
+    assert tokens(small(checkpoint).generate(prompts, params)) == alone
+    assert tokens(small(checkpoint, block_size=4, num_blocks=18).generate(prompts, params)) == alone
+
+
+def test_the_engine_seed_makes_unseeded_requests_repeat(checkpoint, prompts):
+    params = SamplingParams(max_tokens=10)
+    first, second, other = (tokens(small(checkpoint, seed=s).generate(prompts, params)) for s in (1, 1, 2))
+    assert first == second != other
+
+
+def test_end_of_text_ends_as_in_transformers(tmp_path, prompts):
+    # The token that greedy decoding reaches fourth becomes the end of text.
+    path = save_llama(tmp_path / "a")
+    fourth = transformers_greedy(path, prompts[2], 4)[3]
+    path = save_llama(tmp_path / "b", eos_token_id=[2, fourth])
+    (out,) = small(path).generate([prompts[2]], SamplingParams(temperature=0, max_tokens=30))[0].outputs
+    assert out.finish_reason == "stop"
+    assert out.token_ids == transformers_greedy(path, prompts[2], 30)
+
+
+def test_logprobs_equal_transformers(checkpoint, prompts):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    params = SamplingParams(seed=1, max_tokens=6, logprobs=4, ignore_eos=True)
+    (out,) = small(checkpoint).generate([prompts[3]], params)[0].outputs
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompts[3] + out.token_ids])).logits[0, len(prompts[3]) - 1 : -1]
+    expected = logits.log_softmax(-1)
+    total = 0.0
+    for position, (token, reported) in enumerate(zip(out.token_ids, out.logprobs, strict=True)):
+        assert reported.keys() == set(expected[position].topk(4).indices.tolist()) | {token}
+        for candidate, logprob in reported.items():
+            assert logprob == pytest.approx(expected[position, candidate].item(), abs=1e-3)
+        total += reported[token]
+    assert out.cumulative_logprob == pytest.approx(total)
+
+
+def test_prompts_and_params_in_every_form(checkpoint):
+    llm = small(checkpoint)
+    assert llm.generate([], GREEDY) == []
+    one = llm.generate([5, 6, 7], GREEDY)
+    assert len(one) == 1 and one[0].prompt_token_ids == [5, 6, 7] and one[0].finished
+    two = llm.generate([[5, 6, 7], [8]], [GREEDY, SamplingParams(max_tokens=3, ignore_eos=True)])
+    assert two[0].outputs[0].token_ids == one[0].outputs[0].token_ids and len(two[1].outputs[0].token_ids) == 3
+
+
+def test_bad_input_is_refused_and_leaves_nothing_behind(checkpoint):
+    llm = small(checkpoint)
+    for prompts, params in [
+        ("text without a tokenizer", GREEDY),
+        ("", GREEDY),
+        ([[1], []], GREEDY),
+        ([[1], [VOCAB]], GREEDY),
+        ([[1], 2.0], GREEDY),
+        ([[1], [2]], [GREEDY]),
+    ]:
+        with pytest.raises(InvalidRequest):
+            llm.generate(prompts, params)
+        assert not llm.engine.has_unfinished() and not llm._inboxes
+    with pytest.raises(InvalidRequest, match="chat template|tokenizer"):
+        llm.chat([{"role": "user", "content": "hello"}])
+
+
+def test_settings_that_do_not_fit_the_model_are_refused(checkpoint):
+    with pytest.raises(InvalidConfig, match="max_model_len"):
+        small(checkpoint, max_model_len=10_000)
+    with pytest.raises(InvalidConfig, match="GB free"):
+        small(checkpoint, num_blocks=10**12)
+    with pytest.raises(InvalidConfig, match="swap_bytes"):
+        LLM(str(checkpoint), swap_bytes=1)
+
+
+def test_num_blocks_is_chosen_when_not_given(checkpoint):
+    llm = LLM(str(checkpoint), max_num_seqs=4)
+    assert llm.engine.num_blocks == 4 * -(-256 // EngineConfig().block_size)  # four sequences of full length
+
+
+def test_a_stream_yields_every_token_once_and_closing_it_frees_its_blocks(checkpoint, prompts, truth):
+    llm = small(checkpoint)
+    deltas = list(llm.stream(prompts[4], GREEDY))
+    assert [t for delta in deltas for t in delta.token_ids] == truth[4]
+    assert [delta.finish_reason for delta in deltas] == [None] * 19 + ["length"]
+    stream = llm.stream(prompts[4], GREEDY)
+    next(stream)
+    assert llm.engine.has_unfinished()
+    stream.close()
+    assert not llm.engine.has_unfinished() and llm.engine.memory.pool.num_free == llm.engine.num_blocks
+
+
+def test_a_stream_that_nobody_reads_frees_its_blocks_when_dropped(checkpoint):
+    llm = small(checkpoint)
+    stream = llm.stream([1, 2, 3], GREEDY)
+    assert llm.engine.has_unfinished()
+    del stream
+    assert not llm.engine.has_unfinished()
+
+
+def test_streams_read_in_turns_and_beside_generate_lose_nothing(checkpoint, prompts, truth):
+    llm = small(checkpoint)
+    streams = [llm.stream(prompt, GREEDY) for prompt in prompts[:3]]
+    got = [list(next(stream).token_ids) for stream in streams]
+    assert tokens(llm.generate(prompts[3:], GREEDY)) == truth[3:]
+    for out, stream in zip(got, streams, strict=True):
+        out += [t for delta in stream for t in delta.token_ids]
+    assert got == truth[:3]
+
+
+def test_a_failed_step_reaches_whoever_waits_and_the_next_request_works(checkpoint, prompts, truth):
+    llm = small(checkpoint)
+    stream = llm.stream(prompts[0], GREEDY)
+    next(stream)
+    execute = llm.engine.runner.execute
+
+    def broken(plan):
+        raise MemoryError("no room")
+
+    llm.engine.runner.execute = broken
+    with pytest.raises(StepFailed, match="no room"):
+        llm.generate(prompts, GREEDY)
+    llm.engine.runner.execute = execute
+    rest = list(stream)  # it was in the failed batch, and is told so rather than left waiting
+    assert rest[-1].finish_reason == "abort"
+    assert tokens(llm.generate(prompts, GREEDY)) == truth
+
+
+def test_two_engines_in_one_process(checkpoint, prompts, truth):
+    one, other = small(checkpoint, block_size=3), small(checkpoint, block_size=16)
+    streams = [llm.stream(prompts[5], GREEDY) for llm in (one, other)]
+    got = [[], []]
+    for deltas in zip(*streams, strict=True):
+        for out, delta in zip(got, deltas, strict=True):
+            out += delta.token_ids
+    assert got == [truth[5], truth[5]]
+
+
+def test_errors_share_one_base():
+    for error in (InvalidConfig, InvalidRequest, StepFailed):
+        assert issubclass(error, MinipagedError)
