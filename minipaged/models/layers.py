@@ -1,0 +1,181 @@
+"""What the models share: norm, rotary positions, attention over pages, and reading ``config.json``.
+
+Letters used in shapes, beside those of ``kernels/reference.py`` (T tokens, H heads, KH key/value heads,
+D head dimension):
+
+    C  hidden size (width of the residual stream)     F  width inside the MLP
+    R  rows whose logits are wanted                   V  vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipaged.errors import ModelError
+from minipaged.execution.batch import Batch
+from minipaged.execution.kv_cache import KVCache
+from minipaged.kernels import reference
+
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: Batch,
+    kv_cache: KVCache,
+    layer: int,
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Caches this step's keys and values, then lets every token attend to the pages of its own sequence.
+
+    q: [T, H, D]; k, v: [T, KH, D]. Returns [T, H, D]. ``sliding_window``: a token sees itself and the
+    ``sliding_window - 1`` tokens before it; ``None`` means all of them.
+    """
+    k_cache, v_cache = kv_cache.k[layer], kv_cache.v[layer]
+    # Store first: now a token finds itself, its chunk and its past in one place, and no case is special.
+    reference.store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
+    n, tables = batch.num_decodes, batch.block_tables
+    outs = []
+    if n:  # one query each, and all of them in one call
+        outs.append(
+            reference.paged_decode(
+                q[:n], k_cache, v_cache, tables[:n], batch.context_lens[:n], scale, sliding_window
+            )
+        )
+    if n < len(batch.query_lens):  # prompts and chunks of prompts
+        context_lens, query_lens = batch.context_lens_list[n:], batch.query_lens[n:]
+        outs.append(
+            reference.paged_prefill(
+                q[n:], k_cache, v_cache, tables[n:], context_lens, query_lens, scale, sliding_window
+            )
+        )
+    return torch.cat(outs)
+
+
+class RMSNorm(nn.Module):
+    """Scales vectors to a root mean square of one, then channels by a learned weight. [..., C] → [..., C]."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Squares overflow float16 and lose most of bfloat16's 8 bits, so the mean is taken in float32.
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How fast each pair of channels turns with position (RoFormer), and how long contexts stretch that.
+
+    ``linear`` slows every pair down by ``factor``. ``llama3`` slows only the pairs that turn less than
+    ``low_freq_factor`` times within ``original_max_len`` tokens, leaves those alone that turn more than
+    ``high_freq_factor`` times, and blends in between.
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_len: int = 8192
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Rope:
+        """Reads ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta`` (before it).
+
+        Raises ModelError for a kind of scaling that is not supported.
+        """
+        params = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        kind = params.get("rope_type") or params.get("type") or "default"
+        if any(isinstance(value, dict) for value in params.values()):
+            raise ModelError("config.json: rope_parameters that differ between layers are not supported")
+        if kind not in ("default", "linear", "llama3"):
+            raise ModelError(f"config.json: rope type {kind!r} is not supported; default, linear, llama3 are")
+        require_plain(config | params, partial_rotary_factor=1.0)
+        theta = params.get("rope_theta") or config.get("rope_theta") or 10_000.0
+        if kind == "default":
+            return cls(theta)
+        if kind == "linear":
+            return cls(theta, kind, need(params, "factor", float))
+        return cls(
+            theta,
+            kind,
+            need(params, "factor", float),
+            need(params, "low_freq_factor", float),
+            need(params, "high_freq_factor", float),
+            need(config | params, "original_max_position_embeddings", int),
+        )
+
+    def frequencies(self, head_dim: int) -> Tensor:
+        """Radians per token of each pair of channels: [D/2] float32, on the CPU."""
+        pair = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
+        freq = 1.0 / self.theta ** (pair / head_dim)
+        if self.kind == "linear":
+            return freq / self.factor
+        if self.kind == "llama3":
+            turns = self.original_max_len * freq / (2 * math.pi)
+            keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            keep = keep.clamp(0, 1)  # 0: slowed down by the factor; 1: as it was
+            return keep * freq + (1 - keep) * freq / self.factor
+        return freq
+
+
+class RotaryEmbedding(nn.Module):
+    """Positions → the cosines and sines that `rotate` turns queries and keys by, once for all layers."""
+
+    frequencies: Tensor
+
+    def __init__(self, rope: Rope, head_dim: int) -> None:
+        super().__init__()
+        # float32 whatever the weights are: at position 10,000 bfloat16 can be off by tens of radians.
+        self.register_buffer("frequencies", rope.frequencies(head_dim), persistent=False)  # [D/2]
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions: [T]. Returns cos and sin, each [T, 1, D]: the 1 stretches over the heads."""
+        angles = positions.float()[:, None] * self.frequencies  # [T, D/2]
+        angles = torch.cat((angles, angles), dim=-1)[:, None]  # [T, 1, D]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns channels i and i + D/2 as a pair: the layout of Hugging Face checkpoints. x: [T, H, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def need(config: dict[str, Any], key: str, kind: type[int] | type[float] = int) -> Any:
+    """A number that ``config.json`` must hold. Raises ModelError when it is missing or not positive."""
+    value = config.get(key)
+    allowed = (int, float) if kind is float else int
+    if isinstance(value, bool) or not isinstance(value, allowed) or value <= 0:
+        raise ModelError(f"config.json: {key} must be a positive number, but is {value!r}")
+    return value
+
+
+def require_plain(config: dict[str, Any], **plain: Any) -> None:
+    """Refuses options that would change results. ``plain``: option → its default, the only value supported.
+
+    An option ignored in silence is a wrong answer that looks right. Raises ModelError with the option's name.
+    """
+    for key, value in plain.items():
+        given = config.get(key)
+        if given is not None and given != value:
+            raise ModelError(f"config.json: {key} = {given!r} is not supported, only {value!r}")
+
+
+def check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    """Raises ModelError unless the heads can be grouped and their channels paired for `rotate`."""
+    if num_heads % num_kv_heads:
+        raise ModelError(f"config.json: {num_heads} heads cannot share {num_kv_heads} key/value heads evenly")
+    if head_dim % 2:
+        raise ModelError(f"config.json: rotary positions turn pairs of channels, but head_dim is {head_dim}")

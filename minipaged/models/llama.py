@@ -1,0 +1,204 @@
+"""Llama and its relatives: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3. One scroll, from config to logits.
+
+They are one model with small differences, each a field of `LlamaConfig`: Qwen2 adds biases to the query, key
+and value projections, Qwen3 norms queries and keys, Mistral (and Qwen, if asked) looks back only a window.
+
+Tokens arrive flattened, without padding: [T, C], whatever sequences they belong to. Only attention knows that
+there are sequences at all, and it learns of them from the batch. Shapes use the letters of ``layers.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipaged.errors import ModelError
+from minipaged.execution.batch import Batch
+from minipaged.execution.kv_cache import KVCache
+from minipaged.models.layers import (
+    RMSNorm,
+    Rope,
+    RotaryEmbedding,
+    check_heads,
+    need,
+    paged_attention,
+    require_plain,
+    rotate,
+)
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """What ``config.json`` says, in minipaged's names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_model_len: int
+    norm_eps: float
+    rope: Rope
+    windows: tuple[int | None, ...]  # per layer: tokens it looks back, its own included; None: all of them
+    qkv_bias: bool
+    qk_norm: bool
+    tied: bool  # the output head is the token embedding
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], architecture: str) -> LlamaConfig:
+        """Reads a parsed ``config.json``. Raises ModelError for what is missing or not supported."""
+        require_plain(config, hidden_act="silu", mlp_bias=False, num_experts=0, num_local_experts=0)
+        if architecture != "Qwen2ForCausalLM":  # whose biases are not an option
+            require_plain(config, attention_bias=False)
+        num_heads, hidden_size = need(config, "num_attention_heads"), need(config, "hidden_size")
+        num_layers = need(config, "num_hidden_layers")
+        self = cls(
+            vocab_size=need(config, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=need(config, "intermediate_size"),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=config.get("num_key_value_heads") or num_heads,
+            head_dim=config.get("head_dim") or hidden_size // num_heads,
+            max_model_len=need(config, "max_position_embeddings"),
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope=Rope.from_config(config),
+            windows=_windows(config, architecture, num_layers),
+            qkv_bias=architecture == "Qwen2ForCausalLM",
+            qk_norm=architecture == "Qwen3ForCausalLM",
+            tied=config.get("tie_word_embeddings", False),
+        )
+        check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
+        return self
+
+
+def _windows(config: dict[str, Any], architecture: str, num_layers: int) -> tuple[int | None, ...]:
+    """How far each layer looks back. The families share the words of config.json, but not their meaning."""
+    if architecture == "LlamaForCausalLM":
+        require_plain(config, sliding_window=None)
+        window = None
+    elif architecture == "MistralForCausalLM":
+        window = config.get("sliding_window", 4096)
+    else:
+        window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    if window is not None:
+        window = need({"sliding_window": window}, "sliding_window")
+
+    # Qwen: the first layers look all the way back, unless the layers are named one by one.
+    first = config.get("max_window_layers", 28) if architecture.startswith("Qwen") else 0
+    windows = tuple(window if layer >= first else None for layer in range(num_layers))
+    named = config.get("layer_types")
+    if named is None:
+        return windows
+    meaning = {"full_attention": None, "sliding_attention": window}
+    if len(named) != num_layers or not set(named) <= set(meaning):
+        raise ModelError(f"config.json: layer_types must have {num_layers} times {' or '.join(meaning)}")
+    if window is None and "sliding_attention" in named:
+        raise ModelError("config.json: layer_types asks for sliding attention, but sliding_window is off")
+    return tuple(meaning[name] for name in named)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over pages: H query heads share KH key/value heads. [T, C] → [T, C]."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.window = layer, config.windows[layer]
+        self.head_dim, self.scale = config.head_dim, config.head_dim**-0.5
+        self.q_size, self.kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        # One wide product keeps a device busier than three narrow ones.
+        self.qkv_proj = nn.Linear(config.hidden_size, self.q_size + 2 * self.kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.q_size, config.hidden_size, bias=False)
+        if config.qk_norm:  # each head on its own, hence the size
+            self.q_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
+        else:
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        q, k, v = self.qkv_proj(x).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q = q.unflatten(-1, (-1, self.head_dim))  # [T, H·D] → [T, H, D]
+        k = k.unflatten(-1, (-1, self.head_dim))  # [T, KH·D] → [T, KH, D]
+        v = v.unflatten(-1, (-1, self.head_dim))  # [T, KH·D] → [T, KH, D]
+        # Keys are cached already turned: a token's position never changes, so its block can be shared.
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        out = paged_attention(q, k, v, batch, kv_cache, self.layer, self.scale, self.window)
+        return self.o_proj(out.flatten(1))  # [T, H, D] → [T, H·D] → [T, C]
+
+
+class MLP(nn.Module):
+    """SwiGLU: one projection gates the other. [T, C] → [T, C]."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [T, 2·F] → twice [T, F]
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to a residual stream that it reads through a norm. [T, C] → [T, C]."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, batch, kv_cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The whole model. Its parts are named as in Hugging Face checkpoints, so loading needs no dictionary."""
+
+    PREFIX = "model."  # checkpoints put it before every name but the head's
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        # Only the head's weight is used, and an embedding's has its shape: a tied head is just a second name.
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = self.embed_tokens if config.tied else head
+
+    def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:
+        """One step. Writes the KV of the T tokens into ``kv_cache``; returns logits [R, V] in float32."""
+        x = self.embed_tokens(batch.token_ids)  # [T, C]
+        cos, sin = self.rotary(batch.positions, x.dtype)  # [T, 1, D] each
+        for layer in self.layers:
+            x = layer(x, cos, sin, batch, kv_cache)
+        # A prompt of 1,000 tokens needs one row of logits: picking it spares 999 trips to the vocabulary.
+        x = self.norm(x[batch.logit_rows])  # [R, C]
+        return F.linear(x, self.lm_head.weight).float()  # [R, V]
+
+    def checkpoint_views(self) -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint's names (without PREFIX) and the memory each tensor is to be copied into.
+
+        The parts of a fused projection are rows of it: copying them into place is all the fusing there is.
+        """
+        c = self.config
+        qkv = [heads * c.head_dim for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+        fused = {
+            "qkv_proj": (("q_proj", "k_proj", "v_proj"), qkv),
+            "gate_up_proj": (("gate_proj", "up_proj"), [c.intermediate_size] * 2),
+        }
+        for name, parameter in self.named_parameters():
+            module = name.split(".")[-2]
+            parts, sizes = fused.get(module, ((module,), [len(parameter)]))
+            for part, rows in zip(parts, parameter.split(sizes), strict=True):
+                yield name.replace(module, part), rows

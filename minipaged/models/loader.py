@@ -1,0 +1,292 @@
+"""A name → a model ready to run: find the directory, read ``config.json``, fill and check every tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from minipaged.errors import ModelError
+from minipaged.models.gpt2 import GPT2, GPT2Config
+from minipaged.models.layers import require_plain
+from minipaged.models.llama import Llama, LlamaConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ARCHITECTURES: dict[str, tuple[Any, Any]] = {
+    "GPT2LMHeadModel": (GPT2, GPT2Config),
+    "LlamaForCausalLM": (Llama, LlamaConfig),
+    "MistralForCausalLM": (Llama, LlamaConfig),
+    "Qwen2ForCausalLM": (Llama, LlamaConfig),
+    "Qwen3ForCausalLM": (Llama, LlamaConfig),
+}
+
+# Only what is read: many repositories hold the same weights several times, in other formats.
+DOWNLOADED = ["*.json", "model*.safetensors", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
+
+# Masks and tables that old checkpoints saved along with the weights, and that the models compute themselves.
+COMPUTED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the engine must know of a model without looking inside.
+
+    Attributes:
+        max_model_len: tokens a sequence may reach, prompt included.
+        eos_token_ids: every token that ends a text; may be empty.
+        sliding_window: tokens that *all* layers look back, so that KV before them is dead; ``None`` when any
+            layer looks back all the way.
+    """
+
+    architecture: str
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    sliding_window: int | None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its weights, and its tokenizer where the directory holds one."""
+
+    model: nn.Module  # (batch, kv_cache) → logits [R, V] float32
+    spec: ModelSpec
+    tokenizer: PreTrainedTokenizerBase | None
+    directory: Path
+    device: torch.device
+    dtype: torch.dtype
+
+
+def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Finds, reads and checks a model.
+
+    Args:
+        model: ``"tiny"``, a directory in Hugging Face format, or a hub id.
+        device: ``"auto"`` takes CUDA where there is one, else the CPU.
+        dtype: one of `DTYPES`, or ``"auto"``: float32 on a CPU, elsewhere what ``config.json`` states.
+
+    Raises ModelError, with what to do about it, for whatever cannot be found, read or supported.
+    """
+    where = _device(device)
+    directory = resolve(model)
+    config = _read_json(directory / "config.json")
+    architecture, network_class, config_class = _architecture(config, directory)
+    what = _dtype(dtype, where, config)
+    with torch.device("meta"):  # shapes without memory: no minutes lost on random weights
+        network = network_class(config_class.from_config(config, architecture))
+    _allocate(network, where, what)
+    _load_weights(network, directory)
+    tokenizer = _load_tokenizer(directory)
+    spec = _spec(architecture, network.config, _eos_token_ids(directory, config, tokenizer))
+    return LoadedModel(network.eval(), spec, tokenizer, directory, where, what)
+
+
+# --- where --------------------------------------------------------------------------------------------------
+
+
+def resolve(model: str) -> Path:
+    """The directory of a model. For a hub id (``owner/name``) it is downloaded, or found in the hub's cache.
+
+    Anything that looks like a path is one: a misspelt directory must not become a question to the internet.
+    Raises ModelError.
+    """
+    if model == "tiny":
+        from minipaged.tiny import WEIGHTS
+
+        return Path(WEIGHTS)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{model!r} is a file; give the directory that holds config.json and the weights")
+    if model.startswith((".", "/", "~")) or "\\" in model or model.count("/") != 1:
+        raise ModelError(
+            f"there is no directory {model!r}. A model is 'tiny' (the embedded one), a directory with "
+            "config.json and model.safetensors, or a hub id, owner/name, such as 'HuggingFaceTB/SmolLM2-135M'"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=DOWNLOADED))
+    except Exception as error:  # the hub's client raises a dozen types that share no base
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ModelError(
+            f"there is no directory {model!r}, and the Hugging Face hub gave none of that name ({reason}). "
+            "Check the spelling and the network, run `hf auth login` for a gated model, or give a directory"
+        ) from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"device must be auto, cpu, cuda or mps, not {name!r}") from None
+    present = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(device.type, 0)
+    if (device.index or 0) >= present:
+        raise ModelError(f"device {name!r} is not present on this machine; device='auto' takes what there is")
+    return device
+
+
+def _dtype(name: str, device: torch.device, config: dict[str, Any]) -> torch.dtype:
+    if name == "auto":
+        stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+        # CPUs compute bfloat16 slowly, and a laptop's model is small enough for the better numbers.
+        name = "float32" if device.type == "cpu" else stored
+    if name not in DTYPES:
+        raise ModelError(f"dtype must be auto, {', '.join(DTYPES)}, not {name!r}")
+    return DTYPES[name]
+
+
+# --- what ---------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent} holds no {path.name}: not a model in Hugging Face format") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds a {type(content).__name__}, not an object with named fields")
+    return content
+
+
+def _architecture(config: dict[str, Any], directory: Path) -> tuple[str, Any, Any]:
+    named = config.get("architectures") or [f"model_type {config.get('model_type')!r} without architectures"]
+    if named[0] not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise ModelError(f"{directory / 'config.json'}: {named[0]} is not supported. Supported: {supported}")
+    require_plain(config, quantization_config=None)
+    return named[0], *ARCHITECTURES[named[0]]
+
+
+def _spec(architecture: str, config: LlamaConfig | GPT2Config, eos_token_ids: frozenset[int]) -> ModelSpec:
+    return ModelSpec(
+        architecture=architecture,
+        vocab_size=config.vocab_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_model_len=config.max_model_len,
+        eos_token_ids=eos_token_ids,
+        sliding_window=None if None in config.windows else max(w for w in config.windows if w is not None),
+    )
+
+
+def _eos_token_ids(directory: Path, config: dict[str, Any], tokenizer: Any) -> frozenset[int]:
+    # A chat model ends a turn with another token than a document; often only generation_config.json has both.
+    path = directory / "generation_config.json"
+    stated = _read_json(path).get("eos_token_id") if path.exists() else None
+    stated = config.get("eos_token_id") if stated is None else stated
+    ids = stated if isinstance(stated, list) else [stated]
+    return frozenset(i for i in [*ids, getattr(tokenizer, "eos_token_id", None)] if i is not None)
+
+
+def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer  # takes seconds to import, and is wanted only here
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged tokenizer file makes its parser raise
+        raise ModelError(f"the tokenizer in {directory} cannot be read: {error}") from error
+
+
+# --- weights ------------------------------------------------------------------------------------------------
+
+
+def _allocate(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Gives memory to parameters made on the meta device. Buffers keep their dtype and are only moved."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty_like(parameter, device=device, dtype=dtype)
+            setattr(module, name, nn.Parameter(empty, requires_grad=False))
+    network.to(device)
+
+
+def _load_weights(network: Llama | GPT2, directory: Path) -> None:
+    """Copies each tensor of the checkpoint to its place, one by one: the weights never exist twice."""
+    places = dict(network.checkpoint_views())
+    head = None
+    for file, name, tensor in _tensors(directory):
+        name = name.removeprefix(network.PREFIX)
+        if name == "lm_head.weight" and network.config.tied:
+            head = tensor  # some save it nevertheless
+        elif not name.endswith(COMPUTED):
+            _copy(tensor, places.pop(name, None), f"{file}: tensor {name!r}")
+    if places:
+        more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
+        raise ModelError(f"{directory}: the checkpoint lacks tensor {min(places)!r}{more}")
+    tied = network.lm_head.weight
+    if head is not None and not torch.equal(head.to(tied), tied):
+        raise ModelError(
+            f"{directory}: config.json ties the head to the token embedding (tie_word_embeddings), but the "
+            "checkpoint's tensor 'lm_head.weight' differs from it"
+        )
+
+
+def _copy(tensor: Tensor, place: Tensor | None, what: str) -> None:
+    if place is None:
+        raise ModelError(f"{what} is not part of this architecture, or is there twice")
+    if place.shape != tensor.shape:
+        shapes = f"{list(tensor.shape)}, but config.json implies {list(place.shape)}"
+        raise ModelError(f"{what} has shape {shapes}")
+    place.copy_(tensor)
+
+
+def _tensors(directory: Path) -> Iterator[tuple[Path, str, Tensor]]:
+    """Every tensor of the checkpoint, with its file and name, read only when its turn comes."""
+    for file in _weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
+                    yield file, name, tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is damaged, or not safetensors; fetch it again ({error})") from None
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        pickled = next((path.name for path in directory.glob("*.bin")), None)
+        found = f"only {pickled}, a pickle, which can run code when read" if pickled else "no weights"
+        raise ModelError(
+            f"{directory} holds {found}. minipaged reads model.safetensors or its shards; "
+            "transformers' save_pretrained writes them"
+        )
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ModelError(f"{index} has no weight_map, so the shards are not known")
+    files = [directory / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.exists():
+            lost = min(name for name, shard in weight_map.items() if shard == file.name)
+            raise ModelError(f"{file} is missing; {index.name} says that it holds {lost!r} and others")
+    return files
