@@ -1,0 +1,287 @@
+"""The ``minipaged`` command: visualize, generate, chat, doctor.
+
+torch, transformers and gradio take seconds to import, so each command imports what it needs when it runs, and
+``--help`` stays quick. A model's text is printed as it is, never by rich, which reads ``[bold]`` as markup.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from minipaged import __version__
+from minipaged.config import DEVICES, DTYPES, EngineConfig, SamplingParams
+from minipaged.errors import InvalidRequest, MinipagedError
+
+if TYPE_CHECKING:
+    from minipaged.llm import LLM
+    from minipaged.outputs import Delta
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+# Options that several commands share. One not given is None and left to EngineConfig or SamplingParams, which
+# know the defaults and limits.
+Model = Annotated[
+    str, typer.Option(help="'tiny' (embedded), a directory (Hugging Face), or a hub id.")
+]
+Device = Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}.")]
+Dtype = Annotated[str, typer.Option(help=f"Of weights and KV cache: {', '.join(DTYPES)}.")]
+Temperature = Annotated[float | None, typer.Option(help="Divides the logits; 0 is greedy. Default: 1.")]
+TopP = Annotated[
+    float | None, typer.Option(help="Keep the likeliest tokens up to this total.")
+]
+TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens.")]
+MinP = Annotated[
+    float | None, typer.Option(help="Drop tokens below this times the likeliest.")
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(help=f"At most so many. Default: {SamplingParams.max_tokens}.")
+]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="Text that ends the output; repeatable.")
+]
+Seed = Annotated[int | None, typer.Option(help="Makes the output repeat. Default: random.")]
+DEFAULT = EngineConfig()
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0, 2 for what the user can mend (one line says what), 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that knows no emoji shows "?" rather than a traceback
+            stream.reconfigure(errors="replace")
+    try:
+        app(prog_name="minipaged")
+    except MinipagedError as error:
+        sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """PagedAttention you can read in an afternoon, run on anything, and watch as it runs.
+
+    Without a command, starts the visualizer.
+    """
+    if version:
+        print(f"minipaged {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        visualize()
+
+
+@app.command()
+def visualize(
+    model: Model = DEFAULT.model,
+    device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None,
+    num_blocks: Annotated[int | None, typer.Option(help="KV blocks in the pool.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in the running batch at once.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens computed in one step.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens a sequence may reach.")] = None,
+) -> None:
+    """Watch the engine's memory while it runs, in the browser."""
+    settings = _given(
+        model=model,
+        device=device,
+        dtype=dtype,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+    )
+    EngineConfig(**settings)  # complain before the slow imports, not after
+    try:
+        from visualizer.app import launch
+    except ModuleNotFoundError as error:
+        if error.name not in ("gradio", "plotly"):
+            raise
+        raise typer.Exit(
+            _fail(f"the visualizer needs {error.name}: pip install 'gradio>=6,<7' plotly")
+        ) from None
+    _require_free_port(host, port)
+    launch(host=host, port=port, **settings)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    n: Annotated[
+        int, typer.Option("-n", help="Continuations to sample; they share the prompt's blocks.")
+    ] = 1,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    max_tokens: MaxTokens = None,
+    stop: Stop = None,
+    seed: Seed = None,
+    model: Model = DEFAULT.model,
+    device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Continue a text."""
+    params = _sampling(
+        n=n,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        max_tokens=max_tokens,
+        stop=stop,
+        seed=seed,
+        logprobs=0 if as_json else None,  # the sampled tokens' only, for cumulative_logprob
+    )
+    llm = _load(model, device, dtype)
+    if n == 1 and not as_json:
+        _print_stream(llm.stream(prompt, params))
+        return
+    outputs = llm.generate(prompt, params)[0].outputs
+    if as_json:
+        keys = ("index", "text", "token_ids", "finish_reason", "cumulative_logprob")
+        samples = [{key: getattr(output, key) for key in keys} for output in outputs]
+        print(json.dumps({"model": model, "prompt": prompt, "outputs": samples}, ensure_ascii=False))
+        return
+    console = Console()
+    for output in outputs:
+        console.rule(f"{output.index + 1} of {n}, finished by {output.finish_reason}")
+        print(output.text)
+
+
+@app.command()
+def chat(
+    system: Annotated[str | None, typer.Option(help="Instructions before the conversation.")] = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = None,
+    model: Model = DEFAULT.model,
+    device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
+) -> None:
+    """Talk with a chat model."""
+    params = _sampling(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, seed=seed
+    )
+    llm = _load(model, device, dtype)
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    llm.render_chat([*opening, {"role": "user", "content": "Hi"}])  # says at once if the model cannot chat
+    print("Type a message; /help lists the commands.")
+    for line in _lines():
+        if line == "/exit":
+            return
+        if line == "/reset":
+            messages = list(opening)
+            print("The conversation starts afresh.")
+        elif line.startswith("/"):
+            print(
+                "/reset  forget the conversation\n/exit   leave (so do Ctrl-C and Ctrl-D)\n/help   this list"
+            )
+        else:
+            _answer(llm, messages, line, params)
+
+
+@app.command()
+def doctor() -> None:
+    """Check what is installed and what this machine can do."""
+    from minipaged.doctor import report
+
+    raise typer.Exit(0 if report(Console(highlight=False)) else 1)
+
+
+def _answer(llm: LLM, messages: list[dict[str, str]], line: str, params: SamplingParams) -> None:
+    """Streams the model's turn and adds both turns to ``messages``; neither if the engine refuses."""
+    user = {"role": "user", "content": line}
+    try:
+        text = _print_stream(llm.stream_chat([*messages, user], params))
+    except InvalidRequest as error:  # most often the conversation has outgrown the model
+        _fail(f"{error} (/reset forgets the conversation)")
+    else:
+        messages += [user, {"role": "assistant", "content": text}]
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, line by line, until the input ends."""
+    try:
+        import readline  # noqa: F401  # arrow keys and history in input(); Windows has none
+    except ImportError:
+        pass
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return print()
+        except KeyboardInterrupt:
+            print()
+            raise
+        if line:
+            yield line
+
+
+def _print_stream(deltas: Iterator[Delta]) -> str:
+    """Prints text as it comes and returns the whole of it."""
+    pieces = []
+    try:
+        for delta in deltas:
+            print(delta.text, end="", flush=True)
+            pieces.append(delta.text)
+    finally:
+        print()  # also after Ctrl-C, for the shell's prompt
+    return "".join(pieces)
+
+
+def _load(model: str, device: str, dtype: str) -> LLM:
+    EngineConfig(model=model, device=device, dtype=dtype)  # complain before the slow import, not after
+    from minipaged.llm import LLM
+
+    return LLM(model, device=device, dtype=dtype)
+
+
+def _sampling(**options: Any) -> SamplingParams:
+    """SamplingParams of the options that were given. Without a seed, every run is another."""
+    if options.get("seed") is None:
+        import secrets
+
+        options["seed"] = secrets.randbits(31)
+    return SamplingParams(**_given(**options))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _require_free_port(host: str, port: int) -> None:
+    """Asks before the model is loaded, so that the answer comes at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as servers do; else a recent one blocks us
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            code = _fail(f"cannot listen on {host}:{port} ({error.strerror}); try another --port")
+            raise typer.Exit(code) from None
+
+
+def _fail(message: str) -> int:
+    """One line on stderr; returns the exit code for it."""
+    print(f"minipaged: {' '.join(message.split())}", file=sys.stderr)
+    return 2

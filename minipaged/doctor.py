@@ -1,0 +1,118 @@
+"""``minipaged doctor``: what is installed, what this machine can do, and what each gap means."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+# Package -> what does not work without it. Only the first three are needed by the engine itself.
+PACKAGES = {
+    "torch": "nothing runs without it",
+    "safetensors": "no weights can be read",
+    "transformers": "text cannot be turned into tokens",
+    "triton": "the GPU kernels are off; attention runs in plain torch (as always on macOS)",
+    "gradio": "`minipaged visualize` cannot start: pip install gradio",
+    "plotly": "`minipaged visualize` cannot start: pip install plotly",
+}
+NEEDED = {"python", "torch", "safetensors", "transformers", "embedded model"}
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def report(console: Console) -> bool:
+    """Prints one line per check. Returns whether the engine itself can run."""
+    fit = True
+    for check in checks():
+        mark = Text("ok     ", "green") if check.ok else Text("missing", "yellow")
+        console.print(Text.assemble(mark, f"  {check.name:<15} {check.detail}"), soft_wrap=True)
+        fit &= check.ok or check.name not in NEEDED
+    return fit
+
+
+def checks() -> Iterator[Check]:
+    """All checks, each made when it is asked for: the last ones take a few seconds."""
+    yield Check(
+        "python", sys.version_info >= (3, 11), f"{platform.python_version()} (3.11 or newer is needed)"
+    )
+    for package, without in PACKAGES.items():
+        yield _package(package, without)
+    yield _cpu()
+    yield from _accelerators()
+    yield _chromium()
+    yield _embedded_model()
+
+
+def _package(package: str, without: str) -> Check:
+    try:
+        return Check(package, True, metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return Check(package, False, without)
+
+
+def _cpu() -> Check:
+    import psutil
+
+    flags = _cpu_flags()
+    native = flags & {"avx512_bf16", "amx_bf16", "bf16"}
+    speed = "fast" if native else "slow here, float32 is the better --dtype"
+    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB memory"
+    found = ", ".join(flag for flag in CPU_FLAGS if flag in flags) or platform.machine()
+    return Check("cpu", True, f"{os.cpu_count()} cores, {memory}, {found}; bfloat16 is {speed}")
+
+
+def _cpu_flags() -> set[str]:
+    """What the processor says it can do; only Linux tells without extra tools."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()[2:]}
+
+
+def _accelerators() -> Iterator[Check]:
+    try:
+        import torch
+    except Exception as error:  # a broken installation fails in many ways, and this is the place to say so
+        yield Check("gpu", False, f"torch cannot be imported: {error}")
+        return
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        yield Check(f"cuda:{index}", True, f"{device.name}, {device.total_memory / 2**30:.0f} GiB")
+    if torch.backends.mps.is_available():
+        yield Check("mps", True, "Apple GPU; choose it with --device mps")
+    elif not torch.cuda.device_count():
+        yield Check("gpu", False, "everything runs on the CPU, which is enough for the embedded model")
+
+
+def _chromium() -> Check:
+    path = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+    return Check("chromium", path is not None, path or "only the browser tests need it; they are skipped")
+
+
+def _embedded_model() -> Check:
+    try:
+        from minipaged.models.loader import load_model
+
+        loaded = load_model("tiny", "cpu")
+    except Exception as error:  # whatever is wrong, the report must go on
+        return Check("embedded model", False, f"cannot be loaded: {error}")
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return Check("embedded model", True, f"{parameters / 1e6:.1f} million parameters, {loaded.directory}")
