@@ -17,8 +17,8 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         messages: ``[{"role": "system" | "user" | "assistant", "content": "…"}, …]``, oldest first.
 
     Raises:
-        InvalidRequest: for messages of another shape, or that the template refuses; also when the model has no
-            chat template, that is, was not trained to chat.
+        InvalidRequest: for messages of another shape, or that the template refuses; also when the model has
+            no chat template, that is, was not trained to chat.
     """
     _validate(messages)
     if not getattr(tokenizer, "chat_template", None):

@@ -1,8 +1,8 @@
 """From tokens to text, one token at a time.
 
-Decoding each token on its own is wrong in three ways: a character may be split over tokens (``"é"`` is two
-bytes), SentencePiece drops the space before the first word of whatever it decodes, and a stop string may begin in
-one token and end in another. `TextStream` handles all three, at the same cost for token 10,000 as for token 1.
+Decoding each token on its own is wrong in three ways: a character may be split over tokens (``"é"`` is
+two bytes), SentencePiece drops the space before the first word of whatever it decodes, and a stop string may
+begin in one token and end in another. `TextStream` handles all three, at the same cost for every token.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ MAX_WINDOW = 16
 class TextStream:
     """Incremental detokenizer of one sequence, with stop strings.
 
-    The pieces returned by `push` and `finish`, joined, equal the tokenizer's own decoding of all tokens without
-    the special ones, cut before the first stop string to be completed (of two completed by the same character,
-    the longer one counts).
+    The pieces returned by `push` and `finish`, joined, equal the tokenizer's own decoding of all tokens but
+    the special ones, cut before the first stop string to be completed (of two completed by one character, the
+    longer counts).
 
     It decodes a short window of tokens anew and compares with what that window gave before. The window starts
-    at a *clean point*, a token border where no character was unfinished, and holds some tokens of context so that
-    the tokenizer treats the newest one as the middle of a text (the prompt lends the context for the first).
+    at a *clean point*, a token border where no character was unfinished, and holds some tokens of context so
+    that the tokenizer treats the newest one as the middle of a text (the prompt lends it for the first).
 
     Args:
         tokenizer: a Hugging Face tokenizer, byte-level or SentencePiece-like.
@@ -112,14 +112,14 @@ class TextStream:
         return []
 
     def _slide(self, unfinished: int) -> None:
-        """Forgets old tokens so that the window stays short; its last ``unfinished`` characters are not shown."""
+        """Keeps the window short. Its last ``unfinished`` characters are not shown yet."""
         full = len(self._window) >= MAX_WINDOW
         if full and unfinished == 0:
             del self._window[: self._clean]  # the newest token stays, as context
             self._shown = self._decode()
         elif full:
-            # No clean point for this long: tokens that straddle characters, or bytes that are no text at all.
-            # Cut between two characters if possible; if not, the front is garbled, but that was shown already.
+            # No clean point for this long: tokens that straddle characters, or bytes that are no text.
+            # Cut between two characters if possible; if not, the front is garbled, but that part was shown.
             text = self._decode()
             cuts = (cut for cut in (1, 2, 3, 4) if text.endswith(decode(self._tokenizer, self._window[cut:])))
             del self._window[: next(cuts, 4)]

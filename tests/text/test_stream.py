@@ -11,7 +11,9 @@ from minipaged.text.stream import MAX_WINDOW, REPLACEMENT, decode
 from tests.text.tokenizers_for_tests import byte_level, sentencepiece_like
 
 FAMILIES = [byte_level, sentencepiece_like]
-UNLIKELY = st.sampled_from(["🙂", "👩‍👩‍👧", "🏳️‍🌈", "é", "é", "你好", "。", "\n", "  ", " ", "▁", "the quick", "\x00"])
+UNLIKELY = st.sampled_from(
+    ["🙂", "👩‍👩‍👧", "🏳️‍🌈", "é", "é", "你好", "。", "\n", "  ", " ", "▁", "the quick", "\x00"]
+)
 # Surrogates are no text. U+FFFD has tests of its own, for it looks like an unfinished character.
 CHARACTERS = st.characters(exclude_categories=("Cs",), exclude_characters=REPLACEMENT)
 TEXT = st.lists(st.one_of(UNLIKELY, st.text(CHARACTERS, max_size=4)), max_size=12).map("".join)
@@ -60,7 +62,7 @@ def test_pieces_join_to_the_whole_decoding_cut_at_the_stop(family, text, prompt,
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
 def test_any_tokens_at_all_byte_level(data):
-    """Models may produce bytes that are no text; the result is still the tokenizer's decoding of the whole."""
+    """Models may produce bytes that are no text; the result still equals the decoding of the whole."""
     tokenizer = byte_level()
     token_ids = data.draw(st.lists(st.integers(0, len(tokenizer) + 5), max_size=60))
     pieces, _ = stream(tokenizer, token_ids)
@@ -70,7 +72,7 @@ def test_any_tokens_at_all_byte_level(data):
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
 def test_any_tokens_at_all_byte_fallback(data):
-    """Here the tokenizer turns a whole run of bytes into U+FFFD if its end is no character. A stream has shown
+    """Here the tokenizer turns a whole run of bytes into U+FFFD if its end is no character. We have shown
     the good ones by then, so the two can only be compared where there is no such run."""
     tokenizer = sentencepiece_like()
     token_ids = data.draw(st.lists(st.integers(0, len(tokenizer) + 5), max_size=60))
@@ -120,7 +122,7 @@ def test_tokens_that_straddle_characters():
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = {"a": 0, "â": 1, "Ĥ": 2, "¬": 3, "Ĥ¬": 4, "Ĥ¬â": 5}  # in GPT-2's spelling, € is the bytes â Ĥ ¬
+    alphabet = {"a": 0, "â": 1, "Ĥ": 2, "¬": 3, "Ĥ¬": 4, "Ĥ¬â": 5}  # GPT-2 spells the bytes of € so: â Ĥ ¬
     raw = Tokenizer(models.BPE(alphabet, [("Ĥ", "¬"), ("Ĥ¬", "â")]))
     raw.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)

@@ -43,7 +43,7 @@ def byte_level(vocab_size: int = 400) -> PreTrainedTokenizerFast:
 
 @cache
 def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """As Llama 2's: a space is written "▁", the decoder drops the first one, unknown characters become bytes."""
+    """As Llama 2's: a space is a "▁", the decoder drops the first one, unknown characters become bytes."""
     words = [word for line in CORPUS for word in line.split() if word.isascii()]
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=list(special.values()), show_progress=False)
