@@ -1,0 +1,61 @@
+# make demo: the visualizer. make test: all tests. Both make .venv first; a second run finds it ready.
+# Works with GNU make 3.81, which macOS still ships.
+
+PORT ?= 7860
+# On Linux PyPI's torch brings CUDA (about 3 GB). For the small CPU build:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet \
+	--constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: help demo test check clean
+
+help:
+	@echo "make demo    install into .venv if need be and start the visualizer on http://127.0.0.1:$(PORT)"
+	@echo "make test    the whole test suite"
+	@echo "make check   ruff and mypy"
+	@echo "make clean   remove .venv and everything else that was made"
+	@echo "Variables: PORT=7860, TORCH_INDEX=https://download.pytorch.org/whl/cpu (small torch for Linux)"
+
+demo: $(VENV)/.installed
+	@echo "Starting the visualizer on http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
+	@exec $(VENV)/bin/minipaged visualize --port $(PORT)
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
+
+# The stamps are newer than what they depend on once pip has succeeded.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing minipaged and what it needs; the first time this takes some minutes."
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing the test tools."
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+# The first of these that is at least 3.11.
+$(VENV)/bin/python:
+	@for python in python3.13 python3.12 python3.11 python3 python; do \
+		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "Making $(VENV) with $$python"; \
+			$$python -m venv $(VENV) && exit 0; \
+			rm -rf $(VENV); \
+			echo "$$python cannot make a virtual environment; on Debian: apt install python3-venv" >&2; \
+			exit 1; \
+		fi; \
+	done; \
+	echo "minipaged needs Python 3.11 or newer, and there is none; see https://www.python.org/downloads/" >&2; \
+	exit 1
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find minipaged visualizer tests -name __pycache__ -type d -prune -exec rm -rf {} +
