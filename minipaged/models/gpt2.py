@@ -55,13 +55,13 @@ class GPT2Config:
         return cls(
             vocab_size=need(config, "vocab_size"),
             hidden_size=hidden_size,
-            intermediate_size=config.get("n_inner") or 4 * hidden_size,
+            intermediate_size=need(config, "n_inner", default=4 * hidden_size),
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_heads,
             head_dim=hidden_size // num_heads,
             max_model_len=need(config, "n_positions"),
-            norm_eps=config.get("layer_norm_epsilon", 1e-5),
+            norm_eps=need(config, "layer_norm_epsilon", float, default=1e-5),
             windows=(None,) * num_layers,
             tied=config.get("tie_word_embeddings", True),
         )

@@ -96,13 +96,13 @@ class Rope:
         Raises ModelError for a kind of scaling that is not supported.
         """
         params = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        if not isinstance(params, dict) or any(isinstance(value, dict) for value in params.values()):
+            raise ModelError("config.json: rope_parameters must be one flat object, the same for all layers")
         kind = params.get("rope_type") or params.get("type") or "default"
-        if any(isinstance(value, dict) for value in params.values()):
-            raise ModelError("config.json: rope_parameters that differ between layers are not supported")
         if kind not in ("default", "linear", "llama3"):
             raise ModelError(f"config.json: rope type {kind!r} is not supported; default, linear, llama3 are")
         require_plain(config | params, partial_rotary_factor=1.0)
-        theta = params.get("rope_theta") or config.get("rope_theta") or 10_000.0
+        theta = need(config | params, "rope_theta", float, default=10_000.0)
         if kind == "default":
             return cls(theta)
         if kind == "linear":
@@ -153,9 +153,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def need(config: dict[str, Any], key: str, kind: type[int] | type[float] = int) -> Any:
-    """A number that ``config.json`` must hold. Raises ModelError when it is missing or not positive."""
-    value = config.get(key)
+def need(
+    config: dict[str, Any], key: str, kind: type[int] | type[float] = int, default: float | None = None
+) -> Any:
+    """A positive number from ``config.json``. Raises ModelError if it is anything else, or has no default."""
+    value = default if config.get(key) is None else config[key]
     allowed = (int, float) if kind is float else int
     if isinstance(value, bool) or not isinstance(value, allowed) or value <= 0:
         raise ModelError(f"config.json: {key} must be a positive number, but is {value!r}")
@@ -171,11 +173,3 @@ def require_plain(config: dict[str, Any], **plain: Any) -> None:
         given = config.get(key)
         if given is not None and given != value:
             raise ModelError(f"config.json: {key} = {given!r} is not supported, only {value!r}")
-
-
-def check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-    """Raises ModelError unless the heads can be grouped and their channels paired for `rotate`."""
-    if num_heads % num_kv_heads:
-        raise ModelError(f"config.json: {num_heads} heads cannot share {num_kv_heads} key/value heads evenly")
-    if head_dim % 2:
-        raise ModelError(f"config.json: rotary positions turn pairs of channels, but head_dim is {head_dim}")

@@ -23,7 +23,6 @@ from minipaged.models.layers import (
     RMSNorm,
     Rope,
     RotaryEmbedding,
-    check_heads,
     need,
     paged_attention,
     require_plain,
@@ -58,35 +57,40 @@ class LlamaConfig:
             require_plain(config, attention_bias=False)
         num_heads, hidden_size = need(config, "num_attention_heads"), need(config, "hidden_size")
         num_layers = need(config, "num_hidden_layers")
-        self = cls(
+        return cls(
             vocab_size=need(config, "vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=need(config, "intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=config.get("num_key_value_heads") or num_heads,
-            head_dim=config.get("head_dim") or hidden_size // num_heads,
+            num_kv_heads=need(config, "num_key_value_heads", default=num_heads),
+            head_dim=need(config, "head_dim", default=hidden_size // num_heads),
             max_model_len=need(config, "max_position_embeddings"),
-            norm_eps=config.get("rms_norm_eps", 1e-6),
+            norm_eps=need(config, "rms_norm_eps", float, default=1e-6),
             rope=Rope.from_config(config),
             windows=_windows(config, architecture, num_layers),
             qkv_bias=architecture == "Qwen2ForCausalLM",
             qk_norm=architecture == "Qwen3ForCausalLM",
             tied=config.get("tie_word_embeddings", False),
         )
-        check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
-        return self
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            shared = f"{self.num_kv_heads} key/value heads"
+            raise ModelError(f"config.json: {self.num_heads} heads cannot share {shared} evenly")
+        if self.head_dim % 2:
+            raise ModelError(
+                f"config.json: rotation needs pairs of channels, but head_dim is {self.head_dim}"
+            )
 
 
 def _windows(config: dict[str, Any], architecture: str, num_layers: int) -> tuple[int | None, ...]:
     """How far each layer looks back. The families share the words of config.json, but not their meaning."""
     if architecture == "LlamaForCausalLM":
-        require_plain(config, sliding_window=None)
-        window = None
-    elif architecture == "MistralForCausalLM":
-        window = config.get("sliding_window", 4096)
-    else:
-        window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+        require_plain(config, sliding_window=None, use_sliding_window=False)
+    slides = architecture == "MistralForCausalLM" or bool(config.get("use_sliding_window"))
+    # Left out means 4096, but null means none: a default that transformers set, and checkpoints rely on.
+    window = config.get("sliding_window", 4096) if slides else None
     if window is not None:
         window = need({"sliding_window": window}, "sliding_window")
 

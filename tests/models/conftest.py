@@ -12,6 +12,15 @@ import transformers
 from tests.models.families import config_of, randomize
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small are computed faster than threads are woken; on a busy machine by a factor of ten."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """family → directory of its checkpoint, made once a session. Tests that change one must copy it first."""

@@ -105,10 +105,10 @@ def check(reference: torch.nn.Module, seq: Sequence, rows: torch.Tensor) -> floa
 
 
 @every_family
-@pytest.mark.parametrize(("block_size", "most"), [(1, WHOLE), (3, 4), (16, WHOLE), (16, 5)])
+@pytest.mark.parametrize(("block_size", "most"), [(1, 5), (3, WHOLE), (16, 4)])
 def test_batch_equals_transformers(family, block_size, most, checkpoint, hugging_face):
     driver = Driver(load_model(str(checkpoint(family)), "cpu"), block_size)
-    for seq, rows in driver.greedy(prompts_of((1, 14, 33, 5)), 8, most, stagger=2):
+    for seq, rows in driver.greedy(prompts_of((1, 14, 33, 5)), 6, most, stagger=2):
         check(hugging_face(family), seq, rows)
 
 
