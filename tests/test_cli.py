@@ -1,0 +1,363 @@
+"""The command line: in this process where that will do, else (signals, imports) in one of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from minipaged import cli, doctor
+from minipaged.outputs import CompletionOutput, Delta
+from tests.checkpoints import save_llama
+from tests.text.tokenizers_for_tests import byte_level
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A random model that babbles, with a tokenizer and a chat template."""
+    tokenizer = byte_level()
+    directory = tmp_path_factory.mktemp("babbler")
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    save_llama(
+        directory,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=8192,
+        **ends,
+    )
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """``run(*args)`` -> (exit code, stdout, stderr)."""
+
+    def run(*args: str):
+        monkeypatch.setattr(sys, "argv", ["minipaged", *args])
+        with pytest.raises(SystemExit) as leaving:
+            cli.main()
+        captured = capsys.readouterr()
+        return leaving.value.code, captured.out, captured.err
+
+    return run
+
+
+def start(*args: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "minipaged", *args]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
+
+
+def read_until(process: subprocess.Popen, text: bytes) -> bytes:
+    seen = b""
+    while text not in seen:
+        byte = process.stdout.read(1)
+        assert byte, process.stderr.read().decode()
+        seen += byte
+    return seen
+
+
+def interrupt(process: subprocess.Popen) -> None:
+    """Ctrl-C; checks that the command leaves as it should."""
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+
+
+# --- in general -------------------------------------------------------------------------------------------
+
+
+def test_version(run):
+    assert run("--version") == (0, "minipaged 0.1.0\n", "")
+
+
+def test_help_imports_nothing_slow():
+    code = """
+import sys
+from minipaged.cli import main
+sys.argv = ["minipaged", "--help"]
+try:
+    main()
+except SystemExit:
+    pass
+print("SLOW", {"torch", "transformers", "gradio", "plotly"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "generate" in done.stdout and "SLOW set()" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (["generate", "x", "--temperature", "-1"], "temperature must be a number between 0 and 100"),
+        (["generate", "x", "-n", "0"], "n must be a whole number of at least 1"),
+        (["generate", "x", "--top-p", "0"], "top_p must be above 0"),
+        (["generate", "x", "--stop", ""], "none of them empty"),
+        (["generate", "x", "--device", "abacus"], "device must be one of"),
+        (["generate", "x", "--model", "/no/such/place"], "no directory"),
+        (["chat", "--max-tokens", "0"], "max_tokens must be a whole number"),
+        (["visualize", "--block-size", "0"], "block_size must be"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(run, args, complaint):
+    code, out, err = run(*args)
+    assert (code, out) == (2, "")
+    assert complaint in err and err.count("\n") == 1 and err.startswith("minipaged: ")
+
+
+@pytest.mark.parametrize("args", [["generate"], ["generate", "x", "--min-p", "much"], ["dance"], ["--nope"]])
+def test_wrong_usage_is_exit_code_2(run, args):
+    code, out, err = run(*args)
+    assert (code, out) == (2, "")
+    assert "Usage" in err and "Traceback" not in err
+
+
+# --- generate ---------------------------------------------------------------------------------------------
+
+
+def test_generate_streams_what_generate_returns(run, checkpoint):
+    args = [
+        "generate",
+        "The quick",
+        "--model",
+        checkpoint,
+        "--seed",
+        "3",
+        "--max-tokens",
+        "12",
+        "--device",
+        "cpu",
+    ]
+    code, streamed, _ = run(*args)
+    assert code == 0
+    code, out, _ = run(*args, "--json")
+    assert code == 0
+    answer = json.loads(out)
+    assert answer["prompt"] == "The quick" and answer["model"] == checkpoint
+    (output,) = answer["outputs"]
+    assert output["text"] + "\n" == streamed
+    assert len(output["token_ids"]) <= 12
+    assert output["finish_reason"] in ("stop", "length")
+    assert output["cumulative_logprob"] < 0
+
+
+def test_generate_without_a_seed_differs_from_run_to_run(run, checkpoint):
+    args = ["generate", "The", "--model", checkpoint, "--max-tokens", "20"]
+    assert run(*args)[1] != run(*args)[1]
+
+
+def test_sampling_options_reach_the_engine(monkeypatch, run):
+    asked = {}
+
+    def generate(prompt, params):
+        asked.update(prompt=prompt, params=params)
+        return [SimpleNamespace(outputs=[])]
+
+    monkeypatch.setattr(cli, "_load", lambda *args: SimpleNamespace(generate=generate))
+    options = (
+        "-n 2 --temperature 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 --max-tokens 9 --stop a --stop b --seed 4"
+    )
+    assert run("generate", "Hi", *options.split())[0] == 0
+    params = asked["params"]
+    assert (params.n, params.temperature, params.top_p, params.top_k) == (2, 0.5, 0.9, 7)
+    assert (params.min_p, params.max_tokens, params.stop, params.seed) == (0.1, 9, ("a", "b"), 4)
+
+
+def test_samples_stand_under_rules_and_their_brackets_are_no_markup(monkeypatch, run):
+    texts = ["[red]one[/red] [/]", "two"]
+    outputs = [CompletionOutput(i, text, [1], None, None, "stop") for i, text in enumerate(texts)]
+    llm = SimpleNamespace(generate=lambda prompt, params: [SimpleNamespace(outputs=outputs)])
+    monkeypatch.setattr(cli, "_load", lambda *args: llm)
+    code, out, _ = run("generate", "Hi", "-n", "2")
+    assert code == 0
+    assert "[red]one[/red] [/]\n" in out and "1 of 2" in out and "2 of 2" in out
+
+
+def test_streamed_brackets_are_no_markup(monkeypatch, run):
+    deltas = [Delta(0, "[bold]", [1], None), Delta(0, "[/x]", [2], "stop")]
+    monkeypatch.setattr(cli, "_load", lambda *args: SimpleNamespace(stream=lambda *_: iter(deltas)))
+    assert run("generate", "Hi") == (0, "[bold][/x]\n", "")
+
+
+def test_a_terminal_that_knows_no_unicode(checkpoint):
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    process = start("generate", "🙂", "--model", checkpoint, "--json", "--max-tokens", "2", env=env)
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+    assert b'"prompt": "?"' in out
+
+
+def test_ctrl_c_while_generating(checkpoint):
+    process = start("generate", "The", "--model", checkpoint, "--max-tokens", "8000", "--seed", "1")
+    assert process.stdout.read(1)
+    interrupt(process)
+
+
+# --- chat -------------------------------------------------------------------------------------------------
+
+
+class Parrot:
+    """Stands in for the LLM; remembers what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def render_chat(self, messages):
+        return [1]
+
+    def stream_chat(self, messages, params):
+        self.asked.append(list(messages))
+        yield Delta(0, "You said ", [1], None)
+        yield Delta(0, messages[-1]["content"], [2], "stop")
+
+
+@pytest.fixture
+def say(monkeypatch, run):
+    """``say(*lines, args=())`` -> (exit code, stdout, stderr, what the model was asked)."""
+
+    def say(*lines: str, args: tuple[str, ...] = ()):
+        parrot, todo = Parrot(), iter(lines)
+
+        def type_line(prompt):
+            try:
+                return next(todo)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr(cli, "_load", lambda *_: parrot)
+        monkeypatch.setattr("builtins.input", type_line)
+        return *run("chat", *args), parrot.asked
+
+    return say
+
+
+def test_chat_keeps_the_conversation(say):
+    code, out, _, asked = say("one", "", "two", args=("--system", "Be brief."))
+    assert code == 0
+    assert "You said one\nYou said two\n" in out
+    assert [m["content"] for m in asked[1]] == ["Be brief.", "one", "You said one", "two"]
+    assert [m["role"] for m in asked[1]] == ["system", "user", "assistant", "user"]
+
+
+def test_chat_commands(say):
+    code, out, _, asked = say("one", "/help", "/reset", "two", "/exit", "three", args=("--system", "S"))
+    assert code == 0
+    assert "/reset" in out
+    assert [[m["content"] for m in messages] for messages in asked] == [["S", "one"], ["S", "two"]]
+
+
+def test_chat_goes_on_when_a_message_is_refused(checkpoint):
+    process = start("chat", "--model", checkpoint, "--max-tokens", "3", "--seed", "1")
+    out, errors = process.communicate(b"x " * 9000 + b"\nhello\n/exit\n")
+    assert process.returncode == 0
+    assert b"/reset forgets the conversation" in errors and b"Traceback" not in errors
+    assert out.count(b"> ") == 3
+
+
+def test_chat_with_a_model_that_cannot(run, tmp_path):
+    save_llama(tmp_path)
+    code, _, err = run("chat", "--model", str(tmp_path))
+    assert code == 2 and "no chat template" in err
+
+
+def test_ctrl_c_at_the_prompt_of_a_chat(checkpoint):
+    process = start("chat", "--model", checkpoint)
+    read_until(process, b"> ")
+    interrupt(process)
+
+
+def test_ctrl_c_during_an_answer(checkpoint):
+    process = start("chat", "--model", checkpoint, "--max-tokens", "8000", "--seed", "1")
+    read_until(process, b"> ")
+    process.stdin.write(b"hello\n")
+    process.stdin.flush()
+    assert process.stdout.read(1)
+    interrupt(process)
+
+
+# --- visualize --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Settings that the visualizer was launched with."""
+    settings: dict = {}
+    monkeypatch.setitem(sys.modules, "visualizer.app", SimpleNamespace(launch=settings.update))
+    monkeypatch.setattr(cli, "_require_free_port", lambda *_: None)
+    return settings
+
+
+def test_no_command_starts_the_visualizer(run, launched):
+    assert run()[0] == 0
+    assert launched["model"] == "tiny" and launched["port"] == 7860
+
+
+def test_visualize_hands_on_what_was_given(run, launched):
+    assert run("visualize", "--port", "8000", "--block-size", "4", "--num-blocks", "32")[0] == 0
+    assert (launched["port"], launched["block_size"], launched["num_blocks"]) == (8000, 4, 32)
+    assert "max_num_seqs" not in launched  # the visualizer's own choice
+
+
+@pytest.mark.parametrize("package", ["gradio", "plotly"])
+def test_visualize_without_its_packages_says_what_to_install(monkeypatch, run, package):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "visualizer"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    code, _, err = run("visualize")
+    assert code == 2 and "pip install" in err and package in err
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded(monkeypatch, run):
+    monkeypatch.setitem(sys.modules, "visualizer.app", SimpleNamespace(launch=None))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, _, err = run("visualize", "--port", port)
+    assert code == 2 and port in err and "--port" in err
+
+
+# --- doctor -----------------------------------------------------------------------------------------------
+
+
+def test_doctor_says_what_is_missing_and_what_that_means(monkeypatch, run):
+    def version(package):
+        if package in ("gradio", "triton"):
+            raise doctor.metadata.PackageNotFoundError(package)
+        return "1.2.3"
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    monkeypatch.setattr(doctor, "_embedded_model", lambda: doctor.Check("embedded model", True, "fine"))
+    code, out, _ = run("doctor")
+    assert code == 0  # neither is needed by the engine
+    lines = {line.split()[1]: line for line in out.splitlines()}
+    assert lines["gradio"].startswith("missing") and "pip install gradio" in lines["gradio"]
+    assert lines["triton"].startswith("missing") and "plain torch" in lines["triton"]
+    assert lines["torch"].startswith("ok") and "1.2.3" in lines["torch"]
+    assert {"python", "cpu", "chromium", "embedded"} <= set(lines)
+
+
+def test_doctor_fails_when_the_engine_cannot_run(monkeypatch, run):
+    def broken(*_):
+        raise OSError("disk on fire")
+
+    monkeypatch.setattr("minipaged.models.loader.load_model", broken)
+    code, out, _ = run("doctor")
+    assert code == 1 and "disk on fire" in out
+
+
+def test_the_embedded_model_answers():
+    from minipaged.tiny import WEIGHTS
+
+    if not (WEIGHTS / "config.json").exists():
+        pytest.skip("the embedded model has not been trained yet")
+    process = start("chat", "--seed", "1", "--max-tokens", "20")
+    out, errors = process.communicate(b"Hello\n/exit\n")
+    assert process.returncode == 0, errors.decode()
+    assert len(out.split(b"> ")[1].strip()) > 0

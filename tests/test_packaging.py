@@ -1,0 +1,188 @@
+"""What gets installed, what it needs, and which room may import what."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.checkpoints import save_llama
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TORCH_FREE = ["events.py", "request.py", "config.py", "errors.py", "memory", "scheduling"]
+
+BLOCKER = """
+import importlib.abc, sys
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"gradio", "plotly", "triton"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def python(code: str) -> str:
+    """What ``code`` prints in an interpreter of its own."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_light():
+    slow = {"torch", "transformers", "gradio", "plotly", "triton"}
+    assert python(f"import sys, minipaged; print({slow!r} & set(sys.modules) or 'none')").strip() == "none"
+
+
+def test_the_engine_runs_without_gradio_plotly_and_triton(tmp_path):
+    save_llama(tmp_path)
+    code = f"""
+from minipaged import LLM, SamplingParams
+params = SamplingParams(max_tokens=3, ignore_eos=True)
+out = LLM({str(tmp_path)!r}, device="cpu", num_blocks=16).generate([[5, 6, 7]], params)
+print(len(out[0].outputs[0].token_ids))
+"""
+    assert python(BLOCKER + code).strip() == "3"
+
+
+def module_file(name: str) -> Path | None:
+    """The file of a module of this package; None for what is none (an attribute, say)."""
+    path = ROOT.joinpath(*name.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def imports_at_import_time(file: Path) -> set[str]:
+    """Dotted names that importing ``file`` imports: not those inside functions or under TYPE_CHECKING."""
+    found: set[str] = set()
+    todo: list[ast.AST] = list(ast.parse(file.read_text(encoding="utf-8")).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found.add(node.module or "")
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            todo += node.orelse
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+def reachable(start: Path) -> dict[str, Path]:
+    """Everything that importing ``start`` imports, directly or not, with the file that does."""
+    seen: dict[str, Path] = {}
+    todo = [start]
+    while todo:
+        file = todo.pop()
+        for name in imports_at_import_time(file):
+            parts = name.split(".")
+            for length in range(1, len(parts) + 1):  # importing a.b.c runs a and a.b as well
+                prefix = ".".join(parts[:length])
+                if prefix not in seen:
+                    seen[prefix] = file
+                    own = module_file(prefix) if parts[0] == "minipaged" else None
+                    todo += [own] if own else []
+    return seen
+
+
+def torch_free_files() -> list[Path]:
+    paths = [ROOT / "minipaged" / name for name in TORCH_FREE]
+    return [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))]
+
+
+@pytest.mark.parametrize("file", torch_free_files(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_torch_in_memory_scheduling_and_events(file):
+    """This is what keeps the scheduler fuzzable at thousands of traces a second."""
+    culprits = {
+        name: by for name, by in reachable(file).items() if name in ("torch", "numpy", "transformers")
+    }
+    assert not culprits
+    everywhere = {
+        name for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) for name in names(node)
+    }
+    assert "torch" not in everywhere, "not inside a function either"
+
+
+def names(node: ast.AST) -> set[str]:
+    """First parts of what an import statement imports."""
+    if isinstance(node, ast.Import):
+        return {alias.name.split(".")[0] for alias in node.names}
+    return {(node.module or "").split(".")[0]} if isinstance(node, ast.ImportFrom) else set()
+
+
+def test_the_import_walk_sees_torch_where_there_is_some():
+    assert "torch" in reachable(ROOT / "minipaged" / "llm.py")
+    assert "torch" in reachable(ROOT / "minipaged" / "execution" / "runner.py")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[set[str], set[str]]:
+    """Names of the files in the wheel and in the sdist, built from a copy because building leaves traces."""
+    pytest.importorskip("setuptools", minversion="77")
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("minipaged", "visualizer"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    code = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
+    (copy / "dist").mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,), (sdist,) = (copy / "dist").glob("*.whl"), (copy / "dist").glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as archive, tarfile.open(sdist) as source:
+        return set(archive.namelist()), {name.partition("/")[2] for name in source.getnames()}
+
+
+def test_wheel_and_sdist_hold_every_file_of_the_packages(built):
+    """Weights, tokenizer, JavaScript, style sheets: what is left out is missed only once installed."""
+    on_disk = {
+        str(file.relative_to(ROOT))
+        for package in ("minipaged", "visualizer")
+        for file in (ROOT / package).rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    for archive in built:
+        assert on_disk - archive == set()
+
+
+def test_the_embedded_model_is_part_of_the_package(built):
+    for archive in built:
+        assert {"minipaged/tiny/weights/config.json", "minipaged/tiny/weights/tokenizer.json"} <= archive
+        assert any(
+            name.startswith("minipaged/tiny/weights/") and name.endswith(".safetensors") for name in archive
+        )
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    split = [line.split("==") for line in lines if line and not line.startswith("#")]
+    assert len({name for name, _ in split}) == len(split), "something is pinned twice"
+    return {canonicalize_name(name): version for name, version in split}
+
+
+REQUIREMENTS = PYPROJECT["dependencies"] + PYPROJECT["optional-dependencies"]["dev"]
+
+
+@pytest.mark.parametrize("text", REQUIREMENTS)
+def test_each_dependency_has_a_range_and_a_pin_inside_it(text):
+    requirement = Requirement(text)
+    operators = {specifier.operator for specifier in requirement.specifier}
+    assert operators == {">=", "<"}, "both a lower and an upper bound"
+    assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
+
+
+def test_version_is_the_same_everywhere():
+    import minipaged
+
+    assert PYPROJECT["version"] == minipaged.__version__
