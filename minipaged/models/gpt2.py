@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minipaged.errors import ModelError
 from minipaged.execution.batch import Batch
 from minipaged.execution.kv_cache import KVCache
-from minipaged.models.layers import need, paged_attention, require_plain
+from minipaged.models.layers import embedding, need, paged_attention, require_plain
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.wpe = nn.Embedding(config.max_model_len, config.hidden_size)
+        self.wte = embedding(config.vocab_size, config.hidden_size)
+        self.wpe = embedding(config.max_model_len, config.hidden_size)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         # Only the head's weight is used, and an embedding's has its shape: a tied head is just a second name.

@@ -58,6 +58,11 @@ def paged_attention(
     return torch.cat(outs)
 
 
+def embedding(rows: int, size: int) -> nn.Embedding:
+    """A table [rows, size], not initialised: the random start of nn.Embedding costs a second of imports."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, size))
+
+
 class RMSNorm(nn.Module):
     """Scales vectors to a root mean square of one, then channels by a learned weight. [..., C] → [..., C]."""
 
@@ -67,7 +72,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # Squares overflow float16 and lose most of bfloat16's 8 bits, so the mean is taken in float32.
+        # In float32: squares overflow float16, and bfloat16 drops the small terms of a long sum.
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)

@@ -23,6 +23,7 @@ from minipaged.models.layers import (
     RMSNorm,
     Rope,
     RotaryEmbedding,
+    embedding,
     need,
     paged_attention,
     require_plain,
@@ -52,7 +53,8 @@ class LlamaConfig:
     @classmethod
     def from_config(cls, config: dict[str, Any], architecture: str) -> LlamaConfig:
         """Reads a parsed ``config.json``. Raises ModelError for what is missing or not supported."""
-        require_plain(config, hidden_act="silu", mlp_bias=False, num_experts=0, num_local_experts=0)
+        require_plain(config, hidden_act="silu", mlp_bias=False, rope_interleaved=False)
+        require_plain(config, num_experts=0, num_local_experts=0)
         if architecture != "Qwen2ForCausalLM":  # whose biases are not an option
             require_plain(config, attention_bias=False)
         num_heads, hidden_size = need(config, "num_attention_heads"), need(config, "hidden_size")
@@ -172,7 +174,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)

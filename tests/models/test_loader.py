@@ -246,6 +246,7 @@ def test_devices_and_dtypes(checkpoint):
         ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("llama2", {"mlp_bias": True}, "mlp_bias"),
         ("llama2", {"hidden_act": "gelu"}, "hidden_act"),
+        ("llama2", {"rope_interleaved": True}, "rope_interleaved"),
         ("llama2", {"num_local_experts": 8}, "num_local_experts"),
         ("llama2", {"sliding_window": 4}, "sliding_window"),
         ("llama2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
