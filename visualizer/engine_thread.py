@@ -1,0 +1,241 @@
+"""The engine in a thread of its own: it takes commands from a queue and tells a sink what happens.
+
+An engine is not thread-safe, and a page's callbacks come and go with its viewers. So nobody but this thread touches
+the engine: whoever wants something from it hands in a function and gets a `Future`.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from minipaged import SamplingParams
+from minipaged.engine import Engine
+from minipaged.errors import InvalidRequest, StepFailed
+from minipaged.events import EngineError, EngineStarted, Event
+from visualizer.scenarios import Arrival, Scenario
+
+MAX_WAITING = 50  # requests; beyond that a page full of impatient clicks would only make everybody wait
+DEFAULT_RATE = 12.0  # steps per second: fast enough to feel alive, slow enough to follow
+
+log = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Who wants to know. Called in the engine's thread; must not block."""
+
+    def started(self, event: EngineStarted) -> None:
+        """A run begins from nothing."""
+
+    def publish(self, events: list[Event]) -> None:
+        """One step's events, or those of something between steps (a request was added, aborted)."""
+
+    def status(self, status: dict[str, Any]) -> None:
+        """Whether the thread is paused, how fast it steps, whether there is work."""
+
+
+class EngineThread:
+    """Steps ``llm.engine`` at a given rate as long as there is work, and obeys commands in between.
+
+    All public methods may be called from any thread; what they return is a `Future` of the command's result.
+    """
+
+    def __init__(self, llm: Any, sink: Sink, rate: float | None = DEFAULT_RATE) -> None:
+        self.llm = llm
+        self._sink = sink
+        self._rate = rate
+        self._paused = False
+        self._stopping = False
+        self._commands: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
+        self._pending: list[Event] = []  # emitted, not yet published
+        self._script: deque[Arrival] = deque()  # what a scenario has yet to submit
+        self._script_step = 0
+        self._num_requests = 0
+        self._next_step_at = 0.0
+        self._thread = threading.Thread(target=self._run, name="minipaged-engine", daemon=True)
+
+    def start(self) -> None:
+        self._adopt(self.llm.engine)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after the command or step it is at."""
+
+        def stop() -> None:
+            self._stopping = True
+
+        self.call(stop)
+        self._thread.join(timeout=10)
+
+    # --- commands ---------------------------------------------------------------------------------------------
+
+    def call(self, command: Callable[[], Any]) -> Future[Any]:
+        """Runs ``command()`` in the engine's thread, between two steps. What it raises is the future's exception."""
+        future: Future[Any] = Future()
+        self._commands.put((command, future))
+        return future
+
+    def submit(self, arrival: Arrival) -> Future[str]:
+        """Queues a request. `InvalidRequest` if it can never be served."""
+        return self.call(lambda: self._submit(arrival))
+
+    def abort(self, request_id: str) -> Future[None]:
+        return self.call(lambda: self.engine.abort(request_id))
+
+    def pause(self) -> Future[None]:
+        return self.call(lambda: self._set_paused(True))
+
+    def resume(self) -> Future[None]:
+        return self.call(lambda: self._set_paused(False))
+
+    def step(self) -> Future[None]:
+        """Pauses, and computes one step."""
+
+        def step() -> None:
+            self._set_paused(True)
+            self._advance()
+
+        return self.call(step)
+
+    def set_rate(self, rate: float | None) -> Future[None]:
+        """Steps per second; ``None``: as fast as the machine can."""
+
+        def set_rate() -> None:
+            self._rate = rate
+            self._next_step_at = 0.0
+
+        return self.call(set_rate)
+
+    def reset(self, scenario: Scenario | None = None) -> Future[None]:
+        """Starts over with an empty pool, sequence 0 and the engine's first seed; plays ``scenario`` if given."""
+
+        def reset() -> None:
+            self._adopt(_fresh(self.engine))
+            self._script = deque(scenario.arrivals if scenario else ())
+            self._script_step = 0
+            self._paused = False
+
+        return self.call(reset)
+
+    # --- the thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                command, future = self._commands.get(timeout=self._patience())
+            except queue.Empty:
+                self._advance()
+                self._publish_status()
+            else:
+                self._obey(command, future)
+
+    def _patience(self) -> float | None:
+        """How long to wait for a command before the next step is due; ``None``: no step is."""
+        if self._paused or not self._has_work():
+            return None
+        return max(0.0, self._next_step_at - time.monotonic())
+
+    def _has_work(self) -> bool:
+        return bool(self._script) or self.engine.has_unfinished()
+
+    def _obey(self, command: Callable[[], Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return  # whoever asked has given up waiting
+        try:
+            result = command()
+        except Exception as error:  # the caller's business; the engine goes on for the others
+            self._flush()
+            future.set_exception(error)
+        else:
+            self._flush()
+            future.set_result(result)
+        self._publish_status()
+
+    def _advance(self) -> None:
+        """One step, with the scenario's arrivals that are due before it. Never raises."""
+        now = time.monotonic()
+        if self._rate is not None:
+            # From when it was due, so that the rate holds on average; but never a burst after a pause.
+            self._next_step_at = max(self._next_step_at, now - 0.1) + 1 / self._rate
+        try:
+            self._submit_due()
+            self.engine.step()
+            self._script_step += 1
+        except StepFailed as error:
+            log.error("%s", error)  # the engine has emitted an EngineError and goes on with the others
+        except Exception as error:  # a bug: tell it, and do not repeat it twelve times a second
+            log.exception("the engine's step raised")
+            self._pending.append(EngineError(f"{type(error).__name__}: {error}"))
+            self._paused = True
+        self._flush()
+
+    def _submit_due(self) -> None:
+        """An engine without work takes the next arrival at once: its steps stand still."""
+        while self._script and (self._script[0].at_step <= self._script_step or not self.engine.has_unfinished()):
+            arrival = self._script.popleft()
+            try:
+                self._submit(arrival)
+            except InvalidRequest as error:  # another model than the scenario was made for
+                log.warning("the scenario's prompt %r cannot be served: %s", arrival.prompt, error)
+
+    def _submit(self, arrival: Arrival) -> str:
+        if not arrival.prompt.strip():
+            raise InvalidRequest("The prompt is empty: write a few words to go on from.")
+        if len(self.engine.scheduler.waiting) >= MAX_WAITING:
+            raise InvalidRequest(f"{MAX_WAITING} requests are waiting already; try again when some are done.")
+        if arrival.chat:
+            tokens = self.llm.render_chat([{"role": "user", "content": arrival.prompt}])
+        else:
+            tokens = self.llm.encode(arrival.prompt)
+        params = SamplingParams(
+            n=arrival.n, temperature=arrival.temperature, max_tokens=arrival.max_tokens, seed=arrival.seed
+        )
+        request_id = f"request-{self._num_requests}"
+        self.engine.add_request(request_id, tokens, params, prompt=arrival.prompt)
+        self._num_requests += 1
+        self._flush()
+        return request_id
+
+    def _set_paused(self, paused: bool) -> None:
+        self._paused = paused
+        self._next_step_at = 0.0
+
+    def _adopt(self, engine: Engine) -> None:
+        """Makes ``engine`` the one to run, and begins a new run with it."""
+        self.engine = self.llm.engine = engine
+        self._pending.clear()
+        self._num_requests = 0
+        engine.events.subscribe(self._pending.append)
+        self._sink.started(engine.started_event())
+        self._publish_status()
+
+    def _flush(self) -> None:
+        events = list(self._pending)
+        self._pending.clear()
+        if events:
+            try:
+                self._sink.publish(events)
+            except Exception:  # a listener's bug must not stop the engine
+                log.exception("could not publish %s", events[0].type)
+
+    def _publish_status(self) -> None:
+        self._sink.status({"paused": self._paused, "rate": self._rate, "busy": self._has_work()})
+
+
+def _fresh(engine: Engine) -> Engine:
+    """An engine like this one before its first request: same model and KV tensors, new bookkeeping."""
+    return Engine(
+        engine.config,
+        engine.runner,
+        engine.sampler,
+        vocab_size=engine.vocab_size,
+        eos_token_ids=engine.scheduler.eos_token_ids,
+        tokenizer=engine.tokenizer,
+        bytes_per_block=engine.bytes_per_block,
+    )

@@ -1,0 +1,150 @@
+"""The record log between one engine thread and any number of viewers.
+
+A *record* is one step's events (or those of something between two steps) as JSON, encoded once however many watch.
+Records are numbered from 0 within a *run*; viewers pull those from their *cursor* on. A *keyframe* is the reduced
+state before a record: who comes late starts from one instead of from the beginning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import secrets
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+from minipaged.events import EngineStarted, Event, State
+
+KEYFRAME_EVERY = 40  # records
+MAX_RECORDS = 60 * KEYFRAME_EVERY  # what is older is forgotten
+HISTORY = 400  # records that a late joiner gets to rewind
+MAX_FINISHED = 48  # requests; beyond that a new run begins without the oldest, so that the state stays small
+KEEP_FINISHED = 12
+LONG_POLL = 5.0  # seconds until a pull returns with nothing new
+FAST, SLOW, CROWD = 0.05, 0.25, 4  # seconds between looks, for up to a crowd of viewers and beyond
+
+
+def encode(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def encode_events(events: list[Event]) -> str:
+    """JSON has no NaN and no infinity; a browser refuses a whole answer for one of them."""
+    return encode([{key: _finite(value) for key, value in event.to_dict().items()} for event in events])
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def without_finished(state: State, keep: int) -> State:
+    """The same state, less all finished requests but the last ``keep``."""
+    gone = set(state.finished[: max(0, len(state.finished) - keep)])
+    return replace(
+        state,
+        requests={name: ids for name, ids in state.requests.items() if name not in gone},
+        seqs={seq_id: seq for seq_id, seq in state.seqs.items() if seq.request_id not in gone},
+        finished=[name for name in state.finished if name not in gone],
+    )
+
+
+class RecordLog:
+    """The `Sink` that viewers pull from. The engine's thread writes, the server's event loop reads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._status: dict[str, Any] = {}
+        self._status_version = 0
+        self._pulling = 0  # viewers that wait right now
+        self._begin(State())
+
+    def _begin(self, state: State) -> None:
+        """A new run: viewers notice the new id and start over."""
+        self.run = secrets.token_hex(4)
+        self.state = state
+        self._records: list[str] = []
+        self._first = 0  # number of the oldest record kept
+        self._keyframes = {0: encode(state.to_dict())}
+
+    # --- the engine's side ------------------------------------------------------------------------------------
+
+    def started(self, event: EngineStarted) -> None:
+        state = State()
+        state.apply(event)
+        with self._lock:
+            self._begin(state)
+
+    def publish(self, events: list[Event]) -> None:
+        with self._lock:
+            if len(self.state.finished) > MAX_FINISHED:
+                self._begin(without_finished(self.state, KEEP_FINISHED))
+            for event in events:
+                self.state.apply(event)
+            self._records.append(encode_events(events))
+            if self.end % KEYFRAME_EVERY == 0:
+                self._keyframes[self.end] = encode(self.state.to_dict())
+            if len(self._records) > MAX_RECORDS:
+                self._forget_oldest()
+
+    def status(self, status: dict[str, Any]) -> None:
+        with self._lock:
+            if status != self._status:
+                self._status = status
+                self._status_version += 1
+
+    @property
+    def end(self) -> int:
+        """The number that the next record will have."""
+        return self._first + len(self._records)
+
+    def _forget_oldest(self) -> None:
+        del self._records[:KEYFRAME_EVERY]
+        del self._keyframes[self._first]
+        self._first += KEYFRAME_EVERY
+
+    # --- the viewers' side ------------------------------------------------------------------------------------
+
+    async def pull(self, request: Any) -> str:
+        """Answers ``{"run", "cursor", "status"}`` with what is new since then, as soon as there is something.
+
+        Whatever the request lacks or gets wrong makes its sender a late joiner, who is answered at once.
+        """
+        asked = request if isinstance(request, dict) else {}
+        self._pulling += 1
+        try:
+            deadline = time.monotonic() + LONG_POLL
+            while True:
+                if asked.get("run") == self.run:
+                    await asyncio.sleep(FAST if self._pulling <= CROWD else SLOW)
+                answer = self.news(asked.get("run"), asked.get("cursor"), asked.get("status"))
+                if answer is not None or time.monotonic() > deadline:
+                    return answer or "{}"
+        finally:
+            self._pulling -= 1
+
+    def news(self, run: Any, cursor: Any, status: Any) -> str | None:
+        """The answer to a pull as JSON, or ``None`` when there is nothing to tell."""
+        with self._lock:
+            keyframe = "null"
+            known = run == self.run and type(cursor) is int and self._first <= cursor <= self.end
+            if not known:
+                cursor = self._late_start()
+                keyframe = self._keyframes[cursor]
+            elif cursor == self.end and status == self._status_version:
+                return None
+            records = ",".join(self._records[cursor - self._first :])
+            head = {
+                "run": self.run,
+                "first": cursor,
+                "status": self._status,
+                "status_version": self._status_version,
+            }
+        return f'{encode(head)[:-1]},"keyframe":{keyframe},"records":[{records}]}}'
+
+    def _late_start(self) -> int:
+        """The newest keyframe that leaves some history to rewind."""
+        early = [number for number in self._keyframes if number <= self.end - HISTORY]
+        return max(early, default=self._first)

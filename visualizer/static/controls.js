@@ -1,0 +1,87 @@
+// Everything that asks something of the engine: the prompt form, and pause, step, speed, play again, reset.
+
+import { setText } from "./names.js";
+
+// The slider's positions, in steps per second. The last is as fast as the machine can.
+const RATES = [1, 2, 4, 8, 12, 20, 40, "max"];
+
+export class Controls {
+  constructor(root, send) {
+    this.root = root;
+    this.send = send;
+    this.form = root.querySelector("[data-part=form]");
+    this.message = root.querySelector("[data-part=message]");
+    this.pause = root.querySelector("[data-do=pause]");
+    this.rate = root.querySelector("[data-part=rate]");
+    this.rateText = root.querySelector("[data-part=rate-text]");
+    this.rate.max = RATES.length - 1;
+    this.form.addEventListener("submit", (event) => this.submit(event));
+    root.querySelector("[data-part=samples]").addEventListener("click", (event) => this.sample(event));
+    root.querySelector("[data-do=engine-step]").addEventListener("click", () => this.ask({ do: "step" }));
+    root.querySelector("[data-do=play]").addEventListener("click", () => this.ask({ do: "play" }));
+    root.querySelector("[data-do=reset]").addEventListener("click", () => this.ask({ do: "reset" }));
+    this.pause.addEventListener("click", () => this.ask({ do: this.status?.paused ? "resume" : "pause" }));
+    this.rate.addEventListener("input", () => {
+      this.showRate(RATES[this.rate.value]);
+      this.ask({ do: "rate", rate: RATES[this.rate.value] });
+    });
+    const temperature = this.form.elements.temperature;
+    const showTemperature = () => setText(root.querySelector("[data-part=temperature]"), Number(temperature.value).toFixed(1));
+    temperature.addEventListener("input", showTemperature);
+    showTemperature();
+  }
+
+  // A chip fills the form in and sends it: one click to see something happen.
+  sample(event) {
+    const chip = event.target.closest("[data-prompt]");
+    if (!chip) return;
+    this.form.elements.prompt.value = chip.dataset.prompt;
+    this.form.elements.chat.value = chip.dataset.chat ? "ask" : "continue";
+    this.form.elements.n.value = chip.dataset.n ?? "1";
+    this.form.requestSubmit();
+  }
+
+  async submit(event) {
+    event.preventDefault();
+    const { prompt, n, temperature, max_tokens, chat } = this.form.elements;
+    const done = await this.ask({
+      do: "submit",
+      prompt: prompt.value,
+      n: Number(n.value),
+      temperature: Number(temperature.value),
+      max_tokens: max_tokens.value === "" ? null : Number(max_tokens.value),
+      chat: chat.value === "ask",
+    });
+    if (done) prompt.value = "";
+  }
+
+  async ask(command) {
+    const answer = await this.send(command);
+    const problem = !answer ? "The server does not answer; is it still running?" : answer.ok ? "" : answer.message;
+    setText(this.message, problem);
+    this.message.hidden = !problem;
+    return !problem;
+  }
+
+  render(status) {
+    if (!status || JSON.stringify(status) === JSON.stringify(this.status)) return;
+    this.status = status;
+    this.pause.textContent = status.paused ? "▶ Resume" : "❚❚ Pause";
+    this.pause.classList.toggle("mp-on", status.paused);
+    this.root.dataset.engine = status.paused ? "paused" : status.busy ? "running" : "idle";
+    setText(this.root.querySelector("[data-part=engine-state]"), this.root.dataset.engine);
+    const rate = status.rate ?? "max";
+    this.showRate(rate);
+    if (document.activeElement !== this.rate) this.rate.value = nearest(rate);
+  }
+
+  showRate(rate) {
+    setText(this.rateText, rate === "max" ? "full speed" : `${rate} steps/s`);
+  }
+}
+
+function nearest(rate) {
+  if (rate === "max") return RATES.length - 1;
+  const distance = (other) => (other === "max" ? Infinity : Math.abs(other - rate));
+  return RATES.reduce((best, other, i) => (distance(other) < distance(RATES[best]) ? i : best), 0);
+}

@@ -1,0 +1,93 @@
+// One sentence in plain words for the most telling event that just happened.
+
+import { letter, list, plural } from "./names.js";
+
+// Most telling first; "sampled" happens in every step and says nothing new.
+const ORDER = [
+  "engine_error", "preempted", "copied", "forked", "evicted", "shared", "admitted", "finished", "request_added",
+  "allocated",
+];
+const WINDOW = 14; // records a telling sentence stays while less telling ones go by
+
+const TELL = {
+  engine_error: (e) => ["error", `The step failed: ${e.message}. Its requests were aborted; the engine goes on.`],
+
+  preempted(e, record, state) {
+    const ids = state.requests[e.request_id] ?? [];
+    const freed = record.events.filter((x) => x.type === "freed" && ids.includes(x.seq_id));
+    const blocks = new Set(freed.flatMap((x) => x.blocks)).size;
+    return ["preemption", `The pool is full. ${names(ids)} came last, so ${ids.length > 1 ? "they give" : "it gives"} ` +
+      `${plural(blocks, "block")} back and wait${ids.length > 1 ? "" : "s"}; the text is kept, its KV is recomputed later.`];
+  },
+
+  copied(e) {
+    return ["copy-on-write", `${letter(e.seq_id)} is about to write into block ${e.src}, which others read too: ` +
+      `it gets a copy of its own, block ${e.dst}.`];
+  },
+
+  forked(e, record, state) {
+    const children = record.events.filter((x) => x.type === "forked").map((x) => x.child);
+    const blocks = state.seqs[e.parent]?.table.length ?? 0;
+    return ["fork", `${names([e.parent, ...children])} start from one prompt: they share its ` +
+      `${plural(blocks, "block")}, and nothing is copied.`];
+  },
+
+  evicted: (e) => ["eviction", `No free block is left, so cached block ${e.block} is emptied and used again.`],
+
+  shared(e, record) {
+    if (e.reason !== "prefix") return null;
+    const count = record.events.filter((x) => x.type === "shared" && x.seq_id === e.seq_id).length;
+    return ["prefix cache", `${letter(e.seq_id)} begins like something seen before: ${plural(count, "block")} ` +
+      `of its KV ${count === 1 ? "is" : "are"} found in the cache, not computed.`];
+  },
+
+  admitted(e, record, state) {
+    const seq = state.seqs[e.seq_id];
+    if (!seq) return null;
+    const back = seq.tokens.length > seq.num_prompt + 1;
+    return back
+      ? ["resume", `There is room again: ${letter(e.seq_id)} comes back and recomputes its KV, up to where it was.`]
+      : ["admit", `${letter(e.seq_id)} joins the batch: its ${plural(seq.num_prompt, "prompt token")} fill their blocks first.`];
+  },
+
+  finished(e, record) {
+    const freed = record.events.find((x) => x.type === "freed" && x.seq_id === e.seq_id);
+    const why = { stop: "has told its story", length: "has reached its length", abort: "was aborted" }[e.reason] ?? "is done";
+    const gives = freed ? ` and gives back ${plural(freed.blocks.length, "block")}` : "";
+    return ["finish", `${letter(e.seq_id)} ${why}${gives}.`];
+  },
+
+  request_added: (e) => ["arrival", `A new request is waiting: ${names(e.seq_ids)}.`],
+
+  allocated(e) {
+    return ["allocate", e.logical === 0
+      ? `${letter(e.seq_id)} gets its first block: logical 0 → physical ${e.block}.`
+      : `${letter(e.seq_id)} has filled its last block and gets one more: logical ${e.logical} → physical ${e.block}.`];
+  },
+};
+
+const names = (ids) => list(ids.map(letter));
+
+// {kind, text} of a record's most telling event, or null.
+function tell(record, state) {
+  for (const type of ORDER) {
+    for (const event of record.events) {
+      const told = event.type === type && TELL[type](event, record, state);
+      if (told) return { kind: told[0], text: told[1], rank: ORDER.indexOf(type) };
+    }
+  }
+  return null;
+}
+
+// While things move, a telling sentence stays for a moment; who steps by hand wants this very step's.
+export function narrate(player) {
+  const last = player.position - player.first - 1;
+  if (last < 0) return null;
+  if (player.mode === "frozen") return tell(player.records[last], player.state);
+  let best = null;
+  for (let i = last; i >= Math.max(0, last - WINDOW); i -= 1) {
+    const told = tell(player.records[i], player.state);
+    if (told && (!best || told.rank < best.rank)) best = told;
+  }
+  return best;
+}

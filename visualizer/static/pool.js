@@ -1,0 +1,144 @@
+// The physical pool: one cell per block, showing who owns it, how full it is, whether it is shared, cached or free.
+
+import { colour, element, ink, letter, list, plural, setText, stripes, text } from "./names.js";
+import { filled, owners } from "./reducer.js";
+
+const GAP = 4; // pixels between cells
+
+export class Pool {
+  constructor(root, select) {
+    this.grid = root.querySelector("[data-part=grid]");
+    this.count = root.querySelector("[data-part=pool-count]");
+    this.inspect = root.querySelector("[data-part=inspect]");
+    this.legend = root.querySelector("[data-part=legend]");
+    this.cells = [];
+    this.last = []; // what each cell shows, as a string: the DOM is touched only where that changes
+    new ResizeObserver(() => this.fit()).observe(this.grid.parentElement);
+    const blockOf = (event) => event.target.closest?.("[data-block]")?.dataset.block;
+    this.grid.addEventListener("click", (event) => {
+      const block = blockOf(event);
+      if (block !== undefined) select({ block: Number(block) }, "click");
+    });
+    this.grid.addEventListener("pointerover", (event) => {
+      const block = blockOf(event);
+      select(block === undefined ? null : { block: Number(block) }, "hover");
+    });
+    this.grid.addEventListener("pointerleave", () => select(null, "hover"));
+  }
+
+  build(count) {
+    this.grid.replaceChildren();
+    this.last = [];
+    this.cells = Array.from({ length: count }, (_, block) => {
+      const cell = element("button", "mp-cell", this.grid, {
+        type: "button", tabindex: "-1", "data-testid": "block", "data-block": block,
+      });
+      const ink = element("span", "mp-ink", cell);
+      const id = element("span", "mp-id", cell);
+      id.textContent = block;
+      const who = element("span", "mp-who", cell);
+      return { cell, ink, who };
+    });
+    this.fit();
+  }
+
+  // As large as the panel allows, in rows that are all full where possible.
+  fit() {
+    const { clientWidth: width, clientHeight: height } = this.grid.parentElement;
+    const count = this.cells.length;
+    if (!count || !width) return;
+    let best = { score: 0 };
+    for (let columns = 4; columns <= Math.min(count, 48); columns += 1) {
+      const rows = Math.ceil(count / columns);
+      const size = Math.min((width + GAP) / columns, (height + GAP) / rows) - GAP;
+      const score = Math.min(size, 58) * (count % columns ? 0.9 : 1);
+      if (score > best.score) best = { score, columns, size };
+    }
+    const size = Math.floor(Math.max(12, Math.min(58, best.size ?? 12)));
+    this.grid.style.setProperty("--cell", `${size}px`);
+    this.grid.style.setProperty("--columns", best.columns ?? 16);
+    this.grid.classList.toggle("mp-tiny", size < 28);
+  }
+
+  render(state, lit) {
+    if (this.cells.length !== state.ref_counts.length) this.build(state.ref_counts.length);
+    this.owners = owners(state);
+    let used = 0;
+    let cached = 0;
+    for (let block = 0; block < this.cells.length; block += 1) {
+      const own = this.owners.get(block) ?? [];
+      if (own.length) used += 1;
+      else if (block in state.cached) cached += 1;
+      this.renderCell(state, block, own);
+      this.cells[block].cell.classList.toggle("mp-dim", Boolean(lit) && !lit.blocks.has(block));
+      this.cells[block].cell.classList.toggle("mp-lit", Boolean(lit) && lit.block === block);
+    }
+    const free = this.cells.length - used - cached;
+    setText(this.count, `${used} in use · ${cached} cached · ${free} free`);
+    this.renderInspect(state, lit);
+  }
+
+  renderCell(state, block, own) {
+    const size = state.config.block_size;
+    const fill = fillOf(state, block, own);
+    const kind = own.length > 1 ? "shared" : own.length ? "owned" : block in state.cached ? "cached" : "free";
+    const key = `${kind} ${own} ${fill}`;
+    if (key === this.last[block]) return;
+    const before = this.last[block]?.split(" ", 1)[0];
+    this.last[block] = key;
+    const { cell, ink: inkNode, who } = this.cells[block];
+    cell.className = `mp-cell mp-${kind}`;
+    cell.dataset.refs = own.length;
+    cell.dataset.kind = kind;
+    cell.dataset.fill = fill;
+    cell.style.setProperty("--hue", own.length ? colour(own[0]) : "transparent");
+    cell.style.setProperty("--slots", size);
+    inkNode.style.width = `${(100 * fill) / size}%`;
+    inkNode.style.backgroundImage = own.length > 1 ? stripes(own) : "";
+    who.style.background = own.length ? colour(own[0]) : "";
+    who.style.color = own.length ? ink(own[0]) : "";
+    setText(who, own.length ? letter(own[0]) + (own.length > 1 ? `×${own.length}` : "") : "");
+    if (before === "free" || before === "cached") flash(cell);
+  }
+
+  // The line under the pool: the block that is looked at, or else the legend.
+  renderInspect(state, lit) {
+    const block = lit?.block;
+    this.inspect.hidden = block === undefined;
+    this.legend.classList.toggle("mp-away", block !== undefined);
+    if (block === undefined) return;
+    const own = this.owners.get(block) ?? [];
+    const size = state.config.block_size;
+    let words = `Block ${block} is free.`;
+    if (own.length) {
+      const seq = state.seqs[own[0]];
+      const logical = seq.table.indexOf(block);
+      const fill = fillOf(state, block, own);
+      const quote = text(seq, logical * size, logical * size + fill).trim();
+      words = `Block ${block} · ${own.length > 1 ? `shared by ${list(own.map(letter))}` : `owned by ${letter(own[0])}`}` +
+        ` · logical ${logical} · ${fill} of ${plural(size, "slot")} filled` + (quote ? ` · “${quote}”` : "");
+    } else if (block in state.cached) {
+      words = `Block ${block} · cached: nobody needs it now, but a prompt that begins alike can take it over. Evicted when blocks run out.`;
+    }
+    setText(this.inspect, words);
+  }
+
+  cellOf(block) {
+    return this.cells[block]?.cell;
+  }
+}
+
+// The fullest owner's view: all owners of a block agree on what they have both written.
+function fillOf(state, block, own) {
+  if (!own.length) return block in state.cached ? state.config.block_size : 0;
+  return Math.max(...own.map((seqId) => {
+    const seq = state.seqs[seqId];
+    return filled(state, seq, seq.table.indexOf(block));
+  }));
+}
+
+function flash(cell) {
+  cell.classList.remove("mp-flash");
+  void cell.offsetWidth; // restarts the animation
+  cell.classList.add("mp-flash");
+}

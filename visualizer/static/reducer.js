@@ -1,0 +1,176 @@
+// The engine's state rebuilt from its events: the twin of `State` in minipaged/events.py, with the same names.
+// Both are tested on the same event streams and must agree exactly.
+
+export class State {
+  constructor() {
+    this.config = {};
+    this.step = 0;
+    this.seqs = {};
+    this.requests = {};
+    this.waiting = [];
+    this.running = [];
+    this.finished = [];
+    this.ref_counts = [];
+    this.cached = {};
+    this.scheduled = [];
+    this.error = null;
+  }
+
+  static from(data) {
+    return Object.assign(new State(), structuredClone(data));
+  }
+
+  apply(event) {
+    const handler = HANDLERS[event.type];
+    if (!handler) throw new Error(`unknown event ${event.type}`);
+    handler(this, event);
+  }
+}
+
+function remove(array, value) {
+  const index = array.indexOf(value);
+  if (index < 0) throw new Error(`${value} is not in [${array}]`);
+  array.splice(index, 1);
+}
+
+function allocated(state, e) {
+  const table = state.seqs[e.seq_id].table;
+  if (e.logical !== table.length) throw new Error(`block tables grow at their end: ${JSON.stringify(e)}`);
+  table.push(e.block);
+  state.ref_counts[e.block] += 1;
+}
+
+// One function per event type, named after it.
+const HANDLERS = {
+  engine_started(state, e) {
+    Object.assign(state, new State()); // a run starts from nothing
+    const { type, ...config } = e;
+    state.config = config;
+    state.ref_counts = new Array(e.num_blocks).fill(0);
+  },
+  request_added(state, e) {
+    state.requests[e.request_id] = [...e.seq_ids];
+    state.waiting.push(e.request_id);
+    for (const seqId of e.seq_ids) {
+      state.seqs[seqId] = {
+        request_id: e.request_id,
+        num_prompt: e.prompt_token_ids.length,
+        tokens: [...e.prompt_token_ids],
+        pieces: [...e.prompt_pieces],
+        logprobs: e.prompt_token_ids.map(() => null),
+        num_computed: 0,
+        table: [],
+        parent: null,
+        finish_reason: null,
+      };
+    }
+  },
+  step_started(state, e) {
+    state.step = e.step;
+    state.scheduled = [];
+  },
+  admitted(state, e) {
+    remove(state.waiting, e.request_id);
+    state.running.push(e.request_id);
+    state.seqs[e.seq_id].num_computed = e.num_cached;
+  },
+  allocated,
+  shared: allocated,
+  copied(state, e) {
+    state.seqs[e.seq_id].table[e.logical] = e.dst;
+    state.ref_counts[e.src] -= 1;
+    state.ref_counts[e.dst] += 1;
+  },
+  scheduled(state, e) {
+    state.scheduled.push([e.seq_id, e.start, e.num_tokens]);
+  },
+  preempted(state, e) {
+    remove(state.running, e.request_id);
+    state.waiting.unshift(e.request_id);
+    for (const seqId of state.requests[e.request_id]) state.seqs[seqId].num_computed = 0;
+  },
+  filled(state, e) {
+    state.seqs[e.seq_id].num_computed = e.start + e.num_tokens;
+  },
+  cached(state, e) {
+    state.cached[e.block] = e.prefix;
+  },
+  evicted(state, e) {
+    delete state.cached[e.block];
+  },
+  forked(state, e) {
+    const child = state.seqs[e.child];
+    child.num_computed = state.seqs[e.parent].num_computed;
+    child.parent = e.parent;
+  },
+  sampled(state, e) {
+    const seq = state.seqs[e.seq_id];
+    seq.tokens.push(e.token_id);
+    seq.pieces.push(e.text);
+    seq.logprobs.push(e.logprob);
+  },
+  freed(state, e) {
+    state.seqs[e.seq_id].table = [];
+    for (const block of e.blocks) state.ref_counts[block] -= 1;
+  },
+  finished(state, e) {
+    const seq = state.seqs[e.seq_id];
+    seq.finish_reason = e.reason;
+    if (state.requests[seq.request_id].every((s) => state.seqs[s].finish_reason)) {
+      for (const queue of [state.waiting, state.running]) {
+        if (queue.includes(seq.request_id)) remove(queue, seq.request_id);
+      }
+      state.finished.push(seq.request_id);
+    }
+  },
+  step_finished() {}, // its numbers are for charts; no state changes
+  engine_error(state, e) {
+    state.error = e.message;
+  },
+};
+
+// --- what views ask of a state ---------------------------------------------------------------------------------
+
+// block -> the ids of the sequences whose tables name it, in order.
+export function owners(state) {
+  const result = new Map();
+  for (const [id, seq] of Object.entries(state.seqs)) {
+    for (const block of seq.table) {
+      if (!result.has(block)) result.set(block, []);
+      result.get(block).push(Number(id));
+    }
+  }
+  return result;
+}
+
+// Slots of a sequence's logical block whose keys and values are in place.
+export function filled(state, seq, logical) {
+  const size = state.config.block_size;
+  return Math.max(0, Math.min(size, seq.num_computed - logical * size));
+}
+
+// Slots: tokens as the sequences see them, slots really filled (shared ones once), slots of all blocks in use.
+export function measure(state) {
+  const slots = new Map();
+  let logical = 0;
+  for (const seq of Object.values(state.seqs)) {
+    if (seq.table.length) logical += seq.num_computed;
+    seq.table.forEach((block, i) => {
+      slots.set(block, Math.max(slots.get(block) ?? 0, filled(state, seq, i)));
+    });
+  }
+  let used = 0;
+  for (const count of slots.values()) used += count;
+  return { step: state.step, logical, used, reserved: slots.size * state.config.block_size };
+}
+
+// What must hold whenever an event has been applied: reference counts equal occurrences in the tables.
+export function check(state) {
+  const counts = new Array(state.config.num_blocks).fill(0);
+  for (const seq of Object.values(state.seqs)) for (const block of seq.table) counts[block] += 1;
+  counts.forEach((count, block) => {
+    if (count !== state.ref_counts[block]) {
+      throw new Error(`block ${block} is in ${count} tables but has ${state.ref_counts[block]} references`);
+    }
+  });
+}

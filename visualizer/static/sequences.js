@@ -1,0 +1,174 @@
+// One row per sequence: letter, what it is doing, its text as it grows, its block table (logical → physical).
+// Above them the queues and the step's token budget.
+
+import { colour, element, ink, letter, plural, setText, stripes, text } from "./names.js";
+import { filled, owners } from "./reducer.js";
+
+const SHOW_FINISHED = 12; // rows
+const CROWDED = 11; // table entries; from here on chips leave out the logical number
+
+export class Sequences {
+  constructor(root, select) {
+    this.list = root.querySelector("[data-part=rows]");
+    this.empty = root.querySelector("[data-part=empty]");
+    this.budget = root.querySelector("[data-part=budget]");
+    this.budgetText = root.querySelector("[data-part=budget-text]");
+    this.queues = root.querySelector("[data-part=queues]");
+    this.rows = new Map(); // seq id -> row
+    this.select = select;
+    this.list.addEventListener("click", (event) => this.pointed(event, "click"));
+    this.list.addEventListener("pointerover", (event) => this.pointed(event, "hover"));
+    this.list.addEventListener("pointerleave", () => select(null, "hover"));
+    this.list.addEventListener("keydown", (event) => {
+      if (event.key === "Enter") this.pointed(event, "click");
+    });
+  }
+
+  pointed(event, how) {
+    const block = event.target.closest("[data-chip]")?.dataset.chip;
+    const seq = event.target.closest("[data-seq]")?.dataset.seq;
+    if (seq !== undefined) {
+      this.select({ seq: Number(seq), block: block === undefined ? undefined : Number(block) }, how);
+    }
+  }
+
+  render(state, lit) {
+    const ids = shown(state);
+    this.empty.hidden = ids.length > 0;
+    for (const [id, row] of this.rows) {
+      if (!ids.includes(id)) {
+        row.node.remove();
+        this.rows.delete(id);
+      }
+    }
+    const own = owners(state);
+    ids.forEach((id, index) => {
+      if (!this.rows.has(id)) this.rows.set(id, this.build(id));
+      const row = this.rows.get(id);
+      if (this.list.children[index] !== row.node) this.list.insertBefore(row.node, this.list.children[index] ?? null);
+      this.renderRow(state, id, row, own, lit);
+    });
+    this.renderQueues(state);
+    this.renderBudget(state);
+  }
+
+  build(id) {
+    const node = element("article", "mp-row", null, { "data-testid": "sequence", "data-seq": id, tabindex: "0" });
+    node.style.setProperty("--hue", colour(id));
+    const badge = element("span", "mp-badge", node);
+    badge.textContent = letter(id);
+    badge.style.color = ink(id);
+    const line = element("p", "mp-line", node, { "data-testid": "text" });
+    const prompt = element("span", "mp-prompt", line);
+    const output = element("span", "mp-output", line);
+    const meta = element("span", "mp-meta", node);
+    const state = element("span", "mp-state", node, { "data-testid": "state" });
+    const table = element("div", "mp-table", node, { "data-testid": "table" });
+    return { node, line, prompt, output, meta, state, table, chips: [] };
+  }
+
+  renderRow(state, id, row, own, lit) {
+    const seq = state.seqs[id];
+    const status = statusOf(state, seq);
+    row.node.dataset.state = status.name;
+    row.node.classList.toggle("mp-dim", Boolean(lit) && !lit.seqs.has(id));
+    row.node.classList.toggle("mp-lit", Boolean(lit) && lit.seq === id);
+    row.node.classList.toggle("mp-open", Boolean(lit?.pinned) && lit.seq === id);
+    setText(row.prompt, text(seq, 0, seq.num_prompt).trimStart());
+    setText(row.output, text(seq, seq.num_prompt));
+    row.line.scrollLeft = row.line.scrollWidth; // the newest words are at the end
+    setText(row.state, status.label);
+    setText(row.meta, `${plural(seq.tokens.length, "token")} · ${plural(seq.table.length, "block")}`);
+    row.table.classList.toggle("mp-crowded", seq.table.length >= CROWDED);
+    this.renderTable(state, seq, row, own, lit);
+  }
+
+  renderTable(state, seq, row, own, lit) {
+    while (row.chips.length > seq.table.length) row.chips.pop().node.remove();
+    seq.table.forEach((block, logical) => {
+      if (!row.chips[logical]) row.chips.push(buildChip(row.table, logical));
+      const chip = row.chips[logical];
+      const sharers = own.get(block) ?? [];
+      const fill = filled(state, seq, logical);
+      const key = `${block} ${sharers} ${fill}`;
+      chip.node.classList.toggle("mp-lit", lit?.block === block);
+      if (key === chip.key) return;
+      chip.key = key;
+      chip.node.dataset.chip = block;
+      chip.node.title = `logical block ${logical} → physical block ${block}`;
+      setText(chip.block, String(block));
+      chip.fill.style.width = `${(100 * fill) / state.config.block_size}%`;
+      chip.fill.style.background = sharers.length > 1 ? stripes(sharers, 5) : "";
+      chip.node.classList.toggle("mp-shared", sharers.length > 1);
+    });
+  }
+
+  renderQueues(state) {
+    for (const name of ["waiting", "running", "finished"]) {
+      const ids = state[name].flatMap((request) => state.requests[request] ?? []);
+      const node = this.queues.querySelector(`[data-queue=${name}]`);
+      const live = name === "finished" ? ids : ids.filter((id) => !state.seqs[id].finish_reason);
+      setText(node.querySelector("b"), String(live.length));
+      const badges = node.querySelector("span");
+      const key = live.join();
+      if (badges.dataset.key === key) continue;
+      badges.dataset.key = key;
+      badges.replaceChildren(...live.slice(-14).map((id) => {
+        const badge = element("i", "", null, { "data-seq": id });
+        badge.style.background = colour(id);
+        badge.style.color = ink(id);
+        badge.textContent = letter(id);
+        return badge;
+      }));
+    }
+  }
+
+  // How this step spends its tokens: decodes take one each, prompts what is left.
+  renderBudget(state) {
+    const limit = state.config.max_num_batched_tokens ?? 1;
+    const spent = state.scheduled.reduce((sum, [, , count]) => sum + count, 0);
+    setText(this.budgetText, `${spent} of ${limit} tokens`);
+    while (this.budget.children.length > state.scheduled.length) this.budget.lastChild.remove();
+    state.scheduled.forEach(([id, , count], index) => {
+      const part = this.budget.children[index] ?? element("i", "", this.budget);
+      part.style.width = `${(100 * count) / limit}%`;
+      part.style.background = colour(id);
+      part.title = `${letter(id)}: ${plural(count, "token")}`;
+    });
+  }
+
+  rowOf(id) {
+    return this.rows.get(id)?.node;
+  }
+
+  chipsOf(id) {
+    return this.rows.get(id)?.chips.map((chip) => chip.node) ?? [];
+  }
+}
+
+function buildChip(table, logical) {
+  const node = element("span", "mp-chip", table, { "data-testid": "chip" });
+  const fill = element("span", "mp-chip-fill", node);
+  element("small", "", node).textContent = logical;
+  const block = element("b", "", node);
+  return { node, fill, block, key: "" };
+}
+
+// Live ones in order of arrival, then those that ended, the latest first.
+function shown(state) {
+  const ids = Object.keys(state.seqs).map(Number);
+  const live = ids.filter((id) => !state.seqs[id].finish_reason);
+  const done = ids.filter((id) => state.seqs[id].finish_reason).reverse();
+  return [...live, ...done.slice(0, SHOW_FINISHED)];
+}
+
+function statusOf(state, seq) {
+  if (seq.finish_reason) {
+    const label = { stop: "finished", length: "finished", abort: "aborted" }[seq.finish_reason];
+    return { name: "finished", label };
+  }
+  if (state.running.includes(seq.request_id)) {
+    return seq.tokens.length - seq.num_computed > 1 ? { name: "prefill", label: "reading" } : { name: "running", label: "writing" };
+  }
+  return seq.tokens.length > seq.num_prompt ? { name: "preempted", label: "preempted" } : { name: "waiting", label: "waiting" };
+}
