@@ -32,8 +32,12 @@ def config_of(family: str) -> transformers.PreTrainedConfig:
     gpt2 = dict(vocab_size=131, n_embd=48, n_layer=3, n_head=4, n_positions=128)
     made: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         "gpt2": lambda: t.GPT2Config(**gpt2),
-        "gpt2-untied": lambda: t.GPT2Config(**gpt2, n_inner=72, tie_word_embeddings=False),
-        "llama2": lambda: t.LlamaConfig(**SMALL | dict(num_key_value_heads=4), tie_word_embeddings=False),
+        "gpt2-untied": lambda: t.GPT2Config(
+            **gpt2, n_inner=72, layer_norm_epsilon=0.1, tie_word_embeddings=False
+        ),
+        "llama2": lambda: t.LlamaConfig(
+            **SMALL | dict(num_key_value_heads=4), rms_norm_eps=0.1, tie_word_embeddings=False
+        ),
         "llama3": lambda: t.LlamaConfig(**SMALL, rope_parameters=LLAMA3_ROPE),
         "llama-linear": lambda: t.LlamaConfig(
             **SMALL, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)

@@ -1,4 +1,4 @@
-"""The config.json of published checkpoints, as their makers wrote them: older keys, left-out keys, idle keys."""
+"""The config.json of published checkpoints as their makers wrote them: old keys, keys left out, idle keys."""
 
 from __future__ import annotations
 
