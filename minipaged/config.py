@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from minipaged.errors import InvalidConfig, InvalidRequest
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PREEMPTIONS = ("recompute", "swap")
 
 
 def _whole(value: Any, name: str, least: int, error: type[ValueError]) -> None:
@@ -40,6 +42,9 @@ class EngineConfig:
         max_num_batched_tokens: tokens computed in one step, decodes and prefill chunks together.
         max_model_len: tokens a sequence may reach, prompt included. ``None``: what the model was made for.
         enable_prefix_caching: keep full blocks of finished requests and share them with prompts that start alike.
+        preemption: what a request loses when blocks run out: ``"recompute"`` drops its KV and computes it again later,
+            ``"swap"`` moves its blocks to the CPU and back (paper §4.5).
+        swap_blocks: CPU blocks to swap to. ``None`` with ``"swap"``: as many as the pool has.
         seed: of the random numbers of requests that bring no seed of their own.
     """
 
@@ -52,22 +57,26 @@ class EngineConfig:
     max_num_batched_tokens: int = 1024
     max_model_len: int | None = None
     enable_prefix_caching: bool = True
+    preemption: str = "recompute"
+    swap_blocks: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise InvalidConfig(f"model must be 'tiny', a directory or a hub id, not {self.model!r}")
-        for name, allowed in (("device", DEVICES), ("dtype", DTYPES)):
+        for name, allowed in (("device", DEVICES), ("dtype", DTYPES), ("preemption", PREEMPTIONS)):
             if getattr(self, name) not in allowed:
                 raise InvalidConfig(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             _whole(getattr(self, name), name, 1, InvalidConfig)
-        for name, least in (("num_blocks", 1), ("max_model_len", 2)):
+        for name, least in (("num_blocks", 1), ("max_model_len", 2), ("swap_blocks", 1)):
             if getattr(self, name) is not None:
                 _whole(getattr(self, name), name, least, InvalidConfig)
         _whole(self.seed, "seed", 0, InvalidConfig)
         if not isinstance(self.enable_prefix_caching, bool):
             raise InvalidConfig(f"enable_prefix_caching must be True or False, not {self.enable_prefix_caching!r}")
+        if self.swap_blocks is not None and self.preemption != "swap":
+            raise InvalidConfig('swap_blocks has no effect without preemption="swap"; set both or neither')
         if self.max_num_batched_tokens < self.max_num_seqs:
             # Decodes come first: every running sequence must get its token in every step.
             raise InvalidConfig(
@@ -80,7 +89,7 @@ class EngineConfig:
 class SamplingParams:
     """How the next token is chosen and when a sequence ends.
 
-    Filters apply in this order: temperature, top-k, top-p, min-p.
+    Applied to the logits in this order: penalties, ``logit_bias``, ``min_tokens``, temperature, top-k, top-p, min-p.
 
     Attributes:
         n: sequences sampled from one prompt. Their prompt blocks are shared until they differ (paper §4.4).
@@ -88,12 +97,24 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of likeliest tokens whose probability reaches p; 1 keeps all.
         min_p: drop tokens less likely than min_p times the likeliest one; 0 drops none.
+        repetition_penalty: logits of tokens that occur in prompt or output are divided by it where positive, else
+            multiplied; above 1 discourages them (CTRL, Keskar et al. 2019).
+        presence_penalty: taken off the logits of tokens that occur in the output.
+        frequency_penalty: taken off the logits of output tokens once for each time they occur.
+        logit_bias: added to the logits, by token id.
         max_tokens: end with ``"length"`` after this many new tokens; ``None``: up to the model's length.
         stop: strings that end the sequence; the text is cut before them.
         stop_token_ids: tokens that end the sequence beside the model's own end-of-text tokens.
         ignore_eos: go on past the model's end-of-text tokens (for benchmarks).
+        min_tokens: end-of-text and stop tokens are impossible before so many new tokens.
         logprobs: report the sampled token's log-probability and those of this many likeliest tokens (0: only the
             sampled one; ``None``: report none). They are taken from the model's own distribution, before any filter.
+        prompt_logprobs: the same for each prompt token but the first. Such a request does not use the prefix cache,
+            which holds keys and values but no logits.
+        beam_width: search with so many beams instead of sampling; the best ``n`` are returned. Needs temperature 0.
+        length_penalty: hypotheses are compared by log-probability / length ** length_penalty.
+        early_stopping: ``True`` ends the search at ``beam_width`` finished hypotheses, ``False`` when a better one is
+            unlikely, ``"never"`` when it is impossible (transformers' definitions).
         seed: makes this request repeat, whatever else is in the batch. ``None``: drawn from the engine's seed.
     """
 
@@ -102,11 +123,20 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     max_tokens: int | None = 128
     stop: str | Seq[str] = ()
     stop_token_ids: Seq[int] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    beam_width: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
     seed: int | None = None
 
     MAX_LOGPROBS: ClassVar[int] = 20
@@ -130,9 +160,55 @@ class SamplingParams:
             _whole(token_id, "each of stop_token_ids", 0, InvalidRequest)
         if not isinstance(self.ignore_eos, bool):
             raise InvalidRequest(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
-        if self.logprobs is not None:
-            _whole(self.logprobs, "logprobs", 0, InvalidRequest)
-            if self.logprobs > self.MAX_LOGPROBS:
-                raise InvalidRequest(f"logprobs can be at most {self.MAX_LOGPROBS}, not {self.logprobs}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _whole(getattr(self, name), name, 0, InvalidRequest)
+                if getattr(self, name) > self.MAX_LOGPROBS:
+                    raise InvalidRequest(f"{name} can be at most {self.MAX_LOGPROBS}, not {getattr(self, name)}")
         if self.seed is not None:
             _whole(self.seed, "seed", 0, InvalidRequest)
+        self._check_penalties()
+        self._check_beams()
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything but temperature and filters is asked for."""
+        return bool(
+            self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.min_tokens
+        )
+
+    def _check_penalties(self) -> None:
+        _real(self.repetition_penalty, "repetition_penalty", 0.0, 100.0)
+        if self.repetition_penalty == 0:
+            raise InvalidRequest("repetition_penalty must be above 0 (1 changes nothing)")
+        _real(self.presence_penalty, "presence_penalty", -100.0, 100.0)
+        _real(self.frequency_penalty, "frequency_penalty", -100.0, 100.0)
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidRequest(f"logit_bias must map token ids to numbers, not be {self.logit_bias!r}")
+        for token_id, bias in self.logit_bias.items():
+            _whole(token_id, "each token id of logit_bias", 0, InvalidRequest)
+            _real(bias, "each value of logit_bias", -1e9, 1e9)
+        _whole(self.min_tokens, "min_tokens", 0, InvalidRequest)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
+
+    def _check_beams(self) -> None:
+        if self.beam_width is None:
+            if self.length_penalty != 1 or self.early_stopping is not False:
+                raise InvalidRequest("length_penalty and early_stopping have no effect without beam_width")
+            return
+        _whole(self.beam_width, "beam_width", 1, InvalidRequest)
+        _real(self.length_penalty, "length_penalty", -100.0, 100.0)
+        if self.early_stopping not in (True, False, "never"):
+            raise InvalidRequest(f'early_stopping must be True, False or "never", not {self.early_stopping!r}')
+        if self.n > self.beam_width:
+            raise InvalidRequest(f"n ({self.n}) is above beam_width ({self.beam_width})")
+        if self.temperature != 0 or self.changes_logits or self.stop or self.prompt_logprobs is not None:
+            raise InvalidRequest(
+                "beam search follows the model's own probabilities: set temperature=0, and no penalties, logit_bias, "
+                "min_tokens, stop strings or prompt_logprobs"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from random import Random
 from typing import Any, Protocol
@@ -13,7 +14,8 @@ from minipaged.errors import InvalidRequest, StepFailed
 from minipaged.events import EngineError, EngineStarted, EventLog, RequestAdded, StepFinished, StepStarted
 from minipaged.memory.table import BlockTables
 from minipaged.outputs import RequestOutput
-from minipaged.request import Request, Sequence
+from minipaged.request import Request, Sequence, Status
+from minipaged.scheduling.beam import BeamSearch
 from minipaged.scheduling.plan import SampledToken, StepPlan
 from minipaged.scheduling.scheduler import Scheduler
 
@@ -45,22 +47,25 @@ class Engine:
     ) -> None:
         assert config.num_blocks is not None and config.max_model_len is not None
         self.config, self.num_blocks, self.max_model_len = config, config.num_blocks, config.max_model_len
+        self.swap_blocks = (config.swap_blocks or config.num_blocks) if config.preemption == "swap" else 0
         self.runner, self.sampler, self.tokenizer = runner, sampler, tokenizer
-        self.vocab_size, self.bytes_per_block = vocab_size, bytes_per_block
+        self.vocab_size, self.bytes_per_block, self.eos_token_ids = vocab_size, bytes_per_block, eos_token_ids
         self.events = EventLog()
         self.memory = BlockTables(
-            self.num_blocks, config.block_size, self.events, enable_prefix_caching=config.enable_prefix_caching
+            self.num_blocks,
+            config.block_size,
+            self.events,
+            enable_prefix_caching=config.enable_prefix_caching,
+            swap_blocks=self.swap_blocks,
         )
         self.scheduler = Scheduler(
             self.memory,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=self.max_model_len,
-            eos_token_ids=eos_token_ids,
             events=self.events,
         )
         self._requests: dict[str, Request] = {}
-        self._seq_ids = count()
+        self._arrivals = count()
         self._random = Random(config.seed)
 
     def step(self) -> list[RequestOutput]:
@@ -76,7 +81,7 @@ class Engine:
         plan = self.scheduler.schedule()
         try:
             logits = self.runner.execute(plan) if plan.chunks else None
-            tokens = self.sampler(logits, plan) if plan.samples else []
+            tokens = self.sampler(logits, plan) if plan.chunks else []
         except BaseException as error:
             self._give_up(plan, error)
             raise
@@ -98,25 +103,47 @@ class Engine:
         """
         params = params or SamplingParams()
         tokens = self._checked_tokens(request_id, prompt_token_ids, params)
-        seed = params.seed if params.seed is not None else self._random.getrandbits(64)
         seqs = [
-            # A string seeds Random by its SHA-512, so that neighbouring seeds and branches have nothing in common.
-            Sequence(next(self._seq_ids), list(tokens), len(tokens), Random(f"{seed}/{branch}"))
-            for branch in range(params.n)
+            Sequence(self.scheduler.next_seq_id(), list(tokens), len(tokens), rng) for rng in self._generators(params)
         ]
         if self.tokenizer is not None:
             from minipaged.text import TextStream  # not at the top: the engine runs without a tokenizer too
 
             for seq in seqs:
                 seq.text = TextStream(self.tokenizer, tokens, params.stop)
-        request = Request(request_id, params, seqs, prompt, fork_at=len(tokens))
+        request = self._request(request_id, tokens, params, seqs, prompt)
         self._check_room(request)
         self._requests[request_id] = request
         if self.events.active:
-            max_tokens = min(params.max_tokens or self.max_model_len, self.max_model_len - len(tokens))
             seq_ids = [seq.seq_id for seq in seqs]
-            self.events.emit(RequestAdded, request_id, seq_ids, tokens, self._pieces(tokens), max_tokens)
+            self.events.emit(RequestAdded, request_id, seq_ids, tokens, self._pieces(tokens), request.max_output)
         self.scheduler.add(request)
+
+    def fork(self, request_id: str, new_id: str | None = None) -> str:
+        """Lets a running request take a second way from here on: returns the id of its copy.
+
+        All blocks are shared until one of the two writes (paper §4.4, ``fork``). The copy inherits the output so far
+        and draws its own random numbers. Raises `InvalidRequest` for a request that is not running with exactly one
+        sequence past its prompt, or when ``max_num_seqs`` are running already.
+        """
+        parent = self._requests.get(request_id)
+        if parent is None or parent.status is not Status.RUNNING or parent.beams or len(parent.live) != 1:
+            raise InvalidRequest(f"{request_id!r} is not a running request with one sequence; only such can be forked")
+        (seq,) = parent.live
+        if seq.num_output == 0 or seq.num_computed < len(seq.tokens) - 1:
+            raise InvalidRequest(f"{request_id!r} is still computing what it knows; fork it when it generates")
+        if sum(request.width for request in self.scheduler.running) >= self.config.max_num_seqs:
+            raise InvalidRequest(f"max_num_seqs = {self.config.max_num_seqs} sequences are running; fork again later")
+        new_id = new_id or next(i for i in map(f"{request_id}/fork-{{}}".format, count(1)) if i not in self._requests)
+        if new_id in self._requests:
+            raise InvalidRequest(f"a request {new_id!r} is running already; give each its own id")
+        params = replace(parent.params, n=1)
+        seed = params.seed if params.seed is not None else self._random.getrandbits(64)
+        child = seq.copy(self.scheduler.next_seq_id(), Random(f"{seed}/{new_id}"))
+        request = self._request(new_id, parent.prompt_token_ids, params, [child], parent.prompt)
+        self._requests[new_id] = request
+        self.scheduler.fork(parent, request)
+        return new_id
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request in whatever state it is; its blocks are free when this returns.
@@ -147,6 +174,8 @@ class Engine:
             config.max_num_batched_tokens,
             self.max_model_len,
             config.enable_prefix_caching,
+            config.preemption,
+            self.swap_blocks,
             self.bytes_per_block,
         )
 
@@ -174,18 +203,48 @@ class Engine:
             )
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model came without one; use stop_token_ids")
-        if params.n > self.config.max_num_seqs:
+        width = params.beam_width or params.n
+        if width > self.config.max_num_seqs:
+            name = "beam_width" if params.beam_width else "n"
             raise InvalidRequest(
-                f"n is {params.n}, but at most max_num_seqs = {self.config.max_num_seqs} sequences run at once"
+                f"{name} is {width}, but at most max_num_seqs = {self.config.max_num_seqs} sequences run at once"
             )
+        for token in [*params.logit_bias, *params.stop_token_ids]:
+            if token >= self.vocab_size:
+                raise InvalidRequest(f"token id {token} of logit_bias or stop_token_ids is not in the vocabulary")
         return tokens
+
+    def _request(
+        self, request_id: str, tokens: list[int], params: SamplingParams, seqs: list[Sequence], prompt: str | None
+    ) -> Request:
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        room = self.max_model_len - len(tokens)
+        return Request(
+            request_id,
+            tokens,
+            params,
+            seqs,
+            stop_ids,
+            max_output=min(params.max_tokens or room, room),
+            arrival=next(self._arrivals),
+            prompt=prompt,
+            beams=BeamSearch(params, stop_ids) if params.beam_width else None,
+            fork_at=len(tokens),
+            prompt_logprobs=[None] * len(tokens) if params.prompt_logprobs is not None else None,
+        )
+
+    def _generators(self, params: SamplingParams) -> list[Random]:
+        """A generator per sequence. A beam search draws nothing, and starts as one sequence."""
+        seed = params.seed if params.seed is not None else self._random.getrandbits(64)
+        # A string seeds Random by its SHA-512, so that neighbouring seeds and branches have nothing in common.
+        return [Random(f"{seed}/{branch}") for branch in range(1 if params.beam_width else params.n)]
 
     def _check_room(self, request: Request) -> None:
         needed = self.scheduler.blocks_to_hold(request)
         if needed > self.num_blocks:
             raise InvalidRequest(
                 f"the prompt needs {needed} KV blocks of {self.config.block_size} tokens with the next token of its "
-                f"{len(request.seqs)} sequence(s), but the pool has {self.num_blocks}; shorten it or raise num_blocks"
+                f"{request.width} sequence(s), but the pool has {self.num_blocks}; shorten it or raise num_blocks"
             )
 
     def _pieces(self, tokens: list[int]) -> list[str]:

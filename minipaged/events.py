@@ -42,6 +42,8 @@ class EngineStarted(Event):
     max_num_batched_tokens: int
     max_model_len: int
     enable_prefix_caching: bool
+    preemption: str
+    swap_blocks: int
     bytes_per_block: int
 
 
@@ -117,11 +119,43 @@ class Scheduled(Event):
 
 @dataclass(frozen=True, slots=True)
 class Preempted(Event):
-    """Running → waiting: all sequences of the request lost their blocks and will be recomputed (paper §4.5)."""
+    """Running → waiting (``mode`` "recompute") or swapped ("swap"), with all its sequences (paper §4.5).
+
+    `Freed` or `SwappedOut` events for each of them follow.
+    """
 
     type: ClassVar[str] = "preempted"
     request_id: str
+    mode: Literal["recompute", "swap"]
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SwappedOut(Event):
+    """The sequence's block table moved to the CPU: ``blocks[i]`` to ``swap_blocks[i]``. Shared blocks move once."""
+
+    type: ClassVar[str] = "swapped_out"
+    seq_id: int
+    blocks: list[int]
+    swap_blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class SwappedIn(Event):
+    """And back again: ``swap_blocks[i]`` to ``blocks[i]``."""
+
+    type: ClassVar[str] = "swapped_in"
+    seq_id: int
+    swap_blocks: list[int]
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed(Event):
+    """Swapped → running. `SwappedIn` events for each of its sequences follow."""
+
+    type: ClassVar[str] = "resumed"
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +188,15 @@ class Evicted(Event):
 
 @dataclass(frozen=True, slots=True)
 class Forked(Event):
-    """``child`` starts as a copy of ``parent``: `Shared` events for all of its blocks follow."""
+    """``child``, a sequence of ``request_id``, starts as a copy of ``parent``.
+
+    `Shared` events for all of its blocks follow (none for a finished hypothesis of a beam search: it needs no KV).
+    """
 
     type: ClassVar[str] = "forked"
     parent: int
     child: int
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +212,10 @@ class Sampled(Event):
 
 @dataclass(frozen=True, slots=True)
 class Freed(Event):
-    """The sequence gave up its whole block table, listed in the order the references were dropped (tail first)."""
+    """The sequence gave up its whole block table, listed in the order the references were dropped (tail first).
+
+    The blocks are the CPU's if it was swapped out.
+    """
 
     type: ClassVar[str] = "freed"
     seq_id: int
@@ -183,7 +224,7 @@ class Freed(Event):
 
 @dataclass(frozen=True, slots=True)
 class Finished(Event):
-    """A sequence ended: ``"stop"``, ``"length"`` or ``"abort"``."""
+    """A sequence ended: ``"stop"``, ``"length"``, ``"abort"`` or, for a beam that was given up, ``"pruned"``."""
 
     type: ClassVar[str] = "finished"
     seq_id: int
@@ -253,6 +294,7 @@ class SeqState:
     logprobs: list[float | None]
     num_computed: int = 0
     table: list[int] = field(default_factory=list)
+    swap_table: list[int] = field(default_factory=list)
     parent: int | None = None
     finish_reason: str | None = None
 
@@ -261,8 +303,8 @@ class SeqState:
 class State:
     """The engine's state rebuilt from its events: ``state.apply(event)`` for each, in order.
 
-    ``waiting`` and ``running`` hold request ids in queue order. ``ref_counts[b]`` is how many block tables name block
-    b; ``cached[b]`` the prefix cache's name for it. ``scheduled`` is this step's token budget, as spent so far.
+    ``waiting``, ``running`` and ``swapped`` hold request ids in queue order. ``ref_counts[b]`` is how many block tables
+    name block b, ``swap_ref_counts`` the same on the CPU; ``cached[b]`` the prefix cache's name for it. ``scheduled`` is this step's token budget, as spent so far.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -271,8 +313,10 @@ class State:
     requests: dict[str, list[int]] = field(default_factory=dict)
     waiting: list[str] = field(default_factory=list)
     running: list[str] = field(default_factory=list)
+    swapped: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     ref_counts: list[int] = field(default_factory=list)
+    swap_ref_counts: list[int] = field(default_factory=list)
     cached: dict[int, int] = field(default_factory=dict)
     scheduled: list[tuple[int, int, int]] = field(default_factory=list)
     error: str | None = None
@@ -298,6 +342,7 @@ class State:
         self.__init__()  # type: ignore[misc]  # a run starts from nothing
         self.config = {f.name: getattr(e, f.name) for f in fields(e)}
         self.ref_counts = [0] * e.num_blocks
+        self.swap_ref_counts = [0] * e.swap_blocks
 
     def _request_added(self, e: RequestAdded) -> None:
         self.requests[e.request_id] = list(e.seq_ids)
@@ -312,7 +357,7 @@ class State:
 
     def _admitted(self, e: Admitted) -> None:
         self.waiting.remove(e.request_id)
-        self.running.append(e.request_id)
+        self._queue(self.running, e.request_id)
         self.seqs[e.seq_id].num_computed = e.num_cached
 
     def _allocated(self, e: Allocated | Shared) -> None:
@@ -333,10 +378,36 @@ class State:
 
     def _preempted(self, e: Preempted) -> None:
         self.running.remove(e.request_id)
-        self.waiting.insert(0, e.request_id)
+        if e.mode == "swap":
+            self._queue(self.swapped, e.request_id)
+            return
+        self._queue(self.waiting, e.request_id)
         for seq_id in self.requests[e.request_id]:
             if self.seqs[seq_id].finish_reason is None:
                 self.seqs[seq_id].num_computed = 0
+
+    def _swapped_out(self, e: SwappedOut) -> None:
+        seq = self.seqs[e.seq_id]
+        seq.table, seq.swap_table = [], list(e.swap_blocks)
+        self._count(e.blocks, e.swap_blocks, -1)
+
+    def _swapped_in(self, e: SwappedIn) -> None:
+        seq = self.seqs[e.seq_id]
+        seq.table, seq.swap_table = list(e.blocks), []
+        self._count(e.blocks, e.swap_blocks, +1)
+
+    def _count(self, blocks: list[int], swap_blocks: list[int], change: int) -> None:
+        for block, swap_block in zip(blocks, swap_blocks, strict=True):
+            self.ref_counts[block] += change
+            self.swap_ref_counts[swap_block] -= change
+
+    def _resumed(self, e: Resumed) -> None:
+        self.swapped.remove(e.request_id)
+        self._queue(self.running, e.request_id)
+
+    def _queue(self, queue: list[str], request_id: str) -> None:
+        queue.append(request_id)
+        queue.sort(key=lambda r: self.requests[r][0])  # by first sequence id: in order of arrival
 
     def _filled(self, e: Filled) -> None:
         self.seqs[e.seq_id].num_computed = e.start + e.num_tokens
@@ -348,7 +419,17 @@ class State:
         del self.cached[e.block]
 
     def _forked(self, e: Forked) -> None:
-        parent, child = self.seqs[e.parent], self.seqs[e.child]
+        parent = self.seqs[e.parent]
+        if e.child not in self.seqs:  # a beam, or a fork that a user asked for
+            self.seqs[e.child] = SeqState(
+                e.request_id, parent.num_prompt, list(parent.tokens), list(parent.pieces), list(parent.logprobs)
+            )
+            if e.request_id not in self.requests:
+                self.requests[e.request_id] = [e.child]
+                self._queue(self.running, e.request_id)
+            else:
+                self.requests[e.request_id].append(e.child)
+        child = self.seqs[e.child]
         child.num_computed = parent.num_computed
         child.parent = e.parent
 
@@ -359,15 +440,17 @@ class State:
         seq.logprobs.append(e.logprob)
 
     def _freed(self, e: Freed) -> None:
-        self.seqs[e.seq_id].table = []
+        seq = self.seqs[e.seq_id]
+        counts = self.swap_ref_counts if seq.swap_table else self.ref_counts
+        seq.table, seq.swap_table = [], []
         for block in e.blocks:
-            self.ref_counts[block] -= 1
+            counts[block] -= 1
 
     def _finished(self, e: Finished) -> None:
         seq = self.seqs[e.seq_id]
         seq.finish_reason = e.reason
         if all(self.seqs[s].finish_reason for s in self.requests[seq.request_id]):
-            for queue in (self.waiting, self.running):
+            for queue in (self.waiting, self.running, self.swapped):
                 if seq.request_id in queue:
                     queue.remove(seq.request_id)
             self.finished.append(seq.request_id)

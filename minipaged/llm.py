@@ -178,7 +178,8 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
     useful = config.max_num_seqs * -(-max_model_len // config.block_size)
     num_blocks = blocks_that_fit(bytes_per_block, loaded.device, wanted=config.num_blocks, useful=useful)
     config = replace(config, num_blocks=num_blocks, max_model_len=max_model_len)
-    kv_cache = KVCache(spec.num_layers, num_blocks, *shape, loaded.dtype, loaded.device)
+    swap_blocks = (config.swap_blocks or num_blocks) if config.preemption == "swap" else 0
+    kv_cache = KVCache(spec.num_layers, num_blocks, *shape, loaded.dtype, loaded.device, swap_blocks)
     return Engine(
         config,
         ModelRunner(loaded.model, kv_cache, loaded.device),

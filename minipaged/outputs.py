@@ -13,7 +13,7 @@ class CompletionOutput:
 
     ``logprobs[i]`` maps token ids to log-probabilities at output position i (``None`` unless asked for); the sampled
     token is always among them. ``cumulative_logprob`` is the sum over the sampled ones. ``finish_reason`` is
-    ``"stop"``, ``"length"``, ``"abort"``, or ``None`` while it runs.
+    ``"stop"``, ``"length"``, ``"abort"``, or ``None`` while it runs. Of a beam search they come best first.
     """
 
     index: int
@@ -26,17 +26,23 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request and its sequences so far; ``finished`` once all of them have ended."""
+    """A request and its sequences so far; ``finished`` once all of them have ended.
+
+    A beam search has no outputs until it is finished. ``prompt_logprobs`` has an entry per prompt token (``None`` for
+    the first, which nothing precedes), if asked for.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    prompt_logprobs: list[dict[int, float] | None] | None = None
 
     @classmethod
     def of(cls, request: Request) -> RequestOutput:
         asked = request.params.logprobs is not None
+        finished = not request.live
         outputs = [
             CompletionOutput(
                 index=index,
@@ -46,11 +52,10 @@ class RequestOutput:
                 cumulative_logprob=seq.cumulative_logprob if asked else None,
                 finish_reason=seq.finish_reason,
             )
-            for index, seq in enumerate(request.seqs)
+            for index, seq in enumerate(request.seqs if finished or not request.beams else [])
         ]
-        first = request.seqs[0]
         return cls(
-            request.request_id, request.prompt, first.tokens[: first.num_prompt], outputs, not request.live
+            request.request_id, request.prompt, request.prompt_token_ids, outputs, finished, request.prompt_logprobs
         )
 
 

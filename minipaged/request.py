@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minipaged.config import SamplingParams
+
+if TYPE_CHECKING:
+    from minipaged.scheduling.beam import BeamSearch
 
 
 @dataclass(eq=False)
@@ -28,6 +31,13 @@ class Sequence:
     cumulative_logprob: float = 0.0
     text: Any = None  # text.TextStream where there is a tokenizer; tokens in, readable text out
 
+    def copy(self, seq_id: int, rng: Random | None = None) -> Sequence:
+        """The same so far, under another id. It owns no blocks yet."""
+        text = self.text.fork() if self.text is not None else None
+        return replace(
+            self, seq_id=seq_id, tokens=list(self.tokens), logprobs=list(self.logprobs), text=text, rng=rng or self.rng
+        )
+
     @property
     def output_tokens(self) -> list[int]:
         return self.tokens[self.num_prompt :]
@@ -40,6 +50,7 @@ class Sequence:
 class Status(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
+    SWAPPED = "swapped"
     FINISHED = "finished"
 
 
@@ -52,13 +63,29 @@ class Request:
     """
 
     request_id: str
+    prompt_token_ids: list[int]
     params: SamplingParams
     seqs: list[Sequence]
+    stop_token_ids: frozenset[int]  # the model's end-of-text tokens (unless ignored) and the request's own
+    max_output: int  # tokens a sequence may generate
+    arrival: int
     prompt: str | None = None
+    beams: BeamSearch | None = None
     fork_at: int = 0  # tokens that all live sequences agree on, set when the request is admitted
     status: Status = Status.WAITING
+    prompt_logprobs: list[dict[int, float] | None] | None = None  # one per prompt token, if asked for
 
     @property
     def live(self) -> list[Sequence]:
         """The sequences that are not finished."""
         return [seq for seq in self.seqs if seq.finish_reason is None]
+
+    @property
+    def width(self) -> int:
+        """How many sequences it may have running: what `max_num_seqs` counts."""
+        return self.beams.width if self.beams and self.live else len(self.live)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens the sampler reports; ``None``: no log-probabilities at all."""
+        return self.beams.candidates_per_beam if self.beams else self.params.logprobs

@@ -1,5 +1,6 @@
 """The strongest test: random traces on pools far too small, invariants after every step, tokens as if alone."""
 
+from collections import Counter
 from random import Random
 
 import pytest
@@ -7,88 +8,152 @@ import pytest
 from minipaged.config import SamplingParams
 from minipaged.errors import InvalidRequest
 from minipaged.events import State
-from tests.fake import fake_engine, random_prompt, unbatched
+from tests.fake import fake_engine, random_prompt, unbatched, unbatched_beams
 
-TRACES = 2000
+TRACES = 5000
+PARTS = 5
 
 
-def run_trace(seed: int) -> dict[str, int]:
-    """One random engine, some random requests arriving over time. Returns how often the rare things happened."""
-    random = Random(seed)
+def random_engine(random: Random):
     block_size = random.randint(1, 24)
-    num_blocks = random.randint(3, 16) if block_size > 2 else random.randint(12, 40)
     max_num_seqs = random.randint(1, 6)
-    engine = fake_engine(
+    swap = {"preemption": "swap", "swap_blocks": random.randint(1, 30)} if random.random() < 0.5 else {}
+    return fake_engine(
         block_size=block_size,
-        num_blocks=num_blocks,
+        num_blocks=random.randint(3, 16) if block_size > 2 else random.randint(12, 40),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + random.randint(0, 20),
         max_model_len=random.randint(20, 120),
         enable_prefix_caching=random.random() < 0.7,
+        **swap,
     )
-    state = State()
-    state.apply(engine.started_event())
-    seen: dict[str, int] = {}
-
-    def listen(event):
-        state.apply(event)
-        seen[event.type] = seen.get(event.type, 0) + 1
-
-    engine.events.subscribe(listen)
-    asked, done = {}, {}
-    arrivals = sorted(random.randint(0, 25) for _ in range(random.randint(1, 7)))
-    steps = 0
-    while arrivals or engine.has_unfinished():
-        while arrivals and arrivals[0] <= steps:
-            arrivals.pop(0)
-            request_id = f"r{len(asked) + seen.get('refused', 0)}"
-            params = SamplingParams(
-                n=random.choice((1, 1, 1, 2, 3)), max_tokens=random.randint(1, 40), ignore_eos=random.random() < 0.5
-            )
-            prompt = random_prompt(random, 30)
-            try:
-                engine.add_request(request_id, prompt, params)
-                asked[request_id] = (prompt, params)
-            except InvalidRequest:
-                seen["refused"] = seen.get("refused", 0) + 1
-        if asked and random.random() < 0.02:
-            victim = random.choice(list(asked))
-            output = engine.abort(victim)
-            if output:
-                done[victim] = output
-        for output in engine.step():
-            if output.finished:
-                done[output.request_id] = output
-        engine.check()
-        tables = {seq_id: seq.table for seq_id, seq in state.seqs.items() if seq.table}
-        assert tables == engine.block_tables()
-        assert state.ref_counts == engine.memory.pool.ref_counts
-        steps += 1
-        assert steps < 5000, "no progress"
-    assert engine.memory.pool.num_free == num_blocks and not engine.memory.tables
-    assert done.keys() == asked.keys()
-    for request_id, (prompt, params) in asked.items():
-        for out in done[request_id].outputs:
-            truth = unbatched(prompt, params, out.index, engine.max_model_len)
-            assert out.token_ids == truth[: len(out.token_ids)], f"{request_id}, sequence {out.index}"
-            if len(out.token_ids) < len(truth):
-                cut = "aborted" if out.finish_reason == "abort" else "outgrown"
-                assert out.finish_reason == ("abort" if cut == "aborted" else "length")
-                seen[cut] = seen.get(cut, 0) + 1
-    return seen
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_random_traces_give_the_tokens_of_an_unbatched_loop(part):
-    totals: dict[str, int] = {}
-    for seed in range(part * TRACES // 4, (part + 1) * TRACES // 4):
+def random_params(random: Random) -> SamplingParams:
+    length = {"max_tokens": random.randint(1, 40), "ignore_eos": random.random() < 0.5}
+    if random.random() < 0.2:
+        width = random.randint(1, 4)
+        return SamplingParams(
+            temperature=0,
+            beam_width=width,
+            n=random.randint(1, width),
+            length_penalty=random.choice((0.0, 1.0, 2.0)),
+            early_stopping=random.choice((True, False, "never")),
+            **length,
+        )
+    return SamplingParams(n=random.choice((1, 1, 1, 2, 3)), **length)
+
+
+class Trace:
+    """One random engine and random requests that arrive over time, are forked and aborted."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = Random(seed)
+        self.engine = random_engine(self.random)
+        self.state = State()
+        self.state.apply(self.engine.started_event())
+        self.seen: Counter[str] = Counter()
+        self.engine.events.subscribe(self.listen)
+        self.asked: dict[str, tuple] = {}
+        self.done: dict = {}
+        self.cut: set[str] = set()  # ended by the size of the pool
+        outgrow = self.engine.scheduler._outgrow
+
+        def watched(request, plan):
+            self.cut.add(request.request_id)
+            outgrow(request, plan)
+
+        self.engine.scheduler._outgrow = watched
+
+    def listen(self, event):
+        self.state.apply(event)
+        self.seen[event.type] += 1
+
+    def run(self) -> Counter[str]:
+        arrivals = sorted(self.random.randint(0, 25) for _ in range(self.random.randint(1, 7)))
+        for step in range(5000):
+            while arrivals and arrivals[0] <= step:
+                arrivals.pop(0)
+                self.arrive()
+            if self.asked and self.random.random() < 0.04:
+                self.disturb()
+            for output in self.engine.step():
+                if output.finished:
+                    self.done[output.request_id] = output
+            self.check_step()
+            if not arrivals and not self.engine.has_unfinished():
+                self.check_end()
+                return self.seen
+        raise AssertionError("no progress")
+
+    def arrive(self) -> None:
+        request_id, prompt = f"r{len(self.asked) + self.seen['refused']}", random_prompt(self.random, 30)
+        params = random_params(self.random)
         try:
-            seen = run_trace(seed)
+            self.engine.add_request(request_id, prompt, params)
+            self.asked[request_id] = (prompt, params, ())
+        except InvalidRequest:
+            self.seen["refused"] += 1
+
+    def disturb(self) -> None:
+        victim = self.random.choice(list(self.asked))
+        if self.random.random() < 0.5:
+            output = self.engine.abort(victim)
+            if output:
+                self.done[victim] = output
+                self.seen["aborted"] += 1
+            return
+        try:
+            child = self.engine.fork(victim, f"{victim}/{len(self.asked)}")
+        except InvalidRequest:
+            return
+        (seq,) = self.engine.scheduler.running[-1].seqs
+        prompt, params, _ = self.asked[victim]
+        self.asked[child] = (prompt, params, tuple(seq.output_tokens))
+        self.seen["forked by hand"] += 1
+
+    def check_step(self) -> None:
+        engine, seqs = self.engine, self.state.seqs
+        engine.check()
+        assert {i: seq.table for i, seq in seqs.items() if seq.table} == engine.block_tables()
+        assert {i: seq.swap_table for i, seq in seqs.items() if seq.swap_table} == engine.memory.swapped
+        assert self.state.ref_counts == engine.memory.pool.ref_counts
+        assert self.state.swap_ref_counts == engine.memory.swap_pool.ref_counts
+        scheduler = engine.scheduler
+        for name in ("waiting", "running", "swapped"):
+            assert getattr(self.state, name) == [r.request_id for r in getattr(scheduler, name)], name
+
+    def check_end(self) -> None:
+        memory = self.engine.memory
+        assert memory.pool.num_free == memory.pool.num_blocks and not memory.tables
+        assert memory.swap_pool.num_free == memory.swap_pool.num_blocks and not memory.swapped
+        assert self.done.keys() == self.asked.keys()
+        for request_id, (prompt, params, inherited) in self.asked.items():
+            outputs = self.done[request_id].outputs
+            aborted = any(out.finish_reason == "abort" for out in outputs)
+            whole = not aborted and request_id not in self.cut
+            self.seen["cut"] += request_id in self.cut
+            if params.beam_width:
+                self.seen["searched"] += whole
+                if whole:
+                    truth = unbatched_beams(prompt, params, self.engine.max_model_len)
+                    assert [out.token_ids for out in outputs] == truth, request_id
+                continue
+            for out in outputs:
+                truth = unbatched(prompt, params, out.index, self.engine.max_model_len, inherited)
+                assert out.token_ids == (truth if whole else truth[: len(out.token_ids)]), request_id
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_traces_give_the_tokens_of_an_unbatched_loop(part):
+    totals: Counter[str] = Counter()
+    for seed in range(part * TRACES // PARTS, (part + 1) * TRACES // PARTS):
+        try:
+            totals += Trace(seed).run()
         except Exception as error:
             error.add_note(f"trace {seed}")
             raise
-        for name, times in seen.items():
-            totals[name] = totals.get(name, 0) + times
     # A fuzz that never meets the hard cases proves nothing.
-    for rare in ("preempted", "copied", "forked", "shared", "cached", "evicted", "aborted", "outgrown", "refused"):
-        assert totals[rare] > 20, f"{rare} happened {totals.get(rare, 0)} times in {TRACES // 4} traces"
+    rare = ["preempted", "swapped_out", "swapped_in", "resumed", "copied", "forked", "shared", "cached", "evicted"]
+    rare += ["aborted", "cut", "refused", "searched", "forked by hand"]
+    assert not [name for name in rare if totals[name] < 20], totals

@@ -22,7 +22,7 @@ class Batch:
     slot_mapping: Tensor  # [T] int64, block · block_size + offset: where each token's KV goes
     block_tables: Tensor  # [B, M] int64, padded with 0 at the end
     context_lens: Tensor  # [B] int64, tokens with KV once this step is done
-    logit_rows: Tensor  # [R] int64, rows of the T whose logits are wanted: the last of each sampling sequence
+    logit_rows: Tensor  # [R] int64, rows of the T whose logits are wanted: usually the last of each sampling chunk
     query_lens: list[int]  # [B], tokens of this step; sums to T
     context_lens_list: list[int]  # context_lens again, for host code that must not wait for the device
     num_decodes: int
@@ -39,8 +39,7 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
         span = range(chunk.start, chunk.start + chunk.num_tokens)
         positions += span
         slots += [chunk.block_table[p // block_size] * block_size + p % block_size for p in span]
-        if chunk.samples:
-            logit_rows.append(len(token_ids) - 1)
+        logit_rows += range(len(token_ids) - chunk.num_rows, len(token_ids))
     query_lens = [chunk.num_tokens for chunk in plan.chunks]
     context_lens = [chunk.start + chunk.num_tokens for chunk in plan.chunks]
     width = max(len(chunk.block_table) for chunk in plan.chunks)

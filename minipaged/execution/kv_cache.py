@@ -14,7 +14,8 @@ from minipaged.kernels import reference
 class KVCache:
     """Keys and values of all layers, in blocks.
 
-    ``k[layer]`` and ``v[layer]`` are [num_blocks, block_size, kv_heads, head_dim]. Which block belongs to whom is the
+    ``k[layer]`` and ``v[layer]`` are [num_blocks, block_size, kv_heads, head_dim]. The swap space on the CPU has the
+    same layout with ``swap_blocks`` blocks. Which block belongs to whom is the
     business of ``minipaged.memory``; here is only storage.
     """
 
@@ -27,10 +28,12 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        swap_blocks: int = 0,
     ) -> None:
-        shape = (num_blocks, block_size, num_kv_heads, head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        shape = (block_size, num_kv_heads, head_dim)
+        self.k = [torch.zeros(num_blocks, *shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.v = [torch.zeros(num_blocks, *shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._swap = [torch.zeros(swap_blocks, *shape, dtype=dtype) for _ in range(2 * num_layers)]
         self.num_blocks, self.block_size = num_blocks, block_size
 
     @staticmethod
@@ -45,6 +48,21 @@ class KVCache:
         if pairs:
             src, dst = torch.tensor(pairs, device=self.k[0].device).unbind(dim=1)
             reference.copy_blocks(self.k + self.v, src, dst)
+
+    def swap_out(self, pairs: Seq[tuple[int, int]]) -> None:
+        """Copies blocks (source in the pool, target in the swap space) in all layers."""
+        self._transfer(pairs, self.k + self.v, self._swap)
+
+    def swap_in(self, pairs: Seq[tuple[int, int]]) -> None:
+        """Copies blocks (source in the swap space, target in the pool) in all layers."""
+        self._transfer(pairs, self._swap, self.k + self.v)
+
+    @staticmethod
+    def _transfer(pairs: Seq[tuple[int, int]], sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+        if pairs:
+            src, dst = torch.tensor(pairs).unbind(dim=1)
+            for source, target in zip(sources, targets, strict=True):
+                target[dst.to(target.device)] = source[src.to(source.device)].to(target.device)
 
 
 def blocks_that_fit(bytes_per_block: int, device: torch.device, *, wanted: int | None, useful: int) -> int:

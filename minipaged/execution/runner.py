@@ -20,6 +20,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor:
-        """Copies first, then the forward pass. Returns logits [R, vocab], one row per chunk that samples."""
+        """Swap-out, swap-in, copy, forward: in this order a block may serve twice in one step.
+
+        Returns logits [R, vocab], ``num_rows`` rows for each chunk.
+        """
+        self.kv_cache.swap_out(plan.swap_outs)
+        self.kv_cache.swap_in(plan.swap_ins)
         self.kv_cache.copy(plan.copies)
         return self.model(build_batch(plan, self.kv_cache.block_size, self.device), self.kv_cache)

@@ -6,31 +6,41 @@ import torch
 from torch import Tensor
 
 from minipaged.config import SamplingParams
-from minipaged.request import Sequence
-from minipaged.scheduling.plan import SampledToken, StepPlan
+from minipaged.request import Request, Sequence
+from minipaged.scheduling.plan import Chunk, SampledToken, StepPlan
 
 
 @torch.inference_mode()
 def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken]:
     """The next token of every sequence in ``plan.samples``, in that order.
 
-    logits: [R, vocab], a row per sampling chunk. Where n sequences sample from one row, the row is repeated.
+    logits: [R, vocab], ``num_rows`` rows per chunk; the last of them samples. Where n sequences sample from one row,
+    it is repeated. Prompt log-probabilities, where asked for, are written into their request.
     """
-    sampling = [chunk for chunk in plan.chunks if chunk.samples]
-    rows = [row for row, chunk in enumerate(sampling) for _ in chunk.samples]
-    if len(rows) > len(sampling):
-        logits = logits[rows]
     logits = logits.float()
-    params = [request.params for request, _ in plan.samples]
+    rows, end = [], 0
+    for chunk in plan.chunks:
+        end += chunk.num_rows
+        rows += [end - 1] * len(chunk.samples)
+        if chunk.request.prompt_logprobs is not None:
+            _report_prompt(logits[end - chunk.num_rows : end], chunk)
+    if not rows:
+        return []
+    if rows != list(range(len(logits))):
+        logits = logits[rows]
+    requests = [request for request, _ in plan.samples]
+    params = [request.params for request in requests]
     seqs = [seq for _, seq in plan.samples]
 
-    tokens = logits.argmax(dim=-1)
+    adjusted = _adjust(logits, requests, seqs)
+    tokens = adjusted.argmax(dim=-1)
     random = [i for i, p in enumerate(params) if p.temperature > 0]
     if random:
-        tokens[random] = _draw(logits[random], [params[i] for i in random], [seqs[i] for i in random])
-    chosen = tokens.tolist()
-    reported = _logprobs(logits, chosen, params)
-    return [SampledToken(token, reported.get(i)) for i, token in enumerate(chosen)]
+        tokens[random] = _draw(adjusted[random], [params[i] for i in random], [seqs[i] for i in random])
+    return [
+        SampledToken(token, _logprobs(logits[i], token, request.num_logprobs))
+        for i, (token, request) in enumerate(zip(tokens.tolist(), requests, strict=True))
+    ]
 
 
 def _draw(logits: Tensor, params: list[SamplingParams], seqs: list[Sequence]) -> Tensor:
@@ -77,13 +87,52 @@ def min_p_mask(scaled: Tensor, min_p: Tensor) -> Tensor:
     return scaled >= scaled[:, :1] + min_p.log()  # log 0 = -inf keeps all
 
 
-def _logprobs(logits: Tensor, chosen: list[int], params: list[SamplingParams]) -> dict[int, dict[int, float]]:
-    """For each row that asked: the log-probabilities of the chosen token and of the likeliest ones."""
-    asking = [i for i, p in enumerate(params) if p.logprobs is not None]
-    reported: dict[int, dict[int, float]] = {}
-    for i in asking:
-        logprobs = logits[i].log_softmax(dim=-1)
-        top = logprobs.topk(min(params[i].logprobs or 0, logprobs.numel()))
-        entries = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        reported[i] = entries | {chosen[i]: logprobs[chosen[i]].item()}
-    return reported
+# --- what changes the logits themselves ---
+
+
+def _adjust(logits: Tensor, requests: list[Request], seqs: list[Sequence]) -> Tensor:
+    """Penalties, bias and forbidden endings, for the rows that ask for them. [rows, vocab] → [rows, vocab]."""
+    changing = [i for i, request in enumerate(requests) if request.params.changes_logits]
+    if changing:
+        logits = logits.clone()  # log-probabilities are reported from the original
+    for i in changing:
+        request, seq = requests[i], seqs[i]
+        penalize(logits[i], request.params, seq.tokens, seq.output_tokens)
+        for token_id, bias in request.params.logit_bias.items():
+            logits[i, token_id] += bias
+        if seq.num_output < request.params.min_tokens:
+            logits[i, list(request.stop_token_ids)] = -torch.inf
+    return logits
+
+
+def penalize(row: Tensor, params: SamplingParams, tokens: list[int], output: list[int]) -> None:
+    """Repetition, presence and frequency penalties, in place. row: [vocab]; ``tokens`` are prompt and output."""
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(tokens)), device=row.device)
+        score = row[seen]
+        row[seen] = torch.where(score > 0, score / params.repetition_penalty, score * params.repetition_penalty)
+    if output and (params.presence_penalty or params.frequency_penalty):
+        unique, times = torch.tensor(output, device=row.device).unique(return_counts=True)
+        row[unique] -= params.presence_penalty + params.frequency_penalty * times
+
+
+# --- what is reported ---
+
+
+def _logprobs(row: Tensor, token: int, count: int | None) -> dict[int, float] | None:
+    """Log-probabilities of the ``count`` likeliest tokens and of ``token``. row: [vocab]."""
+    if count is None:
+        return None
+    logprobs = row.log_softmax(dim=-1)
+    top = logprobs.topk(min(count, len(logprobs)))
+    entries = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return entries | {token: logprobs[token].item()}
+
+
+def _report_prompt(rows: Tensor, chunk: Chunk) -> None:
+    """Each row foretells the prompt token after its own. rows: [tokens of the chunk, vocab]."""
+    request, count = chunk.request, chunk.request.params.prompt_logprobs
+    assert request.prompt_logprobs is not None
+    for position, row in enumerate(rows, start=chunk.start + 1):
+        if position < chunk.seq.num_prompt:
+            request.prompt_logprobs[position] = _logprobs(row, chunk.seq.tokens[position], count)

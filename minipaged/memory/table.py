@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 from minipaged.errors import BlockError, InvariantViolation
-from minipaged.events import Allocated, Copied, EventLog, Forked, Freed, Shared
+from minipaged.events import Allocated, Copied, Event, EventLog, Freed, Shared, SwappedIn, SwappedOut
 from minipaged.memory.pool import BlockPool
 from minipaged.memory.prefix_cache import EMPTY_PREFIX, EvictionPolicy, PrefixCache
 
@@ -48,12 +48,15 @@ class BlockTables:
         events: EventLog | None = None,
         enable_prefix_caching: bool = True,
         policy: EvictionPolicy | None = None,
+        swap_blocks: int = 0,
     ) -> None:
         self.block_size = block_size
         self._events = EventLog() if events is None else events
         self._cache = PrefixCache(self._events, policy) if enable_prefix_caching else None
         self.pool = BlockPool(num_blocks, self._cache)
+        self.swap_pool = BlockPool(swap_blocks)
         self.tables: dict[int, list[int]] = {}
+        self.swapped: dict[int, list[int]] = {}  # tables of swapped-out sequences, in blocks of the swap pool
         self._prefixes: dict[int, list[int]] = {}  # seq_id -> names of the prefixes that end its full blocks
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -89,13 +92,16 @@ class BlockTables:
 
         Of a shared block's owners the last to write needs no copy: by then it is the only one.
         """
+        return self._needed(writes, self.tables, self.pool)
+
+    def _needed(self, writes: Seq[Write], tables: dict[int, list[int]], pool: BlockPool) -> int:
         grown = 0
         writers: Counter[int] = Counter()
         for seq_id, start, end in writes:
-            table = self.tables[seq_id]
+            table = tables[seq_id]
             grown += self.blocks_for(end) - len(table)
             writers.update(table[start // self.block_size :])
-        return grown + sum(min(count, self.pool.ref_counts[block] - 1) for block, count in writers.items())
+        return grown + sum(min(count, pool.ref_counts[block] - 1) for block, count in writers.items())
 
     def reserve(self, write: Write) -> list[Copy]:
         """Makes the slots of tokens [start, end) writable by this sequence alone.
@@ -138,7 +144,6 @@ class BlockTables:
         """The child gets the parent's table: every block is shared, nothing is copied (paper §4.4)."""
         if child in self.tables:
             raise BlockError(f"sequence {child} has a block table already")
-        self._events.emit(Forked, parent, child)
         self.tables[child] = []
         self._prefixes[child] = list(self._prefixes[parent])
         for block in self.tables[parent]:
@@ -146,21 +151,70 @@ class BlockTables:
 
     def free(self, seq_id: int) -> None:
         """Gives up the whole table, tail before head: the blocks most worth keeping are freed, so evicted, last."""
-        if seq_id not in self.tables:
+        if seq_id in self.tables:
+            tables, pool = self.tables, self.pool
+        elif seq_id in self.swapped:
+            tables, pool = self.swapped, self.swap_pool
+        else:
             raise BlockError(f"sequence {seq_id} has no block table; was it freed twice?")
-        blocks = self.tables.pop(seq_id)[::-1]
+        blocks = tables.pop(seq_id)[::-1]
         del self._prefixes[seq_id]
         for block in blocks:
-            self.pool.free(block)
+            pool.free(block)
         self._events.emit(Freed, seq_id, blocks)
+
+    def can_swap_out(self, seq_ids: Seq[int]) -> bool:
+        """Whether the swap space can take these sequences' blocks, each of which moves once."""
+        return len({block for seq_id in seq_ids for block in self.tables[seq_id]}) <= self.swap_pool.num_free
+
+    def swap_out(self, seq_ids: Seq[int]) -> list[Copy]:
+        """Moves whole tables to the swap space (paper §4.5). Returns the copies pool → swap space."""
+        return self._move(seq_ids, self.tables, self.pool, self.swapped, self.swap_pool, SwappedOut)
+
+    def swap_in(self, seq_ids: Seq[int]) -> list[Copy]:
+        """Moves them back, to whatever blocks are free now. Returns the copies swap space → pool."""
+        return self._move(seq_ids, self.swapped, self.swap_pool, self.tables, self.pool, SwappedIn)
+
+    def blocks_needed_to_swap_in(self, writes: Seq[Write]) -> int:
+        """Free blocks that swapping these sequences in and then reserving ``writes`` takes.
+
+        Counting the next token too keeps a sequence from being swapped in only to be thrown out at once.
+        """
+        moved = {block for write in writes for block in self.swapped[write.seq_id]}
+        return len(moved) + self._needed(writes, self.swapped, self.swap_pool)
 
     def check(self) -> None:
         """Reference counts equal occurrences in tables. Raises `InvariantViolation`."""
-        self.pool.check()
-        named = Counter(block for table in self.tables.values() for block in table)
-        for block, count in enumerate(self.pool.ref_counts):
-            if named[block] != count:
-                raise InvariantViolation(f"block {block} is in {named[block]} tables but has {count} references")
+        for pool, tables in ((self.pool, self.tables), (self.swap_pool, self.swapped)):
+            pool.check()
+            named = Counter(block for table in tables.values() for block in table)
+            for block, count in enumerate(pool.ref_counts):
+                if named[block] != count:
+                    raise InvariantViolation(f"block {block} is in {named[block]} tables but has {count} references")
+
+    def _move(
+        self,
+        seq_ids: Seq[int],
+        tables: dict[int, list[int]],
+        pool: BlockPool,
+        to_tables: dict[int, list[int]],
+        to_pool: BlockPool,
+        event: type[Event],
+    ) -> list[Copy]:
+        """A block that several of the sequences share moves once, and is shared there as it was here."""
+        moves: dict[int, int] = {}
+        for seq_id in seq_ids:
+            table = tables.pop(seq_id)
+            for block in table:
+                if block in moves:
+                    to_pool.share(moves[block])
+                else:
+                    moves[block] = to_pool.allocate()
+            to_tables[seq_id] = [moves[block] for block in table]
+            for block in reversed(table):
+                pool.free(block)
+            self._events.emit(event, seq_id, table, list(to_tables[seq_id]))
+        return [Copy(src, dst) for src, dst in moves.items()]
 
     def _share(self, seq_id: int, block: int, reason: str) -> None:
         self.pool.share(block)

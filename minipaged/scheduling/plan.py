@@ -24,16 +24,25 @@ class Chunk:
     block_table: list[int]
 
     @property
+    def num_rows(self) -> int:
+        """Rows of logits it needs: usually the last one if it samples; all while it reports prompt log-probabilities."""
+        if self.request.prompt_logprobs is not None and self.start < self.seq.num_prompt:
+            return self.num_tokens
+        return 1 if self.samples else 0
+
+    @property
     def token_ids(self) -> list[int]:
         return self.seq.tokens[self.start : self.start + self.num_tokens]
 
 
 @dataclass
 class StepPlan:
-    """One step. The runner executes the copies, then the chunks; commit applies the results."""
+    """One step. The runner executes swap-outs, swap-ins, copies, chunks, in that order; commit applies the results."""
 
     step: int
     chunks: list[Chunk] = field(default_factory=list)  # decodes first
+    swap_outs: list[Copy] = field(default_factory=list)  # pool → swap space
+    swap_ins: list[Copy] = field(default_factory=list)  # swap space → pool
     copies: list[Copy] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     outgrown: list[Request] = field(default_factory=list)  # lost a sequence: not even the whole pool could hold it

@@ -5,21 +5,27 @@
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable
+from itertools import count
 
 from minipaged.errors import InvariantViolation
-from minipaged.events import Admitted, EventLog, Filled, Finished, Preempted, Sampled, Scheduled
+from minipaged.events import Admitted, EventLog, Filled, Finished, Forked, Preempted, Resumed, Sampled, Scheduled
 from minipaged.memory.table import BlockTables, Write
 from minipaged.request import Request, Sequence, Status
+from minipaged.scheduling.beam import Continuation
 from minipaged.scheduling.plan import Chunk, SampledToken, StepPlan
 
 
 class Scheduler:
-    """Moves requests between ``waiting`` (in order of arrival) and ``running`` (likewise).
+    """Moves requests between ``waiting``, ``running`` and ``swapped``, each in order of arrival.
 
     In every step each running sequence that has all but its newest token computed gets its one token first
     (*decodes*); what is left of the token budget goes to prompts, in chunks, oldest request first. When blocks run
-    out, the latest arrival is preempted whole and waits to be recomputed (paper §4.5).
+    out, the latest arrival is preempted whole: its KV is dropped and recomputed later, or swapped to the CPU and back
+    (paper §4.5). Nobody is admitted while a swapped request waits.
     """
 
     def __init__(
@@ -28,38 +34,41 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        max_model_len: int,
-        eos_token_ids: frozenset[int] = frozenset(),
         events: EventLog | None = None,
+        seq_ids: Callable[[], int] | None = None,
     ) -> None:
         self.memory = memory
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_model_len = max_model_len
-        self.eos_token_ids = eos_token_ids
         self.events = EventLog() if events is None else events
-        self.waiting: deque[Request] = deque()
+        self.next_seq_id = seq_ids or count().__next__  # beams are born here
+        self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.swapped: list[Request] = []
         self.step = 0
+        self.num_prefix_queries = 0  # tokens of admitted requests …
+        self.num_prefix_hits = 0  # … and how many of them the prefix cache had
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
     def has_unfinished(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.swapped)
 
     # --- deciding ---------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
         """Decides the next step. Every block it writes to is reserved when this returns."""
         plan = StepPlan(self.step)
-        counts = self._spend_budget()
+        counts = self._spend(self.max_num_batched_tokens, self.running)
         for request in list(self.running):
             # Oldest first, so that whoever is preempted for lack of blocks has not been placed yet.
             if request.status is Status.RUNNING and self._make_room(request, counts, plan):
                 self._place(request, counts, plan)
         if not plan.preempted and not plan.outgrown:
-            self._admit(plan)
+            self._resume(plan)
+            if not self.swapped:
+                self._admit(plan)
         plan.chunks.sort(key=lambda chunk: chunk.num_tokens > 1)  # stable: decodes first, else by arrival
         for chunk in plan.chunks:
             self.events.emit(Scheduled, chunk.seq.seq_id, chunk.start, chunk.num_tokens)
@@ -67,9 +76,10 @@ class Scheduler:
 
     def blocks_to_hold(self, request: Request) -> int:
         """Blocks a request occupies once all its known tokens and one more per sequence are in place."""
-        memory, live = self.memory, request.live
-        shared = request.fork_at // memory.block_size
-        return shared + sum(memory.blocks_for(len(seq.tokens) + 1) - shared for seq in live)
+        memory, shared = self.memory, request.fork_at // self.memory.block_size
+        lengths = [len(seq.tokens) for seq in request.live]
+        lengths += [lengths[0]] * (request.width - len(lengths))  # beams that are yet to fork off
+        return shared + sum(memory.blocks_for(length + 1) - shared for length in lengths)
 
     def _active(self, request: Request) -> list[Sequence]:
         """The sequences that compute: all live ones, or the lead alone until the others fork from it."""
@@ -81,16 +91,21 @@ class Scheduler:
 
     def _target(self, request: Request, seq: Sequence) -> int:
         """How far a sequence computes: to its last token, or to where the others fork off."""
-        return request.fork_at if self._forking(request) else len(seq.tokens)
+        if self._forking(request):
+            return request.fork_at
+        live = request.live
+        if request.beams and len(live) > 1 and any(s.num_computed < len(s.tokens) - 1 for s in live):
+            # Beams compete for the next token, so all of them must get there in the same step.
+            return len(seq.tokens) - 1
+        return len(seq.tokens)
 
-    def _spend_budget(self) -> dict[int, int]:
-        """Tokens each running sequence computes in this step, by sequence id: decodes first, then prompt chunks."""
-        wanted: list[tuple[int, int]] = []
-        for request in self.running:
-            wanted += [
-                (seq.seq_id, self._target(request, seq) - seq.num_computed) for seq in self._active(request)
-            ]
-        budget = self.max_num_batched_tokens
+    def _spend(self, budget: int, requests: list[Request]) -> dict[int, int]:
+        """Tokens each sequence computes in this step, by sequence id: decodes first, then prompt chunks."""
+        wanted = [
+            (seq.seq_id, self._target(request, seq) - seq.num_computed)
+            for request in requests
+            for seq in self._active(request)
+        ]
         counts: dict[int, int] = {}
         for seq_id, want in sorted(wanted, key=lambda item: item[1] > 1):
             counts[seq_id] = min(want, budget)
@@ -124,41 +139,72 @@ class Scheduler:
             if start == end:
                 continue  # the budget went to others
             plan.copies += self.memory.reserve(Write(seq.seq_id, start, end))
-            samples: list[Sequence] = []
-            if end == self._target(request, seq):
-                samples = [s for s in request.live if len(s.tokens) == end] if self._forking(request) else [seq]
-            plan.chunks.append(
-                Chunk(request, seq, start, end - start, samples, self.memory.tables[seq.seq_id])
-            )
+            candidates = request.live if self._forking(request) else [seq]
+            samples = [s for s in candidates if len(s.tokens) == end]
+            plan.chunks.append(Chunk(request, seq, start, end - start, samples, self.memory.tables[seq.seq_id]))
+
+    def _resume(self, plan: StepPlan) -> None:
+        """Swapped → running, in order of arrival, each with the blocks for its next tokens too."""
+        while self.swapped:
+            request = self.swapped[0]
+            writes = [
+                Write(seq.seq_id, seq.num_computed, min(seq.num_computed + 1, len(seq.tokens)))
+                for seq in request.live
+                if seq.seq_id in self.memory.swapped
+            ]
+            num_seqs = sum(r.width for r in self.running) + request.width
+            budget = self.max_num_batched_tokens - plan.num_tokens
+            if num_seqs > self.max_num_seqs or len(writes) > budget:
+                return
+            needed = self.memory.blocks_needed_to_swap_in(writes)
+            if needed > self.memory.pool.num_free - sum(map(self._owed, self.running)):
+                if self.running:
+                    return
+                self._outgrow(request, plan)  # alone, and still too large
+                continue
+            self.swapped.remove(request)
+            self._queue(request, self.running, Status.RUNNING)
+            self.events.emit(Resumed, request.request_id)
+            plan.swap_ins += self.memory.swap_in([write.seq_id for write in writes])
+            counts = {s.seq_id: min(1, self._target(request, s) - s.num_computed) for s in self._active(request)}
+            self._place(request, counts, plan)
 
     def _admit(self, plan: StepPlan) -> None:
         """Waiting → running, in order of arrival, as long as tokens, sequences and blocks allow."""
         budget = self.max_num_batched_tokens - plan.num_tokens
-        num_seqs = sum(len(request.live) for request in self.running)
+        num_seqs = sum(request.width for request in self.running)
         while self.waiting and budget > 0:
             request = self.waiting[0]
-            if num_seqs + len(request.live) > self.max_num_seqs or not self._fits(request, plan):
+            if num_seqs + request.width > self.max_num_seqs or not self._fits(request, plan):
                 break
             if request.status is Status.FINISHED:
                 continue  # it had outgrown the pool and `_fits` ended it
-            num_seqs += len(request.live)
-            self.waiting.popleft()
-            self.running.append(request)
-            request.status = Status.RUNNING
-            lead = request.live[0]
-            hits = self.memory.match(lead.tokens[: request.fork_at])
+            self.waiting.remove(request)
+            num_seqs += request.width
+            self._queue(request, self.running, Status.RUNNING)
+            lead, hits = request.live[0], self._hits(request)
             lead.num_computed = len(hits) * self.memory.block_size
+            self.num_prefix_queries += request.fork_at
+            self.num_prefix_hits += lead.num_computed
             self.events.emit(Admitted, request.request_id, lead.seq_id, lead.num_computed)
             self.memory.open(lead.seq_id, hits)
-            counts = {lead.seq_id: min(budget, self._target(request, lead) - lead.num_computed)}
+            counts = self._spend(budget, [request])
             budget -= counts[lead.seq_id]
             self._place(request, counts, plan)
+
+    def _queue(self, request: Request, queue: list[Request], status: Status) -> None:
+        insort(queue, request, key=lambda r: r.arrival)
+        request.status = status
+
+    def _hits(self, request: Request) -> list:
+        if request.prompt_logprobs is not None:
+            return []  # a cached block has keys and values, but the logits are wanted too
+        return self.memory.match(request.live[0].tokens[: request.fork_at])
 
     def _fits(self, request: Request, plan: StepPlan) -> bool:
         """Whether the pool can hold the request beside what the running ones still need for their known tokens."""
         request.fork_at = _common_prefix(request.live)
-        hits = self.memory.match(request.live[0].tokens[: request.fork_at])
-        in_use = sum(self.memory.pool.ref_counts[hit.block] > 0 for hit in hits)
+        in_use = sum(self.memory.pool.ref_counts[hit.block] > 0 for hit in self._hits(request))
         free = self.memory.pool.num_free - sum(map(self._owed, self.running))
         while self.blocks_to_hold(request) - in_use > free:
             if self.running:
@@ -179,20 +225,29 @@ class Scheduler:
         )
 
     def _preempt(self, victim: Request, plan: StepPlan) -> None:
-        """All or nothing: every sequence of the request gives up its blocks and will be recomputed (paper §4.5)."""
+        """All or nothing: every sequence of the request gives up its blocks (paper §4.5)."""
         self.running.remove(victim)
-        self.waiting.appendleft(victim)  # victims go latest first, so the queue stays in order of arrival
-        victim.status = Status.WAITING
         plan.preempted.append(victim)
-        self.events.emit(Preempted, victim.request_id, "no free block")
-        for seq in self._active(victim):
+        active = self._active(victim)
+        seq_ids = [seq.seq_id for seq in active]
+        if self.memory.can_swap_out(seq_ids):
+            self._queue(victim, self.swapped, Status.SWAPPED)
+            self.events.emit(Preempted, victim.request_id, "swap", "no free block")
+            plan.swap_outs += self.memory.swap_out(seq_ids)
+            return
+        self._queue(victim, self.waiting, Status.WAITING)
+        self.events.emit(Preempted, victim.request_id, "recompute", "no free block")
+        for seq in active:
             self.memory.free(seq.seq_id)
             seq.num_computed = 0
 
     def _outgrow(self, request: Request, plan: StepPlan) -> None:
-        """The request has the pool to itself and needs more: its last sequence ends where it is."""
+        """The request has the pool to itself and needs more: its last sequence ends where it is (beams: all do)."""
         plan.outgrown.append(request)
-        self._finish(request, request.live[-1], "length")
+        if request.beams:
+            self._end_search(request, "length")
+        else:
+            self._finish(request, request.live[-1], "length")
 
     # --- applying ---------------------------------------------------------------------------------------------
 
@@ -206,71 +261,141 @@ class Scheduler:
             seq.num_computed += chunk.num_tokens
             self.events.emit(Filled, seq.seq_id, chunk.start, chunk.num_tokens)
             self.memory.computed(seq.seq_id, seq.tokens, seq.num_computed)
-            if seq.num_computed == request.fork_at:
-                self._fork_others(request, seq)
+            if seq.num_computed == request.fork_at and self._forking(request):
+                for other in request.live:
+                    if other.seq_id not in self.memory.tables:
+                        self.events.emit(Forked, seq.seq_id, other.seq_id, request.request_id)
+                        self.memory.fork(seq.seq_id, other.seq_id)
+                        other.num_computed = seq.num_computed
+        rows: dict[Request, list[tuple[Sequence, SampledToken]]] = {}
         for (request, seq), token in zip(plan.samples, sampled, strict=True):
-            self._append(request, seq, token)
+            rows.setdefault(request, []).append((seq, token))
+        for request, row in rows.items():
+            if request.beams:
+                self._advance_beams(request, row)
+            else:
+                for seq, token in row:
+                    self._append(request, seq, token)
         self.step += 1
-        return list(dict.fromkeys([*plan.outgrown, *(request for request, _ in plan.samples)]))
+        return list(dict.fromkeys([*plan.outgrown, *rows]))
 
     def abort(self, request: Request) -> None:
         """Ends a request in whatever state it is; every block comes back."""
+        if request.beams and request.live:
+            self._end_search(request, "abort")
         for seq in request.live:
             self._finish(request, seq, "abort")
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """Starts ``child``, a copy of a running request with one sequence, on the parent's blocks."""
+        (old,), (new,) = parent.live, child.live
+        self._queue(child, self.running, Status.RUNNING)
+        self.events.emit(Forked, old.seq_id, new.seq_id, child.request_id)
+        self.memory.fork(old.seq_id, new.seq_id)
 
     def check(self) -> None:
         """Invariants across the room. Raises `InvariantViolation`."""
         self.memory.check()
         active = {seq.seq_id for request in self.running for seq in self._active(request)}
-        if active != set(self.memory.tables):
+        swapped = {seq.seq_id for request in self.swapped for seq in request.live}
+        if active != set(self.memory.tables) or not set(self.memory.swapped) <= swapped:
             raise InvariantViolation(f"block tables of {set(self.memory.tables)} for the running {active}")
-        if sum(len(request.live) for request in self.running) > self.max_num_seqs:
+        if sum(request.width for request in self.running) > self.max_num_seqs:
             raise InvariantViolation("more sequences run than max_num_seqs allows")
+        for queue in (self.waiting, self.running, self.swapped):
+            if [r.arrival for r in queue] != sorted(r.arrival for r in queue):
+                raise InvariantViolation("a queue is out of the order of arrival")
         for request in self.running:
             for seq in self._active(request):
                 held = len(self.memory.tables[seq.seq_id])
                 if held != self.memory.blocks_for(seq.num_computed):
                     raise InvariantViolation(f"{held} blocks hold {seq.num_computed} tokens of sequence {seq.seq_id}")
 
-    def _fork_others(self, request: Request, lead: Sequence) -> None:
-        for seq in request.live:
-            if seq.seq_id not in self.memory.tables:
-                self.memory.fork(lead.seq_id, seq.seq_id)
-                seq.num_computed = lead.num_computed
-
     def _append(self, request: Request, seq: Sequence, token: SampledToken) -> None:
         """The sequence takes its token, and ends if that token, its text or its length says so."""
-        params = request.params
-        seq.tokens.append(token.token_id)
-        logprob = None
-        if token.logprobs is not None:
-            seq.logprobs.append(token.logprobs)
-            logprob = token.logprobs[token.token_id]
-            seq.cumulative_logprob += logprob
-        is_eos = token.token_id in self.eos_token_ids and not params.ignore_eos
-        reason = "stop" if is_eos or token.token_id in params.stop_token_ids else None
-        text = ""
-        if seq.text is not None:
-            if reason is None:  # the text of a token that ends the sequence is not shown
-                text = seq.text.push(token.token_id)
-                reason = "stop" if seq.text.stopped is not None else None
-        if reason is None and (seq.num_output == params.max_tokens or len(seq.tokens) >= self.max_model_len):
+        reason = "stop" if token.token_id in request.stop_token_ids else None
+        if reason is None and seq.num_output + 1 >= request.max_output:
             reason = "length"
-        if reason and seq.text is not None and seq.text.stopped is None:
-            text += seq.text.finish()
-        self.events.emit(Sampled, seq.seq_id, token.token_id, text, logprob)
+        reason = self._take(request, seq, token, reason)
         if reason:
             self._finish(request, seq, reason)
 
+    def _take(self, request: Request, seq: Sequence, token: SampledToken, reason: str | None) -> str | None:
+        """Appends a token and its text. Returns the finish reason, which a stop string may have changed."""
+        seq.tokens.append(token.token_id)
+        logprob = None
+        if token.logprobs is not None:
+            logprob = token.logprobs[token.token_id]
+            seq.cumulative_logprob += logprob
+            if request.params.logprobs is not None:
+                top = heapq.nlargest(request.params.logprobs, token.logprobs.items(), key=lambda item: item[1])
+                seq.logprobs.append(dict(top) | {token.token_id: logprob})
+        text = ""
+        if seq.text is not None:
+            if reason != "stop":  # the text of a token that ends the sequence is not shown
+                text = seq.text.push(token.token_id)
+                reason = "stop" if seq.text.stopped is not None else reason
+            if reason and seq.text.stopped is None:
+                text += seq.text.finish()
+        self.events.emit(Sampled, seq.seq_id, token.token_id, text, logprob)
+        return reason
+
     def _finish(self, request: Request, seq: Sequence, reason: str) -> None:
-        if seq.seq_id in self.memory.tables:
+        if seq.seq_id in self.memory.tables or seq.seq_id in self.memory.swapped:
             self.memory.free(seq.seq_id)
         seq.finish_reason = reason
         self.events.emit(Finished, seq.seq_id, reason)
-        if not request.live:
-            queue = self.running if request.status is Status.RUNNING else self.waiting
-            queue.remove(request)
+        if not request.live and request.status is not Status.FINISHED:
+            queues = {Status.RUNNING: self.running, Status.SWAPPED: self.swapped, Status.WAITING: self.waiting}
+            queues[request.status].remove(request)
             request.status = Status.FINISHED
+
+    # --- beams ------------------------------------------------------------------------------------------------
+
+    def _advance_beams(self, request: Request, rows: list[tuple[Sequence, SampledToken]]) -> None:
+        """One token for every beam: good ones fork, hopeless ones are freed, finished ones are kept aside."""
+        search = request.beams
+        assert search is not None
+        length = rows[0][0].num_output + 1
+        live, ended = search.choose(rows, request.max_output)
+        for c in ended:
+            search.add(c.score, self._continue(request, c))
+        heirs = Counter(c.parent.seq_id for c in live)
+        request.seqs = []
+        for c in live:
+            heirs[c.parent.seq_id] -= 1
+            # All but a parent's last continuation fork off it; the last one happens in place.
+            request.seqs.append(self._continue(request, c, in_place=heirs[c.parent.seq_id] == 0))
+        for seq, _ in rows:
+            if seq.seq_id not in heirs:
+                self._finish(request, seq, "pruned")
+        search.update_done(live, length, request.max_output)
+        if search.done:
+            self._end_search(request, None)
+
+    def _continue(self, request: Request, c: Continuation, in_place: bool = False) -> Sequence:
+        """The continuation's parent, or a fork of it, that has taken the token; what ends there needs no blocks."""
+        seq = c.parent
+        if not in_place:
+            seq = c.parent.copy(self.next_seq_id())
+            self.events.emit(Forked, c.parent.seq_id, seq.seq_id, request.request_id)
+            if not c.ends:
+                self.memory.fork(c.parent.seq_id, seq.seq_id)
+        self._take(request, seq, c.token, c.ends)
+        if c.ends:
+            seq.finish_reason = c.ends
+            self.events.emit(Finished, seq.seq_id, c.ends)
+        return seq
+
+    def _end_search(self, request: Request, reason: str | None) -> None:
+        """Leaves the best n hypotheses. With a reason the search was cut short, and live beams are hypotheses too."""
+        search = request.beams
+        assert search is not None
+        for seq in request.live:
+            if reason:
+                search.add(seq.cumulative_logprob, seq)
+            self._finish(request, seq, reason or "pruned")
+        request.seqs = [seq for _, seq in search.finished[: request.params.n]]
 
 
 def _common_prefix(seqs: list[Sequence]) -> int:

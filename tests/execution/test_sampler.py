@@ -19,7 +19,7 @@ def plan_for(all_params, seeds=None):
     plan = StepPlan(0)
     for i, params in enumerate(all_params):
         seq = Sequence(i, [1], 1, Random(seeds[i] if seeds else i))
-        request = Request(str(i), params, [seq])
+        request = Request(str(i), [1], params, [seq], frozenset(params.stop_token_ids), 99, arrival=i)
         plan.chunks.append(Chunk(request, seq, 0, 1, [seq], [0]))
     return plan
 
