@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import count
@@ -20,14 +22,14 @@ from minipaged.execution.kv_cache import KVCache, blocks_that_fit
 from minipaged.execution.runner import ModelRunner
 from minipaged.execution.sampler import sample
 from minipaged.models.loader import LoadedModel, load_model
-from minipaged.outputs import Delta, RequestOutput
+from minipaged.outputs import CompletionOutput, Delta, RequestOutput
 
 Prompt = str | list[int]
 Messages = list[dict[str, str]]
 
 
 class LLM:
-    """A model and an engine that serves it.
+    """A model and an engine that serves it. Threads may share it: what they ask for is batched together.
 
     Takes the fields of `EngineConfig` as keywords. Raises `InvalidConfig` or `ModelError` before anything is loaded
     in vain.
@@ -45,6 +47,7 @@ class LLM:
         self.tokenizer = loaded.tokenizer
         self.engine = _build_engine(config, loaded)
         self._ids = count()
+        self._lock = threading.Lock()
         self._inboxes: dict[str, deque[RequestOutput]] = {}
 
     def generate(
@@ -79,11 +82,32 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Completes one prompt and yields what each step adds, for each of its n sequences.
 
-        Closing the iterator early aborts the request and frees its blocks.
+        Closing the iterator early aborts the request and frees its blocks. A beam search knows no text before its end
+        and is refused.
         """
-        deltas = self._deltas(self._submit(prompt, params or SamplingParams()))
+        deltas = self._deltas(self._submit_stream(prompt, params))
         next(deltas)  # enters its try block: a generator that never ran would not clean up when dropped
         return deltas
+
+    async def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Delta]:
+        """`stream` for asyncio. Steps run in a thread while the event loop goes on; concurrent streams are batched."""
+        submission = asyncio.ensure_future(asyncio.to_thread(self._submit_stream, prompt, params))
+        try:
+            request_id = await asyncio.shield(submission)
+        except asyncio.CancelledError:
+            # The thread cannot be called back, so what it submits is closed when it is done.
+            submission.add_done_callback(lambda done: done.exception() or self._close(done.result()))
+            raise
+        inbox, seen = self._inboxes[request_id], {}
+        try:
+            finished = False
+            while not finished:
+                output = await asyncio.to_thread(self._next, inbox)
+                finished = output.finished
+                for delta in _differences(output, seen):
+                    yield delta
+        finally:
+            self._close(request_id)
 
     def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> Iterator[Delta]:
         """`stream` for a conversation."""
@@ -102,69 +126,89 @@ class LLM:
         return render_chat(self.tokenizer, messages)
 
     # --- driving the engine -----------------------------------------------------------------------------------
+    # Whoever waits for output steps the engine, for everybody; a lock lets several threads take turns.
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> str:
-        request_id = f"llm-{next(self._ids)}"
         text = prompt if isinstance(prompt, str) else None
         if text == "":
             raise InvalidRequest("the prompt is empty; give at least one character")
         tokens = self.encode(prompt) if isinstance(prompt, str) else prompt
-        self.engine.add_request(request_id, tokens, params, prompt=text)
-        self._inboxes[request_id] = deque()
+        with self._lock:
+            request_id = f"llm-{next(self._ids)}"
+            self.engine.add_request(request_id, tokens, params, prompt=text)
+            self._inboxes[request_id] = deque()
         return request_id
 
-    def _close(self, request_id: str) -> None:
-        self.engine.abort(request_id)
-        del self._inboxes[request_id]
+    def _submit_stream(self, prompt: Prompt, params: SamplingParams | None) -> str:
+        if params is not None and params.beam_width:
+            raise InvalidRequest("a beam search has no text before its end, so nothing to stream; use generate")
+        return self._submit(prompt, params or SamplingParams())
 
-    def _step(self) -> None:
-        """One step for everybody: a stream that is read slowly must not lose what others' steps bring it."""
-        try:
-            outputs = self.engine.step()
-        except StepFailed as error:
-            self._deliver(error.outputs)
-            raise
-        self._deliver(outputs)
+    def _close(self, request_id: str) -> None:
+        with self._lock:
+            self.engine.abort(request_id)
+            del self._inboxes[request_id]
+
+    def _step(self, *inboxes: deque[RequestOutput]) -> None:
+        """One step, unless another thread's has just brought something for these inboxes.
+
+        What a step brings for others goes into theirs: a stream that is read slowly loses nothing.
+        """
+        with self._lock:
+            if any(inboxes):
+                return
+            try:
+                outputs = self.engine.step()
+            except StepFailed as error:
+                self._deliver(error.outputs)
+                raise
+            self._deliver(outputs)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
             if output.request_id in self._inboxes:
                 self._inboxes[output.request_id].append(output)
 
+    def _next(self, inbox: deque[RequestOutput]) -> RequestOutput:
+        while not inbox:
+            self._step(inbox)
+        return inbox.popleft()
+
     def _finish(self, ids: list[str]) -> list[RequestOutput]:
         """Steps until all of these are done."""
+        inboxes = [self._inboxes[i] for i in ids]
         last: dict[str, RequestOutput] = {}
         with _Progress(len(ids)) as progress:
             while any(i not in last or not last[i].finished for i in ids):
-                if not any(self._inboxes[i] for i in ids):
-                    self._step()
-                for i in ids:
-                    while self._inboxes[i]:
-                        last[i] = self._inboxes[i].popleft()
+                self._step(*inboxes)
+                for request_id, inbox in zip(ids, inboxes, strict=True):
+                    while inbox:
+                        last[request_id] = inbox.popleft()
                 progress.update(last)
         return [last[i] for i in ids]
 
     def _deltas(self, request_id: str) -> Iterator[Delta]:
-        inbox = self._inboxes[request_id]
-        seen: dict[int, tuple[int, int]] = {}  # index -> characters and tokens passed on
-        ended: set[int] = set()
+        inbox, seen = self._inboxes[request_id], {}
         try:
             yield Delta(0, "", [], None)  # swallowed by `stream`
-            while True:
-                while not inbox:
-                    self._step()
-                output = inbox.popleft()
-                for out in output.outputs:
-                    chars, tokens = seen.get(out.index, (0, 0))
-                    if out.index not in ended and (len(out.token_ids) > tokens or out.finish_reason):
-                        yield Delta(out.index, out.text[chars:], out.token_ids[tokens:], out.finish_reason)
-                        seen[out.index] = (len(out.text), len(out.token_ids))
-                        if out.finish_reason:
-                            ended.add(out.index)
-                if output.finished:
-                    return
+            finished = False
+            while not finished:
+                output = self._next(inbox)
+                finished = output.finished
+                yield from _differences(output, seen)
         finally:
             self._close(request_id)
+
+
+def _differences(output: RequestOutput, seen: dict[int, CompletionOutput]) -> Iterator[Delta]:
+    """What is new in each sequence since it was last ``seen``."""
+    for out in output.outputs:
+        old = seen.get(out.index)
+        if old is not None and (old.finish_reason or old == out):
+            continue
+        chars, tokens = (len(old.text), len(old.token_ids)) if old else (0, 0)
+        yield Delta(out.index, out.text[chars:], out.token_ids[tokens:], out.finish_reason)
+        seen[out.index] = out
 
 
 def _build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:

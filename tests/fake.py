@@ -1,12 +1,14 @@
 """A model without torch, for fuzzing everything between the front door and the tensors.
 
-KV is a dict from slot to (position, token). The next token is a hash of the context *as read through the block table*,
-so one wrong, stale or missing slot changes every token after it.
+KV is (position, token). The next token is a hash of the context *as read through the block table*, so one wrong, stale
+or missing slot changes every token after it.
 """
 
 from __future__ import annotations
 
-from itertools import count
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import chain, count
 from random import Random
 from zlib import crc32
 
@@ -20,14 +22,19 @@ VOCAB = 50
 EOS = 7
 
 
-def next_token(context: list[int], branch: int) -> int:
-    return crc32(repr((context, branch)).encode()) % VOCAB
+def next_token(context: Iterable[int], branch: int) -> int:
+    return crc32(bytes((*context, VOCAB + branch))) % VOCAB
 
 
-def next_logprobs(context: list[int]) -> dict[int, float]:
-    """Distinct log-probabilities of all tokens, for beam searches."""
-    random = Random(crc32(repr(context).encode()))
-    return {token: -rank / 3 - random.random() for rank, token in enumerate(random.sample(range(VOCAB), VOCAB))}
+def next_logprobs(context: Iterable[int]) -> dict[int, float]:
+    """Distinct log-probabilities of the ten likeliest tokens, for beam searches (of up to five beams)."""
+    return _next_logprobs(bytes(context))
+
+
+@lru_cache(maxsize=10_000)  # the engine and the truth ask for the same contexts
+def _next_logprobs(context: bytes) -> dict[int, float]:
+    random = Random(crc32(context))
+    return {token: -rank / 3 - random.random() for rank, token in enumerate(random.sample(range(VOCAB), 10))}
 
 
 def unbatched(prompt: list[int], params: SamplingParams, branch: int, max_len: int, output: tuple = ()) -> list[int]:
@@ -70,38 +77,38 @@ def _top(logprobs: dict[int, float], number: int) -> SampledToken:
 
 
 class FakeRunner:
-    """Executes plans on dicts, in the order the real runner has: swap-out, swap-in, copy, write, read."""
+    """Executes plans on lists, in the order the real runner has: swap-out, swap-in, copy, write, read."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, num_blocks: int, swap_blocks: int) -> None:
         self.block_size = block_size
-        self.slots: dict[int, tuple[int, int]] = {}
-        self.swap: dict[int, tuple[int, int]] = {}
+        self.blocks: list[list] = [[None] * block_size for _ in range(num_blocks)]
+        self.swap: list[list] = [[None] * block_size for _ in range(swap_blocks)]
 
-    def execute(self, plan: StepPlan) -> list[list[int]]:
-        self._move(plan.swap_outs, self.slots, self.swap)
-        self._move(plan.swap_ins, self.swap, self.slots)
-        self._move(plan.copies, self.slots, self.slots)
+    def execute(self, plan: StepPlan) -> list[tuple[int, ...]]:
+        self._move(plan.swap_outs, self.blocks, self.swap)
+        self._move(plan.swap_ins, self.swap, self.blocks)
+        self._move(plan.copies, self.blocks, self.blocks)
+        size = self.block_size
         for chunk in plan.chunks:
             for position, token in enumerate(chunk.token_ids, start=chunk.start):
-                self.slots[self._slot(chunk, position)] = (position, token)
+                self.blocks[chunk.block_table[position // size]][position % size] = (position, token)
         return [self._read(chunk) for chunk in plan.chunks]
 
-    def _move(self, copies: list, source: dict, target: dict) -> None:
-        size = self.block_size
-        moved = {copy.dst * size + i: source.get(copy.src * size + i) for copy in copies for i in range(size)}
-        assert len(moved) == size * len(copies), "two copies into one block"
-        target.update({slot: value for slot, value in moved.items() if value is not None})
+    def _move(self, copies: list, source: list, target: list) -> None:
+        moved = {copy.dst: list(source[copy.src]) for copy in copies}  # all are read before any is written
+        assert len(moved) == len(copies), "two copies into one block"
+        for block, content in moved.items():
+            target[block] = content
 
-    def _slot(self, chunk: Chunk, position: int) -> int:
-        return chunk.block_table[position // self.block_size] * self.block_size + position % self.block_size
+    def _read(self, chunk: Chunk) -> tuple[int, ...]:
+        end = chunk.start + chunk.num_tokens
+        values = list(chain.from_iterable(map(self.blocks.__getitem__, chunk.block_table)))[:end]
+        positions, tokens = zip(*values, strict=True) if None not in values else ((), ())
+        assert positions == tuple(range(end)), "a slot is empty or holds another position"
+        return tokens
 
-    def _read(self, chunk: Chunk) -> list[int]:
-        values = [self.slots[self._slot(chunk, position)] for position in range(chunk.start + chunk.num_tokens)]
-        assert [position for position, _ in values] == list(range(len(values))), "a slot holds another position"
-        return [token for _, token in values]
 
-
-def fake_sampler(contexts: list[list[int]], plan: StepPlan) -> list[SampledToken]:
+def fake_sampler(contexts: list[tuple[int, ...]], plan: StepPlan) -> list[SampledToken]:
     return [
         _top(next_logprobs(context), chunk.request.beams.candidates_per_beam)
         if chunk.request.beams
@@ -115,9 +122,10 @@ def fake_engine(**settings: object) -> Engine:
     """An engine on the fake model. Takes the fields of EngineConfig."""
     defaults: dict = {"num_blocks": 32, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32}
     config = EngineConfig(model="fake", **(defaults | {"max_model_len": 200} | settings))
+    swap_blocks = (config.swap_blocks or config.num_blocks) if config.preemption == "swap" else 0
     return Engine(
         config,
-        FakeRunner(config.block_size),
+        FakeRunner(config.block_size, config.num_blocks, swap_blocks),
         fake_sampler,
         vocab_size=VOCAB,
         eos_token_ids=frozenset({EOS}),

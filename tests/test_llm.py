@@ -1,5 +1,7 @@
 """The front door on a real (small, random) Llama: tokens equal transformers', whatever the batch and the memory."""
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from minipaged import LLM, EngineConfig, SamplingParams
 from minipaged.errors import InvalidConfig, InvalidRequest, MinipagedError, StepFailed
-from minipaged.events import Copied, Preempted, Shared
+from minipaged.events import Copied, Preempted, Shared, StepFinished
 from tests.checkpoints import VOCAB, save_llama, transformers_greedy
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -117,6 +119,85 @@ def test_logprobs_equal_transformers(checkpoint, prompts):
     assert out.cumulative_logprob == pytest.approx(total)
 
 
+@pytest.mark.parametrize("budget", [64, 9])
+def test_prompt_logprobs_equal_transformers_also_in_chunks_and_after_a_cached_prompt(checkpoint, prompts, budget):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    llm = small(checkpoint, block_size=4, max_num_batched_tokens=budget)
+    llm.generate(prompts, GREEDY)  # fills the prefix cache
+    for prompt in prompts:
+        (output,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=3, n=2, prompt_logprobs=2))
+        with torch.inference_mode():
+            expected = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        assert len(output.prompt_logprobs) == len(prompt) and output.prompt_logprobs[0] is None
+        for position, reported in enumerate(output.prompt_logprobs[1:]):
+            token = prompt[position + 1]
+            assert reported.keys() == set(expected[position].topk(2).indices.tolist()) | {token}
+            assert reported[token] == pytest.approx(expected[position, token].item(), abs=1e-3)
+
+
+def test_min_tokens_and_penalties_work_through_the_front_door(checkpoint, prompts):
+    llm = small(checkpoint)
+    plain = llm.generate([prompts[1]], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))[0].outputs[0]
+    favourite = plain.token_ids[0]
+    stopping = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=[favourite])
+    assert llm.generate([prompts[1]], stopping)[0].outputs[0].token_ids == [favourite]
+    later = SamplingParams(
+        temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=[favourite], min_tokens=5
+    )
+    assert favourite not in llm.generate([prompts[1]], later)[0].outputs[0].token_ids[:5]
+    biased = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logit_bias={17: 1000.0})
+    assert llm.generate([prompts[1]], biased)[0].outputs[0].token_ids == [17] * 4
+    varied = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, frequency_penalty=100.0)
+    assert len(set(llm.generate([prompts[1]], varied)[0].outputs[0].token_ids)) == 12
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_tokens_survive_both_kinds_of_preemption(checkpoint, prompts, truth, preemption):
+    room = {"swap_blocks": 60} if preemption == "swap" else {}
+    llm = small(checkpoint, block_size=4, num_blocks=18, preemption=preemption, **room)
+    modes = set()
+    llm.engine.events.subscribe(lambda e: modes.add(e.mode) if isinstance(e, Preempted) else None)
+    assert tokens(llm.generate(prompts, GREEDY)) == truth
+    assert modes == {preemption}
+
+
+def test_a_running_request_can_be_forked_by_hand(checkpoint, prompts, truth):
+    llm = small(checkpoint, block_size=4)
+    engine = llm.engine
+    engine.add_request("a", prompts[2], GREEDY)
+    with pytest.raises(InvalidRequest, match="not a running request"):
+        engine.fork("a")
+    for _ in range(5):
+        engine.step()
+    child = engine.fork("a")
+    tables = list(engine.block_tables().values())
+    assert tables[0] == tables[1]
+    done = {}
+    while engine.has_unfinished():
+        for output in engine.step():
+            done[output.request_id] = output.outputs[0].token_ids
+        engine.check()
+    assert done == {"a": truth[2], child: truth[2]}  # greedy: both continue alike, each in blocks of its own
+    with pytest.raises(InvalidRequest):
+        engine.fork("a")
+
+
+def test_a_fork_draws_its_own_numbers(checkpoint, prompts):
+    llm = small(checkpoint)
+    params = SamplingParams(seed=3, max_tokens=20, ignore_eos=True)
+    llm.engine.add_request("a", prompts[2], params)
+    for _ in range(5):
+        llm.engine.step()
+    llm.engine.fork("a", "b")
+    done = {}
+    while llm.engine.has_unfinished():
+        done |= {output.request_id: output.outputs[0].token_ids for output in llm.engine.step()}
+    assert done["a"][:5] == done["b"][:5] and done["a"] != done["b"]
+    assert done["a"] == tokens(small(checkpoint).generate([prompts[2]], params))[0]
+
+
 def test_prompts_and_params_in_every_form(checkpoint):
     llm = small(checkpoint)
     assert llm.generate([], GREEDY) == []
@@ -185,6 +266,40 @@ def test_streams_read_in_turns_and_beside_generate_lose_nothing(checkpoint, prom
     for out, stream in zip(got, streams, strict=True):
         out += [t for delta in stream for t in delta.token_ids]
     assert got == truth[:3]
+
+
+def test_async_streams_are_batched_together_and_closing_one_frees_it(checkpoint, prompts, truth):
+    llm = small(checkpoint)
+    sizes = []
+    llm.engine.events.subscribe(lambda e: sizes.append(e.num_tokens) if isinstance(e, StepFinished) else None)
+
+    async def read(prompt):
+        return [t async for delta in llm.astream(prompt, GREEDY) for t in delta.token_ids]
+
+    async def drop(prompt):
+        stream = llm.astream(prompt, GREEDY)
+        await anext(stream)
+        await stream.aclose()
+
+    async def everything():
+        return await asyncio.gather(*map(read, prompts), drop(prompts[0]))
+
+    *got, _ = asyncio.run(everything())
+    assert got == truth
+    assert max(sizes[6:]) >= 4, "decodes of several streams share steps"
+    assert not llm.engine.has_unfinished() and llm.engine.memory.pool.num_free == llm.engine.num_blocks
+
+
+def test_threads_may_share_an_llm(checkpoint, prompts, truth):
+    llm = small(checkpoint)
+    with ThreadPoolExecutor(6) as pool:
+        got = list(pool.map(lambda prompt: tokens(llm.generate([prompt], GREEDY))[0], prompts))
+    assert got == truth
+
+
+def test_a_beam_search_cannot_be_streamed(checkpoint):
+    with pytest.raises(InvalidRequest, match="nothing to stream"):
+        small(checkpoint).stream([1], SamplingParams(temperature=0, beam_width=2))
 
 
 def test_a_failed_step_reaches_whoever_waits_and_the_next_request_works(checkpoint, prompts, truth):

@@ -4,10 +4,16 @@ from random import Random
 
 import pytest
 import torch
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from minipaged.config import SamplingParams
-from minipaged.execution.sampler import sample
+from minipaged.execution.sampler import penalize, sample
 from minipaged.request import Request, Sequence
 from minipaged.scheduling.plan import Chunk, StepPlan
 
@@ -111,3 +117,33 @@ def test_logprobs_are_the_models_own_before_any_filter():
 def test_zero_logprobs_report_only_the_sampled_token():
     (only,) = sample(logits_of(0)[None], plan_for([SamplingParams(logprobs=0)]))
     assert only.logprobs.keys() == {only.token_id}
+
+
+def test_the_repetition_penalty_equals_transformers():
+    tokens, row = [3, 5, 5, 9, 30], logits_of(4)
+    expected = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([tokens]), row[None].clone())[0]
+    penalize(row, SamplingParams(repetition_penalty=1.4), tokens, tokens[3:])
+    torch.testing.assert_close(row, expected)
+
+
+def test_presence_and_frequency_count_output_tokens_only():
+    row = torch.zeros(VOCAB)
+    penalize(row, SamplingParams(presence_penalty=0.5, frequency_penalty=0.25), [1, 2, 2, 3], [2, 2, 3])
+    assert row[1] == 0 and row[2] == -1.0 and row[3] == -0.75
+
+
+def test_penalties_bias_and_min_tokens_reach_the_choice_but_not_the_logprobs():
+    logits = torch.zeros(4, VOCAB)
+    logits[:, 1] = 5.0  # the prompt's own token is the favourite
+    logits[:, 2] = 4.0
+    params = [
+        SamplingParams(temperature=0, logprobs=0),
+        SamplingParams(temperature=0, logprobs=0, repetition_penalty=2.0),
+        SamplingParams(temperature=0, logprobs=0, logit_bias={7: 9.0}),
+        SamplingParams(temperature=0, logprobs=0, min_tokens=1, stop_token_ids=[1]),
+    ]
+    tokens = sample(logits, plan_for(params))
+    assert [token.token_id for token in tokens] == [1, 2, 7, 2]
+    truth = logits[0].log_softmax(-1)
+    for token in tokens:
+        assert token.logprobs[token.token_id] == pytest.approx(truth[token.token_id].item())
