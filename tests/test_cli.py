@@ -300,7 +300,7 @@ def test_ctrl_c_during_an_answer(checkpoint):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What the visualizer was launched with; ``model`` and ``settings`` are those of the LLM it would load."""
+    """What the visualizer was launched with; ``model`` and ``settings`` are the LLM's."""
     seen: dict = {}
 
     def launch(make_llm, **options):
