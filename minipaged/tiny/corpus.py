@@ -1,7 +1,7 @@
 """The training text: everything the embedded model ever reads is generated here, from a seed.
 
 Three kinds of documents, mixed at random: stories (plain and as chat answers), questions and answers about
-paging (``facts.txt``), and easy numbers and lists.  ``python -m minipaged.tiny.corpus | head -40`` prints some.
+paging (``facts.txt``), and easy numbers and lists.  ``python -m minipaged.tiny.corpus`` prints some.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ LISTS = {
     "kinds of weather": "sun rain wind snow fog storm".split(),
     "parts of the body": "head hand foot arm leg nose ear mouth eye".split(),
     "clothes": "shirt coat hat scarf shoes gloves trousers socks".split(),
-    "parts of an inference engine": ["scheduler", "block manager", "block table", "sampler", "attention kernel",
-                                     "tokenizer"],
+    "parts of an inference engine": ["scheduler", "block manager", "block table", "sampler",
+                                     "attention kernel", "tokenizer"],
     "ways to sample a token": ["greedy", "temperature", "top-k", "top-p", "min-p", "beam search"],
 }
 ORDERED = {
@@ -63,8 +63,8 @@ def _sentence(text: str) -> str:
 
 def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
     """Counting, sums, differences, comparisons and lists."""
-    kind = rng.choice(["count", "count", "down", "sum", "sum", "sum", "minus", "after", "compare", "list", "list",
-                       "order", "words"])
+    kinds = "count count down sum sum sum minus after compare list list order words"
+    kind = rng.choice(kinds.split())
     if kind in ("count", "down"):
         low = rng.choice([0, 1, 1, 1, rng.randint(2, 20), rng.randint(2, 80)])
         high = low + rng.randint(3, 14)
@@ -75,7 +75,8 @@ def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
         ways = ["Count from {} to {}.", "Please count from {} to {}.", "Can you count from {} to {}?",
                 "Write the numbers from {} to {}."]
         if kind == "down":
-            ways = ["Count down from {} to {}.", "Count backwards from {} to {}.", "Count from {} down to {}."]
+            ways = ["Count down from {} to {}.", "Count backwards from {} to {}.",
+                    "Count from {} down to {}."]
         return rng.choice(ways).format(first, last), ", ".join(map(str, numbers)) + "."
     if kind == "sum":
         while True:
@@ -96,7 +97,8 @@ def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
     if kind == "after":
         a = rng.randint(0, 99)
         if rng.random() < 0.5:
-            return rng.choice([f"What comes after {a}?", f"Which number comes after {a}?"]), f"After {a} comes {a + 1}."
+            ask = rng.choice(["What comes after {}?", "Which number comes after {}?"])
+            return ask.format(a), f"After {a} comes {a + 1}."
         return f"Which number comes before {a + 1}?", f"Before {a + 1} comes {a}."
     if kind == "compare":
         a, b = rng.sample(range(0, 60), 2)
@@ -110,7 +112,8 @@ def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
         if rng.random() < 0.5:
             ask = rng.choice(["Name {} {}.", "Tell me {} {}.", "Can you name {} {}?", "What are {} {}?"])
             return ask.format(WORDS[n], name), _sentence(_join(chosen))
-        ask = rng.choice(["List {} {}.", "Make a list of {} {}.", "Write a list of {} {}.", "Please list {} {}."])
+        ask = rng.choice(["List {} {}.", "Make a list of {} {}.", "Write a list of {} {}.",
+                          "Please list {} {}."])
         return ask.format(WORDS[n], name), "\n".join(f"{i}. {item}" for i, item in enumerate(chosen, 1))
     if kind == "order":
         name, items = rng.choice(list(ORDERED.items()))
@@ -136,7 +139,8 @@ def rough(rng: random.Random, question: str) -> str:
     if roll < 0.2:
         return question.rstrip("?.")
     if roll < 0.26:
-        start = rng.choice(["Please tell me: ", "I have a question. ", "Quick question: ", "Hello! ", "One more thing. "])
+        start = rng.choice(["Please tell me: ", "I have a question. ", "Quick question: ", "Hello! ",
+                            "One more thing. "])
         return start + question
     return question
 
@@ -160,7 +164,8 @@ def story_turns(rng: random.Random) -> list[Turn]:
 def system_prompt(rng: random.Random) -> str:
     """One of many system prompts; engines like to share their blocks among requests."""
     parts = [
-        ["You are the tiny model of minipaged.", "You are a helpful assistant.", "You are a small and friendly model."],
+        ["You are the tiny model of minipaged.", "You are a helpful assistant.",
+         "You are a small and friendly model."],
         ["You answer questions about paging and KV caches.", "You know a little about paged attention.",
          "You explain how an inference engine works."],
         ["Answer in one or two short sentences.", "Keep your answers short and clear.", "Be brief and kind."],
@@ -206,7 +211,7 @@ def notes(rng: random.Random, facts: list[Fact]) -> str:
 
 def kind_of_document(rng: random.Random) -> str:
     """The mixture, by number of documents (stories are the longest, so by tokens they are about 45 %)."""
-    return rng.choices(["story", "story chat", "chat", "numbers", "notes"], [16, 12, 52, 14, 6])[0]
+    return rng.choices(["story", "story chat", "chat", "numbers", "notes"], [16, 11, 52, 17, 6])[0]
 
 
 def document(rng: random.Random, facts: list[Fact], kind: str = "", held_out: bool = False) -> str:
@@ -217,12 +222,12 @@ def document(rng: random.Random, facts: list[Fact], kind: str = "", held_out: bo
     if kind == "story chat":
         turns = story_turns(rng)
         if rng.random() < 0.2:
-            turns.append((rng.choice(["Another one, please.", "One more story, please.", "And another story?"]),
-                          story(rng).text))
+            ask = rng.choice(["Another one, please.", "One more story, please.", "And another story?"])
+            turns.append((ask, story(rng).text))
         return render_chat(turns, system_prompt(rng) if rng.random() < 0.1 else "")
     if kind == "numbers":
         turns = [number_turn(rng, held_out) for _ in range(rng.choice([1, 1, 2, 3]))]
-        return render_chat([(question if held_out else rough(rng, question), answer) for question, answer in turns])
+        return render_chat([(q if held_out else rough(rng, q), a) for q, a in turns])
     if kind == "notes":
         return notes(rng, facts)
     return chat(rng, facts, held_out)

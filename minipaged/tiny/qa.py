@@ -36,8 +36,9 @@ def _bare(term: str) -> str:
     return rest if first in ("a", "an", "the") else term
 
 
-def load_facts(path: Path = Path(__file__).with_name("facts.txt")) -> list[Fact]:
+def load_facts(path: Path | None = None) -> list[Fact]:
     """All facts of the file, in order."""
+    path = path or Path(__file__).with_name("facts.txt")
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     facts = []
     for number, paragraph in enumerate(p for p in "\n".join(lines).split("\n\n") if p.strip()):
@@ -57,7 +58,8 @@ def load_facts(path: Path = Path(__file__).with_name("facts.txt")) -> list[Fact]
 OFF_TOPIC = [
     "Who is the president of {country}?", "What is the capital of {country}?", "Who won the football match?",
     "What is the weather in {country}?", "How do I cook {food}?", "What time is it?", "What day is it today?",
-    "Write a program in Java.", "What is the meaning of life?", "Who wrote {book}?", "Translate this to French.",
+    "Write a program in Java.", "What is the meaning of life?", "Who wrote {book}?",
+    "Translate this to French.",
     "How far away is {planet}?", "What is the price of gold?", "Can you book a flight to {country}?",
     "How old is the king of {country}?", "What is the best film?", "How do I repair a {machine}?",
     "Who discovered {planet}?", "What is the population of {country}?", "Recommend a doctor.",
@@ -70,7 +72,8 @@ OFF_TOPIC_SLOTS = {
     "country": ["France", "Japan", "Brazil", "Kenya", "Canada", "India", "Spain", "Norway", "Egypt", "Peru",
                 "Germany", "China", "Italy", "Mexico", "Australia", "Poland"],
     "food": ["pasta", "rice", "bread", "fish", "a cake", "pizza", "potatoes", "beans", "an egg"],
-    "book": ["Hamlet", "this book", "Don Quixote", "the Odyssey", "Faust", "War and Peace", "Robinson Crusoe"],
+    "book": ["Hamlet", "this book", "Don Quixote", "the Odyssey", "Faust", "War and Peace",
+             "Robinson Crusoe"],
     "planet": ["Mars", "Venus", "Jupiter", "Saturn", "Neptune", "the Moon", "the Sun"],
     "machine": ["bicycle", "car", "washing machine", "radio", "phone", "clock", "boat", "computer"],
     "instrument": ["piano", "violin", "guitar", "drums", "flute"],
