@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from itertools import islice
 
-from .qa import AGAIN, DO_NOT_KNOW, OFF_TOPIC, OFF_TOPIC_SLOTS, Fact, load_facts
+from .qa import AGAIN, ALIASES, DO_NOT_KNOW, OFF_TOPIC, OFF_TOPIC_SLOTS, Fact, load_facts
 from .stories import story
 
 # The same strings are special tokens of the tokenizer.  EOT opens every document, so the next document's
@@ -45,6 +45,10 @@ ORDERED = {
     "the letters of the alphabet": list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
     "the phases of a request": "waiting prefill decode finished".split(),
 }
+BEGINNINGS = ["Please tell me: ", "I have a question. ", "Quick question: ", "Hello! ", "One more thing. ",
+              "Hi. ", "In simple words: ", "And another question: ", "Next question. ", "Thanks! "]
+ENDS = [" Thank you.", " Please be brief.", " Explain it simply.", " I want to learn.",
+        " In one sentence, please."]
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
@@ -87,7 +91,8 @@ def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
             wa, wb, wc = WORDS[a], WORDS[b], WORDS[a + b]
             return f"What is {wa} plus {wb}?", f"{wa.capitalize()} plus {wb} is {wc}."
         ways = ["What is {} plus {}?", "How much is {} plus {}?", "Add {} and {}.", "{} plus {}?",
-                "Please add {} and {}.", "What is {} + {}?", "What is the sum of {} and {}?"]
+                "Please add {} and {}.", "What is {} + {}?", "What is {}+{}?",
+                "What is the sum of {} and {}?"]
         return rng.choice(ways).format(a, b), f"{a} plus {b} is {a + b}."
     if kind == "minus":
         b = rng.randint(0, 12)
@@ -130,7 +135,10 @@ def question_turn(rng: random.Random, fact: Fact, held_out: bool = False) -> Tur
 
 
 def rough(rng: random.Random, question: str) -> str:
-    """People type carelessly: now and then drop capitals or the final mark, or add a polite beginning."""
+    """People type as they like: other spellings, no capitals, no final mark, a polite beginning or end."""
+    for name, others in ALIASES.items():
+        if name in question and rng.random() < 0.3:
+            question = question.replace(name, rng.choice(others))
     roll = rng.random()
     if roll < 0.1:
         return question[0].lower() + question[1:].rstrip("?.")
@@ -138,10 +146,10 @@ def rough(rng: random.Random, question: str) -> str:
         return question.lower()
     if roll < 0.2:
         return question.rstrip("?.")
-    if roll < 0.26:
-        start = rng.choice(["Please tell me: ", "I have a question. ", "Quick question: ", "Hello! ",
-                            "One more thing. "])
-        return start + question
+    if roll < 0.28:
+        return rng.choice(BEGINNINGS) + question
+    if roll < 0.32:
+        return question + rng.choice(ENDS)
     return question
 
 

@@ -182,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m minipaged.tiny.train", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="directory for weights and tokenizer")
     parser.add_argument("--log", type=Path, help="training log (default: next to the output directory)")
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--minutes", type=float, default=1e9, help="end earlier, after this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a very small model for a few seconds")

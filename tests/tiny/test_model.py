@@ -83,7 +83,7 @@ def test_it_counts_and_adds(tiny):
 
 def test_stories_end_and_differ(tiny):
     model, tokenizer = tiny
-    prompts = ["Once upon a time", "The robot opened the door and", chat_prompt(tokenizer, "Tell me a story.")]
+    prompts = ["Once upon a time", "The robot opened the door", chat_prompt(tokenizer, "Tell me a story.")]
     stories = generate(model, tokenizer, prompts * 3, 300, temperature=0.8, seed=5)
     assert sum(ended for _, ended in stories) >= 8
     assert len({text for text, _ in stories}) == 9
