@@ -102,7 +102,7 @@ def visualize(
     except ModuleNotFoundError as error:
         if error.name not in ("gradio", "plotly"):
             raise
-        code = _fail(f"the visualizer needs {error.name}: pip install 'gradio>=6,<7' plotly")
+        code = _fail(f"the visualizer needs {error.name}: pip install 'gradio>=6.24,<7' plotly")
         raise typer.Exit(code) from None
     launch(lambda: _load(model, **settings), host=host, port=port, open_browser=open_browser)
     raise typer.Exit(130)  # gradio returns on Ctrl-C, and on nothing else
