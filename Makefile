@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 
 VENV := .venv
-PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet \
+PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check \
 	--constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: help demo test check clean
@@ -39,21 +39,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the test tools."
-	$(PIP_INSTALL) --editable '.[dev]'
+	$(PIP_INSTALL) --quiet --editable '.[dev]'
 	@touch $@
 
-# The first of these that is at least 3.11.
+# The first of these that is at least 3.11 and can make a virtual environment.
 $(VENV)/bin/python:
 	@for python in python3.13 python3.12 python3.11 python3 python; do \
 		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			echo "Making $(VENV) with $$python"; \
 			$$python -m venv $(VENV) && exit 0; \
 			rm -rf $(VENV); \
-			echo "$$python cannot make a virtual environment; on Debian: apt install python3-venv" >&2; \
-			exit 1; \
 		fi; \
 	done; \
-	echo "minipaged needs Python 3.11 or newer, and there is none; see https://www.python.org/downloads/" >&2; \
+	echo "minipaged needs Python 3.11 or newer with its venv module, and found none." >&2; \
+	echo "On Debian: apt install python3-venv. Elsewhere: https://www.python.org/downloads/" >&2; \
 	exit 1
 
 clean:

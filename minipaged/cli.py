@@ -7,7 +7,6 @@ torch, transformers and gradio take seconds to import, so each command imports w
 from __future__ import annotations
 
 import json
-import socket
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,25 +26,17 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 # Options that several commands share. One not given is None and left to EngineConfig or SamplingParams, which
 # know the defaults and limits.
-Model = Annotated[
-    str, typer.Option(help="'tiny' (embedded), a directory (Hugging Face), or a hub id.")
-]
+Model = Annotated[str, typer.Option(help="'tiny' (embedded), a directory (Hugging Face), or a hub id.")]
 Device = Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}.")]
 Dtype = Annotated[str, typer.Option(help=f"Of weights and KV cache: {', '.join(DTYPES)}.")]
 Temperature = Annotated[float | None, typer.Option(help="Divides the logits; 0 is greedy. Default: 1.")]
-TopP = Annotated[
-    float | None, typer.Option(help="Keep the likeliest tokens up to this total.")
-]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this total.")]
 TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens.")]
-MinP = Annotated[
-    float | None, typer.Option(help="Drop tokens below this times the likeliest.")
-]
+MinP = Annotated[float | None, typer.Option(help="Drop tokens below this times the likeliest.")]
 MaxTokens = Annotated[
     int | None, typer.Option(help=f"At most so many. Default: {SamplingParams.max_tokens}.")
 ]
-Stop = Annotated[
-    list[str] | None, typer.Option(help="Text that ends the output; repeatable.")
-]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output; repeatable.")]
 Seed = Annotated[int | None, typer.Option(help="Makes the output repeat. Default: random.")]
 DEFAULT = EngineConfig()
 
@@ -86,6 +77,7 @@ def visualize(
     dtype: Dtype = DEFAULT.dtype,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None,
     num_blocks: Annotated[int | None, typer.Option(help="KV blocks in the pool.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in the running batch at once.")] = None,
@@ -93,8 +85,9 @@ def visualize(
     max_model_len: Annotated[int | None, typer.Option(help="Tokens a sequence may reach.")] = None,
 ) -> None:
     """Watch the engine's memory while it runs, in the browser."""
-    settings = _given(
-        model=model,
+    from visualizer.scenarios import DEMO_SETTINGS
+
+    settings = DEMO_SETTINGS | _given(
         device=device,
         dtype=dtype,
         block_size=block_size,
@@ -103,17 +96,16 @@ def visualize(
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
     )
-    EngineConfig(**settings)  # complain before the slow imports, not after
+    EngineConfig(model=model, **settings)  # complain before the slow imports, not after
     try:
         from visualizer.app import launch
     except ModuleNotFoundError as error:
         if error.name not in ("gradio", "plotly"):
             raise
-        raise typer.Exit(
-            _fail(f"the visualizer needs {error.name}: pip install 'gradio>=6,<7' plotly")
-        ) from None
-    _require_free_port(host, port)
-    launch(host=host, port=port, **settings)
+        code = _fail(f"the visualizer needs {error.name}: pip install 'gradio>=6.24,<7' plotly")
+        raise typer.Exit(code) from None
+    launch(lambda: _load(model, **settings), host=host, port=port, open_browser=open_browser)
+    raise typer.Exit(130)  # gradio returns on Ctrl-C, and on nothing else
 
 
 @app.command()
@@ -146,7 +138,7 @@ def generate(
         seed=seed,
         logprobs=0 if as_json else None,  # the sampled tokens' only, for cumulative_logprob
     )
-    llm = _load(model, device, dtype)
+    llm = _load(model, device=device, dtype=dtype)
     if n == 1 and not as_json:
         _print_stream(llm.stream(prompt, params))
         return
@@ -179,7 +171,7 @@ def chat(
     params = _sampling(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, seed=seed
     )
-    llm = _load(model, device, dtype)
+    llm = _load(model, device=device, dtype=dtype)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     llm.render_chat([*opening, {"role": "user", "content": "Hi"}])  # says at once if the model cannot chat
@@ -247,11 +239,11 @@ def _print_stream(deltas: Iterator[Delta]) -> str:
     return "".join(pieces)
 
 
-def _load(model: str, device: str, dtype: str) -> LLM:
-    EngineConfig(model=model, device=device, dtype=dtype)  # complain before the slow import, not after
+def _load(model: str, **settings: Any) -> LLM:
+    EngineConfig(model=model, **settings)  # complain before the slow import, not after
     from minipaged.llm import LLM
 
-    return LLM(model, device=device, dtype=dtype)
+    return LLM(model, **settings)
 
 
 def _sampling(**options: Any) -> SamplingParams:
@@ -265,20 +257,6 @@ def _sampling(**options: Any) -> SamplingParams:
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _require_free_port(host: str, port: int) -> None:
-    """Asks before the model is loaded, so that the answer comes at once."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as servers do; else a recent one blocks us
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            code = _fail(f"cannot listen on {host}:{port} ({error.strerror}); try another --port")
-            raise typer.Exit(code) from None
 
 
 def _fail(message: str) -> int:

@@ -16,6 +16,7 @@ from minipaged import cli, doctor
 from minipaged.outputs import CompletionOutput, Delta
 from tests.checkpoints import save_llama
 from tests.text.tokenizers_for_tests import byte_level
+from visualizer.scenarios import DEMO_SETTINGS
 
 
 @pytest.fixture(scope="session")
@@ -161,7 +162,7 @@ def test_sampling_options_reach_the_engine(monkeypatch, run):
         asked.update(prompt=prompt, params=params)
         return [SimpleNamespace(outputs=[])]
 
-    monkeypatch.setattr(cli, "_load", lambda *args: SimpleNamespace(generate=generate))
+    monkeypatch.setattr(cli, "_load", lambda *_, **__: SimpleNamespace(generate=generate))
     options = (
         "-n 2 --temperature 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 --max-tokens 9 --stop a --stop b --seed 4"
     )
@@ -175,7 +176,7 @@ def test_samples_stand_under_rules_and_their_brackets_are_no_markup(monkeypatch,
     texts = ["[red]one[/red] [/]", "two"]
     outputs = [CompletionOutput(i, text, [1], None, None, "stop") for i, text in enumerate(texts)]
     llm = SimpleNamespace(generate=lambda prompt, params: [SimpleNamespace(outputs=outputs)])
-    monkeypatch.setattr(cli, "_load", lambda *args: llm)
+    monkeypatch.setattr(cli, "_load", lambda *_, **__: llm)
     code, out, _ = run("generate", "Hi", "-n", "2")
     assert code == 0
     assert "[red]one[/red] [/]\n" in out and "1 of 2" in out and "2 of 2" in out
@@ -183,7 +184,7 @@ def test_samples_stand_under_rules_and_their_brackets_are_no_markup(monkeypatch,
 
 def test_streamed_brackets_are_no_markup(monkeypatch, run):
     deltas = [Delta(0, "[bold]", [1], None), Delta(0, "[/x]", [2], "stop")]
-    monkeypatch.setattr(cli, "_load", lambda *args: SimpleNamespace(stream=lambda *_: iter(deltas)))
+    monkeypatch.setattr(cli, "_load", lambda *_, **__: SimpleNamespace(stream=lambda *_: iter(deltas)))
     assert run("generate", "Hi") == (0, "[bold][/x]\n", "")
 
 
@@ -220,20 +221,31 @@ class Parrot:
 
 
 @pytest.fixture
-def say(monkeypatch, run):
-    """``say(*lines, args=())`` -> (exit code, stdout, stderr, what the model was asked)."""
+def type_lines(monkeypatch):
+    """``type_lines("a", "b")``: what the user will type before the input ends."""
 
-    def say(*lines: str, args: tuple[str, ...] = ()):
-        parrot, todo = Parrot(), iter(lines)
+    def type_lines(*lines: str):
+        todo = iter(lines)
 
-        def type_line(prompt):
+        def type_one(prompt):
             try:
                 return next(todo)
             except StopIteration:
                 raise EOFError from None
 
-        monkeypatch.setattr(cli, "_load", lambda *_: parrot)
-        monkeypatch.setattr("builtins.input", type_line)
+        monkeypatch.setattr("builtins.input", type_one)
+
+    return type_lines
+
+
+@pytest.fixture
+def say(monkeypatch, run, type_lines):
+    """``say(*lines, args=())`` -> (exit code, stdout, stderr, what the model was asked)."""
+
+    def say(*lines: str, args: tuple[str, ...] = ()):
+        parrot = Parrot()
+        monkeypatch.setattr(cli, "_load", lambda *_, **__: parrot)
+        type_lines(*lines)
         return *run("chat", *args), parrot.asked
 
     return say
@@ -254,12 +266,12 @@ def test_chat_commands(say):
     assert [[m["content"] for m in messages] for messages in asked] == [["S", "one"], ["S", "two"]]
 
 
-def test_chat_goes_on_when_a_message_is_refused(checkpoint):
-    process = start("chat", "--model", checkpoint, "--max-tokens", "3", "--seed", "1")
-    out, errors = process.communicate(b"x " * 9000 + b"\nhello\n/exit\n")
-    assert process.returncode == 0
-    assert b"/reset forgets the conversation" in errors and b"Traceback" not in errors
-    assert out.count(b"> ") == 3
+def test_chat_goes_on_when_a_message_is_refused(run, type_lines, checkpoint):
+    type_lines("x " * 9000, "hello")
+    code, out, err = run("chat", "--model", checkpoint, "--max-tokens", "3", "--seed", "1")
+    assert code == 0
+    assert "/reset forgets the conversation" in err and err.count("\n") == 1
+    assert out.count("\n") >= 3  # the greeting, an answer, the end of the input
 
 
 def test_chat_with_a_model_that_cannot(run, tmp_path):
@@ -288,39 +300,59 @@ def test_ctrl_c_during_an_answer(checkpoint):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Settings that the visualizer was launched with."""
-    settings: dict = {}
-    monkeypatch.setitem(sys.modules, "visualizer.app", SimpleNamespace(launch=settings.update))
-    monkeypatch.setattr(cli, "_require_free_port", lambda *_: None)
-    return settings
+    """What the visualizer was launched with; ``model`` and ``settings`` are the LLM's."""
+    seen: dict = {}
+
+    def launch(make_llm, **options):
+        make_llm()
+        seen.update(options)
+
+    monkeypatch.setitem(sys.modules, "visualizer.app", SimpleNamespace(launch=launch))
+    monkeypatch.setattr(cli, "_load", lambda model, **given: seen.update(model=model, settings=given))
+    return seen
 
 
 def test_no_command_starts_the_visualizer(run, launched):
-    assert run()[0] == 0
-    assert launched["model"] == "tiny" and launched["port"] == 7860
+    run()
+    assert launched["model"] == "tiny"
+    assert (launched["host"], launched["port"]) == ("127.0.0.1", 7860)
 
 
 def test_visualize_hands_on_what_was_given(run, launched):
-    assert run("visualize", "--port", "8000", "--block-size", "4", "--num-blocks", "32")[0] == 0
-    assert (launched["port"], launched["block_size"], launched["num_blocks"]) == (8000, 4, 32)
-    assert "max_num_seqs" not in launched  # the visualizer's own choice
+    code, _, _ = run(*"visualize --model m --port 8000 --block-size 4 --num-blocks 32".split())
+    assert code == 130  # as launch returns on Ctrl-C only
+    assert (launched["model"], launched["port"]) == ("m", 8000)
+    assert launched["settings"] == DEMO_SETTINGS | {
+        "device": "auto",
+        "dtype": "auto",
+        "block_size": 4,
+        "num_blocks": 32,
+    }
 
 
 @pytest.mark.parametrize("package", ["gradio", "plotly"])
 def test_visualize_without_its_packages_says_what_to_install(monkeypatch, run, package):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "visualizer"]:
-        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "visualizer.app", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     code, _, err = run("visualize")
     assert code == 2 and "pip install" in err and package in err
 
 
-def test_a_port_in_use_is_said_before_anything_is_loaded(monkeypatch, run):
-    monkeypatch.setitem(sys.modules, "visualizer.app", SimpleNamespace(launch=None))
+def test_a_port_in_use_is_one_line(run):
+    pytest.importorskip("gradio")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         code, _, err = run("visualize", "--port", port)
-    assert code == 2 and port in err and "--port" in err
+    assert code == 2 and port in err and err.count("\n") == 1
+
+
+def test_ctrl_c_in_the_visualizer(checkpoint):
+    pytest.importorskip("gradio")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    process = start("visualize", "--model", checkpoint, "--port", port)
+    read_until(process, f"http://127.0.0.1:{port}".encode())
+    interrupt(process)
 
 
 # --- doctor -----------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from visualizer.scenarios import DEMO_SETTINGS, OPENING, Scenario  # noqa: E402
 STATIC = Path(__file__).resolve().parent / "static"
 PLOTLY = Path(plotly.__file__).resolve().parent / "package_data" / "plotly.min.js"
 
-# `import()` because the page's scripts are ES modules; relative to the page, so that it works behind a proxy too.
+# `import()` because the page's scripts are ES modules; relative to the page, so that it works behind a proxy
+# too.
 ON_LOAD = """
 const address = (path) => new URL("gradio_api/file=" + path, document.baseURI).href;
 import(address(props.main)).then((module) =>
@@ -56,17 +57,18 @@ class Visualizer:
 
 
 def build(llm: Any, scenario: Scenario | None = OPENING, rate: float | None = DEFAULT_RATE) -> Visualizer:
-    """The page for ``llm``, not served yet. Starts the engine's thread, which from now on owns ``llm.engine``.
+    """The page for ``llm``, not served yet. Starts the engine's thread; ``llm.engine`` is its own from now on.
 
-    ``scenario`` begins with the first viewer, and again whenever somebody presses "Play again"; ``None``: nothing
-    plays by itself. ``rate`` is in steps per second, ``None`` for as fast as the machine can.
+    ``scenario`` begins with the first viewer, and again whenever somebody presses "Play again"; ``None``:
+    nothing plays by itself. ``rate`` is in steps per second, ``None`` for as fast as the machine can.
     """
     log = RecordLog()
     thread = EngineThread(llm, log, rate)
     commands = Commands(thread, scenario or OPENING)
     unseen = [scenario] if scenario else []  # emptied by the first viewer
 
-    # Called by the page's JavaScript. A Response goes out as it is: records are not parsed and encoded once more.
+    # Called by the page's JavaScript. A Response goes out as it is: records are not parsed and encoded once
+    # more.
     async def pull(request: Any) -> Response:
         if unseen:
             thread.reset(unseen.pop())
@@ -102,8 +104,8 @@ def launch(
 ) -> Visualizer:
     """Serves the page. Returns when it is stopped with Ctrl-C, or at once if not ``block``.
 
-    ``llm`` is an `LLM`, a function that makes one (called once the port is known to be free), or ``None`` for the
-    embedded model with a pool small enough to run full. Raises `PortInUse`.
+    ``llm`` is an `LLM`, a function that makes one (called once the port is known to be free), or ``None`` for
+    the embedded model with a pool small enough to run full. Raises `PortInUse`.
     """
     _check_port(host, port)
     if llm is None:
@@ -137,7 +139,10 @@ def _tiny() -> Any:
 def _theme() -> gr.themes.Base:
     """System fonts: Gradio's default theme would fetch its own from the net."""
     return gr.themes.Base(
-        primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        primary_hue="blue",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
     )
 
 

@@ -1,4 +1,6 @@
-"""What the page may ask of the engine. Its payload comes from a browser, so nothing in it is taken on trust."""
+"""What the page may ask of the engine. Its payload comes from a browser, so nothing in it is taken on
+trust.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ TIMEOUT = 30.0  # seconds for the engine's thread to get round to a command
 
 
 class BadCommand(MinipagedError, ValueError):
-    """A payload that the page's own controls cannot produce, or a value out of range; the message says which."""
+    """A payload that the page's own controls cannot produce, or a value out of range; the message says
+    which.
+    """
 
 
 class Commands:
@@ -36,7 +40,7 @@ class Commands:
         except MinipagedError as error:
             return {"ok": False, "message": _sentence(str(error))}
         except TimeoutError:
-            return {"ok": False, "message": "The engine is busy with a very long step; try again in a moment."}
+            return {"ok": False, "message": "The engine is busy with a long step; try again in a moment."}
         except Exception as error:
             return {"ok": False, "message": f"That did not work: {type(error).__name__}: {error}"}
 
@@ -91,10 +95,10 @@ def _number(
 ) -> float:
     value = payload.get(name)
     kind = "a whole number" if whole else "a number"
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high or (whole and value != int(value)):
-        raise BadCommand(f"{label} must be {kind} between {low:g} and {high:g}.")
-    return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if low <= value <= high and (not whole or value == int(value)):
+            return value
+    raise BadCommand(f"{label} must be {kind} between {low:g} and {high:g}.")
 
 
 def _rate(value: Any) -> float | None:

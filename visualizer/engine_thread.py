@@ -1,7 +1,6 @@
 """The engine in a thread of its own: it takes commands from a queue and tells a sink what happens.
-
-An engine is not thread-safe, and a page's callbacks come and go with its viewers. So nobody but this thread touches
-the engine: whoever wants something from it hands in a function and gets a `Future`.
+ An engine is not thread-safe, and a page's callbacks come and go with its viewers. So nobody but this thread
+touches the engine: whoever wants something from it hands in a function and gets a `Future`.
 """
 
 from __future__ import annotations
@@ -61,7 +60,8 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="minipaged-engine", daemon=True)
 
     def start(self) -> None:
-        self._adopt(self.llm.engine)
+        """Begins with an engine that has no past: viewers could not know what happened in it before."""
+        self._adopt(_fresh(self.llm.engine))
         self._thread.start()
 
     def stop(self) -> None:
@@ -73,10 +73,12 @@ class EngineThread:
         self.call(stop)
         self._thread.join(timeout=10)
 
-    # --- commands ---------------------------------------------------------------------------------------------
+    # --- commands -------------------------------------------------------------------------------------------
 
     def call(self, command: Callable[[], Any]) -> Future[Any]:
-        """Runs ``command()`` in the engine's thread, between two steps. What it raises is the future's exception."""
+        """Runs ``command()`` in the engine's thread, between two steps. What it raises is the future's
+        exception.
+        """
         future: Future[Any] = Future()
         self._commands.put((command, future))
         return future
@@ -113,7 +115,9 @@ class EngineThread:
         return self.call(set_rate)
 
     def reset(self, scenario: Scenario | None = None) -> Future[None]:
-        """Starts over with an empty pool, sequence 0 and the engine's first seed; plays ``scenario`` if given."""
+        """Starts over with an empty pool, sequence 0 and the engine's first seed; plays ``scenario`` if
+        given.
+        """
 
         def reset() -> None:
             self._adopt(_fresh(self.engine))
@@ -123,7 +127,7 @@ class EngineThread:
 
         return self.call(reset)
 
-    # --- the thread -------------------------------------------------------------------------------------------
+    # --- the thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._stopping:
@@ -177,7 +181,9 @@ class EngineThread:
 
     def _submit_due(self) -> None:
         """An engine without work takes the next arrival at once: its steps stand still."""
-        while self._script and (self._script[0].at_step <= self._script_step or not self.engine.has_unfinished()):
+        while self._script:
+            if self._script[0].at_step > self._script_step and self.engine.has_unfinished():
+                break
             arrival = self._script.popleft()
             try:
                 self._submit(arrival)

@@ -8,12 +8,13 @@ import plotly.graph_objects as go
 def memory_figure() -> go.Figure:
     """Reserved slots, filled slots and tokens over the steps.
 
-    Three lines rather than two: where sequences share blocks, the tokens they see are more than the slots filled
-    for them, and only reserved minus filled is waste.
+    Three lines rather than two: where sequences share blocks, the tokens they see are more than the slots
+    filled for them, and only reserved minus filled is waste.
     """
     figure = go.Figure()
     figure.add_scatter(
-        x=[], y=[], name="slots reserved", mode="lines", line={"color": "#56b4e9", "width": 1.5, "shape": "hv"},
+        x=[], y=[], name="slots reserved", mode="lines",
+        line={"color": "#56b4e9", "width": 1.5, "shape": "hv"},
         fill="tozeroy", fillcolor="rgba(86,180,233,0.18)", hovertemplate="%{y} slots reserved<extra></extra>",
     )  # fmt: skip
     figure.add_scatter(
@@ -22,7 +23,8 @@ def memory_figure() -> go.Figure:
     )  # fmt: skip
     figure.add_scatter(
         x=[], y=[], name="tokens, sharing not counted", mode="lines",
-        line={"color": "#e69f00", "width": 2, "dash": "dot"}, hovertemplate="%{y} tokens in all<extra></extra>",
+        line={"color": "#e69f00", "width": 2, "dash": "dot"},
+        hovertemplate="%{y} tokens in all<extra></extra>",
     )  # fmt: skip
     figure.add_shape(
         type="line", xref="paper", x0=0, x1=1, y0=0, y1=0, line={"width": 1, "dash": "dash", "color": "#888"}
@@ -36,7 +38,7 @@ def memory_figure() -> go.Figure:
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "Helvetica Neue, Arial, sans-serif", "size": 11},
         margin={"l": 40, "r": 8, "t": 22, "b": 22},
-        legend={"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "font": {"size": 11}},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"},
         xaxis={"zeroline": False, "nticks": 6, "title": None, "fixedrange": True},
         yaxis={"zeroline": False, "rangemode": "tozero", "nticks": 4, "fixedrange": True},
         hovermode="x unified",

@@ -1,8 +1,8 @@
 """The record log between one engine thread and any number of viewers.
 
-A *record* is one step's events (or those of something between two steps) as JSON, encoded once however many watch.
-Records are numbered from 0 within a *run*; viewers pull those from their *cursor* on. A *keyframe* is the reduced
-state before a record: who comes late starts from one instead of from the beginning.
+A *record* is one step's events (or those of something between two steps) as JSON, encoded once however many
+watch. Records are numbered from 0 within a *run*; viewers pull those from their *cursor* on. A *keyframe* is
+the reduced state before a record: who comes late starts from one instead of from the beginning.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class RecordLog:
         self._first = 0  # number of the oldest record kept
         self._keyframes = {0: encode(state.to_dict())}
 
-    # --- the engine's side ------------------------------------------------------------------------------------
+    # --- the engine's side ----------------------------------------------------------------------------------
 
     def started(self, event: EngineStarted) -> None:
         state = State()
@@ -105,7 +105,7 @@ class RecordLog:
         del self._keyframes[self._first]
         self._first += KEYFRAME_EVERY
 
-    # --- the viewers' side ------------------------------------------------------------------------------------
+    # --- the viewers' side ----------------------------------------------------------------------------------
 
     async def pull(self, request: Any) -> str:
         """Answers ``{"run", "cursor", "status"}`` with what is new since then, as soon as there is something.

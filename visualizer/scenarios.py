@@ -1,4 +1,6 @@
-"""What the page plays by itself: prompts that arrive at fixed steps, so that every run tells the same story."""
+"""What the page plays by itself: prompts that arrive at fixed steps, so that every run tells the same
+story.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ class Scenario:
     arrivals: tuple[Arrival, ...] = field(default_factory=tuple)
 
 
-# Eight stories for a pool that holds about six of them. The third asks for four samples of one prompt, which is
-# longer than two blocks: those stay shared, and the half-full third block shows copy-on-write.
+# Eight stories for a pool that holds about six of them. The third asks for four samples of one prompt, which
+# is longer than two blocks: those stay shared, and the half-full third block shows copy-on-write.
 OPENING = Scenario(
     "eight stories",
     (
@@ -44,8 +46,8 @@ OPENING = Scenario(
         Arrival(4, "The robot opened the door and", max_tokens=130, seed=2),
         Arrival(
             12,
-            "Once upon a time, in a small town by the sea, there lived a girl named Anna. She had a red boat and a "
-            "little dog. One morning",
+            "Once upon a time, in a small town by the sea, there lived a girl named Anna. "
+            "She had a red boat and a little dog. One morning",
             n=4,
             max_tokens=110,
             temperature=1.0,

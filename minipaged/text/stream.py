@@ -7,6 +7,7 @@ begin in one token and end in another. `TextStream` handles all three, at the sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from functools import lru_cache
 from typing import Any
@@ -41,10 +42,10 @@ class TextStream:
         stopped: the stop string that was met, or ``None``.
     """
 
-    def __init__(self, tokenizer: Any, prompt_token_ids: list[int], stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: Any, prompt_token_ids: list[int], stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._special = special_token_ids(tokenizer)
-        self._stop = stop
+        self._stop = tuple(stop)
         self.stopped: str | None = None
         self._finished = False
         self._pieces: list[str] = []  # returned so far

@@ -1,7 +1,7 @@
 """The training text: everything the embedded model ever reads is generated here, from a seed.
 
 Three kinds of documents, mixed at random: stories (plain and as chat answers), questions and answers about
-paging (``facts.txt``), and easy numbers and lists.  ``python -m minipaged.tiny.corpus | head -40`` prints some.
+paging (``facts.txt``), and easy numbers and lists.  ``python -m minipaged.tiny.corpus`` prints some.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from itertools import islice
 
-from .qa import AGAIN, DO_NOT_KNOW, OFF_TOPIC, OFF_TOPIC_SLOTS, Fact, load_facts
+from .qa import AGAIN, ALIASES, DO_NOT_KNOW, OFF_TOPIC, OFF_TOPIC_SLOTS, Fact, load_facts
 from .stories import story
 
 # The same strings are special tokens of the tokenizer.  EOT opens every document, so the next document's
@@ -33,8 +33,8 @@ LISTS = {
     "kinds of weather": "sun rain wind snow fog storm".split(),
     "parts of the body": "head hand foot arm leg nose ear mouth eye".split(),
     "clothes": "shirt coat hat scarf shoes gloves trousers socks".split(),
-    "parts of an inference engine": ["scheduler", "block manager", "block table", "sampler", "attention kernel",
-                                     "tokenizer"],
+    "parts of an inference engine": ["scheduler", "block manager", "block table", "sampler",
+                                     "attention kernel", "tokenizer"],
     "ways to sample a token": ["greedy", "temperature", "top-k", "top-p", "min-p", "beam search"],
 }
 ORDERED = {
@@ -45,6 +45,10 @@ ORDERED = {
     "the letters of the alphabet": list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
     "the phases of a request": "waiting prefill decode finished".split(),
 }
+BEGINNINGS = ["Please tell me: ", "I have a question. ", "Quick question: ", "Hello! ", "One more thing. ",
+              "Hi. ", "In simple words: ", "And another question: ", "Next question. ", "Thanks! "]
+ENDS = [" Thank you.", " Please be brief.", " Explain it simply.", " I want to learn.",
+        " In one sentence, please."]
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
@@ -63,8 +67,8 @@ def _sentence(text: str) -> str:
 
 def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
     """Counting, sums, differences, comparisons and lists."""
-    kind = rng.choice(["count", "count", "down", "sum", "sum", "sum", "minus", "after", "compare", "list", "list",
-                       "order", "words"])
+    kinds = "count count down sum sum sum minus after compare list list order words"
+    kind = rng.choice(kinds.split())
     if kind in ("count", "down"):
         low = rng.choice([0, 1, 1, 1, rng.randint(2, 20), rng.randint(2, 80)])
         high = low + rng.randint(3, 14)
@@ -75,7 +79,8 @@ def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
         ways = ["Count from {} to {}.", "Please count from {} to {}.", "Can you count from {} to {}?",
                 "Write the numbers from {} to {}."]
         if kind == "down":
-            ways = ["Count down from {} to {}.", "Count backwards from {} to {}.", "Count from {} down to {}."]
+            ways = ["Count down from {} to {}.", "Count backwards from {} to {}.",
+                    "Count from {} down to {}."]
         return rng.choice(ways).format(first, last), ", ".join(map(str, numbers)) + "."
     if kind == "sum":
         while True:
@@ -86,7 +91,8 @@ def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
             wa, wb, wc = WORDS[a], WORDS[b], WORDS[a + b]
             return f"What is {wa} plus {wb}?", f"{wa.capitalize()} plus {wb} is {wc}."
         ways = ["What is {} plus {}?", "How much is {} plus {}?", "Add {} and {}.", "{} plus {}?",
-                "Please add {} and {}.", "What is {} + {}?", "What is the sum of {} and {}?"]
+                "Please add {} and {}.", "What is {} + {}?", "What is {}+{}?",
+                "What is the sum of {} and {}?"]
         return rng.choice(ways).format(a, b), f"{a} plus {b} is {a + b}."
     if kind == "minus":
         b = rng.randint(0, 12)
@@ -96,7 +102,8 @@ def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
     if kind == "after":
         a = rng.randint(0, 99)
         if rng.random() < 0.5:
-            return rng.choice([f"What comes after {a}?", f"Which number comes after {a}?"]), f"After {a} comes {a + 1}."
+            ask = rng.choice(["What comes after {}?", "Which number comes after {}?"])
+            return ask.format(a), f"After {a} comes {a + 1}."
         return f"Which number comes before {a + 1}?", f"Before {a + 1} comes {a}."
     if kind == "compare":
         a, b = rng.sample(range(0, 60), 2)
@@ -110,7 +117,8 @@ def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
         if rng.random() < 0.5:
             ask = rng.choice(["Name {} {}.", "Tell me {} {}.", "Can you name {} {}?", "What are {} {}?"])
             return ask.format(WORDS[n], name), _sentence(_join(chosen))
-        ask = rng.choice(["List {} {}.", "Make a list of {} {}.", "Write a list of {} {}.", "Please list {} {}."])
+        ask = rng.choice(["List {} {}.", "Make a list of {} {}.", "Write a list of {} {}.",
+                          "Please list {} {}."])
         return ask.format(WORDS[n], name), "\n".join(f"{i}. {item}" for i, item in enumerate(chosen, 1))
     if kind == "order":
         name, items = rng.choice(list(ORDERED.items()))
@@ -127,7 +135,10 @@ def question_turn(rng: random.Random, fact: Fact, held_out: bool = False) -> Tur
 
 
 def rough(rng: random.Random, question: str) -> str:
-    """People type carelessly: now and then drop capitals or the final mark, or add a polite beginning."""
+    """People type as they like: other spellings, no capitals, no final mark, a polite beginning or end."""
+    for name, others in ALIASES.items():
+        if name in question and rng.random() < 0.3:
+            question = question.replace(name, rng.choice(others))
     roll = rng.random()
     if roll < 0.1:
         return question[0].lower() + question[1:].rstrip("?.")
@@ -135,9 +146,10 @@ def rough(rng: random.Random, question: str) -> str:
         return question.lower()
     if roll < 0.2:
         return question.rstrip("?.")
-    if roll < 0.26:
-        start = rng.choice(["Please tell me: ", "I have a question. ", "Quick question: ", "Hello! ", "One more thing. "])
-        return start + question
+    if roll < 0.28:
+        return rng.choice(BEGINNINGS) + question
+    if roll < 0.32:
+        return question + rng.choice(ENDS)
     return question
 
 
@@ -160,7 +172,8 @@ def story_turns(rng: random.Random) -> list[Turn]:
 def system_prompt(rng: random.Random) -> str:
     """One of many system prompts; engines like to share their blocks among requests."""
     parts = [
-        ["You are the tiny model of minipaged.", "You are a helpful assistant.", "You are a small and friendly model."],
+        ["You are the tiny model of minipaged.", "You are a helpful assistant.",
+         "You are a small and friendly model."],
         ["You answer questions about paging and KV caches.", "You know a little about paged attention.",
          "You explain how an inference engine works."],
         ["Answer in one or two short sentences.", "Keep your answers short and clear.", "Be brief and kind."],
@@ -206,7 +219,7 @@ def notes(rng: random.Random, facts: list[Fact]) -> str:
 
 def kind_of_document(rng: random.Random) -> str:
     """The mixture, by number of documents (stories are the longest, so by tokens they are about 45 %)."""
-    return rng.choices(["story", "story chat", "chat", "numbers", "notes"], [16, 12, 52, 14, 6])[0]
+    return rng.choices(["story", "story chat", "chat", "numbers", "notes"], [16, 11, 52, 17, 6])[0]
 
 
 def document(rng: random.Random, facts: list[Fact], kind: str = "", held_out: bool = False) -> str:
@@ -217,12 +230,12 @@ def document(rng: random.Random, facts: list[Fact], kind: str = "", held_out: bo
     if kind == "story chat":
         turns = story_turns(rng)
         if rng.random() < 0.2:
-            turns.append((rng.choice(["Another one, please.", "One more story, please.", "And another story?"]),
-                          story(rng).text))
+            ask = rng.choice(["Another one, please.", "One more story, please.", "And another story?"])
+            turns.append((ask, story(rng).text))
         return render_chat(turns, system_prompt(rng) if rng.random() < 0.1 else "")
     if kind == "numbers":
         turns = [number_turn(rng, held_out) for _ in range(rng.choice([1, 1, 2, 3]))]
-        return render_chat([(question if held_out else rough(rng, question), answer) for question, answer in turns])
+        return render_chat([(q if held_out else rough(rng, q), a) for q, a in turns])
     if kind == "notes":
         return notes(rng, facts)
     return chat(rng, facts, held_out)

@@ -12,13 +12,33 @@ from typing import NamedTuple
 ONE = [
     "What is {t}?", "Explain {t}.", "What does {b} mean?", "Tell me about {t}.", "Can you explain {t}?",
     "Define {b}.", "What do you know about {t}?", "I do not understand {t}. What is it?",
-    "Please describe {t} in a few words.", "What exactly is {t}?",
+    "Please describe {t} in a few words.", "What exactly is {t}?", "How does {t} work?", "{B}?",
+    "What's {t}?", "Give me a definition of {t}.", "Do you know what {t} is?", "Could you tell me what {t} is?",
 ]
 MANY = [
     "What are {t}?", "Explain {t}.", "What does {t} mean?", "Tell me about {t}.", "Can you explain {t}?",
     "Define {t}.", "What do you know about {t}?", "I do not understand {t}. What are they?",
-    "Please describe {t} in a few words.", "What exactly are {t}?",
+    "Please describe {t} in a few words.", "What exactly are {t}?", "How do {t} work?", "{B}?",
+    "Give me a definition of {t}.", "Do you know what {t} are?", "Could you tell me what {t} are?",
 ]
+# Other spellings of the same thing.  Questions use them now and then, answers never.
+ALIASES = {
+    "copy on write": ["copy-on-write", "COW"], "PagedAttention": ["paged attention", "Paged Attention"],
+    "the KV cache": ["a KV cache", "the key value cache", "KV caching"],
+    "grouped query attention": ["grouped-query attention", "GQA"], "multi query attention": ["MQA"],
+    "byte pair encoding": ["BPE"], "LRU": ["least recently used", "LRU eviction"],
+    "TTFT": ["time to first token", "the time to first token"], "FCFS": ["first come, first served"],
+    "all or nothing eviction": ["all-or-nothing eviction"],
+    "head of line blocking": ["head-of-line blocking"],
+    "iteration level scheduling": ["iteration-level scheduling"], "prefix caching": ["prefix cache reuse"],
+    "inter token latency": ["inter-token latency", "time per output token"], "the TLB": ["a TLB", "TLB"],
+    "RoPE": ["rotary position embedding", "rope"], "a CUDA graph": ["CUDA graphs"],
+    "memory fragmentation": ["fragmentation"],
+    "self attention": ["self-attention"], "top-k sampling": ["top-k"],
+    "top-p sampling": ["top-p", "nucleus sampling"],
+    "min-p sampling": ["min-p"], "a sliding window": ["sliding window attention"], "bfloat16": ["bf16"],
+    "split KV": ["split-KV", "flash decoding"], "recomputation": ["recompute"], "swapping": ["swap"],
+}
 
 
 class Fact(NamedTuple):
@@ -36,8 +56,9 @@ def _bare(term: str) -> str:
     return rest if first in ("a", "an", "the") else term
 
 
-def load_facts(path: Path = Path(__file__).with_name("facts.txt")) -> list[Fact]:
+def load_facts(path: Path | None = None) -> list[Fact]:
     """All facts of the file, in order."""
+    path = path or Path(__file__).with_name("facts.txt")
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     facts = []
     for number, paragraph in enumerate(p for p in "\n".join(lines).split("\n\n") if p.strip()):
@@ -46,7 +67,9 @@ def load_facts(path: Path = Path(__file__).with_name("facts.txt")) -> list[Fact]
         if kind == "q":
             phrasings = [p.strip() for p in text.split("|")]
         else:
-            phrasings = [p.format(t=text, b=_bare(text)) for p in (ONE if kind == "term" else MANY)]
+            bare = _bare(text)
+            slots = {"t": text, "b": bare, "B": bare[0].upper() + bare[1:]}
+            phrasings = [p.format_map(slots) for p in (ONE if kind == "term" else MANY)]
         # Never the first phrasing, the most natural one: holding it out would only make the model worse.
         held_out = phrasings.pop(1 + number % (len(phrasings) - 1))
         facts.append(Fact(kind, phrasings, held_out, [line.removeprefix("a: ") for line in rest]))
@@ -57,7 +80,8 @@ def load_facts(path: Path = Path(__file__).with_name("facts.txt")) -> list[Fact]
 OFF_TOPIC = [
     "Who is the president of {country}?", "What is the capital of {country}?", "Who won the football match?",
     "What is the weather in {country}?", "How do I cook {food}?", "What time is it?", "What day is it today?",
-    "Write a program in Java.", "What is the meaning of life?", "Who wrote {book}?", "Translate this to French.",
+    "Write a program in Java.", "What is the meaning of life?", "Who wrote {book}?",
+    "Translate this to French.",
     "How far away is {planet}?", "What is the price of gold?", "Can you book a flight to {country}?",
     "How old is the king of {country}?", "What is the best film?", "How do I repair a {machine}?",
     "Who discovered {planet}?", "What is the population of {country}?", "Recommend a doctor.",
@@ -70,7 +94,8 @@ OFF_TOPIC_SLOTS = {
     "country": ["France", "Japan", "Brazil", "Kenya", "Canada", "India", "Spain", "Norway", "Egypt", "Peru",
                 "Germany", "China", "Italy", "Mexico", "Australia", "Poland"],
     "food": ["pasta", "rice", "bread", "fish", "a cake", "pizza", "potatoes", "beans", "an egg"],
-    "book": ["Hamlet", "this book", "Don Quixote", "the Odyssey", "Faust", "War and Peace", "Robinson Crusoe"],
+    "book": ["Hamlet", "this book", "Don Quixote", "the Odyssey", "Faust", "War and Peace",
+             "Robinson Crusoe"],
     "planet": ["Mars", "Venus", "Jupiter", "Saturn", "Neptune", "the Moon", "the Sun"],
     "machine": ["bicycle", "car", "washing machine", "radio", "phone", "clock", "boat", "computer"],
     "instrument": ["piano", "violin", "guitar", "drums", "flute"],

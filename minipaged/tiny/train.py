@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
 )
 CONTEXT = 1024
-SHAPE = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8,
+SHAPE = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
              num_key_value_heads=4, head_dim=32)
 QUICK_SHAPE = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
                    num_key_value_heads=2, head_dim=16)
@@ -112,7 +112,7 @@ def learning_rate(progress: float, peak: float, warmup: float = 0.03) -> float:
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write weights in bfloat16, configuration and tokenizer, loadable by ``transformers`` and by minipaged."""
+    """Write weights in bfloat16, configuration and tokenizer, loadable by ``transformers``."""
     copy = LlamaForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
     copy = copy.to(torch.bfloat16)
@@ -137,12 +137,12 @@ def train(out: Path, log: Path, steps: int, minutes: float, seed: int = 0, quick
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
 
-    held_out = held_out_batches(tokenizer, 2 if quick else 8)
+    held_out = held_out_batches(tokenizer, 2 if quick else 6)
     # Weight decay is for matrices; the norms' gains should be free.
     groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
               {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    size, length = (4, 128) if quick else (8, 512)
+    size, length = (4, 128) if quick else (4, 512)
     short = batches(seed + 1, tokenizer, size, length)
     # The last part uses rows of twice the length, so that the model has seen every position it offers.
     long = batches(seed + 2, tokenizer, size // 2, 2 * length)
@@ -150,7 +150,7 @@ def train(out: Path, log: Path, steps: int, minutes: float, seed: int = 0, quick
     entries, start, step, recent, progress = [], time.time(), 0, [], 0.0
     with log.open("w") as file:
         while progress < 1:
-            rate = learning_rate(progress, 2e-3)
+            rate = learning_rate(progress, 1.5e-3)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = loss_of(model, next(short if progress < 0.85 else long))
@@ -163,7 +163,7 @@ def train(out: Path, log: Path, steps: int, minutes: float, seed: int = 0, quick
             elapsed = time.time() - start
             # Whichever limit is nearer drives the schedule, so a slow machine still ends at a low rate.
             progress = max(step / steps, elapsed / 60 / minutes)
-            if step % (10 if quick else 20) == 0 or progress >= 1:
+            if step % (10 if quick else 50) == 0 or progress >= 1:
                 entry = {"step": step, "tokens": step * size * length, "seconds": round(elapsed, 1),
                          "lr": round(rate, 6), "loss": round(sum(recent) / len(recent), 4)}
                 if step % (50 if quick else 400) == 0 or progress >= 1:
@@ -179,10 +179,10 @@ def train(out: Path, log: Path, steps: int, minutes: float, seed: int = 0, quick
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m minipaged.tiny.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m minipaged.tiny.train", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="directory for weights and tokenizer")
     parser.add_argument("--log", type=Path, help="training log (default: next to the output directory)")
-    parser.add_argument("--steps", type=int, default=5400)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--minutes", type=float, default=1e9, help="end earlier, after this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a very small model for a few seconds")

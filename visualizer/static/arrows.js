@@ -36,9 +36,9 @@ export class Arrows {
       const to = cell.getBoundingClientRect();
       const [x1, y1] = [from.left + from.width / 2 - origin.left, from.bottom - origin.top];
       const [x2, y2] = [to.left - origin.left + 2, to.top + to.height / 2 - origin.top];
-      const bend = Math.max(40, Math.abs(x2 - x1) * 0.45);
+      const reach = (x2 - x1) * 0.5;
       paths.push({
-        d: `M${x1},${y1} C${x1},${y1 + 30} ${x2 - bend},${y2} ${x2},${y2}`,
+        d: `M${x1},${y1} C${x1 + reach},${y1 + 14} ${x2 - reach},${y2} ${x2},${y2}`,
         hue: colour(lit.seq),
         strong: lit.block === Number(chip.dataset.chip),
       });

@@ -20,9 +20,10 @@ export class Chart {
 
   async begin() {
     const config = { displayModeBar: false, responsive: true, staticPlot: false };
-    await window.Plotly.newPlot(this.node, this.figure.data, { ...this.figure.layout, ...colours(this.node) }, config);
+    await window.Plotly.newPlot(this.node, this.figure.data, this.figure.layout, config);
     this.ready = true;
     const repaint = () => window.Plotly.relayout(this.node, colours(this.node));
+    repaint();
     new MutationObserver(repaint).observe(document.body, { attributes: true, attributeFilter: ["class"] });
   }
 

@@ -90,10 +90,10 @@ class Page {
     if (what.seq !== undefined) {
       const seq = seqs[what.seq];
       if (!seq) return null;
-      return { ...what, pinned: !this.hovered, seqs: new Set([what.seq]), blocks: new Set(seq.table) };
+      return { ...what, open: this.pinned?.seq, seqs: new Set([what.seq]), blocks: new Set(seq.table) };
     }
     const sharers = Object.keys(seqs).map(Number).filter((id) => seqs[id].table.includes(what.block));
-    return { block: what.block, seqs: new Set(sharers), blocks: new Set([what.block]) };
+    return { block: what.block, open: this.pinned?.seq, seqs: new Set(sharers), blocks: new Set([what.block]) };
   }
 
   // --- drawing ---

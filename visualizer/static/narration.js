@@ -4,7 +4,7 @@ import { letter, list, plural } from "./names.js";
 
 // Most telling first; "sampled" happens in every step and says nothing new.
 const ORDER = [
-  "engine_error", "preempted", "copied", "forked", "evicted", "shared", "admitted", "finished", "request_added",
+  "engine_error", "preempted", "copied", "forked", "shared", "admitted", "finished", "request_added", "evicted",
   "allocated",
 ];
 const WINDOW = 14; // records a telling sentence stays while less telling ones go by
@@ -34,9 +34,13 @@ const TELL = {
 
   evicted: (e) => ["eviction", `No free block is left, so cached block ${e.block} is emptied and used again.`],
 
-  shared(e, record) {
+  shared(e, record, state) {
     if (e.reason !== "prefix") return null;
     const count = record.events.filter((x) => x.type === "shared" && x.seq_id === e.seq_id).length;
+    if (isBack(state.seqs[e.seq_id])) {
+      return ["resume", `${letter(e.seq_id)} comes back, and ${plural(count, "block")} of its KV ` +
+        `${count === 1 ? "was" : "were"} still cached: only the rest is computed again.`];
+    }
     return ["prefix cache", `${letter(e.seq_id)} begins like something seen before: ${plural(count, "block")} ` +
       `of its KV ${count === 1 ? "is" : "are"} found in the cache, not computed.`];
   },
@@ -44,8 +48,7 @@ const TELL = {
   admitted(e, record, state) {
     const seq = state.seqs[e.seq_id];
     if (!seq) return null;
-    const back = seq.tokens.length > seq.num_prompt + 1;
-    return back
+    return isBack(seq)
       ? ["resume", `There is room again: ${letter(e.seq_id)} comes back and recomputes its KV, up to where it was.`]
       : ["admit", `${letter(e.seq_id)} joins the batch: its ${plural(seq.num_prompt, "prompt token")} fill their blocks first.`];
   },
@@ -66,6 +69,8 @@ const TELL = {
   },
 };
 
+// Admitted with more than its prompt and this step's token: it has been here before.
+const isBack = (seq) => Boolean(seq) && seq.tokens.length > seq.num_prompt + 1;
 const names = (ids) => list(ids.map(letter));
 
 // {kind, text} of a record's most telling event, or null.

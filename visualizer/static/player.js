@@ -7,8 +7,9 @@ const KEYFRAME_EVERY = 40; // records
 const MAX_RECORDS = 60 * KEYFRAME_EVERY;
 const REPLAY_RATE = 12; // records per second when playing what is past
 // Some moments last one step and are the point of the whole page: while following live, the view rests on them
-// (milliseconds), then catches up.
+// (milliseconds), then catches up. Not on every one of a series: what repeats at once has been seen.
 const REST = { forked: 1100, copied: 1100, preempted: 1400 };
+const RESTED = 6000;
 const MARKS = ["engine_error", "preempted", "copied", "forked", "finished"]; // for the timeline, most telling first
 
 export class Player {
@@ -26,6 +27,7 @@ export class Player {
     this.state = State.from(state); // at the position looked at
     this.position = first; // number of the next record to apply to `state`
     this.restUntil = 0;
+    this.restedAt = {}; // mark -> when the view last rested on one
     this.nextAt = 0;
     this.changed = true;
     if (this.mode === "replaying") this.mode = "live";
@@ -133,9 +135,10 @@ export class Player {
     const backlog = this.end - this.position;
     if (backlog > 300) return this.seekTo(this.end);
     for (let budget = Math.ceil(backlog / 10); budget > 0; budget -= 1) {
-      const record = this.applyNext();
-      if (record.mark in REST && backlog < 100) {
-        this.restUntil = now + REST[record.mark];
+      const { mark } = this.applyNext();
+      if (mark in REST && backlog < 100 && now - (this.restedAt[mark] ?? -RESTED) >= RESTED) {
+        this.restedAt[mark] = now;
+        this.restUntil = now + REST[mark];
         return;
       }
     }

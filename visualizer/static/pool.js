@@ -4,6 +4,7 @@ import { colour, element, ink, letter, list, plural, setText, stripes, text } fr
 import { filled, owners } from "./reducer.js";
 
 const GAP = 4; // pixels between cells
+const LARGEST = 68; // pixels, of a cell
 
 export class Pool {
   constructor(root, select) {
@@ -51,10 +52,10 @@ export class Pool {
     for (let columns = 4; columns <= Math.min(count, 48); columns += 1) {
       const rows = Math.ceil(count / columns);
       const size = Math.min((width + GAP) / columns, (height + GAP) / rows) - GAP;
-      const score = Math.min(size, 58) * (count % columns ? 0.9 : 1);
+      const score = Math.min(size, LARGEST) * (count % columns ? 0.9 : 1);
       if (score > best.score) best = { score, columns, size };
     }
-    const size = Math.floor(Math.max(12, Math.min(58, best.size ?? 12)));
+    const size = Math.floor(Math.max(12, Math.min(LARGEST, best.size ?? 12)));
     this.grid.style.setProperty("--cell", `${size}px`);
     this.grid.style.setProperty("--columns", best.columns ?? 16);
     this.grid.classList.toggle("mp-tiny", size < 28);

@@ -48,8 +48,21 @@ export class Sequences {
       if (this.list.children[index] !== row.node) this.list.insertBefore(row.node, this.list.children[index] ?? null);
       this.renderRow(state, id, row, own, lit);
     });
+    this.showNewest(state, ids);
     this.renderQueues(state);
     this.renderBudget(state);
+  }
+
+  // While a text grows, its newest words are what to read. In one pass after all writing, so that the browser
+  // computes the layout once and not for every row.
+  showNewest(state, ids) {
+    const lines = ids.map((id) => this.rows.get(id).line);
+    const hidden = lines.map((line) => line.scrollWidth - line.clientWidth);
+    ids.forEach((id, i) => {
+      const growing = !state.seqs[id].finish_reason;
+      lines[i].classList.toggle("mp-cut", growing && hidden[i] > 0);
+      lines[i].scrollLeft = growing ? hidden[i] : 0;
+    });
   }
 
   build(id) {
@@ -73,10 +86,9 @@ export class Sequences {
     row.node.dataset.state = status.name;
     row.node.classList.toggle("mp-dim", Boolean(lit) && !lit.seqs.has(id));
     row.node.classList.toggle("mp-lit", Boolean(lit) && lit.seq === id);
-    row.node.classList.toggle("mp-open", Boolean(lit?.pinned) && lit.seq === id);
+    row.node.classList.toggle("mp-open", lit?.open === id);
     setText(row.prompt, text(seq, 0, seq.num_prompt).trimStart());
     setText(row.output, text(seq, seq.num_prompt));
-    row.line.scrollLeft = row.line.scrollWidth; // the newest words are at the end
     setText(row.state, status.label);
     setText(row.meta, `${plural(seq.tokens.length, "token")} · ${plural(seq.table.length, "block")}`);
     row.table.classList.toggle("mp-crowded", seq.table.length >= CROWDED);
