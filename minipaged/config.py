@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ def _whole(value: Any, name: str, least: int, error: type[ValueError]) -> None:
 
 
 def _real(value: Any, name: str, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high or math.isinf(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
         raise InvalidRequest(f"{name} must be a number between {low:g} and {high:g}, not {value!r}")
 
 

@@ -24,7 +24,10 @@ class Runner(Protocol):
     """Executes plans. `execution.runner.ModelRunner` does it with a model; a test or simulator may do without."""
 
     def execute(self, plan: StepPlan) -> Any:
-        """Runs the plan's copies and chunks; returns logits [R, vocab], a row for each chunk that samples."""
+        """Runs the plan's swaps, copies and chunks, of which there may be none.
+
+        Returns logits [R, vocab], a row for each chunk that samples.
+        """
 
 
 class Engine:
@@ -80,7 +83,7 @@ class Engine:
         self.events.emit(StepStarted, self.scheduler.step)
         plan = self.scheduler.schedule()
         try:
-            logits = self.runner.execute(plan) if plan.chunks else None
+            logits = self.runner.execute(plan)  # without chunks too: a step may do nothing but swap out
             tokens = self.sampler(logits, plan) if plan.chunks else []
         except BaseException as error:
             self._give_up(plan, error)
@@ -195,7 +198,7 @@ class Engine:
             raise InvalidRequest("the prompt is empty; give at least one token")
         for token in tokens:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
-                raise InvalidRequest(f"token id {token!r} is not a whole number below the vocabulary's {self.vocab_size}")
+                raise InvalidRequest(f"token id {token!r} is not a whole number below {self.vocab_size}, the vocabulary")
         if len(tokens) >= self.max_model_len:
             raise InvalidRequest(
                 f"the prompt has {len(tokens)} tokens, but a sequence can have {self.max_model_len} at most "
@@ -260,7 +263,8 @@ class Engine:
 
     def _give_up(self, plan: StepPlan, error: BaseException) -> None:
         """A step failed midway: copies may be missing, KV half written. Nothing that it touched may live on."""
-        requests = list(dict.fromkeys([*(chunk.request for chunk in plan.chunks), *plan.outgrown]))
+        swapped_out = [request for request in plan.preempted if request.status is Status.SWAPPED]
+        requests = list(dict.fromkeys([*(chunk.request for chunk in plan.chunks), *plan.outgrown, *swapped_out]))
         message = f"step {plan.step} failed: {type(error).__name__}: {error}"
         self.events.emit(EngineError, message)
         for request in requests:

@@ -304,7 +304,8 @@ class State:
     """The engine's state rebuilt from its events: ``state.apply(event)`` for each, in order.
 
     ``waiting``, ``running`` and ``swapped`` hold request ids in queue order. ``ref_counts[b]`` is how many block tables
-    name block b, ``swap_ref_counts`` the same on the CPU; ``cached[b]`` the prefix cache's name for it. ``scheduled`` is this step's token budget, as spent so far.
+    name block b, ``swap_ref_counts`` the same on the CPU; ``cached[b]`` the prefix cache's name for it. ``scheduled``
+    is this step's token budget, as spent so far.
     """
 
     config: dict[str, Any] = field(default_factory=dict)

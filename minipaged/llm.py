@@ -13,8 +13,6 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-import torch
-
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.engine import Engine
 from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
@@ -65,7 +63,7 @@ class LLM:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompt_list)
         if len(params) != len(prompt_list):
-            raise InvalidRequest(f"{len(prompt_list)} prompts but {len(params)} sampling parameters; give one, or each its own")
+            raise InvalidRequest(f"{len(prompt_list)} prompts, but {len(params)} sampling parameters; give one or all")
         ids: list[str] = []
         try:
             for prompt, one in zip(prompt_list, params, strict=True):
@@ -96,9 +94,10 @@ class LLM:
             request_id = await asyncio.shield(submission)
         except asyncio.CancelledError:
             # The thread cannot be called back, so what it submits is closed when it is done.
-            submission.add_done_callback(lambda done: done.exception() or self._close(done.result()))
+            submission.add_done_callback(lambda done: None if done.exception() else self._close(done.result()))
             raise
-        inbox, seen = self._inboxes[request_id], {}
+        inbox = self._inboxes[request_id]
+        seen: dict[int, CompletionOutput] = {}
         try:
             finished = False
             while not finished:
@@ -188,7 +187,8 @@ class LLM:
         return [last[i] for i in ids]
 
     def _deltas(self, request_id: str) -> Iterator[Delta]:
-        inbox, seen = self._inboxes[request_id], {}
+        inbox = self._inboxes[request_id]
+        seen: dict[int, CompletionOutput] = {}
         try:
             yield Delta(0, "", [], None)  # swallowed by `stream`
             finished = False
@@ -251,7 +251,8 @@ class _Progress:
     """A bar on stderr, once the work has lasted two seconds and if a person may be looking."""
 
     def __init__(self, total: int) -> None:
-        self._total, self._started, self._bar = total, time.monotonic(), None
+        self._total, self._started = total, time.monotonic()
+        self._bar: Any = None
 
     def __enter__(self) -> _Progress:
         return self

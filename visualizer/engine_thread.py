@@ -241,7 +241,7 @@ def _fresh(engine: Engine) -> Engine:
         engine.runner,
         engine.sampler,
         vocab_size=engine.vocab_size,
-        eos_token_ids=engine.scheduler.eos_token_ids,
+        eos_token_ids=engine.eos_token_ids,
         tokenizer=engine.tokenizer,
         bytes_per_block=engine.bytes_per_block,
     )

@@ -22,9 +22,11 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> Tensor:
         """Swap-out, swap-in, copy, forward: in this order a block may serve twice in one step.
 
-        Returns logits [R, vocab], ``num_rows`` rows for each chunk.
+        Returns logits [R, vocab], ``num_rows`` rows for each chunk; no row if there is no chunk.
         """
         self.kv_cache.swap_out(plan.swap_outs)
         self.kv_cache.swap_in(plan.swap_ins)
         self.kv_cache.copy(plan.copies)
+        if not plan.chunks:
+            return torch.empty(0, device=self.device)
         return self.model(build_batch(plan, self.kv_cache.block_size, self.device), self.kv_cache)

@@ -90,10 +90,9 @@ def paged_prefill(
         visible = key <= position  # [count, length]
         if sliding_window is not None:
             visible &= key > position - sliding_window
-        out = F.scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in (queries, k, v)), attn_mask=visible, scale=scale, enable_gqa=True
-        )
-        outs.append(out[0].transpose(0, 1))
+        q_, k_, v_ = queries.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+        out = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=visible, scale=scale, enable_gqa=True)
+        outs.append(out[0].transpose(0, 1))  # [1, H, count, D] → [count, H, D]
     return torch.cat(outs)
 
 

@@ -64,4 +64,4 @@ class BlockPool:
         used = [block for block, count in enumerate(self.ref_counts) if count > 0]
         places = sorted([*self._free, *cached, *used])
         if places != list(range(self.num_blocks)):
-            raise InvariantViolation(f"free {list(self._free)}, cached {cached} and used {used} do not partition the pool")
+            raise InvariantViolation(f"not a partition: free {list(self._free)}, cached {sorted(cached)}, used {used}")

@@ -189,7 +189,7 @@ class BlockTables:
             pool.check()
             named = Counter(block for table in tables.values() for block in table)
             for block, count in enumerate(pool.ref_counts):
-                if named[block] != count:
+                if named.get(block, 0) != count:
                     raise InvariantViolation(f"block {block} is in {named[block]} tables but has {count} references")
 
     def _move(

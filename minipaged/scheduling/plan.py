@@ -25,7 +25,7 @@ class Chunk:
 
     @property
     def num_rows(self) -> int:
-        """Rows of logits it needs: usually the last one if it samples; all while it reports prompt log-probabilities."""
+        """Rows of logits it needs: the last one if it samples; all of them if it reports prompt log-probabilities."""
         if self.request.prompt_logprobs is not None and self.start < self.seq.num_prompt:
             return self.num_tokens
         return 1 if self.samples else 0

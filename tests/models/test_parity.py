@@ -54,7 +54,7 @@ class Driver:
         while len(table) * self.block_size < end:
             table.append(self.free.pop())
         return Chunk(
-            request=Request(str(seq.seq_id), SamplingParams(), [seq]),
+            request=Request(str(seq.seq_id), seq.tokens, SamplingParams(), [seq], frozenset(), 99, arrival=0),
             seq=seq,
             start=seq.num_computed,
             num_tokens=count,
