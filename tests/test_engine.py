@@ -158,6 +158,40 @@ def test_a_failing_step_is_reported_and_the_engine_goes_on(where):
     assert engine.memory.pool.num_free == engine.num_blocks
 
 
+def crowded_by_beams():
+    """Three beams (4 blocks, and at their next block's edge 3 more) beside a short request, in a pool of 6."""
+    engine = fake_engine(num_blocks=6, block_size=4, preemption="swap", enable_prefix_caching=False)
+    beams = SamplingParams(temperature=0, beam_width=3, max_tokens=20, ignore_eos=True)
+    engine.add_request("beams", [1] * 4, beams)
+    engine.add_request("short", [2], SamplingParams(max_tokens=12, ignore_eos=True))
+    return engine
+
+
+def test_a_step_that_only_swaps_out_is_executed_too():
+    engine, plans = crowded_by_beams(), []
+    execute = engine.runner.execute
+    engine.runner.execute = lambda plan: (plans.append(plan), execute(plan))[1]
+    done = run(engine)
+    # Not even the other's block was enough, so the search ended: nobody was left to compute anything in that step.
+    assert any(plan.swap_outs and plan.outgrown and not plan.chunks for plan in plans)
+    assert done["short"].outputs[0].token_ids == unbatched([2], PARAMS, 0, 200)
+
+
+def test_a_request_that_a_failing_step_swapped_out_is_aborted_with_it():
+    engine = crowded_by_beams()
+
+    def full_disk(plan):
+        if plan.swap_outs:
+            raise RuntimeError("nothing was copied")
+        return type(engine.runner).execute(engine.runner, plan)
+
+    engine.runner.execute = full_disk
+    with pytest.raises(StepFailed, match="aborted: beams, short"):
+        run(engine)
+    engine.check()
+    assert not engine.has_unfinished() and engine.memory.swap_pool.num_free == engine.swap_blocks
+
+
 def test_ctrl_c_inside_a_step_frees_its_requests():
     engine = fake_engine()
     engine.add_request("a", [1] * 9, PARAMS)
