@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from minipaged.errors import InvalidConfig, InvalidRequest
+
+if TYPE_CHECKING:
+    from minipaged.memory.prefix_cache import EvictionPolicy
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -41,6 +44,8 @@ class EngineConfig:
         max_num_batched_tokens: tokens computed in one step, decodes and prefill chunks together.
         max_model_len: tokens a sequence may reach, prompt included. ``None``: what the model was made for.
         enable_prefix_caching: keep full blocks of finished requests and share them with prompts that start alike.
+        eviction_policy: a class, or anything that makes an `EvictionPolicy` when called: which cached block is given up
+            first. ``None``: the least recently used.
         preemption: what a request loses when blocks run out: ``"recompute"`` drops its KV and computes it again later,
             ``"swap"`` moves its blocks to the CPU and back (paper §4.5).
         swap_blocks: CPU blocks to swap to. ``None`` with ``"swap"``: as many as the pool has.
@@ -56,6 +61,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 1024
     max_model_len: int | None = None
     enable_prefix_caching: bool = True
+    eviction_policy: Callable[[], EvictionPolicy] | None = None
     preemption: str = "recompute"
     swap_blocks: int | None = None
     seed: int = 0
@@ -74,6 +80,8 @@ class EngineConfig:
         _whole(self.seed, "seed", 0, InvalidConfig)
         if not isinstance(self.enable_prefix_caching, bool):
             raise InvalidConfig(f"enable_prefix_caching must be True or False, not {self.enable_prefix_caching!r}")
+        if self.eviction_policy is not None and not (self.enable_prefix_caching and callable(self.eviction_policy)):
+            raise InvalidConfig("eviction_policy must make a policy when called, and needs enable_prefix_caching=True")
         if self.swap_blocks is not None and self.preemption != "swap":
             raise InvalidConfig('swap_blocks has no effect without preemption="swap"; set both or neither')
         if self.max_num_batched_tokens < self.max_num_seqs:

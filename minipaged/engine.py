@@ -59,6 +59,7 @@ class Engine:
             config.block_size,
             self.events,
             enable_prefix_caching=config.enable_prefix_caching,
+            policy=config.eviction_policy() if config.eviction_policy else None,
             swap_blocks=self.swap_blocks,
         )
         self.scheduler = Scheduler(

@@ -70,7 +70,7 @@ def test_sampling_values_that_make_no_sense_are_refused_by_name(settings):
 BAD_CONFIG = [
     {"model": ""}, {"device": "tpu"}, {"dtype": "int4"}, {"block_size": 0}, {"block_size": 1.5}, {"num_blocks": 0},
     {"max_num_seqs": 0}, {"max_num_batched_tokens": 63}, {"max_model_len": 1}, {"seed": -1},
-    {"enable_prefix_caching": "yes"},
+    {"enable_prefix_caching": "yes"}, {"preemption": "drop"}, {"swap_blocks": 4}, {"eviction_policy": "lru"},
 ]  # fmt: skip
 
 
@@ -204,6 +204,25 @@ def test_ctrl_c_inside_a_step_frees_its_requests():
         engine.step()
     engine.check()
     assert not engine.has_unfinished() and engine.memory.pool.num_free == engine.num_blocks
+
+
+def test_an_eviction_policy_of_ones_own_decides_what_the_engine_gives_up():
+    class Newest(list):
+        add = list.append
+
+        def evict(self):
+            return self.pop()
+
+    def hits(**settings):
+        engine, seen = fake_engine(num_blocks=6, block_size=4, **settings), []
+        engine.events.subscribe(lambda e: seen.append(e.num_cached) if e.type == "admitted" else None)
+        for prompt in ([1] * 9, [2] * 9, [3] * 9, [1] * 9):
+            engine.add_request("a", prompt, SamplingParams(max_tokens=1))
+            run(engine)
+        return seen
+
+    assert hits() == [0, 0, 0, 4]  # least recently used: the tail of the first prompt is gone
+    assert hits(eviction_policy=Newest) == [0, 0, 0, 8]
 
 
 def test_two_engines_with_different_block_sizes_do_not_affect_one_another():

@@ -46,8 +46,6 @@ class Scheduler:
         self.running: list[Request] = []
         self.swapped: list[Request] = []
         self.step = 0
-        self.num_prefix_queries = 0  # tokens of admitted requests …
-        self.num_prefix_hits = 0  # … and how many of them the prefix cache had
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -184,8 +182,6 @@ class Scheduler:
             self._queue(request, self.running, Status.RUNNING)
             lead, hits = request.live[0], self._hits(request)
             lead.num_computed = len(hits) * self.memory.block_size
-            self.num_prefix_queries += request.fork_at
-            self.num_prefix_hits += lead.num_computed
             self.events.emit(Admitted, request.request_id, lead.seq_id, lead.num_computed)
             self.memory.open(lead.seq_id, hits)
             counts = self._spend(budget, [request])
