@@ -192,6 +192,21 @@ def test_a_request_that_a_failing_step_swapped_out_is_aborted_with_it():
     assert not engine.has_unfinished() and engine.memory.swap_pool.num_free == engine.swap_blocks
 
 
+def test_what_a_failing_step_would_have_computed_is_never_found():
+    engine = fake_engine()
+
+    def broken(plan):
+        raise RuntimeError("out of memory")
+
+    engine.runner.execute, execute = broken, engine.runner.execute
+    engine.add_request("a", [1] * 9, PARAMS)
+    with pytest.raises(StepFailed):
+        engine.step()
+    engine.runner.execute = execute
+    engine.add_request("a", [1] * 9, PARAMS)
+    assert run(engine)["a"].outputs[0].token_ids == unbatched([1] * 9, PARAMS, 0, 200)
+
+
 def test_ctrl_c_inside_a_step_frees_its_requests():
     engine = fake_engine()
     engine.add_request("a", [1] * 9, PARAMS)

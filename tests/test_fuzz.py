@@ -141,6 +141,8 @@ class Trace:
                 continue
             for out in outputs:
                 truth = unbatched(prompt, params, out.index, self.engine.max_model_len, inherited)
+                told = self.state.seqs[self.state.requests[request_id][out.index]].tokens
+                assert told == prompt + out.token_ids, f"{request_id}: told once, kept for ever"
                 assert out.token_ids == (truth if whole else truth[: len(out.token_ids)]), request_id
 
 

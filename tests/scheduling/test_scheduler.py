@@ -4,8 +4,8 @@ import pytest
 
 from minipaged.config import SamplingParams
 from minipaged.events import Preempted
-from minipaged.scheduling.plan import StepPlan
-from tests.fake import fake_engine, unbatched
+from minipaged.scheduling.plan import SampledToken, StepPlan
+from tests.fake import VOCAB, fake_engine, unbatched
 
 LONG = SamplingParams(max_tokens=60, ignore_eos=True)
 
@@ -187,3 +187,69 @@ def test_n_samples_compute_the_prompt_once(branches):
     run(engine)
     assert [plan.num_tokens for plan in seen] == [10, branches, branches]
     assert [len(plan.copies) for plan in seen] == [0, branches - 1, 0]  # the last owner writes in place
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_nobody_is_admitted_without_a_block_for_the_next_token(spare):
+    engine = fake_engine(num_blocks=4 + spare, block_size=4, enable_prefix_caching=False)
+    engine.add_request("a", [1] * 5, LONG)
+    engine.add_request("b", [2] * 8, LONG)  # fills two blocks exactly and would be thrown out one step later
+    engine.step()
+    assert [r.request_id for r in engine.scheduler.running] == ["a", "b"][: 1 + spare]
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_blocks_that_branches_are_about_to_take_are_not_given_to_others(spare):
+    engine = fake_engine(num_blocks=5 + spare, block_size=4, enable_prefix_caching=False)
+    seen = plans(engine)
+    engine.add_request("a", [1] * 4, SamplingParams(n=3, max_tokens=4, ignore_eos=True))  # 1 block, soon 1 + 3
+    engine.add_request("b", [2] * 4, LONG)
+    engine.step()
+    assert [r.request_id for r in engine.scheduler.running] == ["a", "b"][: 1 + spare]
+    engine.step()
+    assert not seen[-1].preempted
+
+
+def test_cached_blocks_that_nobody_uses_are_not_counted_twice_at_admission():
+    engine = fake_engine(num_blocks=4, block_size=4)
+    engine.add_request("a", [1] * 8, SamplingParams(max_tokens=1))
+    run(engine)
+    assert engine.memory.pool.num_free == 4  # two of them cached: a hit makes them unavailable
+    engine.add_request("b", [2] * 7, LONG)
+    engine.add_request("c", [1] * 8, LONG)  # finds one block, which must come out of the two that b leaves
+    engine.step()
+    assert [r.request_id for r in engine.scheduler.running] == ["b"]
+    run(engine)
+
+
+def test_nobody_is_admitted_while_a_swapped_request_waits():
+    engine = fake_engine(num_blocks=6, block_size=4, preemption="swap", enable_prefix_caching=False)
+    engine.add_request("a", [1] * 8, SamplingParams(max_tokens=10, ignore_eos=True))
+    engine.add_request("b", [2] * 8, SamplingParams(max_tokens=10, ignore_eos=True))
+    while not engine.scheduler.swapped:
+        engine.step()
+    engine.add_request("c", [3], SamplingParams(max_tokens=1))
+    engine.step()
+    assert engine.memory.pool.num_free == 2  # c would fit, b does not
+    assert [r.request_id for r in engine.scheduler.swapped] == ["b"]
+    assert [r.request_id for r in engine.scheduler.waiting] == ["c"]
+    run(engine)
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_draws_depend_on_neither_preemption_nor_neighbours_and_branches_differ(preemption):
+    def tokens(num_blocks, names):
+        engine = fake_engine(num_blocks=num_blocks, block_size=4, preemption=preemption)
+        engine.sampler = lambda _, plan: [SampledToken(seq.rng.randrange(VOCAB)) for _, seq in plan.samples]
+        seen = plans(engine)
+        for name in names:
+            seed = ord(name)
+            engine.add_request(name, [seed % 50] * 9, SamplingParams(n=2, seed=seed, max_tokens=14, ignore_eos=True))
+        done = run(engine)
+        return {name: [out.token_ids for out in done[name].outputs] for name in names}, seen
+
+    roomy, _ = tokens(100, "abc")
+    tight, seen = tokens(20, "abc")
+    assert any(plan.preempted for plan in seen) and tight == roomy
+    assert all(tokens(100, name)[0][name] == roomy[name] for name in "abc")
+    assert all(first != second for first, second in roomy.values())
