@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,7 @@ from visualizer.scenarios import DEMO_SETTINGS, OPENING, Scenario  # noqa: E402
 STATIC = Path(__file__).resolve().parent / "static"
 PLOTLY = Path(plotly.__file__).resolve().parent / "package_data" / "plotly.min.js"
 
-# `import()` because the page's scripts are ES modules; relative to the page, so that it works behind a proxy
-# too.
+# The scripts are ES modules, hence `import()`; addresses are relative to the page's, as behind a proxy.
 ON_LOAD = """
 const address = (path) => new URL("gradio_api/file=" + path, document.baseURI).href;
 import(address(props.main)).then((module) =>
@@ -51,13 +51,14 @@ class Visualizer:
 
     def close(self) -> None:
         """Stops the server and the engine's thread."""
+        self.log.close()
         if self.url:
             self.blocks.close(verbose=False)
         self.thread.stop()
 
 
 def build(llm: Any, scenario: Scenario | None = OPENING, rate: float | None = DEFAULT_RATE) -> Visualizer:
-    """The page for ``llm``, not served yet. Starts the engine's thread; ``llm.engine`` is its own from now on.
+    """The page for ``llm``, not served yet. Starts the engine's thread, which owns ``llm.engine`` then.
 
     ``scenario`` begins with the first viewer, and again whenever somebody presses "Play again"; ``None``:
     nothing plays by itself. ``rate`` is in steps per second, ``None`` for as fast as the machine can.
@@ -67,8 +68,7 @@ def build(llm: Any, scenario: Scenario | None = OPENING, rate: float | None = DE
     commands = Commands(thread, scenario or OPENING)
     unseen = [scenario] if scenario else []  # emptied by the first viewer
 
-    # Called by the page's JavaScript. A Response goes out as it is: records are not parsed and encoded once
-    # more.
+    # Called by the page's JavaScript. A Response goes out as it is: no record is encoded a second time.
     async def pull(request: Any) -> Response:
         if unseen:
             thread.reset(unseen.pop())
@@ -123,11 +123,16 @@ def launch(
     visualizer.url = f"http://{host}:{port}"
     print(f"minipaged visualizer: {visualizer.url}", flush=True)
     if block:
-        try:
-            visualizer.blocks.block_thread()
-        finally:
-            visualizer.thread.stop()
+        _until_interrupted()
+        visualizer.close()
     return visualizer
+
+
+def _until_interrupted() -> None:
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("\nstopped", flush=True)
 
 
 def _tiny() -> Any:

@@ -1,6 +1,4 @@
-"""What the page may ask of the engine. Its payload comes from a browser, so nothing in it is taken on
-trust.
-"""
+"""What the page may ask of the engine. It comes from a browser, so nothing in it is taken on trust."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ TIMEOUT = 30.0  # seconds for the engine's thread to get round to a command
 
 
 class BadCommand(MinipagedError, ValueError):
-    """A payload that the page's own controls cannot produce, or a value out of range; the message says
-    which.
-    """
+    """A payload that makes no sense, or a value out of range; the message says which."""
 
 
 class Commands:

@@ -1,5 +1,6 @@
 """The engine in a thread of its own: it takes commands from a queue and tells a sink what happens.
- An engine is not thread-safe, and a page's callbacks come and go with its viewers. So nobody but this thread
+
+An engine is not thread-safe, and a page's callbacks come and go with its viewers. So nobody but this thread
 touches the engine: whoever wants something from it hands in a function and gets a `Future`.
 """
 
@@ -76,9 +77,7 @@ class EngineThread:
     # --- commands -------------------------------------------------------------------------------------------
 
     def call(self, command: Callable[[], Any]) -> Future[Any]:
-        """Runs ``command()`` in the engine's thread, between two steps. What it raises is the future's
-        exception.
-        """
+        """Runs ``command()`` in the engine's thread, between two steps. What it raises, the future raises."""
         future: Future[Any] = Future()
         self._commands.put((command, future))
         return future
@@ -115,9 +114,7 @@ class EngineThread:
         return self.call(set_rate)
 
     def reset(self, scenario: Scenario | None = None) -> Future[None]:
-        """Starts over with an empty pool, sequence 0 and the engine's first seed; plays ``scenario`` if
-        given.
-        """
+        """Starts over: empty pool, sequence 0, the engine's first seed. Plays ``scenario`` if given."""
 
         def reset() -> None:
             self._adopt(_fresh(self.engine))

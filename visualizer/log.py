@@ -59,6 +59,7 @@ class RecordLog:
         self._status: dict[str, Any] = {}
         self._status_version = 0
         self._pulling = 0  # viewers that wait right now
+        self._closed = False
         self._begin(State())
 
     def _begin(self, state: State) -> None:
@@ -95,6 +96,10 @@ class RecordLog:
                 self._status = status
                 self._status_version += 1
 
+    def close(self) -> None:
+        """Lets nobody wait any longer: a server cannot stop while it owes answers."""
+        self._closed = True
+
     @property
     def end(self) -> int:
         """The number that the next record will have."""
@@ -120,7 +125,7 @@ class RecordLog:
                 if asked.get("run") == self.run:
                     await asyncio.sleep(FAST if self._pulling <= CROWD else SLOW)
                 answer = self.news(asked.get("run"), asked.get("cursor"), asked.get("status"))
-                if answer is not None or time.monotonic() > deadline:
+                if answer is not None or self._closed or time.monotonic() > deadline:
                     return answer or "{}"
         finally:
             self._pulling -= 1

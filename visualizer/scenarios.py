@@ -1,6 +1,4 @@
-"""What the page plays by itself: prompts that arrive at fixed steps, so that every run tells the same
-story.
-"""
+"""What the page plays by itself: prompts that arrive at fixed steps, so that every run is the same."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ ONE = [
     "What is {t}?", "Explain {t}.", "What does {b} mean?", "Tell me about {t}.", "Can you explain {t}?",
     "Define {b}.", "What do you know about {t}?", "I do not understand {t}. What is it?",
     "Please describe {t} in a few words.", "What exactly is {t}?", "How does {t} work?", "{B}?",
-    "What's {t}?", "Give me a definition of {t}.", "Do you know what {t} is?", "Could you tell me what {t} is?",
+    "What's {t}?", "Give me a definition of {t}.", "Do you know what {t} is?",
+    "Could you tell me what {t} is?",
 ]
 MANY = [
     "What are {t}?", "Explain {t}.", "What does {t} mean?", "Tell me about {t}.", "Can you explain {t}?",

@@ -50,10 +50,10 @@ def read_grammar(path: Path | None = None) -> Grammar:
         if kind == "words":
             grammar.words[name] = [word.strip() for word in body.replace("\n", " ").split("|")]
             continue
-        fields = dict(line.split(": ", 1) for line in body.splitlines() if line.startswith(("topic: ", "morals: ")))
         paragraphs = [p.splitlines() for p in re.split(r"\n\n+", body.strip())]
         if kind == "plot":
-            # The first paragraph is the fields; "@meet" and its like name a beat that several plots use.
+            fields = dict(line.split(": ", 1) for line in paragraphs[0])
+            # "@meet" and its like name a beat that several plots use.
             beats = [grammar.beats[p[0][1:]] if p[0].startswith("@") else p for p in paragraphs[1:]]
             grammar.plots.append(Plot(fields["topic"], fields["morals"].split(" | "), beats))
         else:

@@ -164,8 +164,8 @@ def train(out: Path, log: Path, steps: int, minutes: float, seed: int = 0, quick
             # Whichever limit is nearer drives the schedule, so a slow machine still ends at a low rate.
             progress = max(step / steps, elapsed / 60 / minutes)
             if step % (10 if quick else 50) == 0 or progress >= 1:
-                entry = {"step": step, "tokens": step * size * length, "seconds": round(elapsed, 1),
-                         "lr": round(rate, 6), "loss": round(sum(recent) / len(recent), 4)}
+                entry: dict = {"step": step, "tokens": step * size * length, "seconds": round(elapsed, 1)}
+                entry |= {"lr": round(rate, 6), "loss": round(sum(recent) / len(recent), 4)}
                 if step % (50 if quick else 400) == 0 or progress >= 1:
                     entry["held_out"] = held_out_loss(model, held_out)
                     save(model, tokenizer, out)

@@ -29,6 +29,7 @@ class Page {
     this.status = null;
     this.pinned = null; // {seq, block} that was clicked
     this.hovered = null;
+    this.gone = 0; // pulls in a row that the server has not answered
     const select = (what, how) => this.select(what, how);
     this.pool = new Pool(root, select);
     this.sequences = new Sequences(root, select);
@@ -37,6 +38,10 @@ class Page {
     this.controls = new Controls(root, (command) => server.command(command));
     this.chart = new Chart(root, figure, plotly);
     this.banner = root.querySelector("[data-part=banner]");
+    this.banner.querySelector("button").addEventListener("click", () => {
+      this.dismissed = this.player.state.error;
+      this.player.changed = true;
+    });
     this.narration = root.querySelector("[data-part=narration]");
     root.addEventListener("keydown", (event) => {
       if (event.key === "Escape") this.select(null, "click");
@@ -66,12 +71,20 @@ class Page {
         console.warn(error);
         this.player.run = null; // whatever it was: begin again from a keyframe
       }
-      this.gone = !answer;
+      this.gone = answer ? 0 : this.gone + 1;
       if (this.gone) {
         this.player.changed = true;
         await new Promise((resolve) => setTimeout(resolve, RETRY));
+        await this.reloadIfReplaced();
       }
     }
+  }
+
+  // A server that serves pages but does not know this one is another version: take its page.
+  async reloadIfReplaced() {
+    if (this.gone < 3 || !this.statusVersion) return; // never connected: reloading would not help
+    const answer = await fetch(document.baseURI, { method: "HEAD" }).catch(() => null);
+    if (answer?.ok) location.reload();
   }
 
   // --- what is looked at ---
@@ -135,8 +148,9 @@ class Page {
     const { error } = this.player.state;
     const words = this.gone
       ? "The server does not answer. What you see is the last that came; trying to reconnect…"
-      : error ? `Engine error: ${error}` : "";
-    setText(this.banner, words);
+      : error && error !== this.dismissed ? `Engine error: ${error}` : "";
+    setText(this.banner.querySelector("span"), words);
+    this.banner.querySelector("button").hidden = this.gone > 0;
     this.banner.hidden = !words;
   }
 

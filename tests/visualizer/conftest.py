@@ -1,0 +1,128 @@
+"""A real engine, a real server and a real browser.
+
+Without Chromium or playwright the browser tests are skipped, and one loud line says so;
+``MINIPAGED_REQUIRE_BROWSER=1`` makes that a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minipaged import LLM
+from visualizer.app import Visualizer, launch
+
+SETTINGS = {"num_blocks": 64, "block_size": 16, "max_num_seqs": 12, "max_num_batched_tokens": 64}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+ARGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+
+_missing = ""  # why browser tests were skipped
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _missing:
+        terminalreporter.write_line(f"THE PAGE WAS NOT TESTED IN A BROWSER: {_missing}", red=True, bold=True)
+
+
+@pytest.fixture(scope="session")
+def llm() -> LLM:
+    """The embedded model with a pool that a few requests fill; ``MINIPAGED_TEST_MODEL`` names another one."""
+    return LLM(os.environ.get("MINIPAGED_TEST_MODEL", "tiny"), **SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    try:
+        from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError:
+        _give_up("playwright is not installed (pip install playwright)")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not path or not Path(path).exists():
+        _give_up("no Chromium found (apt-get install chromium, or set CHROMIUM to its path)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=ARGS)
+        yield browser
+        browser.close()
+
+
+def _give_up(why: str) -> None:
+    global _missing
+    if os.environ.get("MINIPAGED_REQUIRE_BROWSER") == "1":
+        pytest.fail(f"MINIPAGED_REQUIRE_BROWSER=1, but {why}")
+    _missing = why
+    pytest.skip(why)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def serve(llm: LLM, free_port: int) -> Iterator[Callable[..., Visualizer]]:
+    """``serve(**settings of launch)`` starts the page; all of them are closed in the end.
+
+    Sequences go on to their max_tokens, whatever the model thinks, unless ``stories_end``.
+    """
+    served: list[Visualizer] = []
+    eos = llm.engine.scheduler.eos_token_ids
+
+    def start(stories_end: bool = False, **settings: Any) -> Visualizer:
+        llm.engine.scheduler.eos_token_ids = eos if stories_end else frozenset()
+        defaults = {"port": free_port, "scenario": None, "rate": None, "block": False}
+        served.append(launch(llm, **(defaults | settings)))
+        return served[-1]
+
+    yield start
+    for visualizer in served:
+        visualizer.close()
+    llm.engine.scheduler.eos_token_ids = eos
+
+
+class Pages:
+    """Opens pages and remembers what no page may ever do: complain, or talk to another machine."""
+
+    def __init__(self, browser: Any) -> None:
+        self._context = browser.new_context(viewport={"width": 1280, "height": 720})
+        self.complaints: list[str] = []
+
+    def open(self, visualizer: Visualizer) -> Any:
+        page = self._context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("console", lambda message: self._console(message))
+        page.on("pageerror", lambda error: self.complaints.append(f"page error: {error}"))
+        page.on("request", lambda request: self._request(request.url, visualizer.url))
+        page.goto(visualizer.url)
+        page.wait_for_function("window.minipaged && minipaged.player.run")
+        return page
+
+    def close(self) -> None:
+        self._context.close()
+
+    def _console(self, message: Any) -> None:
+        if message.type == "error":
+            self.complaints.append(f"console: {message.text}")
+
+    def _request(self, url: str, home: str) -> None:
+        if not url.startswith((home, "data:", "blob:")):
+            self.complaints.append(f"external request: {url}")
+
+
+@pytest.fixture
+def pages(browser: Any) -> Iterator[Pages]:
+    """``pages.open(visualizer)``. Fails the test if a page complained or reached out."""
+    pages = Pages(browser)
+    yield pages
+    pages.close()
+    assert not pages.complaints

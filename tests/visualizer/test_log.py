@@ -1,0 +1,171 @@
+"""The record log: every viewer ends up with the engine's state, whenever they come and whatever they ask."""
+
+import asyncio
+import json
+
+import pytest
+
+from minipaged.config import SamplingParams
+from minipaged.events import EngineError, Event, Sampled, State, event_from_dict
+from tests.fake import fake_engine
+from visualizer import log as module
+from visualizer.log import RecordLog, without_finished
+
+
+def record_run(log: RecordLog, requests: int = 6) -> State:
+    """Publishes a run, step by step; returns the state at its end."""
+    engine = fake_engine(num_blocks=12)
+    pending: list[Event] = []
+    engine.events.subscribe(pending.append)
+    log.started(engine.started_event())
+    state = State()
+    state.apply(engine.started_event())
+    for number in range(requests):
+        params = SamplingParams(n=1 + number % 3, max_tokens=12, ignore_eos=True)
+        engine.add_request(f"r{number}", [number, 2, 3, 4, 5, 6], params)
+    while pending or engine.has_unfinished():
+        for event in pending:
+            state.apply(event)
+        log.publish(list(pending))
+        pending.clear()
+        engine.step()
+    return state
+
+
+def rebuilt(answer: dict, state: State | None = None) -> State:
+    """What a viewer makes of an answer."""
+    if answer["keyframe"]:
+        state = State.from_dict(answer["keyframe"])
+    assert state is not None
+    for record in answer["records"]:
+        for event in record:
+            state.apply(event_from_dict(event))
+    return state
+
+
+def test_a_viewer_from_the_start_sees_everything_once() -> None:
+    log = RecordLog()
+    start = json.loads(log.news(None, None, None) or "")
+    final = record_run(log)
+    answer = json.loads(log.news(start["run"], 0, 0) or "")
+    assert answer["run"] != start["run"], "the engine's start begins a new run"
+    assert answer["first"] == 0
+    assert rebuilt(answer) == final
+    assert log.news(answer["run"], len(answer["records"]), answer["status_version"]) is None
+
+
+def test_news_from_a_cursor_continue_a_viewers_state() -> None:
+    log = RecordLog()
+    final = record_run(log)
+    everything = json.loads(log.news(None, None, None) or "")
+    head = {**everything, "records": everything["records"][:17]}
+    rest = json.loads(log.news(log.run, 17, -1) or "")
+    assert rest["keyframe"] is None and rest["first"] == 17
+    assert rebuilt(rest, rebuilt(head)) == final
+
+
+def test_a_late_joiner_gets_a_keyframe_and_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HISTORY", 5)
+    log = RecordLog()
+    final = record_run(log, requests=20)
+    answer = json.loads(log.news("another run", 3, 0) or "")
+    assert answer["first"] >= module.KEYFRAME_EVERY and answer["first"] % module.KEYFRAME_EVERY == 0
+    assert 5 <= len(answer["records"]) <= 5 + module.KEYFRAME_EVERY
+    assert rebuilt(answer) == final
+
+
+def test_old_records_are_forgotten_and_their_readers_start_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_RECORDS", 2 * module.KEYFRAME_EVERY)
+    log = RecordLog()
+    final = record_run(log, requests=40)
+    assert len(log._records) <= 2 * module.KEYFRAME_EVERY and min(log._keyframes) == log._first > 0
+    answer = json.loads(log.news(log.run, 3, 0) or "")
+    assert answer["keyframe"] is not None
+    assert rebuilt(answer) == final
+
+
+@pytest.mark.parametrize("cursor", [-1, 10**9, 1.5, True, "3", None, [1]])
+def test_a_cursor_that_makes_no_sense_makes_a_late_joiner(cursor: object) -> None:
+    log = RecordLog()
+    final = record_run(log)
+    answer = json.loads(log.news(log.run, cursor, 0) or "")
+    assert rebuilt(answer) == final
+
+
+@pytest.mark.parametrize("request_", [None, [], "x", 7, {}, {"run": ["x"], "cursor": {}, "status": "?"}])
+def test_pull_answers_any_request(request_: object) -> None:
+    log = RecordLog()
+    record_run(log)
+    assert json.loads(asyncio.run(log.pull(request_)))["keyframe"]
+
+
+def test_finished_requests_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_FINISHED", 8)
+    monkeypatch.setattr(module, "KEEP_FINISHED", 3)
+    log = RecordLog()
+    final = record_run(log, requests=40)
+    assert len(log.state.finished) <= 9
+    answer = json.loads(log.news(None, None, None) or "")
+    kept = rebuilt(answer)
+    assert kept.finished == final.finished[-len(kept.finished) :]
+    assert kept.ref_counts == final.ref_counts and kept.cached == final.cached
+
+
+def test_without_finished_keeps_what_lives() -> None:
+    log = RecordLog()
+    final = record_run(log)
+    pruned = without_finished(final, 2)
+    assert list(pruned.requests) == final.finished[-2:]
+    assert {seq.request_id for seq in pruned.seqs.values()} == set(pruned.requests)
+
+
+def test_numbers_that_json_lacks_become_null() -> None:
+    log = RecordLog()
+    log.publish([EngineError("x")])
+    text = module.encode_events([Sampled(0, 1, "\u2028</script>\ud800", float("nan"))])
+    assert json.loads(text)[0]["logprob"] is None
+    text.encode()  # a lone surrogate must not break the answer
+
+
+def test_pull_waits_for_news_and_for_the_status() -> None:
+    async def wait() -> dict:
+        log = RecordLog()
+        record_run(log)
+        asked = {"run": log.run, "cursor": log.end, "status": log._status_version}
+        waiting = asyncio.create_task(log.pull(asked))
+        await asyncio.sleep(0.15)
+        assert not waiting.done()
+        log.status({"paused": True})
+        return json.loads(await asyncio.wait_for(waiting, 1))
+
+    answer = asyncio.run(wait())
+    assert answer["status"] == {"paused": True} and answer["records"] == []
+
+
+def test_pull_gives_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LONG_POLL", 0.1)
+    log = RecordLog()
+    asked = {"run": log.run, "cursor": log.end, "status": log._status_version}
+    assert asyncio.run(log.pull(asked)) == "{}"
+
+
+def test_a_crowd_is_answered_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    real = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        await real(0.001)
+
+    monkeypatch.setattr(module, "LONG_POLL", 0.05)
+    monkeypatch.setattr(module.asyncio, "sleep", sleep)
+
+    async def crowd(size: int) -> float:
+        log = RecordLog()
+        asked = {"run": log.run, "cursor": 0, "status": log._status_version}
+        slept.clear()
+        await asyncio.gather(*(log.pull(asked) for _ in range(size)))
+        return max(slept)
+
+    assert asyncio.run(crowd(4)) == module.FAST
+    assert asyncio.run(crowd(9)) == module.SLOW
