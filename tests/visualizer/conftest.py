@@ -76,10 +76,10 @@ def serve(llm: LLM, free_port: int) -> Iterator[Callable[..., Visualizer]]:
     Sequences go on to their max_tokens, whatever the model thinks, unless ``stories_end``.
     """
     served: list[Visualizer] = []
-    eos = llm.engine.scheduler.eos_token_ids
+    eos = llm.engine.eos_token_ids
 
     def start(stories_end: bool = False, **settings: Any) -> Visualizer:
-        llm.engine.scheduler.eos_token_ids = eos if stories_end else frozenset()
+        llm.engine.eos_token_ids = eos if stories_end else frozenset()
         defaults = {"port": free_port, "scenario": None, "rate": None, "block": False}
         served.append(launch(llm, **(defaults | settings)))
         return served[-1]
@@ -87,7 +87,7 @@ def serve(llm: LLM, free_port: int) -> Iterator[Callable[..., Visualizer]]:
     yield start
     for visualizer in served:
         visualizer.close()
-    llm.engine.scheduler.eos_token_ids = eos
+    llm.engine.eos_token_ids = eos
 
 
 class Pages:

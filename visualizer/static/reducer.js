@@ -9,8 +9,10 @@ export class State {
     this.requests = {};
     this.waiting = [];
     this.running = [];
+    this.swapped = [];
     this.finished = [];
     this.ref_counts = [];
+    this.swap_ref_counts = [];
     this.cached = {};
     this.scheduled = [];
     this.error = null;
@@ -33,6 +35,20 @@ function remove(array, value) {
   array.splice(index, 1);
 }
 
+// Into its place by first sequence id: in order of arrival.
+function queue(state, array, requestId) {
+  array.push(requestId);
+  array.sort((a, b) => state.requests[a][0] - state.requests[b][0]);
+}
+
+// Blocks move between the pool and the CPU's swap space, with the references of one sequence.
+function move(state, e, change) {
+  e.blocks.forEach((block, i) => {
+    state.ref_counts[block] += change;
+    state.swap_ref_counts[e.swap_blocks[i]] -= change;
+  });
+}
+
 function allocated(state, e) {
   const table = state.seqs[e.seq_id].table;
   if (e.logical !== table.length) throw new Error(`block tables grow at their end: ${JSON.stringify(e)}`);
@@ -47,6 +63,7 @@ const HANDLERS = {
     const { type, ...config } = e;
     state.config = config;
     state.ref_counts = new Array(e.num_blocks).fill(0);
+    state.swap_ref_counts = new Array(e.swap_blocks).fill(0);
   },
   request_added(state, e) {
     state.requests[e.request_id] = [...e.seq_ids];
@@ -60,6 +77,7 @@ const HANDLERS = {
         logprobs: e.prompt_token_ids.map(() => null),
         num_computed: 0,
         table: [],
+        swap_table: [],
         parent: null,
         finish_reason: null,
       };
@@ -71,7 +89,7 @@ const HANDLERS = {
   },
   admitted(state, e) {
     remove(state.waiting, e.request_id);
-    state.running.push(e.request_id);
+    queue(state, state.running, e.request_id);
     state.seqs[e.seq_id].num_computed = e.num_cached;
   },
   allocated,
@@ -86,8 +104,23 @@ const HANDLERS = {
   },
   preempted(state, e) {
     remove(state.running, e.request_id);
-    state.waiting.unshift(e.request_id);
-    for (const seqId of state.requests[e.request_id]) state.seqs[seqId].num_computed = 0;
+    if (e.mode === "swap") return queue(state, state.swapped, e.request_id);
+    queue(state, state.waiting, e.request_id);
+    for (const seqId of state.requests[e.request_id]) {
+      if (state.seqs[seqId].finish_reason === null) state.seqs[seqId].num_computed = 0;
+    }
+  },
+  swapped_out(state, e) {
+    Object.assign(state.seqs[e.seq_id], { table: [], swap_table: [...e.swap_blocks] });
+    move(state, e, -1);
+  },
+  swapped_in(state, e) {
+    Object.assign(state.seqs[e.seq_id], { table: [...e.blocks], swap_table: [] });
+    move(state, e, +1);
+  },
+  resumed(state, e) {
+    remove(state.swapped, e.request_id);
+    queue(state, state.running, e.request_id);
   },
   filled(state, e) {
     state.seqs[e.seq_id].num_computed = e.start + e.num_tokens;
@@ -99,8 +132,20 @@ const HANDLERS = {
     delete state.cached[e.block];
   },
   forked(state, e) {
+    const parent = state.seqs[e.parent];
+    if (!(e.child in state.seqs)) { // a beam, or a fork that somebody asked for
+      state.seqs[e.child] = {
+        ...structuredClone(parent), request_id: e.request_id, table: [], swap_table: [], finish_reason: null,
+      };
+      if (e.request_id in state.requests) {
+        state.requests[e.request_id].push(e.child);
+      } else {
+        state.requests[e.request_id] = [e.child];
+        queue(state, state.running, e.request_id);
+      }
+    }
     const child = state.seqs[e.child];
-    child.num_computed = state.seqs[e.parent].num_computed;
+    child.num_computed = parent.num_computed;
     child.parent = e.parent;
   },
   sampled(state, e) {
@@ -110,15 +155,17 @@ const HANDLERS = {
     seq.logprobs.push(e.logprob);
   },
   freed(state, e) {
-    state.seqs[e.seq_id].table = [];
-    for (const block of e.blocks) state.ref_counts[block] -= 1;
+    const seq = state.seqs[e.seq_id];
+    const counts = seq.swap_table.length ? state.swap_ref_counts : state.ref_counts;
+    Object.assign(seq, { table: [], swap_table: [] });
+    for (const block of e.blocks) counts[block] -= 1;
   },
   finished(state, e) {
     const seq = state.seqs[e.seq_id];
     seq.finish_reason = e.reason;
     if (state.requests[seq.request_id].every((s) => state.seqs[s].finish_reason)) {
-      for (const queue of [state.waiting, state.running]) {
-        if (queue.includes(seq.request_id)) remove(queue, seq.request_id);
+      for (const ids of [state.waiting, state.running, state.swapped]) {
+        if (ids.includes(seq.request_id)) remove(ids, seq.request_id);
       }
       state.finished.push(seq.request_id);
     }
