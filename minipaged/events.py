@@ -297,6 +297,7 @@ class SeqState:
     swap_table: list[int] = field(default_factory=list)
     parent: int | None = None
     finish_reason: str | None = None
+    limit: int = 0  # tokens it has when it ends, unless it ends earlier
 
 
 @dataclass
@@ -350,7 +351,9 @@ class State:
         self.waiting.append(e.request_id)
         for seq_id in e.seq_ids:
             tokens, pieces = list(e.prompt_token_ids), list(e.prompt_pieces)
-            self.seqs[seq_id] = SeqState(e.request_id, len(tokens), tokens, pieces, [None] * len(tokens))
+            self.seqs[seq_id] = SeqState(
+                e.request_id, len(tokens), tokens, pieces, [None] * len(tokens), limit=len(tokens) + e.max_tokens
+            )
 
     def _step_started(self, e: StepStarted) -> None:
         self.step = e.step
@@ -423,8 +426,9 @@ class State:
         parent = self.seqs[e.parent]
         if e.child not in self.seqs:  # a beam, or a fork that a user asked for
             self.seqs[e.child] = SeqState(
-                e.request_id, parent.num_prompt, list(parent.tokens), list(parent.pieces), list(parent.logprobs)
-            )
+                e.request_id, parent.num_prompt, list(parent.tokens), list(parent.pieces), list(parent.logprobs),
+                limit=parent.limit,
+            )  # fmt: skip
             if e.request_id not in self.requests:
                 self.requests[e.request_id] = [e.child]
                 self._queue(self.running, e.request_id)

@@ -19,9 +19,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from minipaged.events import Event, State, StepFinished
+from minipaged.events import Event, Finished, State, StepFinished
 
-MANAGERS = ("orca-max", "orca-pow2", "orca-oracle", "vattention", "paged")
+AHEAD = ("orca-max", "orca-pow2", "orca-oracle")  # those that reserve ahead
+MANAGERS = (*AHEAD, "vattention", "paged")
 
 
 class Held(NamedTuple):
@@ -74,33 +75,25 @@ def held(manager: str, moment: Moment, max_model_len: int, page_tokens: int) -> 
         reserved = min(mapped, max(moment.final, token)) - token
         return Held(token, reserved, mapped - token - reserved)
     asked = max(reservation(manager, moment.num_prompt, moment.final - moment.num_prompt, max_model_len), token)
-    # Max asks for the same size every time, so its allocator cuts the pool into exact pieces.
-    chunk = asked if manager == "orca-max" else next_power_of_two(asked)
     later = max(0, moment.final - token)
-    return Held(token, later, asked - token - later, chunk - asked)
+    return Held(token, later, asked - token - later, _chunk(manager, asked) - asked)
 
 
-def held_by_paging(state: State, finals: dict[int, int]) -> Held:
-    """What the engine's own block tables hold: shared blocks count once."""
-    size = state.config["block_size"]
-    filled: dict[int, int] = {}
-    coming: dict[int, int] = {}
-    for seq_id, seq in state.seqs.items():
-        for logical, block in enumerate(seq.table):
-            start = logical * size
-            filled[block] = max(filled.get(block, 0), min(size, max(0, seq.num_computed - start)))
-            coming[block] = max(coming.get(block, 0), min(size, max(0, finals[seq_id] - start)))
-    token = sum(filled.values())
-    reserved = sum(max(0, coming[block] - filled[block]) for block in filled)
-    return Held(token, reserved, len(filled) * size - token - reserved)
+def _chunk(manager: str, asked: int) -> int:
+    """What the allocator gives. Max asks for the same size every time, so its pool is cut into exact pieces."""
+    return asked if manager == "orca-max" else next_power_of_two(asked)
 
 
 def fitting(manager: str, moments: Iterable[Moment], slots: int, max_model_len: int, page_tokens: int) -> int:
     """How many of these sequences, in order, a pool of ``slots`` could serve at once."""
-    used = count = 0
-    for moment in moments:
-        used += held(manager, moment, max_model_len, page_tokens).total
-        if used > slots:
+    return _count_fitting((held(manager, moment, max_model_len, page_tokens).total for moment in moments), slots)
+
+
+def _count_fitting(needs: Iterable[int], slots: int) -> int:
+    count = 0
+    for need in needs:
+        slots -= need
+        if slots < 0:
             break
         count += 1
     return count
@@ -108,7 +101,8 @@ def fitting(manager: str, moments: Iterable[Moment], slots: int, max_model_len: 
 
 @dataclass
 class Row:
-    """One step of a `timeline`. ``running``: sequences with blocks; ``fit``: how many of all unfinished ones fit."""
+    """One moment of a `timeline`. ``running``: sequences with blocks; ``fit``: how many of them a pool of the same
+    size could serve at once, first come, first served."""
 
     step: int
     running: int
@@ -116,46 +110,141 @@ class Row:
     fit: dict[str, int]
 
 
-def timeline(events: Iterable[Event], page_tokens: int = 64) -> list[Row]:
-    """Per step, what each manager would hold for the sequences that the engine was running.
+class _Terms(NamedTuple):
+    """What a sequence means to contiguous managers, which decide once: slots asked for and slots given, by manager."""
 
-    Reads the events twice: a sequence's final length is known once it has finished. One that still runs is taken to
-    run to its limit, so rows change, for the better, when it ends earlier.
+    final: int
+    asked: tuple[int, ...]
+    chunk: tuple[int, ...]
+
+
+class _Shot(NamedTuple):
+    """What a row is computed from, again and again, as final lengths become known."""
+
+    step: int
+    running: list[tuple[int, int]]  # sequence, its tokens in the cache
+    filled: dict[int, int]  # slots of each block of the pool that is not full
+    num_full: int  # blocks
+    open: list[tuple[int, int, int]]  # block that is not full, a sequence that reads it, where it begins there
+
+
+class Accounts:
+    """Keeps the books of a run while it happens.
+
+    Apply every event, `close` a row whenever one is wanted, and take the ``rows`` by number after an `update`. A
+    sequence that still runs is taken to run to its limit; when it ends earlier, the rows it was running in change.
+    So that this stays cheap, a row is a sum over sequences of numbers that were worked out once.
     """
-    events = list(events)
-    state = State()
-    limits: dict[int, int] = {}
-    for event in events:
-        state.apply(event)
-        if event.type == "request_added":
-            for seq_id in event.seq_ids:  # type: ignore[attr-defined]
-                limits[seq_id] = len(event.prompt_token_ids) + event.max_tokens  # type: ignore[attr-defined]
-        elif event.type == "forked":
-            limits.setdefault(event.child, limits[event.parent])  # type: ignore[attr-defined]
-    # The last token's KV is never computed: nothing follows that would read it.
-    finals = {i: len(seq.tokens) - 1 if seq.finish_reason else limits[i] for i, seq in state.seqs.items()}
 
-    rows: list[Row] = []
-    state = State()
+    def __init__(self, state: State | None = None, first: int = 0, page_tokens: int = 64) -> None:
+        self.state = state or State()
+        self.rows: dict[int, Row] = {}
+        self.next = first  # the number of the next row
+        self.page_tokens = page_tokens
+        self._shots: dict[int, _Shot] = {}
+        self._terms: dict[int, _Terms] = {}
+        self._since: dict[int, int] = {}  # the first row that a sequence is running in
+        self._stale: set[int] = set()
+
+    def apply(self, event: Event) -> None:
+        self.state.apply(event)
+        if isinstance(event, Finished) and event.seq_id in self._terms:
+            seq = self.state.seqs[event.seq_id]
+            # The last token's KV is never computed: nothing follows that would read it.
+            terms = self._agree(seq.num_prompt, max(len(seq.tokens) - 1, seq.num_computed))
+            if terms != self._terms[event.seq_id]:
+                self._stale.update(range(self._since[event.seq_id], self.next))
+            self._terms[event.seq_id] = terms
+
+    def close(self) -> None:
+        """Ends a row: what is held now."""
+        shot = self._shot()
+        for seq_id, _ in shot.running:
+            if seq_id not in self._terms:
+                seq = self.state.seqs[seq_id]
+                self._terms[seq_id] = self._agree(seq.num_prompt, max(seq.limit - 1, seq.num_computed))
+                self._since[seq_id] = self.next
+        self._shots[self.next] = shot
+        self._stale.add(self.next)
+        self.next += 1
+
+    def update(self) -> list[int]:
+        """Computes what is new or has changed since the last time; returns the numbers of these rows."""
+        changed = sorted(self._stale & self._shots.keys())
+        self._stale.clear()
+        for number in changed:
+            self.rows[number] = self._row(self._shots[number])
+        return changed
+
+    def forget(self, before: int) -> None:
+        """Drops the rows below a number."""
+        for number in [number for number in self._shots if number < before]:
+            del self._shots[number]
+            self.rows.pop(number, None)
+
+    def _agree(self, num_prompt: int, final: int) -> _Terms:
+        longest = self.state.config["max_model_len"]
+        asked = tuple(max(reservation(manager, num_prompt, final - num_prompt, longest), final) for manager in AHEAD)
+        return _Terms(final, asked, tuple(map(_chunk, AHEAD, asked)))
+
+    def _shot(self) -> _Shot:
+        size = self.state.config["block_size"]
+        running: list[tuple[int, int]] = []
+        full: set[int] = set()
+        filled: dict[int, int] = {}
+        open_blocks: list[tuple[int, int, int]] = []
+        for seq_id, seq in self.state.seqs.items():
+            if not seq.table:
+                continue
+            running.append((seq_id, seq.num_computed))
+            num_full = seq.num_computed // size
+            full.update(seq.table[:num_full])
+            for logical, block in enumerate(seq.table[num_full:], start=num_full):
+                start = logical * size
+                filled[block] = max(filled.get(block, 0), seq.num_computed - start)
+                open_blocks.append((block, seq_id, start))
+        for block in full & filled.keys():  # one of its readers has filled it, for all of them
+            del filled[block]
+        return _Shot(self.state.step, running, filled, len(full), [o for o in open_blocks if o[0] in filled])
+
+    def _row(self, shot: _Shot) -> Row:
+        config = self.state.config
+        slots = config["block_size"] * config["num_blocks"]
+        terms = [self._terms[seq_id] for seq_id, _ in shot.running]
+        token = sum(num_computed for _, num_computed in shot.running)
+        final = sum(term.final for term in terms)
+        totals: dict[str, Held] = {}
+        fit: dict[str, int] = {}
+        for index, manager in enumerate(AHEAD):
+            chunks = [term.chunk[index] for term in terms]
+            asked = sum(term.asked[index] for term in terms)
+            totals[manager] = Held(token, final - token, asked - final, sum(chunks) - asked)
+            fit[manager] = _count_fitting(chunks, slots)
+        pages = [-(-num_computed // self.page_tokens) * self.page_tokens for _, num_computed in shot.running]
+        later = sum(min(page, term.final) for page, term in zip(pages, terms, strict=True)) - token
+        totals["vattention"] = Held(token, later, sum(pages) - token - later)
+        fit["vattention"] = _count_fitting(pages, slots)
+        totals["paged"] = self._paged(shot)
+        fit["paged"] = len(shot.running)
+        return Row(shot.step, len(shot.running), totals, fit)
+
+    def _paged(self, shot: _Shot) -> Held:
+        """What the engine's own block tables hold: shared blocks count once."""
+        size = self.state.config["block_size"]
+        coming: dict[int, int] = {}
+        for block, seq_id, start in shot.open:
+            coming[block] = max(coming.get(block, 0), min(size, self._terms[seq_id].final - start))
+        token = sum(shot.filled.values())
+        reserved = sum(max(0, coming[block] - count) for block, count in shot.filled.items())
+        return Held(token + shot.num_full * size, reserved, len(shot.filled) * size - token - reserved)
+
+
+def timeline(events: Iterable[Event], page_tokens: int = 64) -> list[Row]:
+    """Per step, what each manager would hold for the sequences that the engine was running."""
+    accounts = Accounts(page_tokens=page_tokens)
     for event in events:
-        state.apply(event)
+        accounts.apply(event)
         if isinstance(event, StepFinished):
-            rows.append(_row(state, finals, page_tokens))
-    return rows
-
-
-def _row(state: State, finals: dict[int, int], page_tokens: int) -> Row:
-    longest, size = state.config["max_model_len"], state.config["block_size"]
-    slots = size * state.config["num_blocks"]
-    moments = [
-        Moment(seq_id, seq.num_prompt, seq.num_computed, finals[seq_id])
-        for seq_id, seq in state.seqs.items()
-        if not seq.finish_reason
-    ]
-    running = [moment for moment in moments if state.seqs[moment.seq_id].table]
-    totals = {"paged": held_by_paging(state, finals)}
-    fit = {"paged": len(running)}
-    for manager in MANAGERS[:-1]:
-        totals[manager] = sum((held(manager, m, longest, page_tokens) for m in running), Held())
-        fit[manager] = fitting(manager, moments, slots, longest, page_tokens)
-    return Row(state.step, len(running), totals, fit)
+            accounts.close()
+    accounts.update()
+    return list(accounts.rows.values())

@@ -3,8 +3,19 @@
 import pytest
 
 from minipaged.config import SamplingParams
-from minipaged.events import Recorder
-from minipaged.memory.waste import MANAGERS, Held, Moment, fitting, held, next_power_of_two, reservation, timeline
+from minipaged.events import Recorder, StepFinished, replay
+from minipaged.memory.waste import (
+    AHEAD,
+    MANAGERS,
+    Accounts,
+    Held,
+    Moment,
+    fitting,
+    held,
+    next_power_of_two,
+    reservation,
+    timeline,
+)
 from tests.fake import fake_engine
 
 
@@ -40,13 +51,14 @@ def test_a_page_group_that_the_sequence_never_fills_is_internal():
     assert held("vattention", Moment(0, 10, 30, 33), 2048, page_tokens=64) == Held(30, 3, 31, 0)
 
 
-def run(n=1, **settings):
+def run(n=1, stop_early=False, **settings):
     engine = fake_engine(num_blocks=40, block_size=4, **settings)
     recorder = Recorder()
     recorder(engine.started_event())
     engine.events.subscribe(recorder)
     for i in range(4):
-        engine.add_request(f"r{i}", [1] * 9 + [i], SamplingParams(n=n, max_tokens=10 + i, ignore_eos=True))
+        params = SamplingParams(n=n, max_tokens=10 + i + 8 * stop_early, ignore_eos=not stop_early)
+        engine.add_request(f"r{i}", [1] * 9 + [i], params)
     while engine.has_unfinished():
         engine.step()
     return engine, recorder.events
@@ -83,3 +95,43 @@ def test_a_running_sequence_is_taken_to_run_to_its_limit_until_it_ends():
     first_steps = [event for event in events if event.type != "finished"][: len(events) // 2]
     early, late = timeline(first_steps), timeline(events)
     assert early[0].held["orca-oracle"].reserved >= late[0].held["orca-oracle"].reserved
+
+
+def test_rows_are_the_sums_of_what_is_held_for_each_sequence():
+    """The quick sums against the definition, on a run whose sequences end early, share and are preempted."""
+    engine, events = run(n=2, max_num_seqs=8, stop_early=True)
+    ends = {event.seq_id for event in events if event.type == "finished"}
+    *_, last = replay(events)
+    finals = {seq_id: len(last.seqs[seq_id].tokens) - 1 for seq_id in ends}
+    rows = iter(timeline(events, page_tokens=4))
+    for event, state in zip(events, replay(events), strict=True):
+        if not isinstance(event, StepFinished):
+            continue
+        row = next(rows)
+        moments = [Moment(i, s.num_prompt, s.num_computed, finals[i]) for i, s in state.seqs.items() if s.table]
+        for manager in (*AHEAD, "vattention"):
+            assert row.held[manager] == sum((held(manager, m, engine.max_model_len, 4) for m in moments), Held())
+            assert row.fit[manager] == fitting(manager, moments, 40 * 4, engine.max_model_len, 4)
+        assert row.running == row.fit["paged"] == len(moments)
+        assert row.held["paged"].total == 4 * len({block for s in state.seqs.values() for block in s.table})
+        assert min(row.held["paged"]) >= 0
+    assert {event.reason for event in events if event.type == "finished"} == {"stop", "length"}
+
+
+def test_accounts_kept_live_end_up_where_the_timeline_does_and_change_only_what_they_must():
+    _, events = run(n=2, max_num_seqs=8, stop_early=True)
+    accounts, changes = Accounts(), []
+    for event in events:
+        accounts.apply(event)
+        if isinstance(event, StepFinished):
+            accounts.close()
+            changes.append(accounts.update())
+    assert list(accounts.rows.values()) == timeline(events)
+    assert any(len(changed) > 1 for changed in changes), "a sequence that stops early changes the rows behind"
+    _, events = run()
+    quiet = Accounts()
+    for event in events:
+        quiet.apply(event)
+        if isinstance(event, StepFinished):
+            quiet.close()
+            assert len(quiet.update()) == 1, "one that runs to its limit was foreseen"

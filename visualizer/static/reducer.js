@@ -80,6 +80,7 @@ const HANDLERS = {
         swap_table: [],
         parent: null,
         finish_reason: null,
+        limit: e.prompt_token_ids.length + e.max_tokens,
       };
     }
   },
