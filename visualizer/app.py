@@ -20,9 +20,10 @@ from fastapi import Response  # noqa: E402
 from minipaged.errors import MinipagedError  # noqa: E402
 from visualizer.commands import Commands  # noqa: E402
 from visualizer.engine_thread import DEFAULT_RATE, EngineThread  # noqa: E402
-from visualizer.figures import memory_figure  # noqa: E402
+from visualizer.figures import figures  # noqa: E402
 from visualizer.log import RecordLog  # noqa: E402
 from visualizer.scenarios import DEMO_SETTINGS, OPENING, Scenario  # noqa: E402
+from visualizer.waste_rows import WasteRows  # noqa: E402
 
 STATIC = Path(__file__).resolve().parent / "static"
 PLOTLY = Path(plotly.__file__).resolve().parent / "package_data" / "plotly.min.js"
@@ -31,7 +32,7 @@ PLOTLY = Path(plotly.__file__).resolve().parent / "package_data" / "plotly.min.j
 ON_LOAD = """
 const address = (path) => new URL("gradio_api/file=" + path, document.baseURI).href;
 import(address(props.main)).then((module) =>
-  module.start({ element, server, figure: props.figure, plotly: address(props.plotly) })
+  module.start({ element, server, figures: props.figures, plotly: address(props.plotly) })
 );
 """
 
@@ -66,6 +67,7 @@ def build(llm: Any, scenario: Scenario | None = OPENING, rate: float | None = DE
     log = RecordLog()
     thread = EngineThread(llm, log, rate)
     commands = Commands(thread, scenario or OPENING)
+    rows = WasteRows(log)
     unseen = [scenario] if scenario else []  # emptied by the first viewer
 
     # Called by the page's JavaScript. A Response goes out as it is: no record is encoded a second time.
@@ -77,16 +79,19 @@ def build(llm: Any, scenario: Scenario | None = OPENING, rate: float | None = DE
     async def command(payload: Any) -> dict[str, Any]:
         return await commands(payload)
 
+    async def waste(request: Any) -> Response:
+        return Response(await rows(request), media_type="application/json")
+
     gr.set_static_paths([STATIC, PLOTLY])
     with gr.Blocks(title="minipaged", analytics_enabled=False, fill_width=True) as blocks:
         gr.HTML(
             html_template=(STATIC / "page.html").read_text(encoding="utf-8"),
             js_on_load=ON_LOAD,
-            server_functions=[pull, command],
+            server_functions=[pull, command, waste],
             apply_default_css=False,
             main=(STATIC / "main.js").as_posix(),
             plotly=PLOTLY.as_posix(),
-            figure=json.loads(memory_figure().to_json()),
+            figures={name: json.loads(figure.to_json()) for name, figure in figures().items()},
         )
     thread.start()
     return Visualizer(blocks, thread, log)
@@ -115,7 +120,8 @@ def launch(
         visualizer.blocks.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
             inbrowser=open_browser, footer_links=[], run_history=False, ssr_mode=False,
-            css_paths=STATIC / "style.css", theme=_theme(), favicon_path=STATIC / "favicon.svg",
+            css_paths=[STATIC / "style.css", STATIC / "charts.css"],
+            theme=_theme(), favicon_path=STATIC / "favicon.svg",
         )  # fmt: skip
     except OSError:
         visualizer.close()

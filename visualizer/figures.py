@@ -1,8 +1,37 @@
-"""The page's charts, built here once and fed in the browser."""
+"""The page's charts, built here once and fed in the browser.
+
+A shape named "moment" is the vertical line at the moment looked at, one named "pool" the pool's size; the browser
+finds them by these names.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+BLUE, ORANGE, GREEN, RED, SKY, PINK, GREY = "#0072b2 #e69f00 #009e73 #d55e00 #56b4e9 #cc79a7 #888888".split()
+
+# As in minipaged.memory.waste.MANAGERS, in that order.
+MANAGER_LINES = (
+    ("Max", RED, "solid"),
+    ("Pow2", ORANGE, "dash"),
+    ("Oracle", PINK, "dashdot"),
+    ("vAttention", GREEN, "dot"),
+    ("paged", BLUE, "solid"),
+)
+
+
+def figures() -> dict[str, go.Figure]:
+    """By the name of the tab that shows them."""
+    return {
+        "memory": memory_figure(),
+        "waste": waste_figure(),
+        "throughput": throughput_figure(),
+        "sequences": sequences_figure(),
+        "prefix": prefix_figure(),
+    }
 
 
 def memory_figure() -> go.Figure:
@@ -14,34 +43,132 @@ def memory_figure() -> go.Figure:
     figure = go.Figure()
     figure.add_scatter(
         x=[], y=[], name="slots reserved", mode="lines",
-        line={"color": "#56b4e9", "width": 1.5, "shape": "hv"},
+        line={"color": SKY, "width": 1.5, "shape": "hv"},
         fill="tozeroy", fillcolor="rgba(86,180,233,0.18)", hovertemplate="%{y} slots reserved<extra></extra>",
     )  # fmt: skip
     figure.add_scatter(
-        x=[], y=[], name="slots filled", mode="lines", line={"color": "#0072b2", "width": 2},
+        x=[], y=[], name="slots filled", mode="lines", line={"color": BLUE, "width": 2},
         fill="tozeroy", fillcolor="rgba(0,114,178,0.25)", hovertemplate="%{y} slots filled<extra></extra>",
     )  # fmt: skip
     figure.add_scatter(
         x=[], y=[], name="tokens, sharing not counted", mode="lines",
-        line={"color": "#e69f00", "width": 2, "dash": "dot"},
+        line={"color": ORANGE, "width": 2, "dash": "dot"},
         hovertemplate="%{y} tokens in all<extra></extra>",
     )  # fmt: skip
+    _pool_line(figure)
+    return _styled(figure)
+
+
+def waste_figure() -> go.Figure:
+    """What each manager holds for the same texts, and below them all the tokens that it is for."""
+    figure = go.Figure()
+    for name, color, dash in MANAGER_LINES:
+        figure.add_scatter(
+            x=[], y=[], name=name, mode="lines", line={"color": color, "width": 2, "dash": dash, "shape": "hv"},
+            hovertemplate=f"{name}: %{{y}} slots<extra></extra>",
+        )  # fmt: skip
+    figure.add_scatter(
+        x=[], y=[], name="tokens", mode="lines", line={"color": GREY, "width": 1},
+        fill="tozeroy", fillcolor="rgba(0,114,178,0.15)", hovertemplate="tokens (paged): %{y}<extra></extra>",
+    )  # fmt: skip
+    _pool_line(figure)
+    return _styled(figure)
+
+
+def throughput_figure() -> go.Figure:
+    """Three small charts: how many tokens a step computes, how long it takes, and what that makes per second."""
+    figure = make_subplots(
+        rows=1, cols=3, horizontal_spacing=0.08, subplot_titles=(
+            f"tokens: <b style='color:{BLUE}'>decode</b> + <b style='color:{ORANGE}'>prefill</b>",
+            "milliseconds a step",
+            "tokens a second",
+        )
+    )  # fmt: skip
+    for name, color in (("decode", BLUE), ("prefill", ORANGE)):
+        figure.add_bar(
+            x=[], y=[], name=name, marker={"color": color, "line": {"width": 0}}, row=1, col=1,
+            hovertemplate=f"%{{y}} {name}<extra></extra>",
+        )  # fmt: skip
+    for column, (name, color, unit) in enumerate((("step time", GREEN, "ms"), ("tokens per second", RED, "/s")), 2):
+        figure.add_scatter(
+            x=[], y=[], name=name, mode="lines", line={"color": color, "width": 1.5}, row=1, col=column,
+            hovertemplate=f"%{{y:.1f}} {unit}<extra></extra>",
+        )  # fmt: skip
+    figure.update_annotations(font={"size": 11})
+    return _styled(figure, barmode="stack", bargap=0, showlegend=False)
+
+
+def sequences_figure() -> go.Figure:
+    """A Gantt chart. Whose bar it is, its colour and letter tell; what was going on, the way it is filled."""
+    figure = go.Figure()
+    looks: dict[str, dict[str, Any]] = {
+        "waiting": {"opacity": 0.28},
+        "prefill": {"pattern": {"shape": "/", "size": 4, "solidity": 0.4, "fgcolor": "#ffffff"}},
+        "decode": {},
+        "preempted": {"opacity": 0.9, "color": "rgba(213,94,0,0.12)", "line": {"color": RED, "width": 1.5}},
+    }
+    for name, marker in looks.items():
+        figure.add_bar(
+            x=[], y=[], base=[], name=name, orientation="h", marker=marker, width=0.72, customdata=[],
+            hovertemplate="%{customdata}<extra></extra>", showlegend=False,
+        )  # fmt: skip
+    _styled(figure, barmode="overlay", margin_top=6)
+    figure.update_yaxes(autorange=False, showgrid=False, ticklen=0, rangemode="normal")
+    return figure.update_layout(hovermode="closest", margin={"l": 26})
+
+
+def prefix_figure() -> go.Figure:
+    """How many prompt tokens the prefix cache had, and how it fills and is emptied."""
+    figure = make_subplots(specs=[[{"secondary_y": True}]])
+    figure.add_scatter(
+        x=[], y=[], name="hit rate so far, %", mode="lines", line={"color": GREEN, "width": 2.5, "shape": "hv"},
+        hovertemplate="%{y:.1f} % of prompt tokens were cached<extra></extra>",
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[], y=[], name="blocks in the cache", mode="lines", line={"color": BLUE, "width": 1.5, "shape": "hv"},
+        hovertemplate="%{y} blocks in the cache<extra></extra>", secondary_y=True,
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[], y=[], name="evicted so far", mode="lines",
+        line={"color": RED, "width": 1.5, "dash": "dot", "shape": "hv"},
+        hovertemplate="%{y} blocks evicted<extra></extra>", secondary_y=True,
+    )  # fmt: skip
+    _styled(figure)
+    figure.update_yaxes(range=[0, 100], ticksuffix=" %", secondary_y=False)
+    figure.update_yaxes(showgrid=False, tickformat="d", secondary_y=True)
+    return figure.update_layout(margin={"r": 34})
+
+
+def _pool_line(figure: go.Figure) -> None:
+    """Paging can never cross it."""
     figure.add_shape(
-        type="line", xref="paper", x0=0, x1=1, y0=0, y1=0, line={"width": 1, "dash": "dash", "color": "#888"}
-    )
+        name="pool", type="line", xref="paper", x0=0, x1=1, y0=0, y1=0,
+        line={"width": 1, "dash": "dash", "color": GREY},
+    )  # fmt: skip
     figure.add_annotation(
-        xref="paper", x=1, y=0, xanchor="right", yanchor="bottom", showarrow=False, text="", font={"size": 10}
-    )
-    figure.update_layout(
+        name="pool", xref="paper", x=1, y=0, xanchor="right", yanchor="bottom", showarrow=False, text="",
+        font={"size": 10},
+    )  # fmt: skip
+
+
+def _styled(figure: go.Figure, margin_top: int = 22, **layout: Any) -> go.Figure:
+    """Small, without decoration, and with a line for the moment looked at across each of its charts."""
+    axes = {trace.xaxis or "x" for trace in figure.data}
+    for axis in sorted(axes):
+        figure.add_shape(
+            name="moment", type="line", xref=axis, yref="y domain" if axis == "x" else f"y{axis[1:]} domain",
+            x0=0, x1=0, y0=0, y1=1, line={"width": 2, "color": RED}, visible=False,
+        )  # fmt: skip
+    figure.update_xaxes(zeroline=False, nticks=6, title=None, fixedrange=True)
+    figure.update_yaxes(zeroline=False, rangemode="tozero", nticks=4, fixedrange=True)
+    return figure.update_layout(
         template="none",
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "Helvetica Neue, Arial, sans-serif", "size": 11},
-        margin={"l": 40, "r": 8, "t": 22, "b": 22},
-        legend={"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"},
-        xaxis={"zeroline": False, "nticks": 6, "title": None, "fixedrange": True},
-        yaxis={"zeroline": False, "rangemode": "tozero", "nticks": 4, "fixedrange": True},
+        margin={"l": 40, "r": 8, "t": margin_top, "b": 22},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "font": {"size": 10.5}},
         hovermode="x unified",
         autosize=True,
+        **layout,
     )
-    return figure

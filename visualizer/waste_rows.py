@@ -88,4 +88,4 @@ class WasteRows:
 
 def flat(number: int, row: Row) -> list[Any]:
     """``[number, step, running, [token, reserved, internal, external, fit] for each manager]``."""
-    return [number, row.step, row.running, *([*row.held[name], row.fit[name]] for name in MANAGERS)]
+    return [number, row.step, row.running, *(n for name in MANAGERS for n in (*row.held[name], row.fit[name]))]

@@ -162,7 +162,9 @@ class Accounts:
         for seq_id, _ in shot.running:
             if seq_id not in self._terms:
                 seq = self.state.seqs[seq_id]
-                self._terms[seq_id] = self._agree(seq.num_prompt, max(seq.limit - 1, seq.num_computed))
+                self._terms[seq_id] = self._agree(
+                    seq.num_prompt, max(min(seq.limit - 1, self._longest), seq.num_computed)
+                )
                 self._since[seq_id] = self.next
         self._shots[self.next] = shot
         self._stale.add(self.next)
@@ -182,8 +184,14 @@ class Accounts:
             del self._shots[number]
             self.rows.pop(number, None)
 
+    @property
+    def _longest(self) -> int:
+        """What *Max* sets aside: nobody would promise more than the whole pool."""
+        config = self.state.config
+        return min(config["max_model_len"], config["num_blocks"] * config["block_size"])
+
     def _agree(self, num_prompt: int, final: int) -> _Terms:
-        longest = self.state.config["max_model_len"]
+        longest = self._longest
         asked = tuple(max(reservation(manager, num_prompt, final - num_prompt, longest), final) for manager in AHEAD)
         return _Terms(final, asked, tuple(map(_chunk, AHEAD, asked)))
 

@@ -104,14 +104,15 @@ def test_rows_are_the_sums_of_what_is_held_for_each_sequence():
     *_, last = replay(events)
     finals = {seq_id: len(last.seqs[seq_id].tokens) - 1 for seq_id in ends}
     rows = iter(timeline(events, page_tokens=4))
+    longest = min(engine.max_model_len, 40 * 4)
     for event, state in zip(events, replay(events), strict=True):
         if not isinstance(event, StepFinished):
             continue
         row = next(rows)
         moments = [Moment(i, s.num_prompt, s.num_computed, finals[i]) for i, s in state.seqs.items() if s.table]
         for manager in (*AHEAD, "vattention"):
-            assert row.held[manager] == sum((held(manager, m, engine.max_model_len, 4) for m in moments), Held())
-            assert row.fit[manager] == fitting(manager, moments, 40 * 4, engine.max_model_len, 4)
+            assert row.held[manager] == sum((held(manager, m, longest, 4) for m in moments), Held())
+            assert row.fit[manager] == fitting(manager, moments, 40 * 4, longest, 4)
         assert row.running == row.fit["paged"] == len(moments)
         assert row.held["paged"].total == 4 * len({block for s in state.seqs.values() for block in s.table})
         assert min(row.held["paged"]) >= 0

@@ -1,70 +1,171 @@
-// The memory chart: tokens as the sequences see them, slots really filled, slots reserved. The figure was built in
-// Python with plotly and arrives once as JSON; only its data changes here, four times a second at most.
+// The panel of charts: tabs, a caption with the numbers of the moment looked at, and a button to enlarge it over the
+// scene. The figures were built in Python with plotly and arrive once as JSON; only their data changes here, four times
+// a second at most, and only in the tab that is looked at.
+
+import { GanttChart, LineChart } from "./chart_kinds.js";
+import { History } from "./history.js";
+import { element, plural, setText } from "./names.js";
+import { Waste } from "./waste.js";
 
 const EVERY = 250; // milliseconds
-const WINDOW = 400; // records shown
-const LINES = ["reserved", "used", "logical"]; // in the order of the figure's traces
+const WIDE = 700; // pixels; from here on there is room for two things beside each other
+const TABS = {
+  memory: "Memory", waste: "Waste", throughput: "Throughput", sequences: "Sequences", prefix: "Prefix cache",
+};
+const whole = (value) => Math.round(value).toLocaleString("en");
 
-export class Chart {
-  constructor(root, figure, plotlyUrl) {
-    this.node = root.querySelector("[data-part=chart]");
-    this.figure = figure;
+// What each tab says about the moment looked at.
+const SAY = {
+  memory({ record }) {
+    const { logical, used, reserved } = record.metrics;
+    const share = reserved ? ` (${Math.round((100 * used) / reserved)} %)` : "";
+    return `${plural(reserved, "slot")} reserved, ${used} filled${share}, for ${plural(logical, "token")}`;
+  },
+  throughput({ point }) {
+    if (point.ms === null) return "nothing computed yet";
+    const batch = `${point.decode} decode + ${point.prefill} prefill`;
+    return `${batch} tokens in ${point.ms.toFixed(1)} ms · ${point.rate === null ? "–" : whole(point.rate)} tokens/s`;
+  },
+  sequences({ state }) {
+    const count = (name) => state[name].flatMap((id) => state.requests[id]).filter((id) => !state.seqs[id].finish_reason);
+    const swapped = count("swapped").length;
+    return `${count("running").length} running · ${count("waiting").length} waiting` + (swapped ? ` · ${swapped} swapped` : "");
+  },
+  prefix({ point, state }) {
+    if (!state.config.enable_prefix_caching) return "the prefix cache is switched off";
+    const rate = point.known ? `${((100 * point.hit) / point.known).toFixed(1)} %` : "none";
+    return `${point.hit} of ${point.known} tokens found (${rate}) · ${plural(point.cached, "block")} cached, ${point.evicted} evicted`;
+  },
+};
+
+export class Charts {
+  constructor(root, figures, plotlyUrl, server) {
+    this.box = root.querySelector("[data-part=charts]");
+    this.history = new History();
     this.nextAt = 0;
-    this.drawn = { first: -1, end: -1 };
-    // 4.8 MB: the page is alive long before the chart is.
+    this.views = {};
+    this.build(figures, server);
+    this.show("memory");
+    new ResizeObserver(() => this.resize()).observe(this.box);
+    new MutationObserver(() => this.repaint()).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+    // 4.8 MB: the page is alive long before the charts are.
     const script = document.createElement("script");
     script.src = plotlyUrl;
-    script.onload = () => this.begin();
+    script.onload = () => (this.nextAt = 0);
     document.head.append(script);
   }
 
-  async begin() {
-    const config = { displayModeBar: false, responsive: true, staticPlot: false };
-    await window.Plotly.newPlot(this.node, this.figure.data, this.figure.layout, config);
-    this.ready = true;
-    const repaint = () => window.Plotly.relayout(this.node, colours(this.node));
-    repaint();
-    new MutationObserver(repaint).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+  build(figures, server) {
+    const head = element("div", "mp-charts-head", this.box);
+    const list = element("div", "mp-tabs", head, { role: "tablist", "aria-label": "Charts" });
+    this.caption = element("output", "mp-chart-now", head, { "data-testid": "chart-now", "aria-live": "off" });
+    this.enlarge = element("button", "mp-enlarge", head, { type: "button", "data-testid": "enlarge" });
+    this.enlarge.addEventListener("click", () => this.setBig(!this.big));
+    this.tabs = {};
+    for (const [name, title] of Object.entries(TABS)) {
+      const ids = { id: `mp-tab-${name}`, "aria-controls": `mp-chart-${name}` };
+      const tab = element("button", "mp-tab", list, { type: "button", role: "tab", "data-testid": `tab-${name}`, ...ids });
+      tab.textContent = title;
+      tab.addEventListener("click", () => this.show(name));
+      this.tabs[name] = tab;
+      const panel = element("div", `mp-chart mp-chart-${name}`, this.box, {
+        id: ids["aria-controls"], role: "tabpanel", "aria-labelledby": ids.id, "data-chart": name,
+        "data-testid": name === "memory" ? "chart" : `chart-${name}`,
+      });
+      this.views[name] = this.viewOf(name, panel, figures[name], server);
+    }
+    this.enlarge.before(this.views.waste.toggle);
+    list.addEventListener("keydown", (event) => this.key(event));
+    this.box.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape" || !this.big) return;
+      event.stopPropagation(); // or it would let go of what is selected, too
+      this.setBig(false);
+    });
+    this.setBig(false);
+  }
+
+  viewOf(name, panel, figure, server) {
+    if (name === "waste") return new Waste(panel, figure, server);
+    if (name === "sequences") return new GanttChart(panel, figure, this.history);
+    return new LineChart(panel, figure, POINTS[name], this.history);
+  }
+
+  get view() {
+    return this.views[this.shown];
+  }
+
+  resize() {
+    this.box.classList.toggle("mp-wide", this.box.clientWidth >= WIDE);
+    this.nextAt = 0;
+    this.view.resize();
+  }
+
+  show(name) {
+    this.shown = name;
+    for (const [other, tab] of Object.entries(this.tabs)) {
+      tab.setAttribute("aria-selected", String(other === name));
+      tab.tabIndex = other === name ? 0 : -1;
+      this.views[other].node.hidden = other !== name;
+    }
+    const { offsetLeft, parentNode } = this.tabs[name]; // on a phone, tabs are a strip that scrolls
+    parentNode.scrollLeft = offsetLeft - parentNode.offsetLeft - 40;
+    this.views.waste.toggle.hidden = name !== "waste";
+    this.nextAt = 0;
+    this.said = null;
+    this.view.resize();
+  }
+
+  // As tabs do everywhere; the page's own arrow keys must not hear of it.
+  key(event) {
+    const names = Object.keys(TABS);
+    const at = names.indexOf(this.shown);
+    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: names.length - 1 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const name = names[(to + names.length) % names.length];
+    this.show(name);
+    this.tabs[name].focus();
+  }
+
+  setBig(big) {
+    this.big = big;
+    this.box.classList.toggle("mp-big", big);
+    const words = big ? "Make the charts small again (Esc)" : "Enlarge the charts over the scene";
+    this.enlarge.textContent = big ? "✕" : "⤢";
+    this.enlarge.title = words;
+    this.enlarge.setAttribute("aria-label", words);
+    this.enlarge.setAttribute("aria-expanded", String(big));
+  }
+
+  repaint() {
+    for (const view of Object.values(this.views)) view.unpainted = true;
+    this.nextAt = 0;
   }
 
   render(player, now) {
-    if (!this.ready || now < this.nextAt || !player.state.config.num_blocks) return;
-    const end = player.position;
-    const first = Math.max(player.first, end - WINDOW);
-    if (this.drawn.run === player.run && this.drawn.first === first && this.drawn.end === end) return;
+    if (!player.state.config.num_blocks) return;
+    this.say(player);
+    if (now < this.nextAt || !window.Plotly) return;
     this.nextAt = now + EVERY;
-    // Going on from what is drawn: add to it. Anything else (a seek, a new run): draw afresh.
-    const goesOn = this.drawn.run === player.run && this.drawn.end > first && this.drawn.end < end;
-    const from = goesOn ? this.drawn.end : first;
-    const points = player.records.slice(from - player.first, end - player.first).map((record) => record.metrics);
-    const x = LINES.map(() => points.map((point) => point.step));
-    const y = LINES.map((name) => points.map((point) => point[name]));
-    if (goesOn) window.Plotly.extendTraces(this.node, { x, y }, [0, 1, 2], WINDOW);
-    else window.Plotly.restyle(this.node, { x, y }, [0, 1, 2]);
-    this.capacity(player);
-    this.drawn = { run: player.run, first, end };
+    if (this.shown !== "memory" && this.shown !== "waste") this.history.follow(player);
+    this.view.render(player, now);
   }
 
-  // The pool's size as a line that nothing can cross.
-  capacity(player) {
-    const { num_blocks, block_size } = player.state.config;
-    const slots = num_blocks * block_size;
-    if (this.slots === slots) return;
-    this.slots = slots;
-    window.Plotly.relayout(this.node, {
-      "shapes[0].y0": slots, "shapes[0].y1": slots, "annotations[0].y": slots,
-      "annotations[0].text": `the pool: ${slots} slots`,
-    });
+  say(player) {
+    const key = `${player.run} ${player.position}`;
+    if (this.said === key) return;
+    this.said = key;
+    if (SAY[this.shown]) this.history.follow(player);
+    const record = player.current;
+    const about = { record, state: player.state, point: this.history.at(player.position) };
+    setText(this.caption, record && SAY[this.shown] ? SAY[this.shown](about) : "");
   }
 }
 
-// Gradio's variables know whether the page is light or dark.
-function colours(node) {
-  const style = getComputedStyle(node);
-  const soft = style.getPropertyValue("--mp-soft");
-  const line = style.getPropertyValue("--mp-hair");
-  return {
-    "font.color": soft, "xaxis.gridcolor": line, "yaxis.gridcolor": line, "xaxis.linecolor": line,
-    "shapes[0].line.color": soft, "annotations[0].font.color": soft, "legend.font.color": soft,
-  };
-}
+// The traces' values at a record, in the order of the figures' traces.
+const POINTS = {
+  memory: ({ metrics }) => [metrics.reserved, metrics.used, metrics.logical],
+  throughput: (record, point) => [point.decode, point.prefill, point.ms, point.rate],
+  prefix: (record, point) => [point.known ? (100 * point.hit) / point.known : null, point.cached, point.evicted],
+};

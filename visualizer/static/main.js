@@ -1,7 +1,7 @@
 // Wires the page together: pulls records from the server, advances the player, draws what changed.
 
 import { Arrows } from "./arrows.js";
-import { Chart } from "./charts.js";
+import { Charts } from "./charts.js";
 import { Controls } from "./controls.js";
 import { narrate } from "./narration.js";
 import { setText } from "./names.js";
@@ -13,16 +13,16 @@ import { Timeline } from "./timeline.js";
 
 const RETRY = 700; // milliseconds between attempts when the server is gone
 
-// `server` has the two functions of app.py, `figure` is the chart's, `plotly` its library's address.
-export function start({ element: root, server, figure, plotly }) {
-  const page = new Page(root.querySelector(".mp"), server, figure, plotly);
+// `server` has the functions of app.py, `figures` are the charts', `plotly` their library's address.
+export function start({ element: root, server, figures, plotly }) {
+  const page = new Page(root.querySelector(".mp"), server, figures, plotly);
   window.minipaged = page.handle(); // for tests and for the curious
   page.pull();
   page.frame(performance.now());
 }
 
 class Page {
-  constructor(root, server, figure, plotly) {
+  constructor(root, server, figures, plotly) {
     this.root = root;
     this.server = server;
     this.player = new Player();
@@ -36,7 +36,7 @@ class Page {
     this.arrows = new Arrows(root.querySelector("[data-part=scene]"));
     this.timeline = new Timeline(root, this.player);
     this.controls = new Controls(root, (command) => server.command(command));
-    this.chart = new Chart(root, figure, plotly);
+    this.charts = new Charts(root, figures, plotly, server);
     this.banner = root.querySelector("[data-part=banner]");
     this.banner.querySelector("button").addEventListener("click", () => {
       this.dismissed = this.player.state.error;
@@ -118,7 +118,7 @@ class Page {
       this.player.changed = false;
       this.render();
     }
-    this.chart.render(this.player, now);
+    this.charts.render(this.player, now);
     requestAnimationFrame((time) => this.frame(time));
   }
 

@@ -1,0 +1,128 @@
+"""The panel of charts in a real browser: tabs, the numbers of the moment looked at, and the same as the server's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from minipaged.memory.waste import MANAGERS
+from tests.visualizer.test_page import STORIES, caught_up, finish, steps, submit
+from visualizer.app import Visualizer
+from visualizer.waste_rows import WasteRows
+
+# What the table of bars says, manager by manager.
+TABLE = """() => [...document.querySelectorAll("[data-manager]")].map((row) => [
+    row.dataset.manager, row.querySelector(".mp-w-words").textContent, row.querySelector(".mp-w-fit").textContent])"""
+LENGTHS = "(id) => document.querySelector(`[data-testid=${id}]`).data.map((trace) => trace.x.length)"
+
+
+def expected(row: list[int]) -> list[list[str]]:
+    cells = [row[3 + 5 * i : 8 + 5 * i] for i in range(len(MANAGERS))]
+    return [
+        [name, f"holds {sum(held)} slots for {held[0]} tokens", f"{fit} of {row[2]} fit"]
+        for name, (*held, fit) in zip(MANAGERS, cells, strict=True)
+    ]
+
+
+def rows_of(visualizer: Visualizer) -> list[list[int]]:
+    rows = WasteRows(visualizer.log)
+    rows.catch_up()
+    return json.loads(rows.answer({}))["rows"]
+
+
+def looks_at(page: Any, number: int) -> None:
+    page.evaluate("(position) => minipaged.player.seek(position)", number + 1)
+    page.wait_for_function(
+        "(n) => document.querySelector('[data-testid=waste-bars]').dataset.number === String(n)", arg=number
+    )
+
+
+def test_the_waste_shown_is_the_servers_at_every_moment(serve: Callable[..., Visualizer], pages: Any) -> None:
+    visualizer = serve()
+    page = pages.open(visualizer)
+    visualizer.thread.pause().result(20)
+    ids = submit(visualizer)
+    steps(visualizer, 40)
+    caught_up(page, visualizer)
+    page.click("[data-testid=tab-waste]")
+    now = rows_of(visualizer)
+    page.wait_for_function(
+        "n => document.querySelector('[data-testid=waste-bars]').dataset.number === n", arg=str(now[-1][0])
+    )
+    assert page.evaluate(TABLE) == expected(now[-1])
+    for number in (10, 25):
+        looks_at(page, number)
+        assert page.evaluate(TABLE) == expected(now[number])
+        held = [sum(now[number][3 + 5 * i : 7 + 5 * i]) for i in range(len(MANAGERS))]
+        words = page.text_content("[data-testid=waste-say]")
+        assert f"{held[0] / held[-1]:.1f}×" in words and f"{now[number][7]} of these {now[number][2]}" in words
+
+    # A text that ends before its limit changes the past, for this viewer and for one who comes late.
+    visualizer.thread.abort(ids[0]).result(20)
+    visualizer.thread.resume().result(20)
+    finish(visualizer)
+    later = rows_of(visualizer)
+    assert later[25] != now[25]
+    late = pages.open(visualizer)
+    late.click("[data-testid=tab-waste]")
+    for viewer in (page, late):
+        viewer.bring_to_front()
+        looks_at(viewer, 25)
+        viewer.wait_for_function(f"want => JSON.stringify(({TABLE})()) === want", arg=json.dumps(
+            expected(later[25]), separators=(",", ":"), ensure_ascii=False))  # fmt: skip
+
+
+def test_tabs_enlarging_and_what_each_chart_draws(serve: Callable[..., Visualizer], pages: Any) -> None:
+    visualizer = serve()
+    page = pages.open(visualizer)
+    visualizer.thread.pause().result(20)
+    submit(visualizer)
+    steps(visualizer, 30)
+    caught_up(page, visualizer)
+    records = visualizer.log.end
+    page.wait_for_function(f"({LENGTHS})('chart')?.[0] === {records}")
+
+    page.focus("[data-testid=tab-memory]")
+    position = page.evaluate("minipaged.player.position")
+    for name in ("waste", "throughput", "sequences", "prefix", "memory", "waste"):
+        page.keyboard.press("ArrowRight")
+        assert page.get_attribute(f"[data-testid=tab-{name}]", "aria-selected") == "true"
+        assert page.locator("[role=tabpanel]:visible").get_attribute("data-chart") == name
+        assert page.evaluate("document.activeElement.dataset.testid") == f"tab-{name}"
+    assert page.evaluate("minipaged.player.position") == position, "the page's own arrow keys did not hear of it"
+
+    page.click("[data-testid=tab-throughput]")
+    drawn = "document.querySelector('[data-testid=chart-throughput]').data"
+    page.wait_for_function(f"{drawn}?.[0].x.length === {records}")
+    events = [event for record in visualizer.log._events for event in record]
+    batches = [event.num_tokens for event in events if event.type == "step_finished"]
+    decode, prefill, ms, _ = page.evaluate(f"{drawn}.map((trace) => [...trace.y])")
+    assert [a + b for a, b in zip(decode, prefill, strict=True)][-len(batches) :] == batches
+    assert ms[-1] > 0
+
+    page.click("[data-testid=tab-sequences]")
+    bars = "document.querySelector('[data-testid=chart-sequences]').data.map((trace) => trace.y.length)"
+    page.wait_for_function(f"{bars}[2] === 7")  # everybody decodes by now
+
+    page.click("[data-testid=tab-prefix]")
+    assert "tokens found" in page.text_content("[data-testid=chart-now]")
+
+    page.click("[data-testid=enlarge]")
+    wide = "document.querySelector('[data-testid=chart-prefix] svg').clientWidth"
+    page.wait_for_function(f"{wide} > 1000")
+    page.keyboard.press("Escape")
+    page.wait_for_function(f"{wide} < 700")
+
+    # A frozen view keeps its charts, with a line at the moment looked at; a new run begins them anew.
+    page.click("[data-testid=tab-memory]")
+    page.evaluate("minipaged.player.seek(12)")
+    shape = "document.querySelector('[data-testid=chart]').layout.shapes.find((s) => s.name === 'moment')"
+    page.wait_for_function(f"{shape}.visible && {shape}.x0 === minipaged.player.state.step")
+    assert page.evaluate(LENGTHS, "chart") == [records] * 3
+    visualizer.thread.reset().result(20)
+    submit(visualizer, STORIES[:1])
+    steps(visualizer, 3)
+    caught_up(page, visualizer)
+    page.wait_for_function(f"({LENGTHS})('chart')[0] === {visualizer.log.end}")
+    assert page.evaluate(f"{shape}.visible") is False

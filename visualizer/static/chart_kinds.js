@@ -1,0 +1,167 @@
+// Charts that plotly draws: lines over the steps, and the Gantt chart of the sequences. Both know which part of the
+// history to show and mark the moment looked at when it is not the present.
+
+import { colour, letter, plural } from "./names.js";
+
+export const WINDOW = 400; // records shown
+const CONFIG = { displayModeBar: false, responsive: false };
+const MOST_ROWS = 40; // of the Gantt chart
+
+// The records to show. Following live or replaying, they end with the moment looked at; the future of a frozen view is
+// shown too, as far as it is known.
+export function windowOf(player) {
+  const ahead = player.mode === "frozen" ? WINDOW / 4 : 0;
+  const end = Math.min(player.end, Math.max(player.position + ahead, ahead && player.first + WINDOW));
+  return { first: Math.max(player.first, end - WINDOW), end };
+}
+
+export class PlotlyChart {
+  // `node` is the tab's panel; the plot fills it, or the part of it that is given.
+  constructor(node, figure, plot = node) {
+    this.node = node;
+    this.plot = plot;
+    this.figure = figure;
+    this.unpainted = true;
+    this.marked = "";
+  }
+
+  // Plotly is there; the figure may not be drawn yet.
+  begin() {
+    if (this.begun) return;
+    this.begun = true;
+    window.Plotly.newPlot(this.plot, this.figure.data, this.figure.layout, CONFIG);
+  }
+
+  resize() {
+    if (this.begun && this.plot.clientWidth) window.Plotly.Plots.resize(this.plot);
+  }
+
+  // Colours, the pool's size, the moment looked at: what is not data.
+  decorate(player, step) {
+    const { num_blocks, block_size } = player.state.config;
+    const slots = num_blocks * block_size;
+    const moment = player.mode === "live" ? null : step;
+    const key = `${slots} ${moment}`;
+    if (!this.unpainted && key === this.marked) return;
+    const changes = this.unpainted ? colours(this.plot) : {};
+    const { shapes = [], annotations = [] } = this.figure.layout;
+    shapes.forEach(({ name }, i) => {
+      if (name === "pool") Object.assign(changes, { [`shapes[${i}].y0`]: slots, [`shapes[${i}].y1`]: slots });
+      if (name === "moment") {
+        Object.assign(changes, {
+          [`shapes[${i}].visible`]: moment !== null, [`shapes[${i}].x0`]: moment ?? 0, [`shapes[${i}].x1`]: moment ?? 0,
+        });
+      }
+    });
+    annotations.forEach(({ name }, i) => {
+      if (name !== "pool") return;
+      Object.assign(changes, { [`annotations[${i}].y`]: slots, [`annotations[${i}].text`]: `the pool: ${slots} slots` });
+    });
+    window.Plotly.relayout(this.plot, changes);
+    this.marked = key;
+    this.unpainted = false;
+  }
+}
+
+// `values(record, point)` are the traces' at a record.
+export class LineChart extends PlotlyChart {
+  constructor(node, figure, values, history) {
+    super(node, figure);
+    this.values = values;
+    this.history = history;
+    this.drawn = { first: -1, end: -1 };
+  }
+
+  render(player) {
+    this.begin();
+    this.draw(player, windowOf(player));
+    this.decorate(player, player.state.step);
+  }
+
+  draw(player, { first, end }) {
+    const { drawn } = this;
+    const same = drawn.run === player.run;
+    if (same && drawn.first === first && drawn.end === end) return;
+    // Going on from what is drawn: add to it. Anything else (a seek, a new run): draw afresh.
+    const goesOn = same && drawn.first <= first && drawn.end > first && drawn.end < end;
+    const from = goesOn ? drawn.end : first;
+    const records = player.records.slice(from - player.first, end - player.first);
+    const rows = records.map((record, i) => this.values(record, this.history.points[from + i - this.history.first]));
+    const traces = this.figure.data.map((_, i) => i);
+    const steps = records.map((record) => record.metrics.step);
+    const x = traces.map(() => steps);
+    const y = traces.map((i) => rows.map((row) => row[i]));
+    if (goesOn) window.Plotly.extendTraces(this.plot, { x, y }, traces, WINDOW);
+    else window.Plotly.restyle(this.plot, { x, y }, traces);
+    this.drawn = { run: player.run, first, end };
+  }
+}
+
+const PHASES = ["waiting", "prefill", "decode", "preempted"]; // in the order of the figure's traces
+
+export class GanttChart extends PlotlyChart {
+  constructor(node, figure, history) {
+    super(node, figure);
+    this.history = history;
+  }
+
+  render(player) {
+    this.begin();
+    const { first, end } = windowOf(player);
+    const key = `${player.run} ${first} ${end} ${this.plot.clientHeight}`;
+    if (key !== this.drawn && end > first) this.draw(this.history.at(first + 1).step, this.history.at(end).step + 1);
+    this.drawn = key;
+    this.decorate(player, player.state.step + 0.5);
+  }
+
+  // Everything that happened in steps [from, to).
+  draw(from, to) {
+    const lived = ([, { spans, ended }]) => spans.length && spans[0].from < to && (ended ?? to) > from;
+    const rows = [...this.history.seqs].filter(lived).slice(-MOST_ROWS);
+    const traces = PHASES.map(() => ({ x: [], y: [], base: [], customdata: [], colours: [] }));
+    rows.forEach(([id, seq], row) => {
+      for (const span of seq.spans) this.bar(traces, row, id, seq, span, from, to);
+    });
+    const each = (name) => traces.map((trace) => trace[name]);
+    const restyle = { x: each("x"), y: each("y"), base: each("base"), customdata: each("customdata") };
+    const height = this.plot.clientHeight - 30;
+    const size = Math.max(6, Math.min(12, height / Math.max(1, rows.length)));
+    const layout = {
+      "yaxis.range": [Math.max(rows.length, 4) - 0.5, -0.5], "yaxis.tickvals": rows.map((_, row) => row),
+      "yaxis.ticktext": rows.map(([id]) => letter(id)), "yaxis.tickfont.size": size, "xaxis.range": [from, Math.max(to, from + 10)],
+    };
+    window.Plotly.update(this.plot, restyle, layout, [0, 1, 2, 3]);
+    // Preempted bars have one look for all; the others are in their sequence's colour.
+    window.Plotly.restyle(this.plot, { "marker.color": each("colours").slice(0, 3) }, [0, 1, 2]);
+  }
+
+  bar(traces, row, id, seq, span, from, to) {
+    const start = Math.max(from, span.from);
+    const stop = Math.min(to, span.to ?? to);
+    if (stop <= start) return;
+    const trace = traces[span.name === "swapped" ? 3 : PHASES.indexOf(span.name)];
+    trace.x.push(stop - start);
+    trace.base.push(start);
+    trace.y.push(row);
+    trace.colours.push(colour(id));
+    const ending = span.to !== null && span.to === seq.ended ? `, then finished (${seq.reason})` : "";
+    const length = plural((span.to ?? to) - span.from, "step");
+    trace.customdata.push(`${letter(id)}: ${span.name} from step ${span.from}, ${length}${ending}`);
+  }
+}
+
+// Gradio's variables know whether the page is light or dark.
+function colours(node) {
+  const style = getComputedStyle(node);
+  const soft = style.getPropertyValue("--mp-soft");
+  const line = style.getPropertyValue("--mp-hair");
+  const result = { "font.color": soft, "legend.font.color": soft, "hoverlabel.bgcolor": style.getPropertyValue("--mp-card") };
+  for (const axis of Object.keys(node.layout).filter((name) => /^[xy]axis/.test(name))) {
+    Object.assign(result, { [`${axis}.gridcolor`]: line, [`${axis}.linecolor`]: line });
+  }
+  (node.layout.annotations ?? []).forEach((_, i) => (result[`annotations[${i}].font.color`] = soft));
+  (node.layout.shapes ?? []).forEach(({ name }, i) => {
+    result[`shapes[${i}].line.color`] = name === "moment" ? style.getPropertyValue("--mp-red") : soft;
+  });
+  return result;
+}

@@ -1,0 +1,145 @@
+// What the charts draw, gathered from the player's records one by one: a point per record (batch, time, prefix cache)
+// and the spans of time that each sequence spent waiting, in prefill, in decode or preempted.
+
+const SMOOTH = 12; // steps over which tokens per second are averaged
+
+export class History {
+  constructor() {
+    this.run = null;
+    this.first = 0;
+    this.points = [];
+  }
+
+  get end() {
+    return this.first + this.points.length;
+  }
+
+  // The point of the record that is the last one at a position.
+  at(position) {
+    return this.points[position - 1 - this.first];
+  }
+
+  // Takes what is new in the player's records; starts over when they are not a continuation.
+  follow(player) {
+    if (this.run !== player.run || player.first > this.end || player.first < this.first || player.end < this.end) {
+      this.begin(player);
+    }
+    this.points.splice(0, player.first - this.first);
+    this.first = player.first;
+    for (const record of player.records.slice(this.end - player.first)) this.points.push(this.read(record));
+  }
+
+  begin(player) {
+    const state = JSON.parse(player.keyframes.get(player.first));
+    this.run = player.run;
+    this.first = player.first;
+    this.points = [];
+    this.seqs = new Map(); // id -> {request, prompt, length, spans}; of spans the last one is open until `ended`
+    this.step = state.step - (Object.keys(state.seqs).length ? 0 : 1);
+    this.now = { step: this.step, hit: 0, known: 0, evicted: 0, cached: Object.keys(state.cached).length };
+    this.recent = [];
+    for (const [id, seq] of Object.entries(state.seqs)) {
+      if (seq.finish_reason) continue;
+      this.add(Number(id), seq.request_id, seq.num_prompt, seq.tokens.length);
+      const started = seq.num_computed > 0 || seq.swap_table.length > 0 || seq.table.length > 0;
+      const name = state.swapped.includes(seq.request_id) ? "swapped" : started ? "decode" : "waiting";
+      this.span(Number(id), name, this.step);
+    }
+  }
+
+  read({ events }) {
+    const point = { ...this.now, prefill: 0, decode: 0, ms: null, rate: null, evictions: 0 };
+    for (const event of events) READ[event.type]?.(this, event, point);
+    point.step = this.step;
+    point.rate ??= this.rate();
+    const { step, hit, known, evicted, cached, ms, rate } = point;
+    this.now = { step, hit, known, evicted, cached, ms, rate };
+    return point;
+  }
+
+  rate() {
+    const seconds = this.recent.reduce((sum, [, time]) => sum + time, 0);
+    return seconds > 0 ? this.recent.reduce((sum, [tokens]) => sum + tokens, 0) / seconds : null;
+  }
+
+  // --- sequences ---
+
+  add(id, request, prompt, length) {
+    this.seqs.set(id, { request, prompt, length, spans: [], ended: null });
+  }
+
+  span(id, name, from) {
+    const seq = this.seqs.get(id);
+    if (!seq || seq.ended !== null) return;
+    const last = seq.spans.at(-1);
+    if (last?.name === name) return;
+    if (last) last.to = from;
+    if (last && last.from === from) seq.spans.pop(); // it lasted no step
+    seq.spans.push({ name, from, to: null });
+  }
+
+  of(request) {
+    return [...this.seqs].filter(([, seq]) => seq.request === request).map(([id]) => id);
+  }
+}
+
+// What the charts take from an event; the others say nothing to them.
+const READ = {
+  step_started(history, e) {
+    history.step = e.step;
+  },
+  request_added(history, e) {
+    for (const id of e.seq_ids) {
+      history.add(id, e.request_id, e.prompt_token_ids.length, e.prompt_token_ids.length);
+      history.span(id, "waiting", history.step + 1);
+    }
+  },
+  admitted(history, e, point) {
+    point.known += history.seqs.get(e.seq_id)?.length ?? 0;
+    point.hit += e.num_cached;
+  },
+  forked(history, e) {
+    const parent = history.seqs.get(e.parent);
+    if (parent && !history.seqs.has(e.child)) history.add(e.child, e.request_id, parent.prompt, parent.length);
+    history.span(e.child, "decode", history.step);
+  },
+  scheduled(history, e, point) {
+    const seq = history.seqs.get(e.seq_id);
+    const decodes = e.num_tokens === 1 && e.start >= (seq?.prompt ?? 0);
+    point[decodes ? "decode" : "prefill"] += e.num_tokens;
+    history.span(e.seq_id, decodes ? "decode" : "prefill", history.step);
+  },
+  preempted(history, e) {
+    for (const id of history.of(e.request_id)) {
+      history.span(id, e.mode === "swap" ? "swapped" : "preempted", history.step);
+    }
+  },
+  resumed(history, e) {
+    for (const id of history.of(e.request_id)) history.span(id, "decode", history.step);
+  },
+  sampled(history, e) {
+    const seq = history.seqs.get(e.seq_id);
+    if (seq) seq.length += 1;
+  },
+  finished(history, e) {
+    const seq = history.seqs.get(e.seq_id);
+    if (!seq) return;
+    seq.ended = history.step + 1;
+    seq.reason = e.reason;
+    if (seq.spans.length) seq.spans.at(-1).to = seq.ended;
+  },
+  cached(history, e, point) {
+    point.cached += 1;
+  },
+  evicted(history, e, point) {
+    point.cached -= 1;
+    point.evicted += 1;
+    point.evictions += 1;
+  },
+  step_finished(history, e, point) {
+    point.ms = 1000 * e.seconds;
+    history.recent.push([e.num_tokens, e.seconds]);
+    if (history.recent.length > SMOOTH) history.recent.shift();
+    point.rate = history.rate();
+  },
+};

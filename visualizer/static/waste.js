@@ -1,0 +1,169 @@
+// What other memory managers would hold for the very same texts: a table of bars for the moment looked at, one sentence
+// in plain words, and a line over time. The server keeps the books (waste_rows.py); this asks for what is new or has
+// changed, twice a second at most and only while somebody looks.
+
+import { PlotlyChart, windowOf } from "./chart_kinds.js";
+import { element, setText } from "./names.js";
+
+const EVERY = 500; // milliseconds between requests
+const SCALE = 2.5; // pools that a bar may be long; what is more is cut off, for the others to be readable
+const CLASSES = ["token", "reserved", "internal", "external"];
+const WORDS = {
+  token: "holds a token", reserved: "kept for tokens to come", internal: "will never be used", external: "lost to rounding",
+};
+const MANAGERS = {
+  "orca-max": ["Orca Max", "Sets aside the longest possible text for each, as FasterTransformer does"],
+  "orca-pow2": ["Orca Pow2", "Sets aside the prompt and the output's length rounded up to a power of two"],
+  "orca-oracle": ["Orca Oracle", "Knows how long each text will be, and sets aside exactly that"],
+  vattention: ["vAttention", "Maps pages of the GPU's own memory as a text grows"],
+  paged: ["paged", "What you see above: blocks on demand, shared where texts begin alike"],
+};
+const NAMES = Object.keys(MANAGERS);
+
+export class Waste extends PlotlyChart {
+  constructor(panel, figure, server) {
+    super(panel, figure, element("div", "mp-waste-line", null, { "data-testid": "waste-line" }));
+    this.server = server;
+    this.rows = []; // by record number: [number, step, running, then token, reserved, internal, external, fit of each]
+    this.revision = -1;
+    this.nextAt = 0;
+    this.build(panel);
+  }
+
+  build(panel) {
+    this.sentence = element("p", "mp-waste-say", panel, { "data-testid": "waste-say" });
+    const body = element("div", "mp-waste-body", panel);
+    this.table = element("div", "mp-waste-bars", body, {
+      role: "table", "data-testid": "waste-bars",
+      "aria-label": "Slots that each memory manager would hold for the texts that are running",
+    });
+    this.bars = NAMES.map((name) => this.buildBar(name));
+    body.append(this.plot);
+    this.legend = element("p", "mp-waste-legend", panel);
+    for (const name of CLASSES) {
+      const item = element("span", "", this.legend, { title: WORDS[name] });
+      element("i", `mp-w-${name}`, item);
+      item.append(name);
+    }
+    const note = element("span", "mp-waste-note", this.legend);
+    note.textContent = "Running texts count at their limit; once one ends, its past is corrected.";
+    this.toggle = element("button", "mp-waste-toggle", null, { // the panel of charts gives it a place
+      type: "button", "aria-pressed": "false", "data-testid": "waste-toggle",
+    });
+    this.toggle.textContent = "over time";
+    this.toggle.addEventListener("click", () => {
+      const over = panel.classList.toggle("mp-over-time");
+      this.toggle.setAttribute("aria-pressed", String(over));
+      this.drawn = null;
+      this.resize();
+    });
+  }
+
+  buildBar(name) {
+    const [title, meaning] = MANAGERS[name];
+    const row = element("div", "mp-w-row", this.table, { role: "row", "data-manager": name, title: meaning });
+    const head = element("span", "mp-w-name", row, { role: "rowheader" });
+    head.textContent = title;
+    const track = element("div", "mp-w-track", row, { role: "cell" });
+    const parts = CLASSES.map((kind) => element("i", `mp-w-${kind}`, track));
+    const words = element("span", "mp-w-words", row, { role: "cell" });
+    const fit = element("span", "mp-w-fit", row, { role: "cell" });
+    return { row, track, parts, words, fit };
+  }
+
+  render(player, now) {
+    this.ask(player, now);
+    const row = this.rowAt(player);
+    const key = `${player.run} ${row?.[0]} ${this.revision} ${player.mode}`;
+    if (key !== this.told) this.tell(player, row);
+    this.told = key;
+    if (this.plot.clientWidth) this.drawLine(player);
+  }
+
+  // The row of the moment looked at; live it may be half a second old.
+  rowAt(player) {
+    if (this.run !== player.run) return undefined;
+    const number = player.position - 1;
+    return this.rows[number] ?? (player.mode === "live" ? this.rows.slice(0, number).at(-1) : undefined);
+  }
+
+  // --- the server's books ---
+
+  async ask(player, now) {
+    const upToDate = this.run === player.run && this.rows.length >= player.end;
+    if (upToDate || this.asking || now < this.nextAt) return;
+    this.asking = true;
+    this.nextAt = now + EVERY;
+    try {
+      const { run, revision } = this;
+      const answer = await this.server.waste({ run, revision, first: player.first });
+      if (answer?.run) this.receive(answer);
+    } catch (error) {
+      console.warn(error); // the page's own pull notices a server that is gone
+    }
+    this.asking = false;
+  }
+
+  receive({ run, revision, rows, page_tokens: pageTokens }) {
+    if (run !== this.run) this.rows = [];
+    this.run = run;
+    this.revision = revision;
+    for (const row of rows) this.rows[row[0]] = row;
+    this.bars[3].row.title = `${MANAGERS.vattention[1]}; here ${pageTokens} tokens a page`;
+  }
+
+  // --- now ---
+
+  tell(player, row) {
+    const { num_blocks, block_size } = player.state.config;
+    const slots = num_blocks * block_size;
+    this.table.dataset.number = row?.[0] ?? "";
+    const held = NAMES.map((_, i) => (row ? row.slice(3 + 5 * i, 7 + 5 * i) : [0, 0, 0, 0]));
+    const totals = held.map((parts) => parts.reduce((a, b) => a + b));
+    const scale = Math.max(slots, Math.min(SCALE * slots, Math.max(...totals)));
+    this.table.style.setProperty("--pool", `${(100 * slots) / scale}%`);
+    this.bars.forEach((bar, i) => {
+      bar.parts.forEach((part, kind) => (part.style.width = `${(100 * held[i][kind]) / scale}%`));
+      const detail = CLASSES.map((kind, k) => `${held[i][k]} ${kind}`).join(", ");
+      bar.track.setAttribute("aria-label", detail);
+      bar.track.title = `${detail}: ${Math.round((100 * totals[i]) / slots)} % of the pool's ${slots} slots`;
+      bar.track.classList.toggle("mp-beyond", totals[i] > scale);
+      setText(bar.words, row?.[2] ? `holds ${totals[i]} slots for ${held[i][0]} tokens` : "");
+      setText(bar.fit, row?.[2] ? `${row[7 + 5 * i]} of ${row[2]} fit` : "");
+      bar.fit.title = "How many of the running texts a pool of this size could serve at once, first come, first served";
+    });
+    setText(this.sentence, row ? sentence(row, totals) : "Working out what others would hold…");
+  }
+
+  // --- over time ---
+
+  drawLine(player) {
+    const { first, end } = windowOf(player);
+    const key = `${this.run} ${this.revision} ${first} ${end}`;
+    if (this.run !== player.run) return;
+    this.begin();
+    if (key !== this.drawn) {
+      const rows = this.rows.slice(first, end).filter(Boolean);
+      const traces = this.figure.data.map((_, i) => i);
+      const x = rows.map((row) => row[1]);
+      const total = (row, i) => row[3 + 5 * i] + row[4 + 5 * i] + row[5 + 5 * i] + row[6 + 5 * i];
+      const y = traces.map((i) => rows.map((row) => (i < NAMES.length ? total(row, i) : row[3 + 5 * (NAMES.length - 1)])));
+      window.Plotly.restyle(this.plot, { x: traces.map(() => x), y }, traces);
+      this.drawn = key;
+    }
+    this.decorate(player, player.state.step);
+  }
+}
+
+// For the manager that wastes most. `row` and `totals` as above.
+function sentence(row, totals) {
+  const [, , running] = row;
+  const paged = totals.at(-1);
+  if (!paged) return "Nothing is running, so nobody holds anything; rewind to compare.";
+  const times = (totals[0] / paged).toFixed(1);
+  const texts = running === 1 ? "this text" : "these texts";
+  const fits = row[7] >= running
+    ? running === 1 ? "it would fit" : `all ${running} would still fit`
+    : `${row[7]} of these ${running} would fit`;
+  return `For ${texts} Orca Max would hold ${times}× what paging holds: ${fits}.`;
+}
