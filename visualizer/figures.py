@@ -69,10 +69,10 @@ def waste_figure() -> go.Figure:
         )  # fmt: skip
     figure.add_scatter(
         x=[], y=[], name="tokens", mode="lines", line={"color": GREY, "width": 1},
-        fill="tozeroy", fillcolor="rgba(0,114,178,0.15)", hovertemplate="tokens (paged): %{y}<extra></extra>",
+        fill="tozeroy", fillcolor="rgba(0,114,178,0.15)", hovertemplate="tokens (paged): %{y}<extra></extra>", showlegend=False,
     )  # fmt: skip
     _pool_line(figure)
-    return _styled(figure)
+    return _styled(figure).update_layout(legend={"entrywidth": 0.2, "entrywidthmode": "fraction"})
 
 
 def throughput_figure() -> go.Figure:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from minipaged.memory.waste import MANAGERS
+from minipaged.metrics import Metrics
 from tests.visualizer.test_page import STORIES, caught_up, finish, steps, submit
 from visualizer.app import Visualizer
 from visualizer.waste_rows import WasteRows
@@ -78,7 +80,9 @@ def test_tabs_enlarging_and_what_each_chart_draws(serve: Callable[..., Visualize
     page = pages.open(visualizer)
     visualizer.thread.pause().result(20)
     submit(visualizer)
-    steps(visualizer, 30)
+    steps(visualizer, 10)
+    submit(visualizer, [replace(STORIES[1], n=1)])  # a prompt that the prefix cache knows by now
+    steps(visualizer, 20)
     caught_up(page, visualizer)
     records = visualizer.log.end
     page.wait_for_function(f"({LENGTHS})('chart')?.[0] === {records}")
@@ -103,12 +107,17 @@ def test_tabs_enlarging_and_what_each_chart_draws(serve: Callable[..., Visualize
 
     page.click("[data-testid=tab-sequences]")
     bars = "document.querySelector('[data-testid=chart-sequences]').data.map((trace) => trace.y.length)"
-    page.wait_for_function(f"{bars}[2] === 7")  # everybody decodes by now
+    page.wait_for_function(f"{bars}[2] === 8")  # everybody decodes by now
 
     page.click("[data-testid=tab-prefix]")
-    assert "tokens found" in page.text_content("[data-testid=chart-now]")
+    metrics = Metrics(visualizer.thread.engine.started_event())
+    for event in events:
+        metrics(event)
+    found = f"{metrics.cached_tokens} of {metrics.prompt_tokens} tokens found"
+    assert found in page.text_content("[data-testid=chart-now]") and metrics.cached_tokens >= 16
 
     page.click("[data-testid=enlarge]")
+    page.evaluate("document.activeElement.blur()")
     wide = "document.querySelector('[data-testid=chart-prefix] svg').clientWidth"
     page.wait_for_function(f"{wide} > 1000")
     page.keyboard.press("Escape")

@@ -29,7 +29,8 @@ const SAY = {
   sequences({ state }) {
     const count = (name) => state[name].flatMap((id) => state.requests[id]).filter((id) => !state.seqs[id].finish_reason);
     const swapped = count("swapped").length;
-    return `${count("running").length} running · ${count("waiting").length} waiting` + (swapped ? ` · ${swapped} swapped` : "");
+    return `${count("running").length} running · ${count("waiting").length} waiting` +
+      (swapped ? ` · ${swapped} swapped` : "") + " — pale: waiting, hatched: prefill, framed: preempted";
   },
   prefix({ point, state }) {
     if (!state.config.enable_prefix_caching) return "the prefix cache is switched off";
@@ -76,11 +77,12 @@ export class Charts {
     }
     this.enlarge.before(this.views.waste.toggle);
     list.addEventListener("keydown", (event) => this.key(event));
-    this.box.addEventListener("keydown", (event) => {
-      if (event.key !== "Escape" || !this.big) return;
+    const escape = (event) => {
+      if (event.key !== "Escape" || !this.big || !this.box.isConnected) return;
       event.stopPropagation(); // or it would let go of what is selected, too
       this.setBig(false);
-    });
+    };
+    document.addEventListener("keydown", escape, { capture: true });
     this.setBig(false);
   }
 

@@ -41,8 +41,8 @@ export class History {
     for (const [id, seq] of Object.entries(state.seqs)) {
       if (seq.finish_reason) continue;
       this.add(Number(id), seq.request_id, seq.num_prompt, seq.tokens.length);
-      const started = seq.num_computed > 0 || seq.swap_table.length > 0 || seq.table.length > 0;
-      const name = state.swapped.includes(seq.request_id) ? "swapped" : started ? "decode" : "waiting";
+      const idle = seq.tokens.length > seq.num_prompt ? "preempted" : "waiting";
+      const name = state.swapped.includes(seq.request_id) ? "swapped" : seq.table.length ? "decode" : idle;
       this.span(Number(id), name, this.step);
     }
   }

@@ -12,7 +12,7 @@ const WORDS = {
   token: "holds a token", reserved: "kept for tokens to come", internal: "will never be used", external: "lost to rounding",
 };
 const MANAGERS = {
-  "orca-max": ["Orca Max", "Sets aside the longest possible text for each, as FasterTransformer does"],
+  "orca-max": ["FT, Orca Max", "Sets aside the longest possible text for each, as FasterTransformer (FT) does"],
   "orca-pow2": ["Orca Pow2", "Sets aside the prompt and the output's length rounded up to a power of two"],
   "orca-oracle": ["Orca Oracle", "Knows how long each text will be, and sets aside exactly that"],
   vattention: ["vAttention", "Maps pages of the GPU's own memory as a text grows"],
@@ -25,6 +25,7 @@ export class Waste extends PlotlyChart {
     super(panel, figure, element("div", "mp-waste-line", null, { "data-testid": "waste-line" }));
     this.server = server;
     this.rows = []; // by record number: [number, step, running, then token, reserved, internal, external, fit of each]
+    this.oldest = 0; // number of the oldest row kept
     this.revision = -1;
     this.nextAt = 0;
     this.build(panel);
@@ -97,15 +98,16 @@ export class Waste extends PlotlyChart {
     try {
       const { run, revision } = this;
       const answer = await this.server.waste({ run, revision, first: player.first });
-      if (answer?.run) this.receive(answer);
+      if (answer?.run) this.receive(answer, player.first);
     } catch (error) {
       console.warn(error); // the page's own pull notices a server that is gone
     }
     this.asking = false;
   }
 
-  receive({ run, revision, rows, page_tokens: pageTokens }) {
-    if (run !== this.run) this.rows = [];
+  receive({ run, revision, rows, page_tokens: pageTokens }, oldest) {
+    if (run !== this.run) Object.assign(this, { rows: [], oldest: 0 });
+    while (this.oldest < oldest) delete this.rows[this.oldest++];
     this.run = run;
     this.revision = revision;
     for (const row of rows) this.rows[row[0]] = row;
