@@ -68,8 +68,8 @@ def waste_figure() -> go.Figure:
             hovertemplate=f"{name}: %{{y}} slots<extra></extra>",
         )  # fmt: skip
     figure.add_scatter(
-        x=[], y=[], name="tokens", mode="lines", line={"color": GREY, "width": 1},
-        fill="tozeroy", fillcolor="rgba(0,114,178,0.15)", hovertemplate="tokens (paged): %{y}<extra></extra>", showlegend=False,
+        x=[], y=[], name="tokens", mode="lines", line={"color": GREY, "width": 1}, showlegend=False,
+        fill="tozeroy", fillcolor="rgba(0,114,178,0.15)", hovertemplate="tokens (paged): %{y}<extra></extra>",
     )  # fmt: skip
     _pool_line(figure)
     return _styled(figure).update_layout(legend={"entrywidth": 0.2, "entrywidthmode": "fraction"})
