@@ -5,7 +5,7 @@ import pytest
 from minipaged.config import SamplingParams
 from minipaged.events import Preempted
 from minipaged.scheduling.plan import SampledToken, StepPlan
-from tests.fake import VOCAB, fake_engine, unbatched
+from tests.fake import VOCAB, fake_engine, unbatched, unbatched_beams
 
 LONG = SamplingParams(max_tokens=60, ignore_eos=True)
 
@@ -139,6 +139,24 @@ def test_a_preempted_group_comes_back_with_all_its_branches_sharing_what_still_a
     assert shared_again
     for out in done["a"].outputs:
         assert out.token_ids == unbatched([1] * 9, params, out.index, 200)
+
+
+def test_beams_that_are_computed_again_in_chunks_wait_for_one_another():
+    params = SamplingParams(temperature=0, beam_width=3, n=3, max_tokens=14, ignore_eos=True)
+    in_parts = False
+    for token in range(8):
+        engine = fake_engine(max_num_seqs=4, max_num_batched_tokens=7, enable_prefix_caching=False)
+        engine.add_request("a", [token] * 5, params)
+        for _ in range(10):
+            engine.step()
+        (request,) = engine.scheduler.running
+        engine.scheduler._preempt(request, StepPlan(0))
+        seen = plans(engine)
+        found = [out.token_ids for out in run(engine)["a"].outputs]
+        assert found == unbatched_beams([token] * 5, params, 200)
+        assert all(len(plan.samples) in (0, 3) for plan in seen)  # they compete for the next token, so all or none
+        in_parts |= any(0 < len(plan.chunks) < 3 for plan in seen[2:])
+    assert in_parts
 
 
 def test_a_lone_sequence_that_outgrows_the_pool_ends_with_length():
