@@ -1,4 +1,4 @@
-"""The fuzz once more with real models: whatever the memory does, the tokens are those of transformers' greedy search."""
+"""The fuzz once more with real models: whatever the memory does, the tokens are transformers' own."""
 
 from collections import Counter
 from importlib.resources import files

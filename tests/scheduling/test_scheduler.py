@@ -207,6 +207,25 @@ def test_n_samples_compute_the_prompt_once(branches):
     assert [len(plan.copies) for plan in seen] == [0, branches - 1, 0]  # the last owner writes in place
 
 
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_preemption_takes_only_references_from_blocks_that_others_share(preemption):
+    engine = fake_engine(block_size=4, preemption=preemption)
+    prompt, params = [1] * 9, SamplingParams(max_tokens=10, ignore_eos=True)
+    engine.add_request("a", prompt, params)
+    engine.step()
+    engine.add_request("b", prompt, params)
+    engine.step()
+    first, second = (engine.block_tables()[r.seqs[0].seq_id] for r in engine.scheduler.running)
+    counts = engine.memory.pool.ref_counts
+    assert first[:2] == second[:2] and counts[first[0]] == 2
+    plan = StepPlan(0)
+    engine.scheduler._preempt(engine.scheduler.running[-1], plan)
+    engine.runner.execute(plan)
+    assert counts[first[0]] == counts[first[1]] == 1
+    done = run(engine)
+    assert done["a"].outputs[0].token_ids == done["b"].outputs[0].token_ids == unbatched(prompt, params, 0, 200)
+
+
 @pytest.mark.parametrize("spare", [0, 1])
 def test_nobody_is_admitted_without_a_block_for_the_next_token(spare):
     engine = fake_engine(num_blocks=4 + spare, block_size=4, enable_prefix_caching=False)
