@@ -209,6 +209,7 @@ def test_every_parameter_is_read_somewhere(settings):
     read = set()
     for path in (ROOT / "minipaged").rglob("*.py"):
         if path.name != "config.py":
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+            read |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+            read |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert not [field.name for field in fields(settings) if field.name not in read]
