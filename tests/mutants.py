@@ -206,7 +206,10 @@ MUTANTS = [
         "_fits",
         "sum(self.memory.pool.ref_counts[hit.block] > 0 for hit in self._hits(request))",
         "len(self._hits(request))",
-        (fuzz, scheduler.test_cached_blocks_that_nobody_uses_are_not_counted_twice_at_admission,),
+        (
+            fuzz,
+            scheduler.test_cached_blocks_that_nobody_uses_are_not_counted_twice_at_admission,
+        ),
     ),
     # --- admission and preemption ---
     Mutant(
@@ -295,7 +298,10 @@ MUTANTS = [
         "_target",
         "if request.beams and len(live) > 1",
         "if False",
-        (fuzz, scheduler.test_beams_that_are_computed_again_in_chunks_wait_for_one_another,),
+        (
+            fuzz,
+            scheduler.test_beams_that_are_computed_again_in_chunks_wait_for_one_another,
+        ),
     ),
     # --- swapping ---
     Mutant(
