@@ -223,7 +223,7 @@ MUTANTS = [
     Mutant(
         "admission gives away what running prompts have yet to take",
         Scheduler,
-        "_fits",
+        "_free",
         " - sum(map(self._owed, self.running))",
         "",
         (partial(scheduler.test_blocks_that_branches_are_about_to_take_are_not_given_to_others, 0),),

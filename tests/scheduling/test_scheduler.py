@@ -117,6 +117,24 @@ def test_nobody_is_admitted_in_a_step_that_preempts():
     assert preempting and all(chunk.start > 0 for plan in preempting for chunk in plan.chunks)
 
 
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_a_victim_comes_back_only_when_the_others_have_a_block_each_to_grow_into(mode):
+    engine = fake_engine(num_blocks=12, block_size=4, preemption=mode, enable_prefix_caching=False)
+    scheduler, back = engine.scheduler, []
+
+    def listen(event):  # when it is about to take its blocks
+        if event.type in ("resumed", "admitted") and scheduler.step > 5:
+            (request,) = [r for r in scheduler.running if r.request_id == event.request_id]
+            left = engine.memory.pool.num_free - scheduler.blocks_to_hold(request)
+            back.append((left, len(scheduler.running) - 1))
+
+    engine.events.subscribe(listen)
+    for name in "abc":
+        engine.add_request(name, [ord(name) % 50] * 8, SamplingParams(max_tokens=24, ignore_eos=True))
+    run(engine)
+    assert back and all(left >= others for left, others in back)
+
+
 def test_a_preempted_group_comes_back_with_all_its_branches_sharing_what_still_agrees():
     engine = fake_engine(num_blocks=14, block_size=4, max_num_seqs=4, enable_prefix_caching=False)
     params = SamplingParams(n=3, max_tokens=12, ignore_eos=True)
