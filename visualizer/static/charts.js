@@ -8,7 +8,7 @@ import { element, plural, setText } from "./names.js";
 import { Waste } from "./waste.js";
 
 const EVERY = 250; // milliseconds
-const WIDE = 700; // pixels; from here on there is room for two things beside each other
+const WIDE = 900; // pixels; from here on there is room for two things beside each other
 const TABS = {
   memory: "Memory", waste: "Waste", throughput: "Throughput", sequences: "Sequences", prefix: "Prefix cache",
 };
