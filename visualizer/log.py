@@ -23,6 +23,7 @@ MAX_RECORDS = 60 * KEYFRAME_EVERY  # what is older is forgotten
 HISTORY = 400  # records that a late joiner gets to rewind
 MAX_FINISHED = 48  # requests; beyond that a new run begins without the oldest, so that the state stays small
 KEEP_FINISHED = 12
+MAX_SAVED = 32_000_000  # characters of a run that can still be saved
 LONG_POLL = 5.0  # seconds until a pull returns with nothing new
 FAST, SLOW, CROWD = 0.05, 0.25, 4  # seconds between looks, for up to a crowd of viewers and beyond
 
@@ -60,6 +61,8 @@ class RecordLog:
         self._status_version = 0
         self._pulling = 0  # viewers that wait right now
         self._closed = False
+        self._saved: list[str] = []  # all records since the engine's start, to be saved as a recording
+        self._saved_size = 0
         self._begin(State())
 
     def _begin(self, state: State) -> None:
@@ -77,6 +80,8 @@ class RecordLog:
         state.apply(event)
         with self._lock:
             self._begin(state)
+            self._saved = [encode_events([event])]
+            self._saved_size = 0
 
     def publish(self, events: list[Event]) -> None:
         with self._lock:
@@ -85,10 +90,24 @@ class RecordLog:
             for event in events:
                 self.state.apply(event)
             self._records.append(encode_events(events))
+            self._keep(self._records[-1])
             if self.end % KEYFRAME_EVERY == 0:
                 self._keyframes[self.end] = encode(self.state.to_dict())
             if len(self._records) > MAX_RECORDS:
                 self._forget_oldest()
+
+    def _keep(self, record: str) -> None:
+        """The same strings as the records', so this costs only what those forget. Without an end it would grow."""
+        self._saved_size += len(record)
+        if self._saved_size > MAX_SAVED:
+            self._saved.clear()
+        elif self._saved:
+            self._saved.append(record)
+
+    def saved(self) -> list[str]:
+        """All records of the engine's run from its start on; empty if it has grown too long to keep."""
+        with self._lock:
+            return list(self._saved)
 
     def status(self, status: dict[str, Any]) -> None:
         with self._lock:

@@ -11,6 +11,10 @@ export class Chart {
     this.figure = figure;
     this.nextAt = 0;
     this.drawn = { first: -1, end: -1 };
+    if (!plotlyUrl) { // an exported recording carries no plotly with it
+      this.node.hidden = true;
+      return;
+    }
     // 4.8 MB: the page is alive long before the chart is.
     const script = document.createElement("script");
     script.src = plotlyUrl;
