@@ -148,18 +148,20 @@ def launch(
     open_browser: bool = False,
     classroom: bool = False,
     replay: Path | None = None,
+    recordings_will_do: bool = False,
 ) -> Visualizer:
     """Serves the page. Returns when it is stopped with Ctrl-C, or at once if not ``block``.
 
     ``llm`` is an `LLM`, a function that makes one (called once the port is known to be free), or ``None`` for
-    the embedded model with a pool small enough to run full; where that one cannot be loaded, the recordings
-    that minipaged comes with. ``replay`` shows a recording instead of an engine. Raises `PortInUse`.
+    the embedded model with a pool small enough to run full. If it cannot be loaded and ``recordings_will_do``, the
+    recordings that minipaged comes with are shown. ``replay`` shows a recording instead of an engine; ``ValueError``
+    if it is none. In a ``classroom`` viewers watch, and only the presenter controls. Raises `PortInUse`.
     """
     _check_port(host, port)
     if replay is not None:
         visualizer = build_replay(replay)
     else:
-        visualizer = _with_engine(llm or _tiny, scenario, rate, classroom, recordings_will_do=llm is None)
+        visualizer = _with_engine(llm or _tiny, scenario, rate, classroom, recordings_will_do)
     try:
         visualizer.blocks.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
