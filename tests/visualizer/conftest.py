@@ -97,13 +97,13 @@ class Pages:
         self._context = browser.new_context(viewport={"width": 1280, "height": 720})
         self.complaints: list[str] = []
 
-    def open(self, visualizer: Visualizer) -> Any:
+    def open(self, visualizer: Visualizer, query: str = "") -> Any:
         page = self._context.new_page()
         page.set_default_timeout(15_000)
         page.on("console", lambda message: self._console(message))
         page.on("pageerror", lambda error: self.complaints.append(f"page error: {error}"))
         page.on("request", lambda request: self._request(request.url, visualizer.url))
-        page.goto(visualizer.url)
+        page.goto(visualizer.url + query)
         page.wait_for_function("window.minipaged && minipaged.player.run")
         return page
 

@@ -28,12 +28,12 @@ GOLDEN = sorted(FOLDER.glob("*.jsonl"))
 
 
 @pytest.fixture
-def replaying(free_port: int) -> Iterator[Callable[..., Visualizer]]:
-    """``replaying(path)`` serves a recording; there is no engine."""
+def launching(free_port: int) -> Iterator[Callable[..., Visualizer]]:
+    """``launching(as launch)``, for pages of other engines than `serve`'s, or of none."""
     served: list[Visualizer] = []
 
-    def start(path: Path) -> Visualizer:
-        served.append(launch(port=free_port, replay=path, block=False))
+    def start(*llm: Any, **settings: Any) -> Visualizer:
+        served.append(launch(*llm, port=free_port, block=False, **settings))
         return served[-1]
 
     yield start
@@ -93,7 +93,7 @@ def test_a_moment_is_the_same_however_it_is_reached(serve: Callable[..., Visuali
     caught_up(page, visualizer)
     script = """() => {
         const { player } = minipaged, dump = () => JSON.stringify(minipaged.dump());
-        const moments = [[0, 0], [7, 2], [3, 0], [player.end, 0], [41, 3], [40, 0], [41, 3]];
+        const moments = [[0, 0], [7, 2], [3, 0], [player.end, 0], [22, 3], [21, 0], [22, 3]];
         for (const [number, sub] of moments) {
             player.seek(player.first);
             while (player.position < number) player.stepBy(1);
@@ -137,38 +137,35 @@ def test_the_list_of_events_leads_back_to_them(serve: Callable[..., Visualizer],
     page.locator("[data-testid=tip]").filter(has_text="copy-on-write").wait_for()
 
 
-def test_swapping_flies_to_the_cpu_and_back(free_port: int, pages: Any) -> None:
+def test_swapping_flies_to_the_cpu_and_back(launching: Callable[..., Visualizer], pages: Any) -> None:
     llm = LLM("tiny", num_blocks=14, block_size=16, preemption="swap", swap_blocks=16)
     llm.engine.eos_token_ids = frozenset()
-    visualizer = launch(llm, port=free_port, scenario=None, rate=None, block=False)
-    try:
-        page = pages.open(visualizer)
-        submit(visualizer, [Arrival(0, f"One day, a fox met {n} owls.", max_tokens=90, seed=n) for n in range(4)])
-        finish(visualizer)
-        assert caught_up(page, visualizer) == as_json(visualizer.log.state)
-        for mark, kind in (("swapped_out", "swap-out"), ("swapped_in", "swap-in")):
-            events = page.evaluate(
-                """(mark) => { const { player } = minipaged;
-                    player.seek(player.first + player.records.findIndex((r) => r.mark === mark) + 1);
-                    return player.latest.filter((e) => e.type === mark); }""",
-                mark,
-            )
-            page.wait_for_function("!minipaged.player.changed")
-            flights = page.eval_on_selector_all(
-                f"[data-testid=flight][data-kind={kind}]", "lines => lines.map(l => [l.dataset.from, l.dataset.to])"
-            )
-            pool = [str(block) for event in events for block in event["blocks"]]
-            cpu = [f"cpu-{block}" for event in events for block in event["swap_blocks"]]
-            pairs = zip(pool, cpu, strict=True) if kind == "swap-out" else zip(cpu, pool, strict=True)
-            assert flights == [list(pair) for pair in pairs]
-            refs = page.eval_on_selector_all(
-                "[data-testid=swap-block]", "cells => cells.map(c => Number(c.dataset.refs))"
-            )
-            assert refs == page.evaluate("minipaged.player.state.swap_ref_counts")
-            told = page.get_attribute("[data-testid=narration]", "data-kind")
-            assert told == kind.replace("-", " ")
-    finally:
-        visualizer.close()
+    visualizer = launching(llm, scenario=None, rate=None)
+    page = pages.open(visualizer)
+    submit(visualizer, [Arrival(0, f"One day, a fox met {n} owls.", max_tokens=90, seed=n) for n in range(4)])
+    finish(visualizer)
+    assert caught_up(page, visualizer) == as_json(visualizer.log.state)
+    for mark, kind in (("swapped_out", "swap-out"), ("swapped_in", "swap-in")):
+        events = page.evaluate(
+            """(mark) => { const { player } = minipaged;
+                player.seek(player.first + player.records.findIndex((r) => r.mark === mark) + 1);
+                return player.latest.filter((e) => e.type === mark); }""",
+            mark,
+        )
+        page.wait_for_function("!minipaged.player.changed")
+        flights = page.eval_on_selector_all(
+            f"[data-testid=flight][data-kind={kind}]", "lines => lines.map(l => [l.dataset.from, l.dataset.to])"
+        )
+        pool = [str(block) for event in events for block in event["blocks"]]
+        cpu = [f"cpu-{block}" for event in events for block in event["swap_blocks"]]
+        pairs = zip(pool, cpu, strict=True) if kind == "swap-out" else zip(cpu, pool, strict=True)
+        assert flights == [list(pair) for pair in pairs]
+        refs = page.eval_on_selector_all(
+            "[data-testid=swap-block]", "cells => cells.map(c => Number(c.dataset.refs))"
+        )
+        assert refs == page.evaluate("minipaged.player.state.swap_ref_counts")
+        told = page.get_attribute("[data-testid=narration]", "data-kind")
+        assert told == kind.replace("-", " ")
 
 
 # --- who did it -------------------------------------------------------------------------------------------------
@@ -205,7 +202,7 @@ def test_the_source_opens_in_a_panel(serve: Callable[..., Visualizer], pages: An
 
 @pytest.mark.parametrize("path", GOLDEN, ids=[path.stem for path in GOLDEN])
 def test_the_reducers_agree_on_what_is_shipped(
-    path: Path, replaying: Callable[..., Visualizer], pages: Any, tmp_path: Path
+    path: Path, launching: Callable[..., Visualizer], pages: Any, tmp_path: Path
 ) -> None:
     """Python's and JavaScript's, after every step; live from ``--replay``, and in the exported page too."""
     assert path.stat().st_size < 300_000
@@ -214,7 +211,7 @@ def test_the_reducers_agree_on_what_is_shipped(
         state.apply(event)
         if event.type == "step_finished":
             expected.append(as_json(state))
-    visualizer = replaying(path)
+    visualizer = launching(replay=path)
     page = pages.open(visualizer)
     assert page.is_visible("[data-testid=notice]") and not page.is_visible("[data-testid=generate]")
     script = """(expected) => {
@@ -307,19 +304,15 @@ def test_replaying_needs_no_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
 
 
-def test_without_a_model_the_recordings_are_shown(free_port: int, pages: Any) -> None:
+def test_without_a_model_the_recordings_are_shown(launching: Callable[..., Visualizer], pages: Any) -> None:
     def no_model() -> Any:
         raise FileNotFoundError("the weights are gone")
 
-    visualizer = launch(no_model, port=free_port, block=False, recordings_will_do=True)
-    try:
-        page = pages.open(visualizer)
-        page.locator("[data-testid=trouble]").filter(has_text="the weights are gone").wait_for()
-        page.click("[data-testid=recordings-toggle]")
-        page.locator("[data-testid=shipped]").nth(2).click()
-        page.locator("[data-testid=notice]").filter(has_text=GOLDEN[2].stem).wait_for()
-    finally:
-        visualizer.close()
+    page = pages.open(launching(no_model, recordings_will_do=True))
+    page.locator("[data-testid=trouble]").filter(has_text="the weights are gone").wait_for()
+    page.click("[data-testid=recordings-toggle]")
+    page.locator("[data-testid=shipped]").nth(2).click()
+    page.locator("[data-testid=notice]").filter(has_text=GOLDEN[2].stem).wait_for()
 
 
 def test_a_run_too_long_to_save_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,8 +381,7 @@ def test_in_a_classroom_viewers_watch_and_the_presenter_controls(serve: Callable
     refused.wait_for(state="attached")
     assert visualizer.log.run == run
 
-    visualizer.url += f"/?presenter={visualizer.presenter}"
-    presenter = pages.open(visualizer)
+    presenter = pages.open(visualizer, f"/?presenter={visualizer.presenter}")
     presenter.wait_for_selector("[data-role=presenter]")
     assert visualizer.presenter not in presenter.url, "not for the wall"
     presenter.click("[data-testid=reset]")

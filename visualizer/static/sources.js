@@ -14,7 +14,10 @@ export class Sources {
       this.open(this.sources[this.link.dataset.source]);
     });
     this.link.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !this.link.hasAttribute("href")) this.link.click();
+      if (!["Enter", " "].includes(event.key) || this.link.hasAttribute("href")) return;
+      event.preventDefault(); // or the same key would press the panel's first button
+      event.stopPropagation();
+      this.link.click();
     });
     this.panel.querySelector("button").addEventListener("click", () => this.panel.close());
     this.panel.addEventListener("keydown", (event) => event.stopPropagation()); // its keys are not the timeline's
