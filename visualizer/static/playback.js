@@ -5,6 +5,7 @@ import { element, setText } from "./names.js";
 
 const LISTED = 30; // entries
 const NEAR = 5; // pixels: a mark this close to the pointer is meant
+const TOO_COMMON = ["allocate", "write"];
 const NAMES = {
   engine_error: "an error", swapped_out: "swap out", preempted: "preemption", swapped_in: "swap in",
   copied: "copy-on-write", forked: "fork", finished: "finish",
@@ -71,7 +72,7 @@ export class Playback {
     const told = [];
     for (let i = player.records.length - 1; i >= 0 && told.length < LISTED; i -= 1) {
       const record = player.records[i];
-      if (record.told && record.told.kind !== "allocate") told.push({ number: player.first + i + 1, ...record });
+      if (record.told && !TOO_COMMON.includes(record.told.kind)) told.push({ number: player.first + i + 1, ...record });
     }
     const key = `${player.run} ${told.map(({ number }) => number)}`;
     if (key !== this.listed) {
