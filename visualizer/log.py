@@ -25,7 +25,9 @@ MAX_FINISHED = 48  # requests; beyond that a new run begins without the oldest, 
 KEEP_FINISHED = 12
 MAX_SAVED = 32_000_000  # characters of a run that can still be saved
 LONG_POLL = 5.0  # seconds until a pull returns with nothing new
-FAST, SLOW, CROWD = 0.05, 0.25, 4  # seconds between looks, for up to a crowd of viewers and beyond
+FAST, CROWD = 0.05, 4  # seconds between looks, for up to so many viewers
+SLOW = 0.06  # seconds for each viewer beyond that: all of them together look about 17 times a second
+HIDDEN = 2.0  # seconds for a page in a tab that nobody looks at
 
 
 def encode(value: Any) -> str:
@@ -142,12 +144,17 @@ class RecordLog:
             deadline = time.monotonic() + LONG_POLL
             while True:
                 if asked.get("run") == self.run:
-                    await asyncio.sleep(FAST if self._pulling <= CROWD else SLOW)
+                    await asyncio.sleep(self._patience(asked.get("idle") is True))
                 answer = self.news(asked.get("run"), asked.get("cursor"), asked.get("status"))
                 if answer is not None or self._closed or time.monotonic() > deadline:
                     return answer or "{}"
         finally:
             self._pulling -= 1
+
+    def _patience(self, hidden: bool) -> float:
+        """Seconds until the next look. Each costs the engine's thread some time, so a crowd shares a number of them."""
+        patience = FAST if self._pulling <= CROWD else SLOW * self._pulling
+        return max(patience, HIDDEN) if hidden else patience
 
     def news(self, run: Any, cursor: Any, status: Any) -> str | None:
         """The answer to a pull as JSON, or ``None`` when there is nothing to tell."""
