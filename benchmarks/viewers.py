@@ -2,7 +2,7 @@
 
     python benchmarks/viewers.py [--viewers 30] [--seconds 8]
 
-The viewers are a process of their own that pulls as a page does: one pull after the other, from where it has got to. The
+The viewers are a process of their own that pulls as a page does: one after the other, from where it has got to. The
 two rates are measured in turns, so that a machine that is busy otherwise is unfair to both.
 """
 
