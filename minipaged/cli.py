@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -83,9 +84,24 @@ def visualize(
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in the running batch at once.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens computed in one step.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens a sequence may reach.")] = None,
+    preemption: Annotated[str | None, typer.Option(help="What a full pool does: recompute or swap.")] = None,
+    classroom: Annotated[
+        bool, typer.Option("--classroom", help="Others may watch; only who has the printed address controls.")
+    ] = False,
+    replay: Annotated[Path | None, typer.Option(help="Show this recording; no model is loaded.")] = None,
 ) -> None:
     """Watch the engine's memory while it runs, in the browser."""
     from visualizer.scenarios import DEMO_SETTINGS
+
+    if classroom and host == "127.0.0.1":
+        host = "0.0.0.0"
+    if replay is not None:
+        launch = _visualizer()
+        try:
+            launch(host=host, port=port, open_browser=open_browser, replay=replay)
+        except (ValueError, OSError) as error:
+            raise typer.Exit(_fail(str(error))) from None
+        raise typer.Exit(130)
 
     settings = DEMO_SETTINGS | _given(
         device=device,
@@ -95,8 +111,18 @@ def visualize(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
+        preemption=preemption,
     )
     EngineConfig(model=model, **settings)  # complain before the slow imports, not after
+    launch = _visualizer()
+    launch(
+        lambda: _load(model, **settings), host=host, port=port, open_browser=open_browser, classroom=classroom,
+        recordings_will_do=model == DEFAULT.model,
+    )  # fmt: skip
+    raise typer.Exit(130)  # gradio returns on Ctrl-C, and on nothing else
+
+
+def _visualizer() -> Callable[..., Any]:
     try:
         from visualizer.app import launch
     except ModuleNotFoundError as error:
@@ -104,8 +130,7 @@ def visualize(
             raise
         code = _fail(f"the visualizer needs {error.name}: pip install 'gradio>=6.24,<7' plotly")
         raise typer.Exit(code) from None
-    launch(lambda: _load(model, **settings), host=host, port=port, open_browser=open_browser)
-    raise typer.Exit(130)  # gradio returns on Ctrl-C, and on nothing else
+    return launch
 
 
 @app.command()

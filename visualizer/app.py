@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ import plotly  # noqa: E402
 from fastapi import Response  # noqa: E402
 
 from minipaged.errors import MinipagedError  # noqa: E402
+from visualizer.classroom import Guard  # noqa: E402
 from visualizer.commands import Commands  # noqa: E402
 from visualizer.engine_thread import DEFAULT_RATE, EngineThread  # noqa: E402
 from visualizer.figures import figures  # noqa: E402
 from visualizer.log import RecordLog  # noqa: E402
+from visualizer.recordings import Recordings  # noqa: E402
 from visualizer.scenarios import DEMO_SETTINGS, OPENING, Scenario  # noqa: E402
+from visualizer.sources import sources  # noqa: E402
 from visualizer.waste_rows import WasteRows  # noqa: E402
 
 STATIC = Path(__file__).resolve().parent / "static"
@@ -35,7 +39,9 @@ ON_LOAD = """
 const address = (path) => new URL("gradio_api/file=" + path, document.baseURI).href;
 Promise.all(props.scripts.map((path) => fetch(address(path), { cache: "no-cache" })))
   .then(() => import(address(props.main)))
-  .then((module) => module.start({ element, server, figures: props.figures, plotly: address(props.plotly) }));
+  .then((module) => module.start({
+    element, server, figures: props.figures, plotly: address(props.plotly), more: props.more,
+  }));
 """
 
 
@@ -45,59 +51,100 @@ class PortInUse(MinipagedError, OSError):
 
 @dataclass
 class Visualizer:
-    """A page and the engine behind it."""
+    """A page and the engine behind it (none, if it shows recordings)."""
 
     blocks: gr.Blocks
-    thread: EngineThread
+    thread: Any  # EngineThread, or None
     log: RecordLog
     url: str = ""
+    presenter: str = ""  # in a classroom, the token without which nobody controls the engine
 
     def close(self) -> None:
         """Stops the server and the engine's thread."""
         self.log.close()
         if self.url:
             self.blocks.close(verbose=False)
-        self.thread.stop()
+        if self.thread:
+            self.thread.stop()
 
 
-def build(llm: Any, scenario: Scenario | None = OPENING, rate: float | None = DEFAULT_RATE) -> Visualizer:
+def build(
+    llm: Any, scenario: Scenario | None = OPENING, rate: float | None = DEFAULT_RATE, classroom: bool = False
+) -> Visualizer:
     """The page for ``llm``, not served yet. Starts the engine's thread, which owns ``llm.engine`` then.
 
     ``scenario`` begins with the first viewer, and again whenever somebody presses "Play again"; ``None``:
     nothing plays by itself. ``rate`` is in steps per second, ``None`` for as fast as the machine can.
+    In a ``classroom`` only who knows the presenter's token controls the engine, and begins the scenario.
     """
     log = RecordLog()
     thread = EngineThread(llm, log, rate)
-    commands = Commands(thread, scenario or OPENING)
+    guard = Guard(Commands(thread, scenario or OPENING), classroom)
+    recordings = Recordings(log)
     rows = WasteRows(log)
-    unseen = [scenario] if scenario else []  # emptied by the first viewer
+    unseen = [scenario] if scenario else []  # emptied by the first viewer, in a classroom by the presenter
+
+    def begin() -> None:
+        if unseen:
+            thread.reset(unseen.pop())
 
     # Called by the page's JavaScript. A Response goes out as it is: no record is encoded a second time.
     async def pull(request: Any) -> Response:
-        if unseen:
-            thread.reset(unseen.pop())
+        if not classroom:
+            begin()
         return Response(await log.pull(request), media_type="application/json")
 
     async def command(payload: Any) -> dict[str, Any]:
-        return await commands(payload)
+        if guard.knows(payload):
+            begin()
+        return await guard(payload)
 
     async def waste(request: Any) -> Response:
         return Response(await rows(request), media_type="application/json")
 
+    functions = [pull, command, waste, recordings.recording, recordings.template]
+    thread.start()
+    blocks = _page(functions, {"recordings": recordings.shipped, "classroom": classroom})
+    return Visualizer(blocks, thread, log, presenter=guard.token if classroom else "")
+
+
+def build_replay(path: Path | None, note: str = "") -> Visualizer:
+    """The page for the recording at ``path`` (``None``: those that minipaged comes with): no engine, no torch.
+
+    ``note`` is said to the viewer. Raises ``ValueError`` for a file that is not a recording.
+    """
+    log = RecordLog()
+    recordings = Recordings(log)
+    name = recordings.add(path) if path else next(iter(recordings.shipped), None)
+    if name is None:
+        raise ValueError("there are no recordings to show")
+
+    async def pull(request: Any) -> dict[str, Any]:
+        return {}
+
+    async def command(payload: Any) -> dict[str, Any]:
+        return {"ok": False, "message": "This is a recording; there is no engine to control."}
+
+    functions = [pull, command, recordings.recording, recordings.template]
+    blocks = _page(functions, {"recordings": recordings.shipped, "replay": {"name": name, "note": note}})
+    return Visualizer(blocks, None, log)
+
+
+def _page(functions: list[Callable[..., Any]], more: dict[str, Any]) -> gr.Blocks:
     gr.set_static_paths([STATIC, PLOTLY])
     with gr.Blocks(title="minipaged", analytics_enabled=False, fill_width=True) as blocks:
         gr.HTML(
             html_template=(STATIC / "page.html").read_text(encoding="utf-8"),
             js_on_load=ON_LOAD,
-            server_functions=[pull, command, waste],
+            server_functions=[_plain(function) for function in functions],
             apply_default_css=False,
             main=(STATIC / "main.js").as_posix(),
             scripts=[path.as_posix() for path in STATIC.glob("*.js")],
             plotly=PLOTLY.as_posix(),
             figures={name: json.loads(figure.to_json()) for name, figure in figures().items()},
+            more={"sources": sources()} | more,
         )
-    thread.start()
-    return Visualizer(blocks, thread, log)
+    return blocks
 
 
 def launch(
@@ -109,21 +156,27 @@ def launch(
     rate: float | None = DEFAULT_RATE,
     block: bool = True,
     open_browser: bool = False,
+    classroom: bool = False,
+    replay: Path | None = None,
+    recordings_will_do: bool = False,
 ) -> Visualizer:
     """Serves the page. Returns when it is stopped with Ctrl-C, or at once if not ``block``.
 
     ``llm`` is an `LLM`, a function that makes one (called once the port is known to be free), or ``None`` for
-    the embedded model with a pool small enough to run full. Raises `PortInUse`.
+    the embedded model with a pool small enough to run full. If it cannot be loaded and ``recordings_will_do``, the
+    recordings that minipaged comes with are shown. ``replay`` shows a recording instead of an engine; ``ValueError``
+    if it is none. In a ``classroom`` viewers watch, and only the presenter controls. Raises `PortInUse`.
     """
     _check_port(host, port)
-    if llm is None:
-        llm = _tiny
-    visualizer = build(llm() if callable(llm) else llm, scenario, rate)
+    if replay is not None:
+        visualizer = build_replay(replay)
+    else:
+        visualizer = _with_engine(llm or _tiny, scenario, rate, classroom, recordings_will_do)
     try:
         visualizer.blocks.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
             inbrowser=open_browser, footer_links=[], run_history=False, ssr_mode=False,
-            css_paths=[STATIC / "style.css", STATIC / "charts.css"],
+            css_paths=[STATIC / "style.css", STATIC / "charts.css", STATIC / "playback.css"],
             theme=_theme(), favicon_path=STATIC / "favicon.svg",
         )  # fmt: skip
     except OSError:
@@ -131,10 +184,36 @@ def launch(
         raise _port_in_use(port) from None
     visualizer.url = f"http://{host}:{port}"
     print(f"minipaged visualizer: {visualizer.url}", flush=True)
+    if visualizer.presenter:
+        print(f"for the presenter only: {visualizer.url}/?presenter={visualizer.presenter}", flush=True)
     if block:
         _until_interrupted()
         visualizer.close()
     return visualizer
+
+
+def _with_engine(
+    llm: Any, scenario: Scenario | None, rate: float | None, classroom: bool, recordings_will_do: bool
+) -> Visualizer:
+    try:
+        llm = llm() if callable(llm) else llm
+    except (MinipagedError, ImportError, OSError) as error:
+        if not recordings_will_do:
+            raise
+        note = f"No model could be loaded ({error}). These are recordings of one."
+        print(note, flush=True)
+        return build_replay(None, note)
+    return build(llm, scenario, rate, classroom)
+
+
+def _plain(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Gradio writes an attribute on every server function, which a bound method does not take."""
+
+    @wraps(method)
+    async def function(request: Any) -> Any:
+        return await method(request)
+
+    return function
 
 
 def _until_interrupted() -> None:

@@ -23,8 +23,11 @@ MAX_RECORDS = 60 * KEYFRAME_EVERY  # what is older is forgotten
 HISTORY = 400  # records that a late joiner gets to rewind
 MAX_FINISHED = 48  # requests; beyond that a new run begins without the oldest, so that the state stays small
 KEEP_FINISHED = 12
+MAX_SAVED = 32_000_000  # characters of a run that can still be saved
 LONG_POLL = 5.0  # seconds until a pull returns with nothing new
-FAST, SLOW, CROWD = 0.05, 0.25, 4  # seconds between looks, for up to a crowd of viewers and beyond
+FAST, CROWD = 0.05, 4  # seconds between looks, for up to so many viewers
+SLOW = 0.06  # seconds for each viewer beyond that: all of them together look about 17 times a second
+HIDDEN = 2.0  # seconds for a page in a tab that nobody looks at
 
 
 def encode(value: Any) -> str:
@@ -60,6 +63,8 @@ class RecordLog:
         self._status_version = 0
         self._pulling = 0  # viewers that wait right now
         self._closed = False
+        self._saved: list[str] = []  # all records since the engine's start, to be saved as a recording
+        self._saved_size = 0
         self._begin(State())
 
     def _begin(self, state: State) -> None:
@@ -78,6 +83,8 @@ class RecordLog:
         state.apply(event)
         with self._lock:
             self._begin(state)
+            self._saved = [encode_events([event])]
+            self._saved_size = 0
 
     def publish(self, events: list[Event]) -> None:
         with self._lock:
@@ -87,10 +94,24 @@ class RecordLog:
                 self.state.apply(event)
             self._records.append(encode_events(events))
             self._events.append(events)
+            self._keep(self._records[-1])
             if self.end % KEYFRAME_EVERY == 0:
                 self._keyframes[self.end] = encode(self.state.to_dict())
             if len(self._records) > MAX_RECORDS:
                 self._forget_oldest()
+
+    def _keep(self, record: str) -> None:
+        """The same strings as the records', so this costs only what those forget. Without an end it would grow."""
+        self._saved_size += len(record)
+        if self._saved_size > MAX_SAVED:
+            self._saved.clear()
+        elif self._saved:
+            self._saved.append(record)
+
+    def saved(self) -> list[str]:
+        """All records of the engine's run from its start on; empty if it has grown too long to keep."""
+        with self._lock:
+            return list(self._saved)
 
     def status(self, status: dict[str, Any]) -> None:
         with self._lock:
@@ -126,12 +147,17 @@ class RecordLog:
             deadline = time.monotonic() + LONG_POLL
             while True:
                 if asked.get("run") == self.run:
-                    await asyncio.sleep(FAST if self._pulling <= CROWD else SLOW)
+                    await asyncio.sleep(self._patience(asked.get("idle") is True))
                 answer = self.news(asked.get("run"), asked.get("cursor"), asked.get("status"))
                 if answer is not None or self._closed or time.monotonic() > deadline:
                     return answer or "{}"
         finally:
             self._pulling -= 1
+
+    def _patience(self, hidden: bool) -> float:
+        """Seconds until the next look. Each costs the engine's thread some time, so a crowd shares a number of them."""
+        patience = FAST if self._pulling <= CROWD else SLOW * self._pulling
+        return max(patience, HIDDEN) if hidden else patience
 
     def news(self, run: Any, cursor: Any, status: Any) -> str | None:
         """The answer to a pull as JSON, or ``None`` when there is nothing to tell."""

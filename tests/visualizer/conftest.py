@@ -98,14 +98,25 @@ class Pages:
         self._context = context
         self.complaints: list[str] = []
 
-    def open(self, visualizer: Visualizer) -> Any:
+    def open(self, visualizer: Visualizer, query: str = "") -> Any:
         page = self._context.new_page()
         page.set_default_timeout(15_000)
         page.on("console", lambda message: self._console(message))
         page.on("pageerror", lambda error: self.complaints.append(f"page error: {error}"))
         page.on("request", lambda request: self._request(request.url, visualizer.url))
-        page.goto(visualizer.url)
+        page.goto(visualizer.url + query)
         page.wait_for_function("window.minipaged && minipaged.player.run")
+        return page
+
+    def file(self, path: Path) -> Any:
+        """Opens an exported page. It may request nothing but itself."""
+        page = self._context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("console", lambda message: self._console(message))
+        page.on("pageerror", lambda error: self.complaints.append(f"page error: {error}"))
+        page.on("request", lambda request: self._request(request.url, path.as_uri()))
+        page.goto(path.as_uri())
+        page.wait_for_function("window.minipaged && minipaged.player.end > 1")
         return page
 
     def close(self) -> None:

@@ -168,4 +168,4 @@ def test_a_crowd_is_answered_less_often(monkeypatch: pytest.MonkeyPatch) -> None
         return max(slept)
 
     assert asyncio.run(crowd(4)) == module.FAST
-    assert asyncio.run(crowd(9)) == module.SLOW
+    assert asyncio.run(crowd(9)) == 9 * module.SLOW

@@ -45,6 +45,10 @@ export class Charts {
     this.history = new History();
     this.nextAt = 0;
     this.views = {};
+    if (!figures) { // an exported recording carries no plotly with it
+      this.box.hidden = true;
+      return;
+    }
     this.build(figures, server);
     this.show("memory");
     new ResizeObserver(() => this.resize()).observe(this.box);
@@ -146,7 +150,7 @@ export class Charts {
   }
 
   render(player, now) {
-    if (!player.state.config.num_blocks) return;
+    if (this.box.hidden || !player.state.config.num_blocks) return;
     this.say(player);
     if (now < this.nextAt || !window.Plotly) return;
     this.nextAt = now + EVERY;

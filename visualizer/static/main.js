@@ -3,26 +3,34 @@
 import { Arrows } from "./arrows.js";
 import { Charts } from "./charts.js";
 import { Controls } from "./controls.js";
+import { Flights } from "./flights.js";
 import { narrate } from "./narration.js";
 import { setText } from "./names.js";
+import { Playback } from "./playback.js";
 import { Player } from "./player.js";
 import { Pool } from "./pool.js";
+import { Recordings } from "./recording.js";
 import { check } from "./reducer.js";
+import { Role } from "./role.js";
 import { Sequences } from "./sequences.js";
+import { Sources } from "./sources.js";
+import { SwapSpace } from "./swap.js";
 import { Timeline } from "./timeline.js";
 
 const RETRY = 700; // milliseconds between attempts when the server is gone
 
-// `server` has the functions of app.py, `figures` are the charts', `plotly` their library's address.
-export function start({ element: root, server, figures, plotly }) {
-  const page = new Page(root.querySelector(".mp"), server, figures, plotly);
+// `server` has the functions of app.py, `figures` are the charts', `plotly` their library's address; `more` has the sources
+// that narration links to, the names of recordings, and, where there is no engine, the recording to show instead.
+export function start({ element: root, server, figures, plotly, more = {} }) {
+  const page = new Page(root.querySelector(".mp"), server, figures, plotly, more);
   window.minipaged = page.handle(); // for tests and for the curious
+  if (more.replay) page.replay(more.replay);
   page.pull();
   page.frame(performance.now());
 }
 
 class Page {
-  constructor(root, server, figures, plotly) {
+  constructor(root, server, figures, plotly, more) {
     this.root = root;
     this.server = server;
     this.player = new Player();
@@ -35,10 +43,21 @@ class Page {
     this.sequences = new Sequences(root, select);
     this.arrows = new Arrows(root.querySelector("[data-part=scene]"));
     this.timeline = new Timeline(root, this.player);
-    this.controls = new Controls(root, (command) => server.command(command));
+    this.role = new Role(root, server, more);
+    this.controls = new Controls(root, (command) => this.role.send(command));
+    this.playback = new Playback(root, this.player);
+    this.sources = new Sources(root, more.sources);
+    this.swap = new SwapSpace(root);
+    this.flights = new Flights(root.querySelector("[data-part=scene]"), this.pool, this.swap);
+    this.recordings = new Recordings(root, server, more.recordings ?? [], {
+      load: (name, text, records) => this.showRecording(name, text, records),
+      leave: () => this.leaveRecording(),
+      text: () => this.recording?.text,
+    });
     this.charts = new Charts(root, figures, plotly, server);
     this.banner = root.querySelector("[data-part=banner]");
-    this.banner.querySelector("button").addEventListener("click", () => {
+    this.banner.querySelector("[data-do=restart]").addEventListener("click", () => this.controls.ask({ do: "reset" }));
+    this.banner.querySelector("[data-do=dismiss]").addEventListener("click", () => {
       this.dismissed = this.player.state.error;
       this.player.changed = true;
     });
@@ -57,10 +76,13 @@ class Page {
   // one that was restarted answers with a new run, and the player starts over.
   async pull() {
     while (this.root.isConnected) {
+      if (this.recording) await new Promise((resolve) => (this.wake = resolve)); // nobody looks at what is live
       const { run, end } = this.player;
       let answer;
       try {
-        answer = await this.server.pull({ run, cursor: end, status: this.statusVersion ?? -1 });
+        const asked = { run, cursor: end, status: this.statusVersion ?? -1, idle: document.hidden };
+        answer = await this.server.pull(asked);
+        if (this.recording) continue;
         if (answer?.run) {
           this.player.receive(answer);
           this.status = answer.status;
@@ -68,6 +90,7 @@ class Page {
           this.player.changed = true;
         }
       } catch (error) {
+        if (this.recording) continue;
         console.warn(error);
         this.player.run = null; // whatever it was: begin again from a keyframe
       }
@@ -85,6 +108,39 @@ class Page {
     if (this.gone < 3 || !this.statusVersion) return; // never connected: reloading would not help
     const answer = await fetch(document.baseURI, { method: "HEAD" }).catch(() => null);
     if (answer?.ok) location.reload();
+  }
+
+  // --- recordings instead ---
+
+  async replay({ name, text, note }) {
+    this.only = true; // no engine to go back to
+    if (this.recordings.show(name, text ?? (await this.server.recording({ name })).text) && note) this.recordings.complain(note);
+  }
+
+  showRecording(name, text, records) {
+    this.recording = { name, text };
+    this.player.load(name, records);
+    this.select(null, "hover");
+    this.pinned = null;
+    this.gone = 0;
+    this.showSource();
+  }
+
+  leaveRecording() {
+    this.recording = null;
+    this.pinned = null;
+    this.player.unload();
+    this.showSource();
+    this.wake?.();
+  }
+
+  showSource() {
+    this.root.dataset.source = this.recording ? "recording" : "engine";
+    const notice = this.root.querySelector("[data-part=notice]");
+    notice.hidden = !this.recording;
+    if (!this.recording) return;
+    setText(notice.querySelector("span"), `Recording: ${this.recording.name}`);
+    notice.querySelector("button").hidden = Boolean(this.only);
   }
 
   // --- what is looked at ---
@@ -127,10 +183,14 @@ class Page {
     const lit = this.lit();
     this.root.dataset.step = state.step;
     this.root.dataset.mode = this.player.mode;
+    this.root.dataset.sub = this.player.sub;
     this.pool.render(state, lit);
     this.sequences.render(state, lit);
+    this.swap.render(state);
     this.arrows.render(lit, this.sequences, this.pool);
+    this.flights.render(this.player);
     this.timeline.render();
+    this.playback.render();
     this.controls.render(this.status);
     this.renderNarration();
     this.renderBanner();
@@ -142,6 +202,7 @@ class Page {
     this.narration.dataset.kind = told?.kind ?? "";
     setText(this.narration.querySelector("b"), told?.kind ?? "ready");
     setText(this.narration.querySelector("span"), told?.text ?? "Nothing has happened yet: pick a prompt.");
+    this.sources.render(told);
   }
 
   renderBanner() {
@@ -150,7 +211,8 @@ class Page {
       ? "The server does not answer. What you see is the last that came; trying to reconnect…"
       : error && error !== this.dismissed ? `Engine error: ${error}` : "";
     setText(this.banner.querySelector("span"), words);
-    this.banner.querySelector("button").hidden = this.gone > 0;
+    for (const button of this.banner.querySelectorAll("button")) button.hidden = this.gone > 0;
+    if (this.recording) this.banner.querySelector("[data-do=restart]").hidden = true;
     this.banner.hidden = !words;
   }
 

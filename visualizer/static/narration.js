@@ -1,11 +1,12 @@
 // One sentence in plain words for the most telling event that just happened.
 
+import { describe } from "./telling.js";
 import { letter, list, plural } from "./names.js";
 
 // Most telling first.
 const ORDER = [
-  "engine_error", "preempted", "copied", "forked", "shared", "admitted", "finished", "request_added", "evicted",
-  "allocated", "sampled",
+  "engine_error", "preempted", "resumed", "copied", "forked", "shared", "admitted", "finished", "request_added",
+  "evicted", "allocated", "sampled",
 ];
 const WINDOW = 14; // records a telling sentence stays while less telling ones go by
 
@@ -14,10 +15,17 @@ const TELL = {
 
   preempted(e, record, state) {
     const ids = state.requests[e.request_id] ?? [];
+    if (e.mode === "swap") return swappedOut(record, ids);
     const freed = record.events.filter((x) => x.type === "freed" && ids.includes(x.seq_id));
     const blocks = new Set(freed.flatMap((x) => x.blocks)).size;
     return ["preemption", `The pool is full. ${names(ids)} came last, so ${ids.length > 1 ? "they give" : "it gives"} ` +
       `${plural(blocks, "block")} back and wait${ids.length > 1 ? "" : "s"}; the text is kept, its KV is recomputed later.`];
+  },
+
+  resumed(e, record) {
+    const back = record.events.filter((x) => x.type === "swapped_in" && comesWith(record, e).has(x.seq_id));
+    return ["swap in", `There is room again: ${names(back.map((x) => x.seq_id))} ${back.length > 1 ? "come" : "comes"} ` +
+      `back from the CPU, to ${plural(distinct(back, "blocks"), "block")} that may be others than before. Nothing is recomputed.`];
   },
 
   copied(e, record) {
@@ -32,6 +40,10 @@ const TELL = {
 
   forked(e, record, state) {
     const children = record.events.filter((x) => x.type === "forked").map((x) => x.child);
+    const pruned = record.events.filter((x) => x.type === "finished" && x.reason === "pruned");
+    if ((state.seqs[e.parent]?.tokens.length ?? 0) > (state.seqs[e.parent]?.num_prompt ?? 0) + 1 || pruned.length) {
+      return ["fork", describe(e, state) + (pruned.length ? ` ${describe(pruned[0], state)}` : "")];
+    }
     const blocks = state.seqs[e.parent]?.table.length ?? 0;
     return ["fork", `${names([e.parent, ...children])} start from one prompt: they share its ` +
       `${plural(blocks, "block")}, and nothing is copied.`];
@@ -58,7 +70,8 @@ const TELL = {
       : ["admit", `${letter(e.seq_id)} joins the batch: its ${plural(seq.num_prompt, "prompt token")} fill their blocks first.`];
   },
 
-  finished(e, record) {
+  finished(e, record, state) {
+    if (e.reason === "pruned") return ["finish", describe(e, state)];
     const freed = record.events.find((x) => x.type === "freed" && x.seq_id === e.seq_id);
     const why = { stop: "has told its story", length: "has reached its length", abort: "was aborted" }[e.reason] ?? "is done";
     const gives = freed ? ` and gives back ${plural(freed.blocks.length, "block")}` : "";
@@ -81,23 +94,43 @@ const TELL = {
   },
 };
 
+const distinct = (events, field) => new Set(events.flatMap((x) => x[field])).size;
+
+// The sequences that come back with this `resumed`: those swapped in before the next one.
+function comesWith(record, resumed) {
+  const after = record.events.slice(record.events.indexOf(resumed) + 1);
+  const end = after.findIndex((x) => x.type === "resumed");
+  return new Set((end < 0 ? after : after.slice(0, end)).filter((x) => x.type === "swapped_in").map((x) => x.seq_id));
+}
+
+function swappedOut(record, ids) {
+  const out = record.events.filter((x) => x.type === "swapped_out" && ids.includes(x.seq_id));
+  const many = out.length > 1;
+  return ["swap out", `The pool is full. ${names(out.map((x) => x.seq_id))} came last, so the KV of ${many ? "their" : "its"} ` +
+    `${plural(distinct(out, "blocks"), "block")} moves to the CPU and waits there; nothing will have to be recomputed.`];
+}
+
 // Admitted with more than its prompt and this step's token: it has been here before.
 const isBack = (seq) => Boolean(seq) && seq.tokens.length > seq.num_prompt + 1;
 const names = (ids) => list(ids.map(letter));
 
-// {kind, text, rank} of a record's most telling event, or null. `state` is the one right after the record.
+// {kind, text, rank, type} of a record's most telling event, or null. `state` is the one right after the record.
 export function tell(record, state) {
   for (const type of ORDER) {
     for (const event of record.events) {
       const told = event.type === type && TELL[type](event, record, state);
-      if (told) return { kind: told[0], text: told[1], rank: ORDER.indexOf(type) };
+      if (told) return { kind: told[0], text: told[1], rank: ORDER.indexOf(type), type: sourceOf(event) };
     }
   }
   return null;
 }
 
+// Which function did it: what the server's list of sources calls it.
+export const sourceOf = (event) => (event.reason === "prefix" ? "shared_prefix" : event.type);
+
 // While things move, a telling sentence stays for a moment; who steps by hand wants this very step's.
 export function narrate(player) {
+  if (player.sub) return tellOne(player.latest[0], player.state, player);
   const last = player.position - player.first - 1;
   if (last < 0) return null;
   if (player.mode === "frozen") return player.records[last].told;
@@ -107,4 +140,10 @@ export function narrate(player) {
     if (told && (!best || told.rank < best.rank)) best = told;
   }
   return best;
+}
+
+// A single event of the record that is being walked through.
+function tellOne(event, state, { sub, records, position, first }) {
+  const count = records[position - first].events.length;
+  return { kind: event.type.replaceAll("_", " "), text: `${sub} of ${count}: ${describe(event, state)}`, type: sourceOf(event) };
 }

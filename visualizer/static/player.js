@@ -9,13 +9,16 @@ const MAX_RECORDS = 60 * KEYFRAME_EVERY;
 const REPLAY_RATE = 12; // records per second when playing what is past
 // Some moments last one step and are the point of the whole page: while following live, the view rests on them
 // (milliseconds), then catches up. Not on every one of a series: what repeats at once has been seen.
-const REST = { forked: 1100, copied: 1100, preempted: 1400 };
+const REST = { forked: 1100, copied: 1100, preempted: 1400, swapped_out: 1400, swapped_in: 1100 };
 const RESTED = 6000;
-const MARKS = ["engine_error", "preempted", "copied", "forked", "finished"]; // for the timeline, most telling first
+// For the timeline, most telling first. A request that is swapped out is preempted too.
+const MARKS = ["engine_error", "swapped_out", "preempted", "swapped_in", "copied", "forked", "finished"];
 
 export class Player {
   constructor() {
     this.mode = "live"; // "live", "frozen" or "replaying"
+    this.speed = 1; // of replaying
+    this.recording = false; // what is shown comes from a file: there is no live to go back to
     this.begin(null, 0, new State());
   }
 
@@ -27,6 +30,7 @@ export class Player {
     this.head = State.from(state); // after the newest record
     this.state = State.from(state); // at the position looked at
     this.position = first; // number of the next record to apply to `state`
+    this.sub = 0; // events of that record which `state` contains already, when walking event by event
     this.restUntil = 0;
     this.restedAt = {}; // mark -> when the view last rested on one
     this.nextAt = 0;
@@ -36,6 +40,12 @@ export class Player {
 
   get end() {
     return this.first + this.records.length;
+  }
+
+  // The events that led to what is shown: the last record's, or the last single one when walking event by event.
+  get latest() {
+    if (this.sub) return [this.records[this.position - this.first].events[this.sub - 1]];
+    return this.current?.events ?? [];
   }
 
   // The newest record that `state` contains.
@@ -60,7 +70,23 @@ export class Player {
     const mark = MARKS.find((type) => events.some((event) => event.type === type));
     this.records.push({ events, mark, metrics: measure(this.head), told: tell({ events }, this.head) });
     if (this.end % KEYFRAME_EVERY === 0) this.keyframes.set(this.end, JSON.stringify(this.head));
-    if (this.records.length > MAX_RECORDS) this.forgetOldest();
+    if (this.records.length > MAX_RECORDS && !this.recording) this.forgetOldest();
+  }
+
+  // A whole recording at once: `records` are lists of events, the first event of all is the engine's start.
+  load(run, records) {
+    this.recording = true;
+    this.begin(run, 0, new State());
+    for (const events of records) this.ingest(events);
+    this.seekTo(1);
+    this.mode = "replaying";
+  }
+
+  // Forgets the recording; the next pull brings what is live.
+  unload() {
+    this.recording = false;
+    this.mode = "live";
+    this.begin(null, 0, new State());
   }
 
   forgetOldest() {
@@ -75,20 +101,26 @@ export class Player {
 
   applyNext() {
     const record = this.records[this.position - this.first];
-    for (const event of record.events) this.state.apply(event);
+    for (const event of record.events.slice(this.sub)) this.state.apply(event);
+    this.sub = 0;
     this.position += 1;
     this.changed = true;
     return record;
   }
 
-  seekTo(target) {
+  // To right before record `target`, and then `sub` events into it.
+  seekTo(target, sub = 0) {
     const number = Math.max(this.first, Math.min(this.end, target));
-    if (number < this.position || number - this.position > KEYFRAME_EVERY) {
+    const back = number < this.position || (number === this.position && sub < this.sub);
+    if (back || number - this.position > KEYFRAME_EVERY) {
       const start = Math.max(...[...this.keyframes.keys()].filter((key) => key <= number));
       this.state = State.from(JSON.parse(this.keyframes.get(start)));
       this.position = start;
+      this.sub = 0;
     }
     while (this.position < number) this.applyNext();
+    const events = sub ? this.records[number - this.first]?.events ?? [] : [];
+    while (this.sub < Math.min(sub, events.length - 1)) this.state.apply(events[this.sub++]);
     this.changed = true;
   }
 
@@ -97,23 +129,40 @@ export class Player {
     this.changed = true;
   }
 
-  seek(target) {
+  seek(target, sub = 0) {
     this.freeze();
-    this.seekTo(target);
+    this.seekTo(target, sub);
   }
 
+  // From within a record, back means to where it begins.
   stepBy(count) {
-    this.seek(this.position + count);
+    this.seek(this.position + count + (this.sub && count < 0 ? 1 : 0));
   }
 
-  // On from here: at the end that means following live again.
+  // One event on (1) or back (-1).
+  stepEvent(count) {
+    const events = (number) => this.records[number - this.first].events.length;
+    if (count > 0 && this.position < this.end) {
+      const last = this.sub + 1 >= events(this.position);
+      this.seek(this.position + (last ? 1 : 0), last ? 0 : this.sub + 1);
+    } else if (count < 0 && this.sub) {
+      this.seek(this.position, this.sub - 1);
+    } else if (count < 0 && this.position > this.first) {
+      this.seek(this.position - 1, events(this.position - 1) - 1);
+    } else {
+      this.freeze();
+    }
+  }
+
+  // On from here: at the end that means following live again, or playing a recording once more.
   play() {
+    if (this.recording && this.position >= this.end) this.seekTo(this.first);
     this.mode = this.position >= this.end ? "live" : "replaying";
     this.changed = true;
   }
 
   live() {
-    this.mode = "live";
+    this.mode = this.recording ? "frozen" : "live";
     this.restUntil = 0;
     this.seekTo(this.end);
   }
@@ -121,14 +170,13 @@ export class Player {
   // Called for every animation frame: applies what is due.
   advance(now) {
     if (this.mode === "frozen" || this.position >= this.end) {
-      if (this.mode === "replaying") this.play();
+      if (this.mode === "replaying") this.live();
       return;
     }
     if (this.mode === "replaying") {
-      if (now >= this.nextAt) {
-        this.applyNext();
-        this.nextAt = now + 1000 / REPLAY_RATE;
-      }
+      const pause = 1000 / (REPLAY_RATE * this.speed);
+      this.nextAt = Math.max(this.nextAt, now - 100); // after a pause: go on, without catching up
+      for (; now >= this.nextAt && this.position < this.end; this.nextAt += pause) this.applyNext();
       return;
     }
     if (now < this.restUntil) return;

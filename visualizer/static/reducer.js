@@ -23,7 +23,7 @@ export class State {
   }
 
   apply(event) {
-    const handler = HANDLERS[event.type];
+    const handler = Object.hasOwn(HANDLERS, event.type) && HANDLERS[event.type];
     if (!handler) throw new Error(`unknown event ${event.type}`);
     handler(this, event);
   }

@@ -181,11 +181,12 @@ function shown(state) {
 
 function statusOf(state, seq) {
   if (seq.finish_reason) {
-    const label = { stop: "finished", length: "finished", abort: "aborted" }[seq.finish_reason];
+    const label = { stop: "finished", length: "finished", abort: "aborted", pruned: "pruned" }[seq.finish_reason];
     return { name: "finished", label };
   }
   if (state.running.includes(seq.request_id)) {
     return seq.tokens.length - seq.num_computed > 1 ? { name: "prefill", label: "reading" } : { name: "running", label: "writing" };
   }
+  if (state.swapped.includes(seq.request_id)) return { name: "preempted", label: "on the CPU" };
   return seq.tokens.length > seq.num_prompt ? { name: "preempted", label: "preempted" } : { name: "waiting", label: "waiting" };
 }

@@ -1,6 +1,9 @@
 // The view's own controls: freeze, step, replay, seek, back to live. They move what is looked at, never the engine.
 
-const TICK = { preempted: "--mp-red", copied: "--mp-orange", forked: "--mp-blue", engine_error: "--mp-red" };
+const TICK = {
+  preempted: "--mp-red", copied: "--mp-orange", forked: "--mp-blue", engine_error: "--mp-red",
+  swapped_out: "--mp-purple", swapped_in: "--mp-purple", finished: "--mp-green",
+};
 
 export class Timeline {
   constructor(root, player) {
@@ -33,8 +36,8 @@ export class Timeline {
     const { player } = this;
     const actions = {
       " ": () => this.toggle(),
-      ArrowLeft: () => player.stepBy(event.shiftKey ? -10 : -1),
-      ArrowRight: () => player.stepBy(event.shiftKey ? 10 : 1),
+      ArrowLeft: () => (event.shiftKey ? player.stepEvent(-1) : player.stepBy(-1)),
+      ArrowRight: () => (event.shiftKey ? player.stepEvent(1) : player.stepBy(1)),
       Home: () => player.seek(player.first),
       End: () => player.seek(player.end),
       l: () => player.live(),
@@ -80,7 +83,9 @@ export class Timeline {
     player.records.forEach((record, index) => {
       if (!TICK[record.mark]) return;
       pen.fillStyle = style.getPropertyValue(TICK[record.mark]);
-      pen.fillRect(Math.round(((index + 1) / span) * (ticks.width - 14 * scale) + 6 * scale), 0, 3 * scale, ticks.height);
+      // There are many finishes, and little to see in them: half as tall.
+      const top = record.mark === "finished" ? ticks.height / 2 : 0;
+      pen.fillRect(Math.round(((index + 1) / span) * (ticks.width - 14 * scale) + 6 * scale), top, 3 * scale, ticks.height - top);
     });
   }
 }

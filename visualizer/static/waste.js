@@ -19,6 +19,7 @@ const MANAGERS = {
   paged: ["paged", "What you see above: blocks on demand, shared where texts begin alike"],
 };
 const NAMES = Object.keys(MANAGERS);
+const RECORDED = "What others would hold is worked out for live runs only: leave the recording to see it.";
 
 export class Waste extends PlotlyChart {
   constructor(panel, figure, server) {
@@ -91,6 +92,7 @@ export class Waste extends PlotlyChart {
   // --- the server's books ---
 
   async ask(player, now) {
+    if (player.recording) return; // the server keeps books of what is live only
     const upToDate = this.run === player.run && this.rows.length >= player.end;
     if (upToDate || this.asking || now < this.nextAt) return;
     this.asking = true;
@@ -134,7 +136,7 @@ export class Waste extends PlotlyChart {
       setText(bar.fit, row?.[2] ? `${row[7 + 5 * i]} of ${row[2]} fit` : "");
       bar.fit.title = "How many of the running texts a pool of this size could serve at once, first come, first served";
     });
-    setText(this.sentence, row ? sentence(row, totals) : "Working out what others would hold…");
+    setText(this.sentence, row ? sentence(row, totals) : player.recording ? RECORDED : "Working out what others would hold…");
   }
 
   // --- over time ---

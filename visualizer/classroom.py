@@ -1,0 +1,35 @@
+"""A room full of viewers and one presenter, who alone controls the engine."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+REFUSED = "Only the presenter controls this engine; you can freeze, rewind and step what you see."
+
+
+class Guard:
+    """Lets commands through: all of them, or in a classroom those that carry the presenter's token."""
+
+    def __init__(self, commands: Callable[[Any], Awaitable[dict[str, Any]]], classroom: bool) -> None:
+        self._commands = commands
+        self._classroom = classroom
+        self.token = secrets.token_urlsafe(18)
+
+    def knows(self, payload: Any) -> bool:
+        """Whether the payload comes from the presenter. Takes the same time for every wrong token."""
+        token = payload.get("token") if isinstance(payload, dict) else None
+        given = token.encode("utf-8", "replace") if isinstance(token, str) and len(token) <= 100 else b""
+        return self._classroom and hmac.compare_digest(given, self.token.encode())
+
+    async def __call__(self, payload: Any) -> dict[str, Any]:
+        if not self._classroom:
+            return await self._commands(payload)
+        presenter = self.knows(payload)
+        if isinstance(payload, dict) and payload.get("do") == "role":
+            return {"ok": True, "result": "presenter" if presenter else "viewer"}
+        if not presenter:
+            return {"ok": False, "message": REFUSED}
+        return await self._commands(payload)

@@ -1,0 +1,77 @@
+"""The page as one file that needs no server: scripts and styles inline, and a recording for it to play.
+
+Modules cannot import one another from file://, so each becomes a ``data:`` address that an import map names.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+
+from visualizer.sources import sources
+
+STATIC = Path(__file__).resolve().parent / "static"
+GAP = "THE RECORDING"  # as a JSON string, where the recording's text goes
+
+# What Gradio provides on the live page: colours for light and dark, and controls without the browser's own looks.
+BASE = """
+:root { --body-text-color: #1f2937; --background-fill-primary: #fff; --background-fill-secondary: #f8fafc;
+  --border-color-primary: #e2e8f0; }
+.dark { --body-text-color: #f1f5f9; --background-fill-primary: #1e293b; --background-fill-secondary: #0f172a;
+  --border-color-primary: #334155; color-scheme: dark; }
+html, body { margin: 0; background: var(--background-fill-secondary); }
+.mp h2 { line-height: 1.35; }
+"""
+
+BOOT = """
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const follow = () => document.body.classList.toggle("dark", dark.matches);
+dark.addEventListener("change", follow);
+follow();
+const text = JSON.parse(document.getElementById("recording").textContent);
+const sources = JSON.parse(document.getElementById("sources").textContent);
+const server = new Proxy({}, { get: () => async () => ({}) }); // nobody answers
+const { start } = await import("minipaged/main.js");
+start({ element: document.body, server, figures: null, plotly: null,
+  more: { sources, exported: true, replay: { name: "an exported run", text } } });
+"""
+
+
+def page() -> str:
+    """The HTML, with ``GAP`` in quotes where the recording's JSON string goes."""
+    scripts = {f"minipaged/{path.name}": _module(path) for path in sorted(STATIC.glob("*.js"))}
+    styles = "\n".join(path.read_text(encoding="utf-8") for path in sorted(STATIC.glob("*.css"), key=_style_first))
+    body = (STATIC / "page.html").read_text(encoding="utf-8")
+    icon = base64.b64encode((STATIC / "favicon.svg").read_bytes()).decode()
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>minipaged: an exported run</title><link rel="icon" href="data:image/svg+xml;base64,{icon}">
+<style>{BASE}{styles}</style>
+<script type="importmap">{_json({"imports": scripts})}</script></head>
+<body><main>{body}</main>
+<script type="application/json" id="sources">{_json(sources())}</script>
+<script type="application/json" id="recording">{json.dumps(GAP)}</script>
+<script type="module">{BOOT}</script></body></html>
+"""
+
+
+def export(recording: str) -> str:
+    """The page with a recording's text in it."""
+    return page().replace(json.dumps(GAP), _json(recording))
+
+
+def _module(path: Path) -> str:
+    """A script as an address. A relative import means nothing to a ``data:`` address; the map's names do."""
+    code = re.sub(r'from "\./(\w+\.js)"', r'from "minipaged/\1"', path.read_text(encoding="utf-8"))
+    return "data:text/javascript;base64," + base64.b64encode(code.encode()).decode()
+
+
+def _json(value: object) -> str:
+    """JSON that nothing in it can end the surrounding script element."""
+    return json.dumps(value).replace("<", "\\u003c")
+
+
+def _style_first(path: Path) -> tuple[bool, str]:
+    return (path.name != "style.css", path.name)

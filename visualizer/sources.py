@@ -1,0 +1,80 @@
+"""Which function of the engine did what an event tells: its name, file, line and text, read from the running code."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, metadata
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import minipaged
+from minipaged.engine import Engine
+from minipaged.memory.prefix_cache import PrefixCache
+from minipaged.memory.table import BlockTables
+from minipaged.scheduling.scheduler import Scheduler
+
+ROOT = Path(minipaged.__file__).resolve().parent.parent
+
+# By event type; a block shared through the prefix cache has another author than one shared by a fork.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "request_added": Engine.add_request,
+    "step_started": Engine.step,
+    "admitted": Scheduler._admit,
+    "allocated": BlockTables.reserve,
+    "shared": BlockTables.fork,
+    "shared_prefix": BlockTables.open,
+    "copied": BlockTables.reserve,
+    "scheduled": Scheduler.schedule,
+    "preempted": Scheduler._preempt,
+    "swapped_out": BlockTables.swap_out,
+    "swapped_in": BlockTables.swap_in,
+    "resumed": Scheduler._resume,
+    "filled": Scheduler.commit,
+    "cached": PrefixCache.insert,
+    "evicted": PrefixCache.evict,
+    "forked": BlockTables.fork,
+    "sampled": Scheduler._take,
+    "freed": BlockTables.free,
+    "finished": Scheduler._finish,
+    "step_finished": Engine.step,
+    "engine_error": Engine._give_up,
+    "engine_started": Engine.started_event,
+}
+
+
+@cache
+def sources() -> dict[str, dict[str, Any]]:
+    """``{event type: {"name", "file", "line", "text", "url"}}``; no ``url`` without a project address."""
+    return {kind: _describe(function) for kind, function in FUNCTIONS.items()}
+
+
+def _describe(function: Callable[..., Any]) -> dict[str, Any]:
+    lines, first = inspect.getsourcelines(function)
+    file = Path(inspect.getsourcefile(function) or "").resolve().relative_to(ROOT).as_posix()
+    line = first + next(i for i, words in enumerate(lines) if words.lstrip().startswith("def "))
+    home = _project_url()
+    return {
+        "name": function.__qualname__,
+        "file": file,
+        "line": line,
+        "text": dedent("".join(lines[line - first :])).rstrip(),
+        "url": f"{home}/blob/main/{file}#L{line}" if home else None,
+    }
+
+
+@cache
+def _project_url() -> str | None:
+    """The GitHub address in the package's metadata (pyproject's ``[project.urls]``), if it names one."""
+    try:
+        urls = metadata("minipaged").get_all("Project-URL") or []
+    except PackageNotFoundError:
+        return None
+    for entry in urls:
+        found = re.fullmatch(r"(https://github\.com/[\w.-]+/[\w.-]+?)(\.git|/)?", entry.partition(",")[2].strip())
+        if found:
+            return found[1]
+    return None

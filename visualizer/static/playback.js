@@ -1,0 +1,95 @@
+// The finer controls of the view: event by event, the speed of replaying, what the timeline's marks mean, and the list
+// of what happened lately, each of which is a place to go to.
+
+import { element, setText } from "./names.js";
+
+const LISTED = 30; // entries
+const NEAR = 5; // pixels: a mark this close to the pointer is meant
+const TOO_COMMON = ["allocate", "write"];
+const NAMES = {
+  engine_error: "an error", swapped_out: "swap out", preempted: "preemption", swapped_in: "swap in",
+  copied: "copy-on-write", forked: "fork", finished: "finish",
+};
+
+export class Playback {
+  constructor(root, player) {
+    this.root = root;
+    this.player = player;
+    this.panel = root.querySelector("[data-part=events]");
+    this.list = this.panel.querySelector("ol");
+    this.toggle = root.querySelector("[data-do=events]");
+    this.tip = root.querySelector("[data-part=tip]");
+    this.marks = root.querySelector("[data-part=marks]");
+    const on = (name, action) => root.querySelector(`[data-do=${name}]`).addEventListener("click", action);
+    on("event-back", () => player.stepEvent(-1));
+    on("event-forward", () => player.stepEvent(1));
+    on("events", () => this.open(this.panel.hidden));
+    on("events-close", () => this.open(false));
+    root.querySelector("[data-part=speed]").addEventListener("change", (event) => {
+      player.speed = Number(event.target.value);
+    });
+    this.list.addEventListener("click", (event) => {
+      const number = event.target.closest("[data-number]")?.dataset.number;
+      if (number !== undefined) player.seek(Number(number));
+    });
+    const scrub = root.querySelector("[data-part=scrub]");
+    scrub.addEventListener("pointermove", (event) => this.point(event, scrub));
+    scrub.addEventListener("pointerleave", () => (this.tip.hidden = true));
+  }
+
+  open(open) {
+    this.panel.hidden = !open;
+    this.toggle.setAttribute("aria-expanded", String(open));
+    this.player.changed = true;
+    if (!open && this.panel.contains(document.activeElement)) this.toggle.focus();
+  }
+
+  // What the mark under the pointer stands for, with all the colours' meanings under it.
+  point(event, scrub) {
+    const { player } = this;
+    const box = scrub.getBoundingClientRect();
+    const span = Math.max(1, player.end - player.first);
+    const track = box.width - 14;
+    const index = ((event.clientX - box.left - 7) / track) * span;
+    const reach = Math.max(1, (NEAR / track) * span);
+    const near = player.records
+      .map((record, i) => ({ record, away: Math.abs(i + 1 - index) }))
+      .filter(({ record, away }) => record.mark && away <= reach)
+      .sort((a, b) => a.away - b.away)[0];
+    const number = Math.max(0, Math.min(player.records.length - 1, Math.round(index) - 1));
+    const record = near?.record ?? player.records[number];
+    if (!record) return;
+    setText(this.tip.querySelector("b"), `step ${record.metrics.step}${near ? ` · ${NAMES[record.mark]}` : ""}`);
+    this.tip.hidden = false;
+    const half = this.tip.offsetWidth / 2;
+    const room = document.documentElement.clientWidth - half - 8;
+    this.tip.style.left = `${Math.max(half + 8, Math.min(room, event.clientX)) - box.left}px`;
+  }
+
+  render() {
+    if (this.panel.hidden) return;
+    const { player } = this;
+    const told = [];
+    for (let i = player.records.length - 1; i >= 0 && told.length < LISTED; i -= 1) {
+      const record = player.records[i];
+      if (record.told && !TOO_COMMON.includes(record.told.kind)) told.push({ number: player.first + i + 1, ...record });
+    }
+    const key = `${player.run} ${told.map(({ number }) => number)}`;
+    if (key !== this.listed) {
+      this.listed = key;
+      this.list.replaceChildren(...told.map(row));
+    }
+    for (const item of this.list.children) {
+      item.firstChild.toggleAttribute("aria-current", Number(item.firstChild.dataset.number) === player.position);
+    }
+  }
+}
+
+function row({ number, metrics, told }) {
+  const item = element("li", "");
+  const button = element("button", "", item, { type: "button", "data-number": number, "data-testid": "event" });
+  element("small", "", button).textContent = metrics.step;
+  element("b", "", button, { "data-kind": told.kind }).textContent = told.kind;
+  element("span", "", button).textContent = told.text;
+  return item;
+}
