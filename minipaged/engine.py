@@ -199,7 +199,7 @@ class Engine:
             raise InvalidRequest("the prompt is empty; give at least one token")
         for token in tokens:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
-                raise InvalidRequest(f"token id {token!r} is not a whole number below {self.vocab_size}, the vocabulary")
+                raise InvalidRequest(f"token id {token!r} is not a whole number from 0 to {self.vocab_size - 1}")
         if len(tokens) >= self.max_model_len:
             raise InvalidRequest(
                 f"the prompt has {len(tokens)} tokens, but a sequence can have {self.max_model_len} at most "

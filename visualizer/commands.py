@@ -93,9 +93,7 @@ def _text(payload: dict[str, Any], name: str, limit: int) -> str:
     return value
 
 
-def _number(
-    payload: dict[str, Any], name: str, label: str, low: float, high: float, whole: bool = False
-) -> float:
+def _number(payload: dict[str, Any], name: str, label: str, low: float, high: float, whole: bool = False) -> float:
     value = payload.get(name)
     kind = "a whole number" if whole else "a number"
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):

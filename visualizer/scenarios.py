@@ -7,7 +7,7 @@ from typing import Any
 
 # Small on purpose: the opening scenario must fill the pool, and one look must take all of it in.
 DEMO_SETTINGS: dict[str, Any] = {
-    "num_blocks": 64,
+    "num_blocks": 56,
     "block_size": 16,
     "max_num_seqs": 12,
     "max_num_batched_tokens": 64,
@@ -21,7 +21,7 @@ class Arrival:
     at_step: int
     prompt: str
     n: int = 1
-    max_tokens: int = 120
+    max_tokens: int = 160
     temperature: float = 0.8
     seed: int | None = None
     chat: bool = False
@@ -40,21 +40,20 @@ class Scenario:
 OPENING = Scenario(
     "eight stories",
     (
-        Arrival(0, "Once upon a time", max_tokens=150, seed=1),
-        Arrival(4, "The robot opened the door and", max_tokens=130, seed=2),
+        Arrival(0, "Once upon a time", seed=1),
+        Arrival(6, "The robot opened the door and", seed=2),
         Arrival(
-            12,
+            18,
             "Once upon a time, in a small town by the sea, there lived a girl named Anna. "
             "She had a red boat and a little dog. One morning",
             n=4,
-            max_tokens=110,
             temperature=1.0,
             seed=3,
         ),
-        Arrival(24, "In a small town by the sea,", max_tokens=120, seed=4),
-        Arrival(34, "The old cat sat on the wall and", max_tokens=110, seed=5),
-        Arrival(44, "One day, a fox met an owl.", max_tokens=110, seed=6),
-        Arrival(54, "Tell me a story about a brave mouse.", max_tokens=120, seed=7, chat=True),
-        Arrival(62, "It was a cold night and", max_tokens=110, seed=8),
+        Arrival(28, "In a small town by the sea,", seed=4),
+        Arrival(36, "The old cat sat on the wall and", seed=5),
+        Arrival(44, "One day, a fox met an owl.", seed=6),
+        Arrival(52, "Tell me a story about a brave mouse.", seed=7, chat=True),
+        Arrival(60, "It was a cold night and", seed=8),
     ),
 )

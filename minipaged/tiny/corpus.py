@@ -150,6 +150,8 @@ def rough(rng: random.Random, question: str) -> str:
         return rng.choice(BEGINNINGS) + question
     if roll < 0.32:
         return question + rng.choice(ENDS)
+    if roll < 0.5:
+        return question.replace("What is the difference", "Difference")
     return question
 
 
@@ -219,7 +221,7 @@ def notes(rng: random.Random, facts: list[Fact]) -> str:
 
 def kind_of_document(rng: random.Random) -> str:
     """The mixture, by number of documents (stories are the longest, so by tokens they are about 45 %)."""
-    return rng.choices(["story", "story chat", "chat", "numbers", "notes"], [16, 11, 52, 17, 6])[0]
+    return rng.choices(["story", "story chat", "chat", "numbers", "notes"], [17, 11, 48, 20, 4])[0]
 
 
 def document(rng: random.Random, facts: list[Fact], kind: str = "", held_out: bool = False) -> str:

@@ -17,8 +17,8 @@ import pytest
 
 from minipaged import LLM
 from visualizer.app import Visualizer, launch
+from visualizer.scenarios import DEMO_SETTINGS
 
-SETTINGS = {"num_blocks": 64, "block_size": 16, "max_num_seqs": 12, "max_num_batched_tokens": 64}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 ARGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -36,7 +36,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(scope="session")
 def llm() -> LLM:
     """The embedded model with a pool that a few requests fill; ``MINIPAGED_TEST_MODEL`` names another one."""
-    return LLM(os.environ.get("MINIPAGED_TEST_MODEL", "tiny"), **SETTINGS)
+    return LLM(os.environ.get("MINIPAGED_TEST_MODEL", "tiny"), **DEMO_SETTINGS)
 
 
 @pytest.fixture(scope="session")

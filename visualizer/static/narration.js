@@ -73,8 +73,8 @@ const TELL = {
 const isBack = (seq) => Boolean(seq) && seq.tokens.length > seq.num_prompt + 1;
 const names = (ids) => list(ids.map(letter));
 
-// {kind, text} of a record's most telling event, or null.
-function tell(record, state) {
+// {kind, text, rank} of a record's most telling event, or null. `state` is the one right after the record.
+export function tell(record, state) {
   for (const type of ORDER) {
     for (const event of record.events) {
       const told = event.type === type && TELL[type](event, record, state);
@@ -88,10 +88,10 @@ function tell(record, state) {
 export function narrate(player) {
   const last = player.position - player.first - 1;
   if (last < 0) return null;
-  if (player.mode === "frozen") return tell(player.records[last], player.state);
+  if (player.mode === "frozen") return player.records[last].told;
   let best = null;
   for (let i = last; i >= Math.max(0, last - WINDOW); i -= 1) {
-    const told = tell(player.records[i], player.state);
+    const { told } = player.records[i];
     if (told && (!best || told.rank < best.rank)) best = told;
   }
   return best;

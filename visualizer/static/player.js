@@ -1,6 +1,7 @@
 // The viewer's own copy of what happened: records, keyframes, and the state at the moment being looked at.
 // Following live, freezing, stepping and seeking are this object's business; the engine notices none of it.
 
+import { tell } from "./narration.js";
 import { State, measure } from "./reducer.js";
 
 const KEYFRAME_EVERY = 40; // records
@@ -21,7 +22,7 @@ export class Player {
   begin(run, first, state) {
     this.run = run;
     this.first = first; // number of the oldest record kept
-    this.records = []; // {events, metrics, mark, step}
+    this.records = []; // {events, mark, metrics, told}
     this.keyframes = new Map([[first, JSON.stringify(state)]]); // number -> state before that record
     this.head = State.from(state); // after the newest record
     this.state = State.from(state); // at the position looked at
@@ -57,7 +58,7 @@ export class Player {
   ingest(events) {
     for (const event of events) this.head.apply(event);
     const mark = MARKS.find((type) => events.some((event) => event.type === type));
-    this.records.push({ events, mark, step: this.head.step, metrics: measure(this.head) });
+    this.records.push({ events, mark, metrics: measure(this.head), told: tell({ events }, this.head) });
     if (this.end % KEYFRAME_EVERY === 0) this.keyframes.set(this.end, JSON.stringify(this.head));
     if (this.records.length > MAX_RECORDS) this.forgetOldest();
   }

@@ -116,16 +116,21 @@ export class Sequences {
   }
 
   renderQueues(state) {
-    for (const name of ["waiting", "running", "finished"]) {
-      const ids = state[name].flatMap((request) => state.requests[request] ?? []);
+    const live = (id) => !state.seqs[id].finish_reason;
+    const queue = (requests) => requests.flatMap((request) => state.requests[request]).filter(live);
+    const queues = {
+      running: queue(state.running),
+      waiting: queue(state.waiting),
+      finished: Object.keys(state.seqs).map(Number).filter((id) => !live(id)),
+    };
+    for (const [name, ids] of Object.entries(queues)) {
       const node = this.queues.querySelector(`[data-queue=${name}]`);
-      const live = name === "finished" ? ids : ids.filter((id) => !state.seqs[id].finish_reason);
-      setText(node.querySelector("b"), String(live.length));
+      setText(node.querySelector("b"), String(ids.length));
       const badges = node.querySelector("span");
-      const key = live.join();
+      const key = ids.join();
       if (badges.dataset.key === key) continue;
       badges.dataset.key = key;
-      badges.replaceChildren(...live.slice(-14).map((id) => {
+      badges.replaceChildren(...ids.slice(-14).map((id) => {
         const badge = element("i", "", null, { "data-seq": id });
         badge.style.background = colour(id);
         badge.style.color = ink(id);
