@@ -3,6 +3,7 @@
 import { Arrows } from "./arrows.js";
 import { Chart } from "./charts.js";
 import { Controls } from "./controls.js";
+import { Inspector } from "./inspector.js";
 import { narrate } from "./narration.js";
 import { setText } from "./names.js";
 import { Player } from "./player.js";
@@ -34,6 +35,8 @@ class Page {
     this.pool = new Pool(root, select);
     this.sequences = new Sequences(root, select);
     this.arrows = new Arrows(root.querySelector("[data-part=scene]"));
+    const send = (command) => server.command(command);
+    this.inspector = new Inspector(root, this.pool, select, send, () => (this.player.changed = true));
     this.timeline = new Timeline(root, this.player);
     this.controls = new Controls(root, (command) => server.command(command));
     this.chart = new Chart(root, figure, plotly);
@@ -91,6 +94,7 @@ class Page {
 
   select(what, how) {
     if (how === "hover") this.hovered = what;
+    else if (how === "go") this.pinned = what;
     else this.pinned = JSON.stringify(what) === JSON.stringify(this.pinned) ? null : what;
     this.player.changed = true;
   }
@@ -127,9 +131,10 @@ class Page {
     const lit = this.lit();
     this.root.dataset.step = state.step;
     this.root.dataset.mode = this.player.mode;
+    this.inspector.render(this.player, this.pinned);
     this.pool.render(state, lit);
     this.sequences.render(state, lit);
-    this.arrows.render(lit, this.sequences, this.pool);
+    this.arrows.render(lit, this.sequences, this.pool, this.player);
     this.timeline.render();
     this.controls.render(this.status);
     this.renderNarration();
@@ -161,6 +166,7 @@ class Page {
       dump: () => JSON.parse(JSON.stringify(this.player.state)),
       check: () => check(this.player.state),
       player: this.player,
+      inspector: this.inspector,
     };
   }
 }

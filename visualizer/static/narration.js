@@ -14,6 +14,9 @@ const TELL = {
 
   preempted(e, record, state) {
     const ids = state.requests[e.request_id] ?? [];
+    if (e.mode === "swap") {
+      return ["preemption", `The pool is full. ${names(ids)} came last: the blocks move to the CPU until there is room again.`];
+    }
     const freed = record.events.filter((x) => x.type === "freed" && ids.includes(x.seq_id));
     const blocks = new Set(freed.flatMap((x) => x.blocks)).size;
     return ["preemption", `The pool is full. ${names(ids)} came last, so ${ids.length > 1 ? "they give" : "it gives"} ` +
@@ -28,6 +31,10 @@ const TELL = {
   forked(e, record, state) {
     const children = record.events.filter((x) => x.type === "forked").map((x) => x.child);
     const blocks = state.seqs[e.parent]?.table.length ?? 0;
+    if (state.requests[e.request_id]?.[0] === e.child) { // a request of its own: somebody asked for the fork
+      return ["fork", `${letter(e.child)} is a second way on for ${letter(e.parent)}: they share ` +
+        `${plural(blocks, "block")} until one of them writes, and nothing is copied.`];
+    }
     return ["fork", `${names([e.parent, ...children])} start from one prompt: they share its ` +
       `${plural(blocks, "block")}, and nothing is copied.`];
   },
