@@ -88,7 +88,10 @@ class EngineThread:
         return self.call(lambda: self._submit(arrival))
 
     def abort(self, request_id: str) -> Future[None]:
-        return self.call(lambda: self.engine.abort(request_id))
+        def abort() -> None:
+            self.engine.abort(request_id)  # whose last output is of no use here, and no JSON
+
+        return self.call(abort)
 
     def fork(self, request_id: str) -> Future[str]:
         """Lets a running request take a second way from here on. `InvalidRequest` if it cannot."""

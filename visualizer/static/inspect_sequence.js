@@ -17,7 +17,7 @@ export class SequenceView {
     this.fork.addEventListener("click", () => this.ask("fork"));
     this.abort.addEventListener("click", () => this.ask("abort"));
     this.answer = element("p", "mp-answer", body, { role: "alert", "data-testid": "answer" });
-    this.facts = element("dl", "mp-facts", body, { "data-testid": "timings" });
+    this.facts = element("dl", "mp-facts mp-flow", body, { "data-testid": "timings" });
     heading(body, "Its text, in the blocks that hold it");
     this.text = element("div", "mp-runs", body, { "data-testid": "runs" });
     roving(this.text);

@@ -9,8 +9,8 @@ export class TokenView {
     const title = element("h3", "", body);
     this.title = element("span", "mp-quote", title, { "data-testid": "token-text" });
     this.kind = element("span", "mp-kind", title);
-    this.facts = element("dl", "mp-facts", body, { "data-testid": "token-facts" });
-    this.oddsTitle = heading(body, "What could have come here");
+    this.facts = element("dl", "mp-facts mp-flow", body, { "data-testid": "token-facts" });
+    this.oddsTitle = heading(body, "What could have come here, at the model's own odds");
     this.odds = element("ol", "mp-odds", body, { "data-testid": "odds" });
     this.note = element("p", "mp-note", body);
     this.attention = new Attention(body, send);
@@ -52,7 +52,7 @@ export class TokenView {
       return item;
     });
     setText(this.note, given ? "It came with the prompt; nothing was sampled."
-      : rows.length ? "The model's own odds, before temperature." : "The alternatives were not recorded.");
+      : rows.length ? "" : "The alternatives were not recorded.");
   }
 }
 
