@@ -4,6 +4,8 @@ import { colour, element, list, letter, plural, setText } from "./names.js";
 import { filled, owners } from "./reducer.js";
 import { badge, facts, heading, renderToken, roving, setAttribute, sync, token, visible } from "./parts.js";
 
+const STORY = 40; // sentences of a block's history
+
 export class BlockView {
   constructor(body) {
     const title = element("h3", "", body);
@@ -33,7 +35,10 @@ export class BlockView {
         parent === undefined ? "" : parent === 0 ? ", where a text begins" : `, after prefix ${parent}`)],
     ]);
     this.renderSlots(state, history, own, block, prefix !== undefined);
-    const told = (history.blocks.get(block) ?? []).slice(-40).reverse();
+    const told = (history.blocks.get(block) ?? []).slice(-STORY).reverse();
+    if (!told.length || !history.complete) {
+      told.push({ number: "start", words: history.complete ? "Never used so far." : "What came before is not in these records." });
+    }
     sync(this.story, told, (entry) => entry.number, () => {
       const item = element("li", "");
       element("small", "", item);
@@ -41,7 +46,7 @@ export class BlockView {
       return item;
     }, (item, { step, until, words, kind: what }) => {
       item.dataset.kind = what;
-      setText(item.firstChild, step === until ? `step ${step}` : `step ${step}–${until}`);
+      setText(item.firstChild, step === undefined ? "" : step === until ? `step ${step}` : `step ${step}–${until}`);
       setText(item.lastChild, words);
     });
   }
@@ -75,14 +80,16 @@ export class BlockView {
       cell.classList.toggle("mp-full", full);
       setText(cell.firstChild, full ? String(position) : "");
       const node = cell.lastChild;
+      setAttribute(node, "aria-hidden", String(!full));
       if (full) {
+        setAttribute(node, "role", "button");
         renderToken(node, source.seq, position, visible(seq.pieces[position]), `${block}:${offset}`);
         setAttribute(node, "data-token-id", String(seq.tokens[position]));
         setAttribute(node, "aria-label", `slot ${offset}: token ${visible(seq.pieces[position])}, position ${position}`);
         node.tabIndex = offset === 0 ? 0 : -1;
       } else {
         setText(node, "");
-        for (const name of ["data-go", "data-slot", "data-token-id", "aria-label"]) node.removeAttribute(name);
+        for (const name of ["role", "data-go", "data-slot", "data-token-id", "aria-label"]) node.removeAttribute(name);
         node.tabIndex = -1;
       }
     });

@@ -10,7 +10,8 @@ export class TokenView {
     this.title = element("span", "mp-quote", title, { "data-testid": "token-text" });
     this.kind = element("span", "mp-kind", title);
     this.facts = element("dl", "mp-facts mp-flow", body, { "data-testid": "token-facts" });
-    this.oddsTitle = heading(body, "What could have come here, at the model's own odds");
+    this.oddsTitle = heading(body, "What could have come here");
+    this.oddsTitle.title = "The model's own odds, before temperature";
     this.odds = element("ol", "mp-odds", body, { "data-testid": "odds" });
     this.note = element("p", "mp-note", body);
     this.attention = new Attention(body, send);
@@ -56,4 +57,4 @@ export class TokenView {
   }
 }
 
-const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
+const percent = (share) => `${(100 * share).toFixed(share < 0.0995 || share > 0.995 ? 1 : 0)} %`;

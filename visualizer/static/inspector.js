@@ -101,7 +101,7 @@ export class Inspector {
   toggle(open) {
     this.drawer.hidden = !open;
     this.root.classList.toggle("mp-inspecting", open);
-    this.mark(null);
+    this.hover(null);
     this.redraw();
     requestAnimationFrame(() => window.dispatchEvent(new Event("resize"))); // the chart follows nothing else
     if (open && this.byKeyboard) {

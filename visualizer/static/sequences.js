@@ -90,7 +90,7 @@ export class Sequences {
     setText(row.prompt, text(seq, 0, seq.num_prompt).trimStart());
     setText(row.output, text(seq, seq.num_prompt));
     setText(row.state, status.label);
-    setText(row.meta, `${plural(seq.tokens.length, "token")} · ${plural(seq.table.length, "block")}`);
+    setText(row.meta, `${plural(seq.tokens.length, "token")} · ${plural(seq.table.length || seq.swap_table.length, "block")}`);
     row.table.classList.toggle("mp-crowded", seq.table.length >= CROWDED);
     this.renderTable(state, seq, row, own, lit);
     renderSwapped(row, seq);
