@@ -28,11 +28,13 @@ STATIC = Path(__file__).resolve().parent / "static"
 PLOTLY = Path(plotly.__file__).resolve().parent / "package_data" / "plotly.min.js"
 
 # The scripts are ES modules, hence `import()`; addresses are relative to the page's, as behind a proxy.
+# Gradio sends files without a Cache-Control header, so a browser may mix old scripts with new ones after an
+# upgrade; asking for each with "no-cache" first makes it compare them.
 ON_LOAD = """
 const address = (path) => new URL("gradio_api/file=" + path, document.baseURI).href;
-import(address(props.main)).then((module) =>
-  module.start({ element, server, figure: props.figure, plotly: address(props.plotly) })
-);
+Promise.all(props.scripts.map((path) => fetch(address(path), { cache: "no-cache" })))
+  .then(() => import(address(props.main)))
+  .then((module) => module.start({ element, server, figure: props.figure, plotly: address(props.plotly) }));
 """
 
 
@@ -85,6 +87,7 @@ def build(llm: Any, scenario: Scenario | None = OPENING, rate: float | None = DE
             server_functions=[pull, command],
             apply_default_css=False,
             main=(STATIC / "main.js").as_posix(),
+            scripts=[path.as_posix() for path in STATIC.glob("*.js")],
             plotly=PLOTLY.as_posix(),
             figure=json.loads(memory_figure().to_json()),
         )

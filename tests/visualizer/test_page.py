@@ -396,6 +396,9 @@ def test_the_opening_scenario_begins_by_itself_and_shows_everything(
     assert all(first[kind] < within for kind in ("forked", "copied", "preempted", "finished"))
     admitted = [e["request_id"] for record in records for e in record if e["type"] == "admitted"]
     assert len(set(admitted)) == 8 < len(admitted), "eight requests, and one of them came back"
+    caught_up(page, visualizer)
+    told = set(page.evaluate("minipaged.player.records.map((record) => record.told?.kind)"))
+    assert {"arrival", "admit", "fork", "copy-on-write", "allocate", "preemption", "resume", "finish"} <= told
     run = visualizer.log.run
     page.click("[data-testid=play-again]")
     page.wait_for_function("run => minipaged.player.run !== run && minipaged.player.end > 3", arg=run)
