@@ -153,12 +153,15 @@ def test_a_token_tells_its_odds_and_what_it_looked_at(paused: tuple[Visualizer, 
         assert abs(values.sum().item() - 1) < 1e-4
     blocks = page.eval_on_selector_all("[data-testid=attention-block]", "b => b.map(x => Number(x.dataset.physical))")
     assert blocks == engine.memory.tables[0][: position // 16 + 1]
+    heated = page.eval_on_selector_all(".mp-heat", "n => n.map(x => Number(x.closest('[data-block]').dataset.block))")
+    assert heated == blocks, "the pool shows the weights where the keys lie"
     assert "q(" in page.text_content("[data-testid=attention-words]")
     assert engine.block_tables() == before
 
     visualizer.thread.abort("request-0").result(20)
     caught_up(page, visualizer)
     assert page.evaluate(shown), "what was captured stays"
+    assert page.locator(".mp-heat").count() == 0, "but not over blocks that are no longer its own"
     page.click("nav >> text=sequence A")
     page.click(f"[data-testid=runs] [data-go='token:0:{position - 1}']")
     page.locator("[data-testid=attention-words]").filter(has_text="given its blocks back").wait_for()

@@ -1,12 +1,14 @@
 // PagedAttention itself: one token's query against the keys in its sequence's blocks, which lie anywhere in the pool.
 // The weights are computed by the engine on demand, for all layers and heads; choosing among them needs no server.
 
+import { Heat } from "./heat.js";
 import { colour, element, letter, list, setText } from "./names.js";
 import { heading, sync, visible } from "./parts.js";
 
 export class Attention {
-  constructor(body, send) {
+  constructor(body, send, pool) {
     this.send = send;
+    this.heat = new Heat(pool);
     this.section = element("section", "mp-attention", body, { "data-testid": "attention", "aria-label": "Attention" });
     const head = element("div", "mp-att-head", this.section);
     heading(head, "What it looked at");
@@ -28,8 +30,9 @@ export class Attention {
       Object.assign(this, { key, id, position, answer: null, asked: false, shown: null });
       this.show("");
     }
-    if (this.answer || this.asked) return;
     const seq = state.seqs[id];
+    if (this.answer) this.warm(this.answer.blocks.every((block, logical) => seq.table[logical] === block));
+    if (this.answer || this.asked) return;
     const name = letter(id);
     if (seq.finish_reason) {
       this.show(`${name} has ended and given its blocks back: the keys and values are gone. Choose a token of a text that is still being written.`);
@@ -59,8 +62,15 @@ export class Attention {
     this.draw();
   }
 
+  // Over the pool the weights show only as long as the blocks are this sequence's.
+  warm(there) {
+    if (!there) this.heat.clear();
+    else if (!this.heat.shown) this.draw();
+  }
+
   // Words in place of weights.
   show(words) {
+    this.heat.clear();
     for (const node of [this.strip, this.text, this.layer, this.head]) node.hidden = true;
     this.again.hidden = true;
     setText(this.words, words);
@@ -73,7 +83,7 @@ export class Attention {
     const most = Math.max(...weights);
     const seq = this.state.seqs[this.id];
     // By the root: a tenth of the largest weight should still be seen.
-    const shade = (position) => Math.sqrt(weights[position] / most).toFixed(3);
+    const shades = weights.map((weight) => Math.sqrt(weight / most).toFixed(3));
     for (const node of [this.strip, this.text, this.layer, this.head]) node.hidden = false;
     this.section.style.setProperty("--hue", colour(this.id));
     const shares = blocks.map((_, logical) => sum(weights.slice(logical * size, (logical + 1) * size)));
@@ -84,7 +94,7 @@ export class Attention {
       [...node.querySelectorAll("i")].forEach((slot, offset) => {
         const position = logical * size + offset;
         const seen = position < weights.length;
-        slot.style.setProperty("--weight", seen ? shade(position) : 0);
+        slot.style.setProperty("--weight", seen ? shades[position] : 0);
         slot.classList.toggle("mp-void", !seen);
         slot.title = seen ? `“${seq.pieces[position]}”, position ${position}: ${(100 * weights[position]).toFixed(1)} %` : "";
       });
@@ -94,9 +104,10 @@ export class Attention {
       node.textContent = seq.pieces[position];
       return node;
     }, (node, position) => {
-      node.style.setProperty("--weight", shade(position));
+      node.style.setProperty("--weight", shades[position]);
       node.title = `${(100 * weights[position]).toFixed(1)} %`;
     });
+    this.heat.show(blocks, shades, shares, colour(this.id), size);
     const top = shares.indexOf(Math.max(...shares));
     setText(this.words, `q(${visible(seq.pieces[this.position])}) · k(slot) over block${blocks.length > 1 ? "s" : ""} ${list(blocks.map(String))}: ` +
       `the softmax of ${weights.length} products, which add up to ${sum(weights).toFixed(3)}. ` +

@@ -5,7 +5,7 @@ import { colour, element, letter, setText } from "./names.js";
 import { facts, heading, slotOf, sync, visible } from "./parts.js";
 
 export class TokenView {
-  constructor(body, send) {
+  constructor(body, send, pool) {
     const title = element("h3", "", body);
     this.title = element("span", "mp-quote", title, { "data-testid": "token-text" });
     this.kind = element("span", "mp-kind", title);
@@ -14,7 +14,11 @@ export class TokenView {
     this.oddsTitle.title = "The model's own odds, before temperature";
     this.odds = element("ol", "mp-odds", body, { "data-testid": "odds" });
     this.note = element("p", "mp-note", body);
-    this.attention = new Attention(body, send);
+    this.attention = new Attention(body, send, pool);
+  }
+
+  hide() {
+    this.attention.heat.clear();
   }
 
   render(state, history, { seq: id, token: position }) {

@@ -20,7 +20,7 @@ export class Inspector {
     this.close.addEventListener("click", () => select(null, "go"));
     const view = (View) => {
       const body = element("div", "mp-view-body", this.drawer, { hidden: "" });
-      return { body, view: new View(body, send) };
+      return { body, view: new View(body, send, pool) };
     };
     this.views = { block: view(BlockView), seq: view(SequenceView), token: view(TokenView) };
     this.history = new History();
@@ -87,9 +87,10 @@ export class Inspector {
     const what = exists(state, pinned) ? pinned : null;
     if (Boolean(what) !== Boolean(this.what)) this.toggle(Boolean(what));
     this.what = what;
+    const kind = what && kindOf(what);
+    if (kind !== "token") this.views.token.view.hide();
     if (!what) return;
     this.history.follow(player);
-    const kind = kindOf(what);
     for (const [name, { body }] of Object.entries(this.views)) body.hidden = name !== kind;
     this.views[kind].view.render(state, this.history, what);
     this.renderTrail(state, what);
