@@ -39,7 +39,9 @@ export class Arrows {
       const from = chip.getBoundingClientRect();
       if (!cell || from.bottom < visible.top || from.top > visible.bottom) continue;
       const to = cell.getBoundingClientRect();
-      const [x1, y1] = [from.left + from.width / 2 - origin.left, from.bottom - origin.top];
+      // A long table is cut off at its right edge, where the arrows of what is hidden begin.
+      const edge = chip.parentElement.getBoundingClientRect().right;
+      const [x1, y1] = [Math.min(from.left + from.width / 2, edge) - origin.left, from.bottom - origin.top];
       const [x2, y2] = [to.left - origin.left + 2, to.top + to.height / 2 - origin.top];
       const reach = (x2 - x1) * 0.5;
       paths.push({
