@@ -35,9 +35,11 @@ export class Attention {
     if (this.answer || this.asked) return;
     const name = letter(id);
     if (seq.finish_reason) {
-      this.show(`${name} has ended and given its blocks back: the keys and values are gone. Choose a token of a text that is still being written.`);
+      this.show(`${name} has ended and given its blocks back: the keys and values are gone. ` +
+        "Choose a token of a text that is still being written.");
     } else if (!seq.table.length) {
-      this.show(seq.swap_table.length ? `${name} is swapped out: its blocks are on the CPU until it comes back.` : `${name} has no blocks now: it waits.`);
+      this.show(seq.swap_table.length
+        ? `${name} is swapped out: its blocks are on the CPU until it comes back.` : `${name} has no blocks now: it waits.`);
     } else if (position >= seq.num_computed) {
       this.show("The newest token has no key and value yet: it is computed in the next step.");
     } else {
@@ -109,7 +111,8 @@ export class Attention {
     });
     this.heat.show(blocks, shades, shares, colour(this.id), size);
     const top = shares.indexOf(Math.max(...shares));
-    setText(this.words, `q(${visible(seq.pieces[this.position])}) · k(slot) over block${blocks.length > 1 ? "s" : ""} ${list(blocks.map(String))}: ` +
+    const where = `block${blocks.length > 1 ? "s" : ""} ${list(blocks.map(String))}`;
+    setText(this.words, `q(${visible(seq.pieces[this.position])}) · k(slot) over ${where}: ` +
       `the softmax of ${weights.length} products, which add up to ${sum(weights).toFixed(3)}. ` +
       `Most of it, ${Math.round(100 * shares[top])} %, falls on block ${blocks[top]}.`);
   }
@@ -119,7 +122,8 @@ export class Attention {
     const { layers, heads, position, numbers } = this.answer;
     const length = position + 1;
     const pick = (select, count) => (select.value === "mean" ? [...Array(count).keys()] : [Number(select.value)]);
-    const rows = pick(this.layer, layers).flatMap((layer) => pick(this.head, heads).map((head) => (layer * heads + head) * length));
+    const rows = pick(this.layer, layers).flatMap((layer) =>
+      pick(this.head, heads).map((head) => (layer * heads + head) * length));
     return Array.from({ length }, (_, i) => sum(rows.map((row) => numbers[row + i])) / rows.length);
   }
 }

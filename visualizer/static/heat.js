@@ -18,7 +18,8 @@ export class Heat {
       node.style.setProperty("--hue", hue);
       const slots = Array.from({ length: size }, (_, offset) => {
         const shade = shades[logical * size + offset] ?? 0;
-        return `color-mix(in srgb, var(--hue) ${100 * shade}%, var(--mp-card)) ${(100 * offset) / size}% ${(100 * (offset + 1)) / size}%`;
+        const [from, to] = [(100 * offset) / size, (100 * (offset + 1)) / size];
+        return `color-mix(in srgb, var(--hue) ${100 * shade}%, var(--mp-card)) ${from}% ${to}%`;
       });
       node.style.backgroundImage = `linear-gradient(90deg, ${slots.join(", ")})`;
       setText(element("em", "", node), `${Math.round(100 * shares[logical])} %`);

@@ -56,7 +56,8 @@ export class BlockView {
     const places = new Set(own.map((id) => state.seqs[id].table.indexOf(block)));
     setText(this.owners.firstChild, own.length
       ? `logical block ${list([...places].map(String))} of`
-      : state.cached[block] === undefined ? "Nobody needs what is in it." : "No text needs it now; one that begins alike can take it over.");
+      : state.cached[block] === undefined ? "Nobody needs what is in it."
+      : "No text needs it now; one that begins alike can take it over.");
   }
 
   // The slots' tokens, from the owner that has written most, or from whoever wrote them before the block was cached.

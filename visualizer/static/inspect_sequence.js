@@ -48,10 +48,12 @@ export class SequenceView {
     const made = seq.tokens.length - seq.num_prompt;
     const steps = life.last - life.first + 1;
     facts(this.facts, [
-      ["request", `${seq.request_id}, ${plural(samples, "sequence")}` + (life.max_tokens ? `, at most ${life.max_tokens} new tokens` : "")],
+      ["request", `${seq.request_id}, ${plural(samples, "sequence")}` +
+        (life.max_tokens ? `, at most ${life.max_tokens} new tokens` : "")],
       ["tokens", `${seq.num_prompt} of the prompt + ${made} written`],
       ["arrived", after(life.arrived)],
-      ["admitted", life.admitted === undefined ? undefined : `step ${life.admitted}` + (life.cached ? `, ${life.cached} tokens from the prefix cache` : "")],
+      ["admitted", after(life.admitted)],
+      ["prefix cache", life.cached ? `gave ${life.cached} tokens` : undefined],
       ["forked off", after(life.forked)],
       ["first token", after(life.first)],
       ["speed", steps > 0 ? `${(Math.min(made, life.tokens.size) / steps).toFixed(2)} tokens per step` : undefined],
@@ -79,7 +81,8 @@ export class SequenceView {
       setText(chip.lastChild, block !== undefined ? String(block) : swap !== undefined ? `CPU ${swap}` : "–");
       chip.disabled = block === undefined;
       setAttribute(chip, "data-go", block === undefined ? "" : `block:${block}`);
-      setAttribute(chip, "aria-label", block === undefined ? `logical block ${logical}, in no physical block` : `logical block ${logical}, physical block ${block}`);
+      const place = block === undefined ? "in no physical block" : `physical block ${block}`;
+      setAttribute(chip, "aria-label", `logical block ${logical}, ${place}`);
       const end = Math.min(seq.tokens.length, (logical + 1) * size);
       const positions = Array.from({ length: end - logical * size }, (_, i) => logical * size + i);
       sync(line.lastChild, positions, (position) => position, () => token(), (node, position) => {
@@ -107,7 +110,8 @@ export class SequenceView {
       item.style.setProperty("--depth", member.depth);
       item.classList.toggle("mp-gone", Boolean(reason));
       item.classList.toggle("mp-self", member.id === id);
-      const sharing = table.length && elder?.table.length ? ` · shares ${common} of ${plural(table.length, "block")} with ${letter(parent)}` : "";
+      const both = table.length && elder?.table.length;
+      const sharing = both ? ` · shares ${common} of ${plural(table.length, "block")} with ${letter(parent)}` : "";
       setText(item.lastChild, kindOf(state, state.seqs[member.id]) + sharing);
     });
   }

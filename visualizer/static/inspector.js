@@ -15,7 +15,9 @@ export class Inspector {
     this.root = root;
     this.drawer = root.querySelector("[data-part=drawer]");
     this.trail = element("nav", "mp-trail", this.drawer, { "aria-label": "Where you are" });
-    this.close = element("button", "mp-close", this.drawer, { type: "button", "data-testid": "close", "aria-label": "Close (Esc)", title: "Close (Esc)" });
+    this.close = element("button", "mp-close", this.drawer, {
+      type: "button", "data-testid": "close", "aria-label": "Close (Esc)", title: "Close (Esc)",
+    });
     this.close.textContent = "×";
     this.close.addEventListener("click", () => select(null, "go"));
     const view = (View) => {
