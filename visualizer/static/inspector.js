@@ -4,7 +4,7 @@
 import { BlockView } from "./inspect_block.js";
 import { SequenceView } from "./inspect_sequence.js";
 import { TokenView } from "./inspect_token.js";
-import { History } from "./history.js";
+import { History } from "./block_history.js";
 import { element, letter } from "./names.js";
 import { slotOf, sync } from "./parts.js";
 
