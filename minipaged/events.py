@@ -201,13 +201,18 @@ class Forked(Event):
 
 @dataclass(frozen=True, slots=True)
 class Sampled(Event):
-    """A token was appended. ``text`` is what became readable with it (may be empty: half a character)."""
+    """A token was appended. ``text`` is what became readable with it (may be empty: half a character).
+
+    ``top`` lists the likeliest tokens as [token id, text, log-probability], if the request asked for them. `State`
+    does not keep it: five alternatives for every token would make keyframes many times as large.
+    """
 
     type: ClassVar[str] = "sampled"
     seq_id: int
     token_id: int
     text: str
     logprob: float | None
+    top: list[list[Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

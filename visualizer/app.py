@@ -176,7 +176,7 @@ def launch(
         visualizer.blocks.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
             inbrowser=open_browser, footer_links=[], run_history=False, ssr_mode=False,
-            css_paths=[STATIC / "style.css", STATIC / "charts.css", STATIC / "playback.css"],
+            css_paths=[STATIC / name for name in ("style.css", "charts.css", "playback.css", "inspector.css")],
             theme=_theme(), favicon_path=STATIC / "favicon.svg",
         )  # fmt: skip
     except OSError:

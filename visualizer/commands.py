@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from minipaged.errors import MinipagedError
+from visualizer.attention import look
 from visualizer.engine_thread import EngineThread
 from visualizer.scenarios import Arrival, Scenario
 
@@ -47,7 +48,13 @@ class Commands:
             case "submit":
                 return self._thread.submit(self._arrival(payload))
             case "abort":
-                return self._thread.abort(_text(payload, "request_id", 100))
+                return self._thread.abort(_text(payload, "request_id", 200))
+            case "fork":
+                return self._thread.fork(_text(payload, "request_id", 200))
+            case "attention":
+                seq_id = int(_number(payload, "seq_id", "The sequence", 0, 10**9, whole=True))
+                position = int(_number(payload, "position", "The position", 0, 10**9, whole=True))
+                return self._thread.call(lambda: look(self._thread.engine, seq_id, position))
             case "pause":
                 return self._thread.pause()
             case "resume":

@@ -22,6 +22,7 @@ from minipaged.events import EngineError, EngineStarted, Event
 from visualizer.scenarios import Arrival, Scenario
 
 MAX_WAITING = 50  # requests; beyond that a page full of impatient clicks would only make everybody wait
+NUM_ALTERNATIVES = 5  # likeliest tokens that the page can show beside each sampled one
 DEFAULT_RATE = 12.0  # steps per second: fast enough to feel alive, slow enough to follow
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,14 @@ class EngineThread:
         return self.call(lambda: self._submit(arrival))
 
     def abort(self, request_id: str) -> Future[None]:
-        return self.call(lambda: self.engine.abort(request_id))
+        def abort() -> None:
+            self.engine.abort(request_id)  # whose last output is of no use here, and no JSON
+
+        return self.call(abort)
+
+    def fork(self, request_id: str) -> Future[str]:
+        """Lets a running request take a second way from here on. `InvalidRequest` if it cannot."""
+        return self.call(lambda: self.engine.fork(request_id))
 
     def pause(self) -> Future[None]:
         return self.call(lambda: self._set_paused(True))
@@ -197,8 +205,9 @@ class EngineThread:
         else:
             tokens = self.llm.encode(arrival.prompt)
         params = SamplingParams(
-            n=arrival.n, temperature=arrival.temperature, max_tokens=arrival.max_tokens, seed=arrival.seed
-        )
+            n=arrival.n, temperature=arrival.temperature, max_tokens=arrival.max_tokens, seed=arrival.seed,
+            logprobs=NUM_ALTERNATIVES,
+        )  # fmt: skip
         request_id = f"request-{self._num_requests}"
         self.engine.add_request(request_id, tokens, params, prompt=arrival.prompt)
         self._num_requests += 1

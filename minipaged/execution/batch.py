@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,10 @@ class Batch:
     query_lens: list[int]  # [B], tokens of this step; sums to T
     context_lens_list: list[int]  # context_lens again, for host code that must not wait for the device
     num_decodes: int
+    # For looking on (see execution/attention.py): `observe` is called in every layer with its index, the queries
+    # [T, H, D], its key cache, the scale and the sliding window; `read_only` leaves the caches as they are.
+    observe: Callable[[int, Tensor, Tensor, float, int | None], None] | None = None
+    read_only: bool = False
 
 
 def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:

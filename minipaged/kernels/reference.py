@@ -63,6 +63,29 @@ def paged_decode(
     return out.reshape(B, H, D)
 
 
+def attention_weights(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    context_len: int,
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """What one query makes of its context: the softmax inside `paged_decode`, one row per query head.
+
+    q: [H, D]; k_cache: [N, S, KH, D]; block_table: [M], at least as many blocks as the context fills.
+    Returns [H, context_len] in float32; each row sums to 1.
+    """
+    S, KH = k_cache.shape[1:3]
+    blocks = block_table[: -(-context_len // S)]
+    k = k_cache[blocks].flatten(0, 1)[:context_len].float()  # [context_len, KH, D]
+    k = k.repeat_interleave(q.shape[0] // KH, dim=1)  # a key head serves H / KH query heads
+    scores = scale * torch.einsum("hd,lhd->hl", q.float(), k)
+    if sliding_window is not None:
+        scores[:, : max(0, context_len - sliding_window)] = -torch.inf
+    return scores.softmax(dim=-1)
+
+
 def paged_prefill(
     q: Tensor,
     k_cache: Tensor,

@@ -39,7 +39,10 @@ def paged_attention(
     """
     k_cache, v_cache = kv_cache.k[layer], kv_cache.v[layer]
     # Store first: now a token finds itself, its chunk and its past in one place, and no case is special.
-    reference.store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
+    if not batch.read_only:
+        reference.store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
+    if batch.observe is not None:
+        batch.observe(layer, q, k_cache, scale, sliding_window)
     n, tables = batch.num_decodes, batch.block_tables
     outs = []
     if n:  # one query each, and all of them in one call

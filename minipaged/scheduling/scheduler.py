@@ -328,7 +328,7 @@ class Scheduler:
     def _take(self, request: Request, seq: Sequence, token: SampledToken, reason: str | None) -> str | None:
         """Appends a token and its text. Returns the finish reason, which a stop string may have changed."""
         seq.tokens.append(token.token_id)
-        logprob = None
+        logprob, top = None, list[tuple[int, float]]()
         if token.logprobs is not None:
             logprob = token.logprobs[token.token_id]
             seq.cumulative_logprob += logprob
@@ -342,7 +342,9 @@ class Scheduler:
                 reason = "stop" if seq.text.stopped is not None else reason
             if reason and seq.text.stopped is None:
                 text += seq.text.finish()
-        self.events.emit(Sampled, seq.seq_id, token.token_id, text, logprob)
+        if self.events.active:
+            alternatives = [[token_id, _piece(seq, token_id), value] for token_id, value in top]
+            self.events.emit(Sampled, seq.seq_id, token.token_id, text, logprob, alternatives)
         return reason
 
     def _finish(self, request: Request, seq: Sequence, reason: str) -> None:
@@ -401,6 +403,11 @@ class Scheduler:
                 search.add(seq.cumulative_logprob, seq)
             self._finish(request, seq, reason or "pruned")
         request.seqs = [seq for _, seq in search.finished[: request.params.n]]
+
+
+def _piece(seq: Sequence, token_id: int) -> str:
+    """The text of a token by itself, for those who watch."""
+    return seq.text.piece(token_id) if seq.text is not None else f"<{token_id}>"
 
 
 def _common_prefix(seqs: list[Sequence]) -> int:

@@ -94,6 +94,10 @@ class TextStream:
         self._pieces = ["".join(self._pieces)]
         return self._pieces[0]
 
+    def piece(self, token_id: int) -> str:
+        """The text of one token by itself, whether or not it came up; changes nothing."""
+        return self._tokenizer.decode([token_id])
+
     def fork(self) -> TextStream:
         """A copy that goes its own way, for a forked sequence."""
         other = copy(self)

@@ -163,6 +163,18 @@ def test_the_waiting_queue_has_an_end(thread: EngineThread) -> None:
         ({"do": "rate", "rate": float("nan")}, "Speed"),
         ({"do": "rate", "rate": [1]}, "Speed"),
         ({"do": "abort", "request_id": {}}, "text"),
+        ({"do": "fork"}, "text"),
+        ({"do": "fork", "request_id": ["request-0"]}, "text"),
+        ({"do": "fork", "request_id": "x" * 500}, "characters"),
+        ({"do": "fork", "request_id": "nobody"}, "only such can be forked"),
+        ({"do": "attention"}, "sequence must be"),
+        ({"do": "attention", "seq_id": 0}, "position must be"),
+        ({"do": "attention", "seq_id": "0", "position": 0}, "sequence must be"),
+        ({"do": "attention", "seq_id": -1, "position": 0}, "sequence must be"),
+        ({"do": "attention", "seq_id": 0, "position": 1.5}, "position must be"),
+        ({"do": "attention", "seq_id": 0, "position": True}, "position must be"),
+        ({"do": "attention", "seq_id": 0, "position": float("nan")}, "position must be"),
+        ({"do": "attention", "seq_id": 7, "position": 0}, "ended"),
     ],
 )
 def test_bad_commands_get_words_and_change_nothing(thread: EngineThread, change: dict, words: str) -> None:

@@ -4,6 +4,7 @@ import { Arrows } from "./arrows.js";
 import { Charts } from "./charts.js";
 import { Controls } from "./controls.js";
 import { Flights } from "./flights.js";
+import { Inspector } from "./inspector.js";
 import { narrate } from "./narration.js";
 import { setText } from "./names.js";
 import { Playback } from "./playback.js";
@@ -44,7 +45,9 @@ class Page {
     this.arrows = new Arrows(root.querySelector("[data-part=scene]"));
     this.timeline = new Timeline(root, this.player);
     this.role = new Role(root, server, more);
-    this.controls = new Controls(root, (command) => this.role.send(command));
+    const send = (command) => this.role.send(command);
+    this.controls = new Controls(root, send);
+    this.inspector = new Inspector(root, this.pool, select, send, () => (this.player.changed = true));
     this.playback = new Playback(root, this.player);
     this.sources = new Sources(root, more.sources);
     this.swap = new SwapSpace(root);
@@ -147,6 +150,7 @@ class Page {
 
   select(what, how) {
     if (how === "hover") this.hovered = what;
+    else if (how === "go") this.pinned = what;
     else this.pinned = JSON.stringify(what) === JSON.stringify(this.pinned) ? null : what;
     this.player.changed = true;
   }
@@ -184,10 +188,11 @@ class Page {
     this.root.dataset.step = state.step;
     this.root.dataset.mode = this.player.mode;
     this.root.dataset.sub = this.player.sub;
+    this.inspector.render(this.player, this.pinned);
     this.pool.render(state, lit);
     this.sequences.render(state, lit);
     this.swap.render(state);
-    this.arrows.render(lit, this.sequences, this.pool);
+    this.arrows.render(lit, this.sequences, this.pool, this.player);
     this.flights.render(this.player);
     this.timeline.render();
     this.playback.render();
@@ -223,6 +228,7 @@ class Page {
       dump: () => JSON.parse(JSON.stringify(this.player.state)),
       check: () => check(this.player.state),
       player: this.player,
+      inspector: this.inspector,
     };
   }
 }

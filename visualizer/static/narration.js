@@ -40,11 +40,15 @@ const TELL = {
 
   forked(e, record, state) {
     const children = record.events.filter((x) => x.type === "forked").map((x) => x.child);
+    const blocks = state.seqs[e.parent]?.table.length ?? 0;
+    if (state.requests[e.request_id]?.[0] === e.child) { // a request of its own: somebody asked for the fork
+      return ["fork", `${letter(e.child)} is a second way on for ${letter(e.parent)}: they share ` +
+        `${plural(blocks, "block")} until one of them writes, and nothing is copied.`];
+    }
     const pruned = record.events.filter((x) => x.type === "finished" && x.reason === "pruned");
     if ((state.seqs[e.parent]?.tokens.length ?? 0) > (state.seqs[e.parent]?.num_prompt ?? 0) + 1 || pruned.length) {
       return ["fork", describe(e, state) + (pruned.length ? ` ${describe(pruned[0], state)}` : "")];
     }
-    const blocks = state.seqs[e.parent]?.table.length ?? 0;
     return ["fork", `${names([e.parent, ...children])} start from one prompt: they share its ` +
       `${plural(blocks, "block")}, and nothing is copied.`];
   },

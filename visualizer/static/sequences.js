@@ -90,9 +90,10 @@ export class Sequences {
     setText(row.prompt, text(seq, 0, seq.num_prompt).trimStart());
     setText(row.output, text(seq, seq.num_prompt));
     setText(row.state, status.label);
-    setText(row.meta, `${plural(seq.tokens.length, "token")} · ${plural(seq.table.length, "block")}`);
+    setText(row.meta, `${plural(seq.tokens.length, "token")} · ${plural(seq.table.length || seq.swap_table.length, "block")}`);
     row.table.classList.toggle("mp-crowded", seq.table.length >= CROWDED);
     this.renderTable(state, seq, row, own, lit);
+    renderSwapped(row, seq);
   }
 
   renderTable(state, seq, row, own, lit) {
@@ -116,11 +117,13 @@ export class Sequences {
   }
 
   renderQueues(state) {
+    this.queues.querySelector("[data-queue=swapped]").hidden = !state.config.swap_blocks;
     const live = (id) => !state.seqs[id].finish_reason;
     const queue = (requests) => requests.flatMap((request) => state.requests[request]).filter(live);
     const queues = {
       running: queue(state.running),
       waiting: queue(state.waiting),
+      swapped: queue(state.swapped),
       finished: Object.keys(state.seqs).map(Number).filter((id) => !live(id)),
     };
     for (const [name, ids] of Object.entries(queues)) {
@@ -171,6 +174,21 @@ function buildChip(table, logical) {
   return { node, fill, block, key: "" };
 }
 
+// A sequence that lives on the CPU for a while: its blocks there.
+function renderSwapped(row, seq) {
+  const key = seq.swap_table.join();
+  if (key === (row.swapped ?? "")) return;
+  row.swapped = key;
+  for (const node of row.table.querySelectorAll(".mp-on-cpu")) node.remove();
+  seq.swap_table.forEach((block, logical) => {
+    const node = element("span", "mp-chip mp-on-cpu", row.table, {
+      "data-swap": block, title: `logical block ${logical} → block ${block} on the CPU`,
+    });
+    element("small", "", node).textContent = logical;
+    element("b", "", node).textContent = `CPU ${block}`;
+  });
+}
+
 // Live ones in order of arrival, then those that ended, the latest first.
 function shown(state) {
   const ids = Object.keys(state.seqs).map(Number);
@@ -181,12 +199,12 @@ function shown(state) {
 
 function statusOf(state, seq) {
   if (seq.finish_reason) {
-    const label = { stop: "finished", length: "finished", abort: "aborted", pruned: "pruned" }[seq.finish_reason];
+    const label = { stop: "finished", length: "finished", abort: "aborted", pruned: "given up" }[seq.finish_reason];
     return { name: "finished", label };
   }
   if (state.running.includes(seq.request_id)) {
     return seq.tokens.length - seq.num_computed > 1 ? { name: "prefill", label: "reading" } : { name: "running", label: "writing" };
   }
-  if (state.swapped.includes(seq.request_id)) return { name: "preempted", label: "on the CPU" };
+  if (state.swapped.includes(seq.request_id)) return { name: "swapped", label: "on the CPU" };
   return seq.tokens.length > seq.num_prompt ? { name: "preempted", label: "preempted" } : { name: "waiting", label: "waiting" };
 }

@@ -7,21 +7,18 @@ export class SwapSpace {
     this.node = root.querySelector("[data-part=swap]");
     this.grid = root.querySelector("[data-part=swap-grid]");
     this.count = root.querySelector("[data-part=swap-count]");
-    this.queue = root.querySelector("[data-queue=swapped]");
     this.cells = [];
     this.last = [];
   }
 
   render(state) {
     const size = state.swap_ref_counts.length;
-    this.node.hidden = this.queue.hidden = size === 0;
+    this.node.hidden = size === 0;
     if (this.cells.length !== size) this.build(size);
     if (!size) return;
     const owners = ownersOf(state);
     this.cells.forEach((cell, block) => this.renderCell(cell, block, owners.get(block) ?? []));
     setText(this.count, `${owners.size} of ${size} in use`);
-    const waiting = state.swapped.flatMap((request) => state.requests[request]).filter((id) => !state.seqs[id].finish_reason);
-    setText(this.queue.querySelector("b"), String(waiting.length));
   }
 
   build(size) {

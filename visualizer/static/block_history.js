@@ -1,0 +1,139 @@
+// What the records say about the past of a block, a sequence or a token. Only the inspector asks, so nothing is read
+// before it opens; from then on only what is new. A seek backwards starts over from the oldest keyframe.
+
+import { letter, plural } from "./names.js";
+import { State } from "./reducer.js";
+
+export class History {
+  follow(player) {
+    const lost = this.run !== player.run || player.position < this.position || this.position < player.first;
+    if (lost) this.begin(player);
+    while (this.position < player.position) {
+      for (const event of player.records[this.position - player.first].events) this.read(event);
+      this.position += 1;
+    }
+  }
+
+  begin(player) {
+    this.run = player.run;
+    this.position = player.first;
+    this.state = State.from(JSON.parse(player.keyframes.get(player.first)));
+    this.complete = !Object.keys(this.state.seqs).length; // nothing happened before the oldest record
+    this.blocks = new Map(); // block -> entries {step, until, kind, words}
+    this.lives = new Map(); // sequence -> when what happened to it
+    this.contents = new Map(); // block -> {seq, logical}: whose tokens were last written there
+    this.parents = new Map(); // name in the prefix cache -> its parent's
+    for (const [id, seq] of Object.entries(this.state.seqs)) {
+      seq.table.forEach((block, logical) => this.contents.set(block, { seq: Number(id), logical }));
+    }
+  }
+
+  read(event) {
+    const early = event.type === "freed" || event.type === "swapped_out"; // afterwards the table is empty
+    if (early) READ[event.type](this, event, this.state);
+    this.state.apply(event);
+    if (!early) READ[event.type]?.(this, event, this.state);
+  }
+
+  life(id) {
+    if (!this.lives.has(id)) this.lives.set(id, { tokens: new Map(), preempted: 0, cached: 0 });
+    return this.lives.get(id);
+  }
+
+  // A sentence of a block's story. What goes on step after step is one sentence.
+  tell(block, kind, words, seq) {
+    if (!this.blocks.has(block)) this.blocks.set(block, []);
+    const story = this.blocks.get(block);
+    const last = story.at(-1);
+    const { step } = this.state;
+    if (kind === "filled" && last?.kind === kind && last.seq === seq) Object.assign(last, { until: step, words });
+    else story.push({ step, until: step, kind, words, seq, number: story.length });
+  }
+
+  // {step, top} of the token at `position`, which an ancestor may have sampled; undefined if no record tells.
+  sampling(seqs, id, position) {
+    for (let at = id; at !== null && seqs[at]; at = seqs[at].parent) {
+      const found = this.lives.get(at)?.tokens.get(position);
+      if (found) return found;
+    }
+    return undefined;
+  }
+}
+
+const READ = {
+  request_added(history, e, { step }) {
+    for (const id of e.seq_ids) {
+      Object.assign(history.life(id), { arrived: step, max_tokens: e.max_tokens, samples: e.seq_ids.length });
+    }
+  },
+  admitted(history, e, { step, requests }) {
+    for (const id of requests[e.request_id]) history.life(id).admitted ??= step;
+    history.life(e.seq_id).cached = e.num_cached;
+  },
+  preempted(history, e, { requests, seqs }) {
+    for (const id of requests[e.request_id]) if (!seqs[id].finish_reason) history.life(id).preempted += 1;
+  },
+  forked(history, e, { step }) {
+    const life = history.life(e.child);
+    const { arrived, admitted, max_tokens } = history.life(e.parent);
+    Object.assign(life, { arrived, admitted, max_tokens, ...life, forked: step });
+  },
+  sampled(history, e, { step, seqs }) {
+    const life = history.life(e.seq_id);
+    life.first ??= step;
+    life.last = step;
+    life.tokens.set(seqs[e.seq_id].tokens.length - 1, { step, top: e.top });
+  },
+  finished(history, e, { step }) {
+    history.life(e.seq_id).finished = step;
+  },
+  allocated(history, e) {
+    history.tell(e.block, "allocated", `handed to ${letter(e.seq_id)} as logical block ${e.logical}`);
+  },
+  shared(history, e) {
+    const why = e.reason === "fork" ? "by a fork" : "found in the prefix cache";
+    history.tell(e.block, "shared", `also named by ${letter(e.seq_id)} (${why})`);
+  },
+  copied(history, e) {
+    history.tell(e.src, "copied", `copied to block ${e.dst}, for ${letter(e.seq_id)} to write on`);
+    history.tell(e.dst, "copied", `copied from block ${e.src} for ${letter(e.seq_id)}`);
+    history.contents.set(e.dst, { seq: e.seq_id, logical: e.logical });
+  },
+  filled(history, e, { seqs, config }) {
+    const size = config.block_size;
+    const end = e.start + e.num_tokens;
+    for (let logical = Math.floor(e.start / size); logical * size < end; logical += 1) {
+      const block = seqs[e.seq_id].table[logical];
+      const slots = Math.min(size, end - logical * size);
+      history.contents.set(block, { seq: e.seq_id, logical });
+      history.tell(block, "filled", `${letter(e.seq_id)} fills it up to ${slots} of ${plural(size, "slot")}`, e.seq_id);
+    }
+  },
+  cached(history, e) {
+    history.parents.set(e.prefix, e.parent);
+    history.tell(e.block, "cached", `full: enters the prefix cache as prefix ${e.prefix}`);
+  },
+  evicted(history, e) {
+    history.tell(e.block, "evicted", "evicted from the prefix cache, to be used anew");
+    history.contents.delete(e.block);
+  },
+  freed(history, e, { seqs, ref_counts }) {
+    if (seqs[e.seq_id].swap_table.length) return; // the CPU's blocks have no story
+    for (const block of e.blocks) {
+      const left = ref_counts[block] - 1;
+      const rest = left ? `; ${left} still name${left === 1 ? "s" : ""} it` : "";
+      history.tell(block, "freed", `given back by ${letter(e.seq_id)}${rest}`);
+    }
+  },
+  swapped_out(history, e) {
+    e.blocks.forEach((block, i) => {
+      history.tell(block, "swapped", `${letter(e.seq_id)} moves to the CPU, block ${e.swap_blocks[i]} there`);
+    });
+  },
+  swapped_in(history, e) {
+    e.blocks.forEach((block, logical) => {
+      history.tell(block, "swapped", `${letter(e.seq_id)} comes back from the CPU`);
+      history.contents.set(block, { seq: e.seq_id, logical });
+    });
+  },
+};

@@ -1,0 +1,38 @@
+// Attention where the keys really lie: drawn over the cells of the pool, slot by slot.
+
+import { element, setText } from "./names.js";
+
+export class Heat {
+  constructor(pool) {
+    this.pool = pool;
+    this.nodes = [];
+  }
+
+  // `shades` has a number between 0 and 1 for every position seen, `shares` each block's part of the whole.
+  show(blocks, shades, shares, hue, size) {
+    this.clear();
+    blocks.forEach((block, logical) => {
+      const cell = this.pool.cellOf(block);
+      if (!cell) return;
+      const node = element("span", "mp-heat", cell, { "aria-hidden": "true" });
+      node.style.setProperty("--hue", hue);
+      const slots = Array.from({ length: size }, (_, offset) => {
+        const shade = shades[logical * size + offset] ?? 0;
+        const [from, to] = [(100 * offset) / size, (100 * (offset + 1)) / size];
+        return `color-mix(in srgb, var(--hue) ${100 * shade}%, var(--mp-card)) ${from}% ${to}%`;
+      });
+      node.style.backgroundImage = `linear-gradient(90deg, ${slots.join(", ")})`;
+      setText(element("em", "", node), `${Math.round(100 * shares[logical])} %`);
+      this.nodes.push(node);
+    });
+  }
+
+  get shown() {
+    return this.nodes.length > 0;
+  }
+
+  clear() {
+    for (const node of this.nodes) node.remove();
+    this.nodes = [];
+  }
+}

@@ -1,0 +1,156 @@
+// The drawer that opens on a click: a block, a sequence or a token, followed from one to the other. It takes a column of
+// its own, so that it hides nothing, least of all what was clicked. What it shows is the moment that the page shows.
+
+import { BlockView } from "./inspect_block.js";
+import { SequenceView } from "./inspect_sequence.js";
+import { TokenView } from "./inspect_token.js";
+import { History } from "./block_history.js";
+import { element, letter } from "./names.js";
+import { slotOf, sync } from "./parts.js";
+
+export class Inspector {
+  // `select(what, how)` is the page's; `redraw()` asks for another frame.
+  constructor(root, pool, select, send, redraw) {
+    Object.assign(this, { pool, select, redraw });
+    this.root = root;
+    this.drawer = root.querySelector("[data-part=drawer]");
+    this.trail = element("nav", "mp-trail", this.drawer, { "aria-label": "Where you are" });
+    this.close = element("button", "mp-close", this.drawer, {
+      type: "button", "data-testid": "close", "aria-label": "Close (Esc)", title: "Close (Esc)",
+    });
+    this.close.textContent = "×";
+    this.close.addEventListener("click", () => select(null, "go"));
+    const view = (View) => {
+      const body = element("div", "mp-view-body", this.drawer, { hidden: "" });
+      return { body, view: new View(body, send, pool) };
+    };
+    this.views = { block: view(BlockView), seq: view(SequenceView), token: view(TokenView) };
+    this.history = new History();
+    this.marker = element("span", "mp-marker", null, { "aria-hidden": "true" });
+    this.listen();
+    new ResizeObserver(redraw).observe(pool.grid.parentElement); // the arrows' ends have moved
+  }
+
+  listen() {
+    const { drawer, select } = this;
+    drawer.addEventListener("click", (event) => {
+      const what = goal(event.target.closest("[data-go]")?.dataset.go, this.what);
+      if (what) select(what, "go");
+    });
+    drawer.addEventListener("pointerover", (event) => this.hover(event.target.closest("[data-slot]")));
+    drawer.addEventListener("focusin", (event) => this.hover(event.target.closest("[data-slot]")));
+    drawer.addEventListener("pointerleave", () => this.hover(null));
+    this.pool.grid.addEventListener("pointermove", (event) => this.hoverCell(event));
+    this.pool.grid.addEventListener("pointerleave", () => this.mark(null));
+    document.addEventListener("keydown", (event) => {
+      this.byKeyboard = true;
+      if (event.key === "Escape" && this.what && this.root.isConnected) select(null, "go");
+    }, true);
+    document.addEventListener("pointerdown", () => (this.byKeyboard = false), true);
+  }
+
+  // A token or slot in the drawer is pointed at: its place in the pool lights up, and the arrow that leads there.
+  hover(node) {
+    const slot = node?.dataset.slot;
+    this.mark(slot || null);
+    if (slot && this.what?.seq !== undefined) this.select({ seq: this.what.seq, block: Number(slot.split(":")[0]) }, "hover");
+    else if (this.hovering) this.select(null, "hover");
+    this.hovering = Boolean(slot);
+  }
+
+  // The other way round: which slot of a cell is under the pointer follows from where in the cell that is.
+  hoverCell(event) {
+    const cell = event.target.closest?.("[data-block]");
+    if (!cell || !this.what) return this.mark(null);
+    const box = cell.getBoundingClientRect();
+    const offset = Math.floor(((event.clientX - box.left) / box.width) * this.size);
+    this.mark(`${cell.dataset.block}:${Math.max(0, Math.min(this.size - 1, offset))}`);
+  }
+
+  mark(slot) {
+    if (slot === this.marked) return;
+    this.marked = slot;
+    for (const node of this.drawer.querySelectorAll(".mp-marked")) node.classList.remove("mp-marked");
+    this.marker.remove();
+    if (!slot) return;
+    const [block, offset] = slot.split(":").map(Number);
+    for (const node of this.drawer.querySelectorAll(`[data-slot="${slot}"]`)) node.classList.add("mp-marked");
+    const cell = this.pool.cellOf(block);
+    if (!cell) return;
+    this.marker.dataset.slot = slot;
+    this.marker.style.left = `${(100 * offset) / this.size}%`;
+    this.marker.style.width = `${100 / this.size}%`;
+    cell.append(this.marker);
+  }
+
+  render(player, pinned) {
+    const { state } = player;
+    this.size = state.config.block_size ?? 1;
+    const what = exists(state, pinned) ? pinned : null;
+    if (Boolean(what) !== Boolean(this.what)) this.toggle(Boolean(what));
+    this.what = what;
+    const kind = what && kindOf(what);
+    if (kind !== "token") this.views.token.view.hide();
+    if (!what) return;
+    this.history.follow(player);
+    for (const [name, { body }] of Object.entries(this.views)) body.hidden = name !== kind;
+    this.views[kind].view.render(state, this.history, what);
+    this.renderTrail(state, what);
+    const key = `${kind} ${JSON.stringify(what)}`;
+    if (key !== this.shown) this.views[kind].body.scrollTop = 0;
+    this.shown = key;
+  }
+
+  toggle(open) {
+    this.drawer.hidden = !open;
+    this.root.classList.toggle("mp-inspecting", open);
+    this.hover(null);
+    this.redraw();
+    requestAnimationFrame(() => window.dispatchEvent(new Event("resize"))); // the chart follows nothing else
+    if (open && this.byKeyboard) {
+      this.opener = document.activeElement;
+      this.close.focus();
+    } else if (!open && this.opener) {
+      this.opener.focus();
+      this.opener = null;
+    }
+  }
+
+  // From the sequence over the block to the token, as far as it goes.
+  renderTrail(state, what) {
+    const steps = [];
+    const slot = what.token === undefined ? null : slotOf(state, state.seqs[what.seq], what.token);
+    const block = what.token === undefined ? what.block : slot?.block;
+    if (what.seq !== undefined) steps.push({ go: `seq:${what.seq}`, words: `sequence ${letter(what.seq)}` });
+    if (block !== undefined) steps.push({ go: `block:${block}`, words: `block ${block}` });
+    if (what.token !== undefined) steps.push({ go: `token:${what.seq}:${what.token}`, words: `token ${what.token}` });
+    sync(this.trail, steps, (step) => step.go, (step) => {
+      const node = element("button", "", null, { type: "button", "data-go": step.go });
+      node.textContent = step.words;
+      return node;
+    }, (node, step) => node.toggleAttribute("aria-current", step === steps.at(-1)));
+  }
+}
+
+function kindOf(what) {
+  if (what.token !== undefined) return "token";
+  return what.block !== undefined ? "block" : "seq";
+}
+
+function exists(state, what) {
+  if (!what) return false;
+  const seq = state.seqs[what.seq];
+  if (what.seq !== undefined && !seq) return false;
+  if (what.token !== undefined) return what.token < seq.tokens.length;
+  return what.block === undefined || what.block < state.ref_counts.length;
+}
+
+// What a `data-go` leads to. A block that is looked up from a sequence stays that sequence's.
+function goal(go, from) {
+  if (!go) return null;
+  const [kind, ...numbers] = go.split(":");
+  const [first, second] = numbers.map(Number);
+  if (kind === "seq") return { seq: first };
+  if (kind === "block") return from?.seq === undefined ? { block: first } : { seq: from.seq, block: first };
+  return { seq: first, token: second };
+}

@@ -1,0 +1,96 @@
+// Small pieces that the inspector's views are put together from.
+//
+// `data-go` names what a click leads to ("block:17", "seq:3", "token:3:45"), `data-slot` the slot that a token lies in
+// ("17:5"): the inspector listens for both, so that a view only has to write them.
+
+import { colour, element, ink, letter, setText } from "./names.js";
+
+// Makes the parent's children match the items, reusing nodes by key: one that is pointed at, focused or being clicked
+// must not be replaced while the engine goes on.
+export function sync(parent, items, keyOf, build, update) {
+  parent.kept ??= new Map();
+  const keys = items.map((item) => String(keyOf(item)));
+  const wanted = new Set(keys);
+  for (const [key, node] of parent.kept) {
+    if (wanted.has(key)) continue;
+    node.remove();
+    parent.kept.delete(key);
+  }
+  items.forEach((item, index) => {
+    if (!parent.kept.has(keys[index])) parent.kept.set(keys[index], build(item));
+    const node = parent.kept.get(keys[index]);
+    if (parent.children[index] !== node) parent.insertBefore(node, parent.children[index] ?? null);
+    update?.(node, item);
+  });
+}
+
+export function badge(id) {
+  const node = element("button", "mp-tag", null, { type: "button", "data-go": `seq:${id}` });
+  node.style.background = colour(id);
+  node.style.color = ink(id);
+  node.textContent = letter(id);
+  node.setAttribute("aria-label", `sequence ${letter(id)}`);
+  return node;
+}
+
+export function heading(parent, words) {
+  const node = element("h4", "", parent);
+  node.textContent = words;
+  return node;
+}
+
+// A definition list that is filled anew from [name, value] pairs; those without a value are left out.
+export function facts(node, pairs) {
+  const known = pairs.filter(([, value]) => value !== undefined && value !== null);
+  sync(node, known, ([name]) => name, ([name]) => {
+    const row = element("div", "");
+    element("dt", "", row).textContent = name;
+    element("dd", "", row);
+    return row;
+  }, (row, [, value]) => setText(row.lastChild, String(value)));
+}
+
+export function setAttribute(node, name, value) {
+  if (node.getAttribute(name) !== value) node.setAttribute(name, value);
+}
+
+// A token as it can be seen: spaces and line ends have a place too.
+export function visible(piece) {
+  if (piece === undefined) return "";
+  return piece === "" ? "∅" : piece.replaceAll("\n", "⏎").replaceAll(" ", "␣");
+}
+
+// One token in running text: a click inspects it, and it knows its slot.
+export function token(parent = null) {
+  return element("span", "mp-token", parent, { role: "button", tabindex: "-1", "data-testid": "token" });
+}
+
+export function renderToken(node, seqId, position, piece, slot) {
+  setText(node, piece === "" ? "\u200b" : piece); // half a character takes no room
+  setAttribute(node, "data-go", `token:${seqId}:${position}`);
+  setAttribute(node, "data-slot", slot ?? "");
+}
+
+// Where the KV of a position lies: {block, offset}, or null when it lies nowhere.
+export function slotOf(state, seq, position) {
+  const size = state.config.block_size;
+  const block = seq?.table[Math.floor(position / size)];
+  if (block === undefined || position >= seq.num_computed) return null;
+  return { block, offset: position % size };
+}
+
+export const slotName = (slot) => (slot ? `${slot.block}:${slot.offset}` : "");
+
+// Arrow keys move among the tokens of a list, which is one stop of the Tab key.
+export function roving(list) {
+  list.addEventListener("keydown", (event) => {
+    const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    const from = event.target.closest("[data-go]");
+    if (event.key === "Enter" && from?.tagName === "SPAN") from.click();
+    if (!move || !from) return;
+    const all = [...list.querySelectorAll("[data-go]")];
+    all[Math.max(0, Math.min(all.length - 1, all.indexOf(from) + move))].focus();
+    event.preventDefault();
+    event.stopPropagation(); // elsewhere the arrows move through time
+  });
+}
