@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,18 @@ from visualizer.commands import Commands  # noqa: E402
 from visualizer.engine_thread import DEFAULT_RATE, EngineThread  # noqa: E402
 from visualizer.figures import memory_figure  # noqa: E402
 from visualizer.log import RecordLog  # noqa: E402
-from visualizer.scenarios import DEMO_SETTINGS, OPENING, Scenario  # noqa: E402
+from visualizer.scenarios import DEMO_SETTINGS, OPENING, Scenario, menu  # noqa: E402
 
 STATIC = Path(__file__).resolve().parent / "static"
 PLOTLY = Path(plotly.__file__).resolve().parent / "package_data" / "plotly.min.js"
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # The scripts are ES modules, hence `import()`; addresses are relative to the page's, as behind a proxy.
 ON_LOAD = """
 const address = (path) => new URL("gradio_api/file=" + path, document.baseURI).href;
 import(address(props.main)).then((module) =>
-  module.start({ element, server, figure: props.figure, plotly: address(props.plotly) })
+  module.start({ element, server, figure: props.figure, plotly: address(props.plotly), scenarios: props.scenarios })
 );
 """
 
@@ -57,16 +59,23 @@ class Visualizer:
         self.thread.stop()
 
 
-def build(llm: Any, scenario: Scenario | None = OPENING, rate: float | None = DEFAULT_RATE) -> Visualizer:
+def build(
+    llm: Any,
+    scenario: Scenario | None = OPENING,
+    rate: float | None = DEFAULT_RATE,
+    load: Callable[..., Any] | None = None,
+) -> Visualizer:
     """The page for ``llm``, not served yet. Starts the engine's thread, which owns ``llm.engine`` then.
 
     ``scenario`` begins with the first viewer, and again whenever somebody presses "Play again"; ``None``:
-    nothing plays by itself. ``rate`` is in steps per second, ``None`` for as fast as the machine can.
+    nothing plays by itself. ``rate`` is in steps per second, ``None`` for as fast as the machine can. ``load`` makes
+    the `LLM` when a viewer asks for another model; ``None``: nobody may.
     """
     log = RecordLog()
     thread = EngineThread(llm, log, rate)
-    commands = Commands(thread, scenario or OPENING)
-    unseen = [scenario] if scenario else []  # emptied by the first viewer
+    commands = Commands(thread, scenario or OPENING, load)
+    # On the engine as it was started, with the sizes that were asked for there.
+    unseen = [replace(scenario, settings={})] if scenario else []  # emptied by the first viewer
 
     # Called by the page's JavaScript. A Response goes out as it is: no record is encoded a second time.
     async def pull(request: Any) -> Response:
@@ -87,6 +96,7 @@ def build(llm: Any, scenario: Scenario | None = OPENING, rate: float | None = DE
             main=(STATIC / "main.js").as_posix(),
             plotly=PLOTLY.as_posix(),
             figure=json.loads(memory_figure().to_json()),
+            scenarios=menu(),
         )
     thread.start()
     return Visualizer(blocks, thread, log)
@@ -110,12 +120,13 @@ def launch(
     _check_port(host, port)
     if llm is None:
         llm = _tiny
-    visualizer = build(llm() if callable(llm) else llm, scenario, rate)
+    load = _load if host in LOOPBACK else None  # whoever is on the network may not make this machine load things
+    visualizer = build(llm() if callable(llm) else llm, scenario, rate, load)
     try:
         visualizer.blocks.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
             inbrowser=open_browser, footer_links=[], run_history=False, ssr_mode=False,
-            css_paths=STATIC / "style.css", theme=_theme(), favicon_path=STATIC / "favicon.svg",
+            css_paths=[STATIC / "style.css", STATIC / "guide.css"], theme=_theme(), favicon_path=STATIC / "favicon.svg",
         )  # fmt: skip
     except OSError:
         visualizer.close()
@@ -139,6 +150,12 @@ def _tiny() -> Any:
     from minipaged import LLM
 
     return LLM("tiny", **DEMO_SETTINGS)
+
+
+def _load(**settings: Any) -> Any:
+    from minipaged import LLM
+
+    return LLM(**settings)
 
 
 def _theme() -> gr.themes.Base:

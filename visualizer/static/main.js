@@ -2,27 +2,31 @@
 
 import { Arrows } from "./arrows.js";
 import { Chart } from "./charts.js";
+import { Chat } from "./chat.js";
 import { Controls } from "./controls.js";
+import { Guide } from "./guide.js";
 import { narrate } from "./narration.js";
 import { setText } from "./names.js";
 import { Player } from "./player.js";
 import { Pool } from "./pool.js";
 import { check } from "./reducer.js";
 import { Sequences } from "./sequences.js";
+import { Settings } from "./settings.js";
 import { Timeline } from "./timeline.js";
 
 const RETRY = 700; // milliseconds between attempts when the server is gone
 
-// `server` has the two functions of app.py, `figure` is the chart's, `plotly` its library's address.
-export function start({ element: root, server, figure, plotly }) {
-  const page = new Page(root.querySelector(".mp"), server, figure, plotly);
+// `server` has the two functions of app.py, `figure` is the chart's, `plotly` its library's address, `scenarios` what
+// the menu offers.
+export function start({ element: root, server, figure, plotly, scenarios }) {
+  const page = new Page(root.querySelector(".mp"), server, figure, plotly, scenarios);
   window.minipaged = page.handle(); // for tests and for the curious
   page.pull();
   page.frame(performance.now());
 }
 
 class Page {
-  constructor(root, server, figure, plotly) {
+  constructor(root, server, figure, plotly, scenarios) {
     this.root = root;
     this.server = server;
     this.player = new Player();
@@ -36,6 +40,10 @@ class Page {
     this.arrows = new Arrows(root.querySelector("[data-part=scene]"));
     this.timeline = new Timeline(root, this.player);
     this.controls = new Controls(root, (command) => server.command(command));
+    this.settings = new Settings(root, (command) => server.command(command));
+    this.controls.extras = () => this.settings.sampling();
+    this.guide = new Guide(root, (command) => this.controls.ask(command), scenarios);
+    this.chat = new Chat(root, (command) => server.command(command), () => this.controls.sampling());
     this.chart = new Chart(root, figure, plotly);
     this.banner = root.querySelector("[data-part=banner]");
     this.banner.querySelector("button").addEventListener("click", () => {
@@ -132,6 +140,9 @@ class Page {
     this.arrows.render(lit, this.sequences, this.pool);
     this.timeline.render();
     this.controls.render(this.status);
+    this.settings.render(this.status, this.player.head);
+    this.guide.render(this.status, this.player);
+    this.chat.render(this.player);
     this.renderNarration();
     this.renderBanner();
   }
