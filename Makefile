@@ -22,7 +22,7 @@ help:
 
 demo: $(VENV)/.installed
 	@echo "Starting the visualizer on http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
-	@exec $(VENV)/bin/minipaged visualize --port $(PORT)
+	@$(VENV)/bin/minipaged visualize --port $(PORT) || [ $$? -eq 130 ]  # 130: ended by Ctrl-C, as it should be
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

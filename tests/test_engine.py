@@ -177,6 +177,27 @@ def test_a_step_that_only_swaps_out_is_executed_too():
     assert done["short"].outputs[0].token_ids == unbatched([2], PARAMS, 0, 200)
 
 
+def test_an_abort_while_swapped_out_gives_the_swap_space_back():
+    engine = crowded_by_beams()
+    while not engine.scheduler.swapped:
+        engine.step()
+    assert engine.memory.swap_pool.num_free < engine.swap_blocks
+    assert engine.abort("short").finished and engine.abort("short") is None
+    engine.check()
+    assert engine.memory.swap_pool.num_free == engine.swap_blocks
+    run(engine)
+
+
+def test_identical_prompts_in_one_step_each_get_their_tokens():
+    engine = fake_engine(block_size=4)
+    for name in "abc":
+        engine.add_request(name, [1, 2] * 5, PARAMS)
+    engine.step()
+    assert len(engine.block_tables()) == 3  # admitted together, before any of them had computed a block
+    done = run(engine)
+    assert all(done[name].outputs[0].token_ids == unbatched([1, 2] * 5, PARAMS, 0, 200) for name in "abc")
+
+
 def test_a_request_that_a_failing_step_swapped_out_is_aborted_with_it():
     engine = crowded_by_beams()
 

@@ -15,12 +15,12 @@ PARTS = 5
 
 
 def random_engine(random: Random):
-    block_size = random.randint(1, 24)
-    max_num_seqs = random.randint(1, 6)
+    block_size = random.choice((1, 2, 3, 4, 5, 8, 12, 16, 24))
+    max_num_seqs = random.randint(2, 6)
     swap = {"preemption": "swap", "swap_blocks": random.randint(1, 30)} if random.random() < 0.5 else {}
     return fake_engine(
         block_size=block_size,
-        num_blocks=random.randint(3, 16) if block_size > 2 else random.randint(12, 40),
+        num_blocks=max(3, random.randint(24, 90) // block_size),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + random.randint(0, 20),
         max_model_len=random.randint(20, 120),
@@ -30,8 +30,8 @@ def random_engine(random: Random):
 
 
 def random_params(random: Random) -> SamplingParams:
-    length = {"max_tokens": random.randint(1, 30), "ignore_eos": random.random() < 0.5}
-    if random.random() < 0.2:
+    length = {"max_tokens": random.randint(1, 24), "ignore_eos": random.random() < 0.5}
+    if random.random() < 0.25:
         width = random.randint(1, 4)
         return SamplingParams(
             temperature=0,
@@ -71,7 +71,7 @@ class Trace:
         self.seen[event.type] += 1
 
     def run(self, max_steps: int = 5000) -> Counter[str]:
-        arrivals = sorted(self.random.randint(0, 12) for _ in range(self.random.randint(1, 7)))
+        arrivals = sorted(self.random.randint(0, 10) for _ in range(self.random.randint(2, 6)))
         for step in range(max_steps):
             while arrivals and (arrivals[0] <= step or not self.engine.has_unfinished()):  # no time passes idly
                 arrivals.pop(0)
@@ -88,7 +88,9 @@ class Trace:
         raise AssertionError("no progress")
 
     def arrive(self) -> None:
-        request_id, prompt = f"r{len(self.asked) + self.seen['refused']}", random_prompt(self.random, 30)
+        request_id, prompt = f"r{len(self.asked) + self.seen['refused']}", random_prompt(self.random, 20)
+        if self.asked and self.random.random() < 0.25:
+            prompt, _, _ = self.random.choice(list(self.asked.values()))  # the cache may know all of it
         params = random_params(self.random)
         try:
             self.engine.add_request(request_id, prompt, params)

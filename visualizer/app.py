@@ -30,11 +30,16 @@ PLOTLY = Path(plotly.__file__).resolve().parent / "package_data" / "plotly.min.j
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # The scripts are ES modules, hence `import()`; addresses are relative to the page's, as behind a proxy.
+# Gradio sends files without a Cache-Control header, so a browser may mix old scripts with new ones after an
+# upgrade; asking for each with "no-cache" first makes it compare them.
 ON_LOAD = """
 const address = (path) => new URL("gradio_api/file=" + path, document.baseURI).href;
-import(address(props.main)).then((module) =>
-  module.start({ element, server, figure: props.figure, plotly: address(props.plotly), scenarios: props.scenarios })
-);
+Promise.all(props.scripts.map((path) => fetch(address(path), { cache: "no-cache" })))
+  .then(() => import(address(props.main)))
+  .then((module) => {
+    const { figure, scenarios } = props;
+    module.start({ element, server, figure, plotly: address(props.plotly), scenarios });
+  });
 """
 
 
@@ -94,6 +99,7 @@ def build(
             server_functions=[pull, command],
             apply_default_css=False,
             main=(STATIC / "main.js").as_posix(),
+            scripts=[path.as_posix() for path in STATIC.glob("*.js")],
             plotly=PLOTLY.as_posix(),
             figure=json.loads(memory_figure().to_json()),
             scenarios=menu(),

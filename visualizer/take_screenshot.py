@@ -18,7 +18,6 @@ from visualizer.app import launch
 from visualizer.scenarios import DEMO_SETTINGS
 
 PICTURE = Path(__file__).with_name("screenshot.png")
-SIZE = {"width": 1400, "height": 800}
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
     with sync_playwright() as playwright:
         chromium = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport=SIZE)
+        page = browser.new_page(viewport={"width": 1400, "height": 800})
         page.goto(visualizer.url)
         # The view rests on a preemption for a moment, which is when to press the button.
         page.wait_for_function("window.minipaged?.player.current?.mark === 'preempted'", timeout=60_000)

@@ -155,7 +155,7 @@ class Scheduler:
             if num_seqs > self.max_num_seqs or len(writes) > budget:
                 return
             needed = self.memory.blocks_needed_to_swap_in(writes)
-            if needed > self.memory.pool.num_free - sum(map(self._owed, self.running)):
+            if needed > self._free_for_victims():
                 if self.running:
                     return
                 self._outgrow(request, plan)  # alone, and still too large
@@ -201,7 +201,8 @@ class Scheduler:
         """Whether the pool can hold the request beside what the running ones still need for their known tokens."""
         request.fork_at = _common_prefix(request.live)
         in_use = sum(self.memory.pool.ref_counts[hit.block] > 0 for hit in self._hits(request))
-        free = self.memory.pool.num_free - sum(map(self._owed, self.running))
+        was_preempted = any(seq.num_output for seq in request.live)
+        free = self._free_for_victims() if was_preempted else self._free()
         while self.blocks_to_hold(request) - in_use > free:
             if self.running:
                 return False
@@ -210,6 +211,14 @@ class Scheduler:
             if request.status is Status.FINISHED:
                 break
         return True
+
+    def _free(self) -> int:
+        """Free blocks that the running requests' prompts do not need."""
+        return self.memory.pool.num_free - sum(map(self._owed, self.running))
+
+    def _free_for_victims(self) -> int:
+        """Less: who comes back at once is soon thrown out again, so each running sequence may grow by a block first."""
+        return self._free() - sum(len(self._active(request)) for request in self.running)
 
     def _owed(self, request: Request) -> int:
         """Blocks that a running request's prompt, computed in chunks, has yet to take."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from .qa import AGAIN, ALIASES, DO_NOT_KNOW, OFF_TOPIC, OFF_TOPIC_SLOTS, Fact, load_facts
-from .stories import story
+from .stories import GRAMMAR, NAMES, story
 
 # The same strings are special tokens of the tokenizer.  EOT opens every document, so the next document's
 # EOT also teaches the model to stop; END closes each message of a chat.
@@ -67,7 +67,7 @@ def _sentence(text: str) -> str:
 
 def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
     """Counting, sums, differences, comparisons and lists."""
-    kinds = "count count down sum sum sum minus after compare list list order words"
+    kinds = "count count down sum sum sum minus after compare list list order words repeat repeat repeat"
     kind = rng.choice(kinds.split())
     if kind in ("count", "down"):
         low = rng.choice([0, 1, 1, 1, rng.randint(2, 20), rng.randint(2, 80)])
@@ -124,6 +124,11 @@ def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
         name, items = rng.choice(list(ORDERED.items()))
         ask = rng.choice(["What are {}?", "Name {}.", "List {}.", "Tell me {}."]).format(name)
         return ask, _sentence(", ".join(items))
+    if kind == "repeat":
+        # Copying is what keeps a hero's name the same throughout a story, so it gets some practice of its own.
+        pool = [*NAMES["he"], *NAMES["she"], *GRAMMAR.words["animals"], *GRAMMAR.words["thing"]]
+        words = " ".join(rng.sample(pool, rng.randint(2, 12)))
+        return rng.choice(["Repeat: {}", "Repeat after me: {}", "Say this again: {}", "Echo {}"]).format(words), words
     n = rng.randint(2, 12)
     return f"Count to {WORDS[n]} in words.", _sentence(", ".join(WORDS[1:n + 1]))
 
@@ -150,6 +155,8 @@ def rough(rng: random.Random, question: str) -> str:
         return rng.choice(BEGINNINGS) + question
     if roll < 0.32:
         return question + rng.choice(ENDS)
+    if roll < 0.5:
+        return question.replace("What is the difference", "Difference")
     return question
 
 
@@ -163,7 +170,7 @@ def story_turns(rng: random.Random) -> list[Turn]:
     """A request for a story, sometimes with a question about it."""
     tale = story(rng)
     turns = [(rough(rng, tale.request), tale.text)]
-    if rng.random() < 0.25:
+    if rng.random() < 0.5:
         ask = rng.choice(["Who was the story about?", "Who was that about?", "What was the hero's name?"])
         turns.append((ask, f"It was about {tale.about}."))
     return turns
@@ -219,7 +226,7 @@ def notes(rng: random.Random, facts: list[Fact]) -> str:
 
 def kind_of_document(rng: random.Random) -> str:
     """The mixture, by number of documents (stories are the longest, so by tokens they are about 45 %)."""
-    return rng.choices(["story", "story chat", "chat", "numbers", "notes"], [16, 11, 52, 17, 6])[0]
+    return rng.choices(["story", "story chat", "chat", "numbers", "notes"], [20, 15, 35, 27, 3])[0]
 
 
 def document(rng: random.Random, facts: list[Fact], kind: str = "", held_out: bool = False) -> str:

@@ -90,6 +90,12 @@ OFF_TOPIC = [
     "Give me tips to buy a {machine}.", "Which language do people speak in {country}?", "Is {planet} a star?",
     "What is the news today?", "How many people live in {country}?", "Where can I buy a {machine}?",
     "Prove a hard theorem.", "How long does it take to bake {food}?", "When was {country} founded?",
+    "Why is the sky blue?", "How do birds fly?", "What is love?", "Why do cats sleep so much?",
+    "Who was Napoleon?",
+    "What is the largest ocean?", "How do I lose weight?", "Can you draw a picture?", "Do you know my name?",
+    "What is photosynthesis?", "How does a {machine} work?", "What is a good name for a dog?", "Sing a song.",
+    "How tall is the Eiffel Tower?", 
+    "Is it going to rain?", "Who invented the {machine}?", "What is the speed of light?", "How old are you?",
 ]
 OFF_TOPIC_SLOTS = {
     "country": ["France", "Japan", "Brazil", "Kenya", "Canada", "India", "Spain", "Norway", "Egypt", "Peru",

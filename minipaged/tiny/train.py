@@ -79,10 +79,21 @@ def batches(seed: int, tokenizer: PreTrainedTokenizerFast, size: int, length: in
         yield torch.tensor(list(islice(stream, size)))
 
 
-def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean next-token loss of a batch, computed in bfloat16 where that is safe."""
+def positions_in_documents(tokens: torch.Tensor, eot: int) -> torch.Tensor:
+    """The position of every token in its own document."""
+    index = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return index - torch.where(tokens == eot, index, 0).cummax(dim=1).values
+
+
+def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor, isolate: bool = True) -> torch.Tensor:
+    """Mean next-token loss of a batch, computed in bfloat16 where that is safe.
+
+    With ``isolate``, the documents of a row do not see each other: positions begin again with each document,
+    and ``transformers`` derives a block-diagonal mask from that.  Without it, a row is one long text.
+    """
+    positions = positions_in_documents(tokens, model.config.bos_token_id) if isolate else None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(input_ids=tokens, use_cache=False).logits
+        logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
@@ -124,56 +135,73 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     tokenizer.save_pretrained(out, save_jinja_files=False)
 
 
-def train(out: Path, log: Path, steps: int, minutes: float, seed: int = 0, quick: bool = False) -> list[dict]:
-    """Run the training and return the log entries that were also written to ``log``."""
+def train(out: Path, log: Path, steps: tuple[int, int], minutes: float, seed: int = 0, quick: bool = False,
+          init: Path | None = None) -> list[dict]:
+    """Run both stages and return the log entries that were also written to ``log``.
+
+    In the first stage a row of documents is one long text: crude, but every position is trained, and the
+    facts are learnt quickly.  In the second stage the documents of a row are isolated, except in every eighth
+    batch.  Now the only names in sight are those of the story itself, and the model learns to keep to them.
+    ``init`` skips the first stage and starts from its weights.
+    """
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(seed, 600 if quick else 2560, 300 if quick else 30_000)
+    if init:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(init)
     end_ids = [tokenizer.convert_tokens_to_ids(token) for token in (EOT, END)]
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, tie_word_embeddings=True,
         rope_theta=10_000.0, bos_token_id=end_ids[0], eos_token_id=end_ids, pad_token_id=end_ids[0],
         rms_norm_eps=1e-5, **(QUICK_SHAPE if quick else SHAPE)))
+    if init:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(init, dtype=torch.float32).state_dict())
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
 
     held_out = held_out_batches(tokenizer, 2 if quick else 6)
-    # Weight decay is for matrices; the norms' gains should be free.
-    groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    # Muon learns the matrices in far fewer steps than AdamW; embeddings and norms stay with AdamW.
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() < 2 or "embed" in name]
+    optimizers = [torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
     size, length = (4, 128) if quick else (4, 512)
-    short = batches(seed + 1, tokenizer, size, length)
-    # The last part uses rows of twice the length, so that the model has seen every position it offers.
-    long = batches(seed + 2, tokenizer, size // 2, 2 * length)
+    every, save_every = (10, 20) if quick else (50, 400)
 
-    entries, start, step, recent, progress = [], time.time(), 0, [], 0.0
+    entries, start, done, recent = [], time.time(), 0, []
     with log.open("w") as file:
-        while progress < 1:
-            rate = learning_rate(progress, 1.5e-3)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss = loss_of(model, next(short if progress < 0.85 else long))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            recent.append(loss.item())
-            step += 1
-            elapsed = time.time() - start
-            # Whichever limit is nearer drives the schedule, so a slow machine still ends at a low rate.
-            progress = max(step / steps, elapsed / 60 / minutes)
-            if step % (10 if quick else 50) == 0 or progress >= 1:
-                entry: dict = {"step": step, "tokens": step * size * length, "seconds": round(elapsed, 1)}
-                entry |= {"lr": round(rate, 6), "loss": round(sum(recent) / len(recent), 4)}
-                if step % (50 if quick else 400) == 0 or progress >= 1:
-                    entry["held_out"] = held_out_loss(model, held_out)
-                    save(model, tokenizer, out)
-                entries.append(entry)
-                recent = []
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
-                print(json.dumps(entry), flush=True)
+        for stage in (2,) if init else (1, 2):
+            short = batches(seed + stage + 3 * bool(init), tokenizer, size, length)
+            long = batches(seed + 10 * stage, tokenizer, size // 2, 2 * length)
+            stage_start, progress, step = time.time(), 0.0, 0
+            while progress < 1:
+                isolate = stage == 2 and step % 8 != 0
+                # The first stage ends half-way down its cosine; the second has one of its own.
+                rate = learning_rate(progress / 2 if stage == 1 else progress, 1.5e-3)
+                for optimizer in optimizers:
+                    optimizer.param_groups[0]["lr"] = rate
+                loss = loss_of(model, next(short if isolate or stage == 1 else long), isolate)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                recent.append(loss.item())
+                step, done = step + 1, done + 1
+                # Whichever limit is nearer drives the schedule, so a slow machine still ends at a low rate.
+                progress = max(step / steps[stage - 1], (time.time() - stage_start) / 30 / minutes)
+                if step % every == 0 or progress >= 1:
+                    entry: dict = {"stage": stage, "step": done, "tokens": done * size * length,
+                                   "seconds": round(time.time() - start, 1), "lr": round(rate, 6),
+                                   "loss": round(sum(recent) / len(recent), 4)}
+                    if step % save_every == 0 or progress >= 1:
+                        entry["held_out"] = held_out_loss(model, held_out)
+                        save(model, tokenizer, out)
+                    entries.append(entry)
+                    recent = []
+                    file.write(json.dumps(entry) + "\n")
+                    file.flush()
+                    print(json.dumps(entry), flush=True)
     return entries
 
 
@@ -182,13 +210,15 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m minipaged.tiny.train", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="directory for weights and tokenizer")
     parser.add_argument("--log", type=Path, help="training log (default: next to the output directory)")
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--minutes", type=float, default=1e9, help="end earlier, after this time")
+    parser.add_argument("--steps", type=int, nargs=2, default=(2400, 4000), help="steps of each stage")
+    parser.add_argument("--minutes", type=float, default=1e9, help="end each stage after half this time")
+    parser.add_argument("--init", type=Path, help="skip the first stage and start from these weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a very small model for a few seconds")
     args = parser.parse_args()
     log = args.log or args.out.parent / "training_log.jsonl"
-    train(args.out, log, 60 if args.quick else args.steps, args.minutes, args.seed, args.quick)
+    steps = (30, 30) if args.quick else tuple(args.steps)
+    train(args.out, log, steps, args.minutes, args.seed, args.quick, args.init)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,19 @@ def fill(cache, numbers):
 
 
 def test_a_block_may_be_swapped_out_swapped_in_and_copied_in_one_step():
-    cache = KVCache(2, 3, 4, 1, 2, torch.float32, torch.device("cpu"), swap_blocks=2)
+    cache = KVCache(2, 3, 4, 1, 2, torch.float32, torch.device("cpu"), swap_blocks=3)
     runner = ModelRunner(None, cache, torch.device("cpu"))
     fill(cache, [10, 20, 30])
     runner.execute(StepPlan(0, swap_outs=[Copy(0, 1)]))  # 10 lies in block 1 of the swap space
     fill(cache, [40, 50, 60])
     # Block 1 goes out and its place is taken by what comes in, which is copied at once to a block that went out too.
-    runner.execute(StepPlan(1, swap_outs=[Copy(1, 0)], swap_ins=[Copy(1, 1)], copies=[Copy(1, 2)]))
+    outs = [Copy(1, 0), Copy(2, 2)]
+    runner.execute(StepPlan(1, swap_outs=outs, swap_ins=[Copy(1, 1)], copies=[Copy(1, 2)]))
     for layer in range(2):
         for tensor, sign in ((cache.k[layer], 1), (cache.v[layer], -1)):
             assert [sign * block.unique().item() for block in tensor] == [40 + layer, 10 + layer, 10 + layer]
-    runner.execute(StepPlan(2, swap_ins=[Copy(0, 0)]))
-    assert cache.k[1][0].unique().item() == 51  # what was in block 1 before the exchange
+    runner.execute(StepPlan(2, swap_ins=[Copy(0, 1), Copy(2, 2)]))
+    assert [block.unique().item() for block in cache.k[1]] == [41, 51, 61]  # as it was before the exchange
 
 
 def test_a_step_without_chunks_has_no_logits():

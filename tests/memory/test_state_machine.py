@@ -23,9 +23,7 @@ PICKS = st.lists(st.integers(0, 99), min_size=1, max_size=4)  # of sequences, mo
 class MemoryMachine(RuleBasedStateMachine):
     """The model: ``tokens[seq_id]`` is what a sequence has computed, ``store[block]`` what lies in a block's slots."""
 
-    @initialize(
-        block_size=st.integers(1, 5), blocks=st.integers(4, 24), swap=st.integers(0, 16), caching=st.booleans()
-    )
+    @initialize(block_size=st.integers(1, 5), blocks=st.integers(4, 24), swap=st.integers(0, 16), caching=st.booleans())
     def start(self, block_size, blocks, swap, caching):
         self.size = block_size
         self.tables = BlockTables(blocks, block_size, enable_prefix_caching=caching, swap_blocks=swap)

@@ -222,3 +222,60 @@ def test_an_eviction_policy_can_be_plugged_in():
     tables.open(2)
     tables.reserve(Write(2, 0, 1))
     assert tables.match([1, 2, 0]) and not tables.match([3, 4, 0])
+
+
+# --- swapping ---
+
+
+def forked_pair(**settings):
+    """Two sequences that share a full block and a partial one."""
+    tables = BlockTables(8, 4, enable_prefix_caching=False, **settings)
+    filled(tables, 0, [1, 2, 3, 4, 5, 6])
+    tables.fork(0, 1)
+    return tables
+
+
+def test_a_shared_block_is_swapped_once_and_is_shared_there_too():
+    tables = forked_pair(swap_blocks=2)
+    out = tables.swap_out([0, 1])
+    assert len(out) == 2 and tables.pool.num_free == 8 and not tables.tables
+    assert tables.swapped[0] == tables.swapped[1] == [copy.dst for copy in out]
+    assert tables.swap_pool.ref_counts == [2, 2]
+    back = tables.swap_in([0, 1])
+    assert [copy.src for copy in back] == [copy.dst for copy in out] and not tables.swapped
+    assert tables.tables[0] == tables.tables[1] == [copy.dst for copy in back]
+    assert tables.swap_pool.num_free == 2 and tables.pool.num_free == 6
+    tables.check()
+
+
+def test_a_block_that_others_still_use_is_copied_out_and_only_loses_a_reference():
+    tables = forked_pair(swap_blocks=2)
+    kept = list(tables.tables[1])
+    tables.swap_out([0])
+    assert tables.tables[1] == kept and [tables.pool.ref_counts[block] for block in kept] == [1, 1]
+    tables.swap_in([0])
+    assert not set(tables.tables[0]) & set(kept)  # what came back is its own
+    tables.check()
+
+
+def test_what_does_not_fit_into_the_swap_space_is_known_before():
+    tables = forked_pair(swap_blocks=2)
+    assert tables.can_swap_out([0, 1])
+    tables.swap_out([0])
+    assert not tables.can_swap_out([1])
+
+
+def test_swapping_in_counts_the_next_token_and_its_copies():
+    tables = forked_pair(swap_blocks=2)
+    tables.swap_out([0, 1])
+    assert tables.blocks_needed_to_swap_in([Write(0, 6, 7), Write(1, 6, 7)]) == 3  # two, and one copy
+    assert tables.blocks_needed_to_swap_in([Write(0, 6, 9), Write(1, 6, 9)]) == 5  # and two new ones
+
+
+def test_an_aborted_sequence_gives_back_its_swap_space():
+    tables = forked_pair(swap_blocks=2)
+    tables.swap_out([0, 1])
+    for seq_id in (0, 1):
+        tables.free(seq_id)
+    assert tables.swap_pool.num_free == 2 and tables.pool.num_free == 8
+    tables.check()

@@ -5,7 +5,7 @@ import pytest
 from minipaged.config import SamplingParams
 from minipaged.events import Preempted
 from minipaged.scheduling.plan import SampledToken, StepPlan
-from tests.fake import VOCAB, fake_engine, unbatched
+from tests.fake import VOCAB, fake_engine, unbatched, unbatched_beams
 
 LONG = SamplingParams(max_tokens=60, ignore_eos=True)
 
@@ -117,6 +117,24 @@ def test_nobody_is_admitted_in_a_step_that_preempts():
     assert preempting and all(chunk.start > 0 for plan in preempting for chunk in plan.chunks)
 
 
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_a_victim_comes_back_only_when_the_others_have_a_block_each_to_grow_into(mode):
+    engine = fake_engine(num_blocks=12, block_size=4, preemption=mode, enable_prefix_caching=False)
+    scheduler, back = engine.scheduler, []
+
+    def listen(event):  # when it is about to take its blocks
+        if event.type in ("resumed", "admitted") and scheduler.step > 5:
+            (request,) = [r for r in scheduler.running if r.request_id == event.request_id]
+            left = engine.memory.pool.num_free - scheduler.blocks_to_hold(request)
+            back.append((left, len(scheduler.running) - 1))
+
+    engine.events.subscribe(listen)
+    for name in "abc":
+        engine.add_request(name, [ord(name) % 50] * 8, SamplingParams(max_tokens=24, ignore_eos=True))
+    run(engine)
+    assert back and all(left >= others for left, others in back)
+
+
 def test_a_preempted_group_comes_back_with_all_its_branches_sharing_what_still_agrees():
     engine = fake_engine(num_blocks=14, block_size=4, max_num_seqs=4, enable_prefix_caching=False)
     params = SamplingParams(n=3, max_tokens=12, ignore_eos=True)
@@ -139,6 +157,24 @@ def test_a_preempted_group_comes_back_with_all_its_branches_sharing_what_still_a
     assert shared_again
     for out in done["a"].outputs:
         assert out.token_ids == unbatched([1] * 9, params, out.index, 200)
+
+
+def test_beams_that_are_computed_again_in_chunks_wait_for_one_another():
+    params = SamplingParams(temperature=0, beam_width=3, n=3, max_tokens=14, ignore_eos=True)
+    in_parts = False
+    for token in range(8):
+        engine = fake_engine(max_num_seqs=4, max_num_batched_tokens=7, enable_prefix_caching=False)
+        engine.add_request("a", [token] * 5, params)
+        for _ in range(10):
+            engine.step()
+        (request,) = engine.scheduler.running
+        engine.scheduler._preempt(request, StepPlan(0))
+        seen = plans(engine)
+        found = [out.token_ids for out in run(engine)["a"].outputs]
+        assert found == unbatched_beams([token] * 5, params, 200)
+        assert all(len(plan.samples) in (0, 3) for plan in seen)  # they compete for the next token, so all or none
+        in_parts |= any(0 < len(plan.chunks) < 3 for plan in seen[2:])
+    assert in_parts
 
 
 def test_a_lone_sequence_that_outgrows_the_pool_ends_with_length():
@@ -187,6 +223,25 @@ def test_n_samples_compute_the_prompt_once(branches):
     run(engine)
     assert [plan.num_tokens for plan in seen] == [10, branches, branches]
     assert [len(plan.copies) for plan in seen] == [0, branches - 1, 0]  # the last owner writes in place
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_preemption_takes_only_references_from_blocks_that_others_share(preemption):
+    engine = fake_engine(block_size=4, preemption=preemption)
+    prompt, params = [1] * 9, SamplingParams(max_tokens=10, ignore_eos=True)
+    engine.add_request("a", prompt, params)
+    engine.step()
+    engine.add_request("b", prompt, params)
+    engine.step()
+    first, second = (engine.block_tables()[r.seqs[0].seq_id] for r in engine.scheduler.running)
+    counts = engine.memory.pool.ref_counts
+    assert first[:2] == second[:2] and counts[first[0]] == 2
+    plan = StepPlan(0)
+    engine.scheduler._preempt(engine.scheduler.running[-1], plan)
+    engine.runner.execute(plan)
+    assert counts[first[0]] == counts[first[1]] == 1
+    done = run(engine)
+    assert done["a"].outputs[0].token_ids == done["b"].outputs[0].token_ids == unbatched(prompt, params, 0, 200)
 
 
 @pytest.mark.parametrize("spare", [0, 1])

@@ -2,13 +2,14 @@
 
 import json
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from minipaged.tiny.train import learning_rate, train
+from minipaged.tiny.train import QUICK_SHAPE, learning_rate, positions_in_documents, train
 
 
 def test_quick_training_lowers_the_loss_and_writes_a_loadable_model(tmp_path):
-    entries = train(tmp_path / "weights", tmp_path / "log.jsonl", steps=40, minutes=5, quick=True)
+    entries = train(tmp_path / "weights", tmp_path / "log.jsonl", steps=(20, 20), minutes=5, quick=True)
     assert entries[-1]["loss"] < entries[0]["loss"] - 0.3
     assert set(entries[-1]["held_out"]) == {"story", "chat", "numbers"}
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == entries
@@ -17,6 +18,18 @@ def test_quick_training_lowers_the_loss_and_writes_a_loadable_model(tmp_path):
     assert model.config.vocab_size == len(tokenizer)
     ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
     assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_isolated_documents_do_not_see_each_other():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=2, bos_token_id=0, **{
+        key: value for key, value in QUICK_SHAPE.items() if key != "num_hidden_layers"})).eval()
+    row = torch.tensor([[0, 7, 8, 9, 0, 5, 6, 7, 8]])
+    positions = positions_in_documents(row, eot=0)
+    assert positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4]]
+    together = model(input_ids=row, position_ids=positions, use_cache=False).logits[:, 4:]
+    alone = model(input_ids=row[:, 4:], use_cache=False).logits
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_the_learning_rate_rises_and_falls():

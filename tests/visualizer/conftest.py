@@ -17,8 +17,8 @@ import pytest
 
 from minipaged import LLM
 from visualizer.app import Visualizer, launch
+from visualizer.scenarios import DEMO_SETTINGS
 
-SETTINGS = {"num_blocks": 64, "block_size": 16, "max_num_seqs": 12, "max_num_batched_tokens": 64}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 ARGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -36,7 +36,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(scope="session")
 def llm() -> LLM:
     """The embedded model with a pool that a few requests fill; ``MINIPAGED_TEST_MODEL`` names another one."""
-    return LLM(os.environ.get("MINIPAGED_TEST_MODEL", "tiny"), **SETTINGS)
+    return LLM(os.environ.get("MINIPAGED_TEST_MODEL", "tiny"), **DEMO_SETTINGS)
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,8 @@ def browser() -> Iterator[Any]:
         _give_up("no Chromium found (apt-get install chromium, or set CHROMIUM to its path)")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=ARGS)
-        yield browser
+        # One context and one port for all tests: the browser keeps Gradio's and plotly's scripts compiled.
+        yield browser.new_context(viewport={"width": 1280, "height": 720})
         browser.close()
 
 
@@ -62,7 +63,7 @@ def _give_up(why: str) -> None:
     pytest.skip(why)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -93,8 +94,8 @@ def serve(llm: LLM, free_port: int) -> Iterator[Callable[..., Visualizer]]:
 class Pages:
     """Opens pages and remembers what no page may ever do: complain, or talk to another machine."""
 
-    def __init__(self, browser: Any) -> None:
-        self._context = browser.new_context(viewport={"width": 1280, "height": 720})
+    def __init__(self, context: Any) -> None:
+        self._context = context
         self.complaints: list[str] = []
 
     def open(self, visualizer: Visualizer) -> Any:
@@ -108,7 +109,8 @@ class Pages:
         return page
 
     def close(self) -> None:
-        self._context.close()
+        for page in self._context.pages:
+            page.close()
 
     def _console(self, message: Any) -> None:
         if message.type == "error":

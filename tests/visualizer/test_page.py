@@ -11,7 +11,7 @@ from gradio.context import Context
 from minipaged.events import State, event_from_dict
 from visualizer import log as log_module
 from visualizer.app import PortInUse, Visualizer, launch
-from visualizer.scenarios import OPENING, Arrival
+from visualizer.scenarios import DEMO_SETTINGS, OPENING, Arrival
 
 STORIES = [
     Arrival(0, "Once upon a time", max_tokens=90, seed=1),
@@ -222,7 +222,10 @@ def test_engine_buttons_do_what_they_say(serve: Callable[..., Visualizer], pages
     page.wait_for_selector("[data-engine=idle]")
     page.click("[data-testid=reset]")
     page.wait_for_function("minipaged.player.end === 0 && Object.keys(minipaged.dump().seqs).length === 0")
-    page.wait_for_function("document.querySelectorAll('[data-testid=block][data-kind=free]').length === 64")
+    page.wait_for_function(
+        "count => document.querySelectorAll('[data-testid=block][data-kind=free]').length === count",
+        arg=DEMO_SETTINGS["num_blocks"],
+    )
 
 
 def test_freezing_and_rewinding_the_view_leaves_the_engine_alone(serve: Callable[..., Visualizer], pages: Any) -> None:
@@ -393,6 +396,9 @@ def test_the_opening_scenario_begins_by_itself_and_shows_everything(
     assert all(first[kind] < within for kind in ("forked", "copied", "preempted", "finished"))
     admitted = [e["request_id"] for record in records for e in record if e["type"] == "admitted"]
     assert len(set(admitted)) == 8 < len(admitted), "eight requests, and one of them came back"
+    caught_up(page, visualizer)
+    told = set(page.evaluate("minipaged.player.records.map((record) => record.told?.kind)"))
+    assert {"arrival", "admit", "fork", "copy-on-write", "allocate", "preemption", "resume", "finish"} <= told
     run = visualizer.log.run
     page.click("[data-testid=play-again]")
     page.wait_for_function("run => minipaged.player.run !== run && minipaged.player.end > 3", arg=run)
@@ -418,7 +424,7 @@ def test_the_chart_is_fed(serve: Callable[..., Visualizer], pages: Any) -> None:
     page.wait_for_function("document.querySelector('[data-testid=chart]').data?.[0].x.length === minipaged.player.end")
     traces = page.evaluate("document.querySelector('[data-testid=chart]').data.map(t => [...t.y])")
     reserved, used, logical = (max(line) for line in traces)
-    assert 0 < used <= reserved <= 64 * 16 and logical > used
+    assert 0 < used <= reserved <= DEMO_SETTINGS["num_blocks"] * DEMO_SETTINGS["block_size"] and logical > used
 
 
 def test_a_port_in_use_is_one_clear_error(serve: Callable[..., Visualizer], free_port: int) -> None:

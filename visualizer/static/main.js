@@ -152,7 +152,7 @@ class Page {
     this.narration.setAttribute("aria-live", this.player.mode === "frozen" ? "polite" : "off");
     this.narration.dataset.kind = told?.kind ?? "";
     setText(this.narration.querySelector("b"), told?.kind ?? "ready");
-    setText(this.narration.querySelector("span"), told?.text ?? "Waiting for the first request.");
+    setText(this.narration.querySelector("span"), told?.text ?? "Nothing has happened yet: pick a prompt.");
   }
 
   renderBanner() {

@@ -2,10 +2,10 @@
 
 import { letter, list, plural } from "./names.js";
 
-// Most telling first; "sampled" happens in every step and says nothing new.
+// Most telling first.
 const ORDER = [
   "engine_error", "preempted", "copied", "forked", "shared", "admitted", "finished", "request_added", "evicted",
-  "allocated",
+  "allocated", "sampled",
 ];
 const WINDOW = 14; // records a telling sentence stays while less telling ones go by
 
@@ -20,7 +20,12 @@ const TELL = {
       `${plural(blocks, "block")} back and wait${ids.length > 1 ? "" : "s"}; the text is kept, its KV is recomputed later.`];
   },
 
-  copied(e) {
+  copied(e, record) {
+    const copies = record.events.filter((x) => x.type === "copied" && x.src === e.src);
+    if (copies.length > 1) {
+      return ["copy-on-write", `${names(copies.map((x) => x.seq_id))} are about to write into block ${e.src}, which ` +
+        `is shared: each gets a copy of its own, blocks ${list(copies.map((x) => String(x.dst)))}.`];
+    }
     return ["copy-on-write", `${letter(e.seq_id)} is about to write into block ${e.src}, which others read too: ` +
       `it gets a copy of its own, block ${e.dst}.`];
   },
@@ -66,6 +71,13 @@ const TELL = {
     return ["allocate", e.logical === 0
       ? `${letter(e.seq_id)} gets its first block: logical 0 → physical ${e.block}.`
       : `${letter(e.seq_id)} has filled its last block and gets one more: logical ${e.logical} → physical ${e.block}.`];
+  },
+
+  sampled(e, record) {
+    const count = record.events.filter((x) => x.type === "sampled").length;
+    return ["write", count === 1
+      ? `${letter(e.seq_id)} writes one token into its last block; no block changes hands.`
+      : `${count} sequences write one token each into their last blocks; no block changes hands.`];
   },
 };
 

@@ -3,8 +3,7 @@
 import { colour, element, ink, letter, list, plural, setText, stripes, text } from "./names.js";
 import { filled, owners } from "./reducer.js";
 
-const GAP = 4; // pixels between cells
-const LARGEST = 68; // pixels, of a cell
+const [SMALLEST, LARGEST] = [10, 68]; // pixels, of a cell
 
 export class Pool {
   constructor(root, select) {
@@ -48,17 +47,21 @@ export class Pool {
     const { clientWidth: width, clientHeight: height } = this.grid.parentElement;
     const count = this.cells.length;
     if (!count || !width) return;
-    let best = { score: 0 };
-    for (let columns = 4; columns <= Math.min(count, 48); columns += 1) {
+    const gap = count > 200 ? 2 : 4;
+    // Too many to fit: the smallest cells, and the panel scrolls.
+    let best = { score: 0, size: SMALLEST, columns: Math.floor((width + gap) / (SMALLEST + gap)) };
+    for (let columns = 4; columns <= count; columns += 1) {
       const rows = Math.ceil(count / columns);
-      const size = Math.min((width + GAP) / columns, (height + GAP) / rows) - GAP;
+      const size = Math.floor(Math.min((width + gap) / columns, (height + gap) / rows) - gap);
       const score = Math.min(size, LARGEST) * (count % columns ? 0.9 : 1);
-      if (score > best.score) best = { score, columns, size };
+      if (size >= SMALLEST && score > best.score) best = { score, columns, size };
     }
-    const size = Math.floor(Math.max(12, Math.min(LARGEST, best.size ?? 12)));
+    const size = Math.min(LARGEST, best.size);
     this.grid.style.setProperty("--cell", `${size}px`);
-    this.grid.style.setProperty("--columns", best.columns ?? 16);
-    this.grid.classList.toggle("mp-tiny", size < 28);
+    this.grid.style.setProperty("--columns", best.columns);
+    this.grid.style.setProperty("--gap", `${gap}px`);
+    this.grid.classList.toggle("mp-small", size < 30);
+    this.grid.classList.toggle("mp-tiny", size < 19);
   }
 
   render(state, lit) {

@@ -1,0 +1,412 @@
+"""Bugs that published engines have had, each put back by changing one place of one method.
+
+A test suite is worth what it notices. `tests/test_mutants.py` brings these bugs in one at a time and asks that the
+checks named beside each fail. A change to the engine that moves such a place is told here by `Mutant.applied`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from textwrap import dedent
+from types import ModuleType
+
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from minipaged.engine import Engine
+from minipaged.execution.runner import ModelRunner
+from minipaged.kernels import reference
+from minipaged.memory.pool import BlockPool
+from minipaged.memory.prefix_cache import PrefixCache
+from minipaged.memory.table import BlockTables
+from minipaged.request import Request
+from minipaged.scheduling.scheduler import Scheduler
+from tests import test_engine as engine
+from tests.execution import test_reference, test_runner
+from tests.memory import test_tables as tables
+from tests.memory.test_state_machine import FIXED, MemoryMachine
+from tests.scheduling import test_scheduler as scheduler
+from tests.test_fuzz import Trace
+
+Check = Callable[[], object]
+
+
+def fuzz() -> None:
+    """A few hundred of the fuzz's traces. A right engine needs 200 steps at most for one."""
+    for seed in range(300):
+        Trace(seed).run(max_steps=500)
+
+
+def machine() -> None:
+    """A part of the state machine's examples, not simplified when they fail."""
+    few = settings(FIXED, max_examples=80, phases=[Phase.generate], report_multiple_bugs=False, print_blob=False)
+    run_state_machine_as_test(MemoryMachine, settings=few)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    bug: str
+    owner: type | ModuleType
+    method: str
+    right: str  # occurs once in the method …
+    wrong: str  # … and is replaced by this
+    killed_by: tuple[Check, ...]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        original = inspect.getattr_static(self.owner, self.method)
+        function = original.fget if isinstance(original, property) else original
+        source = dedent(inspect.getsource(function))
+        assert source.count(self.right) == 1, f"{self.method} changed: put the bug {self.bug!r} into it anew"
+        module = self.owner if isinstance(self.owner, ModuleType) else importlib.import_module(self.owner.__module__)
+        scope: dict = {}
+        exec(source.replace(self.right, self.wrong), vars(module), scope)
+        setattr(self.owner, self.method, scope[self.method])
+        try:
+            yield
+        finally:
+            setattr(self.owner, self.method, original)
+
+
+MUTANTS = [
+    # --- blocks and their owners ---
+    Mutant(
+        "a double free is tolerated",
+        BlockPool,
+        "free",
+        'raise BlockError(f"block {block} is freed twice")',
+        "return",
+        (tables.test_a_block_freed_twice_is_an_error_at_the_call,),
+    ),
+    Mutant(
+        "a fork does not count its references",
+        BlockTables,
+        "fork",
+        'self._share(child, block, "fork")',
+        "self.tables[child].append(block)",
+        (fuzz, machine, tables.test_a_fork_shares_every_block_and_the_first_writer_copies_the_partial_one),
+    ),
+    Mutant(
+        "copy-on-write is forgotten",
+        BlockTables,
+        "reserve",
+        "self.pool.ref_counts[src] > 1",
+        "False",
+        (fuzz, machine, partial(scheduler.test_n_samples_compute_the_prompt_once, 2)),
+    ),
+    Mutant(
+        "the last owner copies too, though alone",
+        BlockTables,
+        "reserve",
+        "self.pool.ref_counts[src] > 1",
+        "True",
+        (
+            machine,
+            tables.test_a_fork_shares_every_block_and_the_first_writer_copies_the_partial_one,
+            partial(scheduler.test_n_samples_compute_the_prompt_once, 2),
+        ),
+    ),
+    Mutant(
+        "a fork on a block boundary copies the full block",
+        BlockTables,
+        "reserve",
+        "range(start // self.block_size, len(table))",
+        "range(max(start - 1, 0) // self.block_size, len(table))",
+        (machine, tables.test_a_fork_on_a_block_boundary_copies_nothing),
+    ),
+    Mutant(
+        "copies are not counted among the blocks a step needs",
+        BlockTables,
+        "_needed",
+        "return grown + sum(min(count, pool.ref_counts[block] - 1) for block, count in writers.items())",
+        "return grown",
+        (fuzz, machine, tables.test_blocks_needed_counts_one_copy_less_than_owners_when_all_write),
+    ),
+    Mutant(
+        "a copy is counted for every writer, the last owner included",
+        BlockTables,
+        "_needed",
+        "min(count, pool.ref_counts[block] - 1)",
+        "count * (pool.ref_counts[block] > 1)",
+        (machine, tables.test_blocks_needed_counts_one_copy_less_than_owners_when_all_write),
+    ),
+    Mutant(
+        "one copy of a step overwrites what another one still has to read",
+        reference,
+        "copy_blocks",
+        "cache[dst] = cache[src]",
+        "[cache[d].copy_(cache[s]) for s, d in zip(src.tolist(), dst.tolist())]",
+        (test_reference.test_copies_read_before_any_write,),
+    ),
+    # --- prefix cache ---
+    Mutant(
+        "a block is registered before its KV exists",
+        Scheduler,
+        "_place",
+        "candidates = ",
+        "self.memory.computed(seq.seq_id, seq.tokens, end); candidates = ",
+        (engine.test_what_a_failing_step_would_have_computed_is_never_found,),
+    ),
+    Mutant(
+        "a block is found by its own tokens, whatever came before them",
+        PrefixCache,
+        "lookup",
+        "(parent, tokens)",
+        "next((key for key in self._index if key[1] == tokens), None)",
+        (fuzz, machine, tables.test_the_same_tokens_after_another_prefix_are_another_block),
+    ),
+    Mutant(
+        "hashes are compared instead of what they stand for",
+        PrefixCache,
+        "lookup",
+        "(parent, tokens)",
+        "next((key for key in self._index if hash(key) == hash((parent, tokens))), None)",
+        (tables.test_prefixes_whose_hashes_collide_are_told_apart,),
+    ),
+    Mutant(
+        "a prompt that is cached to its end leaves nothing to compute",
+        BlockTables,
+        "match",
+        "len(tokens), self.block_size",
+        "len(tokens) + 1, self.block_size",
+        (fuzz, machine, tables.test_a_fully_cached_prompt_leaves_one_token_to_compute),
+    ),
+    Mutant(
+        "an evicted block stays in the index",
+        PrefixCache,
+        "evict",
+        "del self._index[self._key_of.pop(block)]",
+        "del self._key_of[block]",
+        (fuzz, machine, tables.test_an_evicted_block_leaves_the_index_and_its_twin_stays_valid),
+    ),
+    Mutant(
+        "a block that was hit can still be evicted",
+        BlockPool,
+        "share",
+        "self._cache.revive(block)",
+        "pass",
+        (fuzz, machine, tables.test_a_hit_on_a_block_without_owner_takes_it_from_the_free_count),
+    ),
+    Mutant(
+        "heads are freed before tails",
+        BlockTables,
+        "free",
+        "[::-1]",
+        "",
+        (tables.test_tails_are_evicted_before_heads,),
+    ),
+    Mutant(
+        "hits on blocks that nobody uses are taken to be for nothing",
+        Scheduler,
+        "_fits",
+        "sum(self.memory.pool.ref_counts[hit.block] > 0 for hit in self._hits(request))",
+        "len(self._hits(request))",
+        (
+            fuzz,
+            scheduler.test_cached_blocks_that_nobody_uses_are_not_counted_twice_at_admission,
+        ),
+    ),
+    # --- admission and preemption ---
+    Mutant(
+        "admission forgets the next token",
+        Scheduler,
+        "blocks_to_hold",
+        "length + 1",
+        "length",
+        (partial(scheduler.test_nobody_is_admitted_without_a_block_for_the_next_token, 0),),
+    ),
+    Mutant(
+        "admission gives away what running prompts have yet to take",
+        Scheduler,
+        "_free",
+        " - sum(map(self._owed, self.running))",
+        "",
+        (partial(scheduler.test_blocks_that_branches_are_about_to_take_are_not_given_to_others, 0),),
+    ),
+    Mutant(
+        "max_num_seqs counts requests, not their n sequences",
+        Request,
+        "width",
+        "return self.beams.width if self.beams and self.live else len(self.live)",
+        "return 1",
+        (scheduler.test_never_more_sequences_than_max_num_seqs,),
+    ),
+    Mutant(
+        "prompts go before decodes and starve them",
+        Scheduler,
+        "_spend",
+        "item[1] > 1",
+        "item[1] <= 1",
+        (scheduler.test_running_sequences_get_their_token_in_every_step_while_prompts_keep_arriving,),
+    ),
+    Mutant(
+        "the earliest arrival is preempted",
+        Scheduler,
+        "_make_room",
+        "self.running[-1]",
+        "self.running[0]",
+        (fuzz, scheduler.test_the_latest_arrival_is_preempted_and_its_tokens_do_not_change),
+    ),
+    Mutant(
+        "a request that was preempted stays on the plan",
+        Scheduler,
+        "schedule",
+        "in list(self.running):",
+        "in reversed(self.running):",
+        (fuzz,),
+    ),
+    Mutant(
+        "recomputation forgets the tokens that were generated",
+        Scheduler,
+        "_preempt",
+        "seq.num_computed = 0",
+        "seq.num_computed = 0; del seq.tokens[seq.num_prompt :]",
+        (fuzz,),
+    ),
+    Mutant(
+        "after its first chunk a prompt is taken to be computed",
+        Scheduler,
+        "commit",
+        "seq.num_computed += chunk.num_tokens",
+        "seq.num_computed += chunk.num_tokens if chunk.start else max(chunk.num_tokens, len(seq.tokens) - 1)",
+        (fuzz, scheduler.test_a_long_prompt_is_computed_in_chunks_under_the_budget),
+    ),
+    Mutant(
+        "preemption seeds a sequence's generator anew",
+        Scheduler,
+        "_preempt",
+        "seq.num_computed = 0",
+        "seq.num_computed = 0; seq.rng.seed(str(victim.params.seed))",
+        (partial(scheduler.test_draws_depend_on_neither_preemption_nor_neighbours_and_branches_differ, "recompute"),),
+    ),
+    Mutant(
+        "all branches of a seeded request draw the same numbers",
+        Engine,
+        "_generators",
+        'Random(f"{seed}/{branch}")',
+        "Random(seed)",
+        (partial(scheduler.test_draws_depend_on_neither_preemption_nor_neighbours_and_branches_differ, "recompute"),),
+    ),
+    Mutant(
+        "beams compete before all of them are computed again",
+        Scheduler,
+        "_target",
+        "if request.beams and len(live) > 1",
+        "if False",
+        (
+            fuzz,
+            scheduler.test_beams_that_are_computed_again_in_chunks_wait_for_one_another,
+        ),
+    ),
+    # --- swapping ---
+    Mutant(
+        "a shared block is swapped once for each of its owners",
+        BlockTables,
+        "_move",
+        "if block in moves:",
+        "if False:",
+        (fuzz, machine, tables.test_a_shared_block_is_swapped_once_and_is_shared_there_too),
+    ),
+    Mutant(
+        "swapping loses the reference counts of shared blocks",
+        BlockTables,
+        "_move",
+        "to_pool.share(moves[block])",
+        "pass",
+        (fuzz, machine, tables.test_a_shared_block_is_swapped_once_and_is_shared_there_too),
+    ),
+    Mutant(
+        "the swap space is taken to be endless",
+        BlockTables,
+        "can_swap_out",
+        "<= self.swap_pool.num_free",
+        ">= 0 and self.swap_pool.num_blocks > 0",
+        (fuzz, machine, tables.test_what_does_not_fit_into_the_swap_space_is_known_before),
+    ),
+    Mutant(
+        "swapping in forgets the next token",
+        BlockTables,
+        "blocks_needed_to_swap_in",
+        " + self._needed(writes, self.swapped, self.swap_pool)",
+        "",
+        (fuzz, machine, tables.test_swapping_in_counts_the_next_token_and_its_copies),
+    ),
+    Mutant(
+        "requests are admitted while a swapped one waits",
+        Scheduler,
+        "schedule",
+        "if not self.swapped:",
+        "if True:",
+        (scheduler.test_nobody_is_admitted_while_a_swapped_request_waits,),
+    ),
+    Mutant(
+        "a swapped request's blocks are given back to the wrong pool",
+        BlockTables,
+        "free",
+        "self.swapped, self.swap_pool",
+        "self.swapped, self.pool",
+        (fuzz, machine),
+    ),
+    Mutant(
+        "blocks are swapped out after others were copied over them",
+        ModelRunner,
+        "execute",
+        "self.kv_cache.swap_out(plan.swap_outs)",
+        "self.kv_cache.copy(plan.copies); self.kv_cache.swap_out(plan.swap_outs)",
+        (test_runner.test_a_block_may_be_swapped_out_swapped_in_and_copied_in_one_step,),
+    ),
+    Mutant(
+        "blocks are swapped in over what is yet to be swapped out",
+        ModelRunner,
+        "execute",
+        "self.kv_cache.swap_out(plan.swap_outs)",
+        "self.kv_cache.swap_in(plan.swap_ins); self.kv_cache.swap_out(plan.swap_outs)",
+        (test_runner.test_a_block_may_be_swapped_out_swapped_in_and_copied_in_one_step,),
+    ),
+    Mutant(
+        "a step with nothing to compute is not executed, its swaps neither",
+        Engine,
+        "step",
+        "logits = self.runner.execute(plan)",
+        "logits = self.runner.execute(plan) if plan.chunks else None",
+        (engine.test_a_step_that_only_swaps_out_is_executed_too,),
+    ),
+    # --- endings ---
+    Mutant(
+        "an abort forgets to free",
+        Scheduler,
+        "abort",
+        'self._finish(request, seq, "abort")',
+        'seq.finish_reason = "abort"; request in self.running and self.running.remove(request)',
+        (fuzz, partial(engine.test_an_abort_in_any_state_gives_every_block_back_and_twice_is_fine, 3)),
+    ),
+    Mutant(
+        "a failed step loses the blocks it had reserved",
+        Engine,
+        "_give_up",
+        "self.scheduler.abort(request)",
+        "self.scheduler.running.remove(request)",
+        (partial(engine.test_a_failing_step_is_reported_and_the_engine_goes_on, "runner"),),
+    ),
+    Mutant(
+        "who was swapped out by a failed step goes on without having been copied",
+        Engine,
+        "_give_up",
+        ", *swapped_out",
+        "",
+        (engine.test_a_request_that_a_failing_step_swapped_out_is_aborted_with_it,),
+    ),
+    Mutant(
+        "a branch that outgrows the pool takes the others with it",
+        Scheduler,
+        "_outgrow",
+        'self._finish(request, request.live[-1], "length")',
+        '[self._finish(request, seq, "length") for seq in request.live]',
+        (scheduler.test_of_branches_that_outgrow_the_pool_the_last_gives_way_to_the_others,),
+    ),
+]

@@ -1,0 +1,24 @@
+"""Are the tests any good? Each bug of `tests.mutants` must make every check named beside it fail."""
+
+import pytest
+
+from tests.mutants import MUTANTS
+
+CHECKS = list({check for mutant in MUTANTS for check in mutant.killed_by})
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
+def test_the_bug_is_noticed(mutant):
+    with mutant.applied():
+        for check in mutant.killed_by:
+            try:
+                check()
+            # A pytest.raises that sees nothing raised fails with an exception that is no Exception.
+            except (Exception, pytest.fail.Exception):
+                continue
+            pytest.fail(f"{getattr(check, '__name__', check)} passes in spite of: {mutant.bug}")
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: getattr(check, "func", check).__name__)
+def test_without_a_bug_the_checks_pass(check):
+    check()
