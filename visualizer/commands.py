@@ -162,7 +162,7 @@ def _config(payload: dict[str, Any], old: EngineConfig) -> EngineConfig:
     changes: dict[str, Any] = {}
     for name, most in LIMITS.items():
         if payload.get(name) is not None:
-            changes[name] = int(_number(payload, name, name, 0, most, whole=True))
+            changes[name] = int(_number(payload, name, name.replace("_", " "), 1, most, whole=True))
     if "model" in payload:
         changes["model"] = _text(payload, "model", 300).strip()
     for name in ("preemption", "enable_prefix_caching"):

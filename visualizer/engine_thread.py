@@ -213,11 +213,12 @@ class EngineThread:
             result = command()
         except Exception as error:  # the caller's business; the engine goes on for the others
             self._flush()
+            self._publish_status()
             future.set_exception(error)
         else:
             self._flush()
+            self._publish_status()  # before the result, so that whoever has it finds the status it led to
             future.set_result(result)
-        self._publish_status()
 
     def _advance(self) -> None:
         """One step, with the scenario's arrivals that are due before it. Never raises."""

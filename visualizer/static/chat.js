@@ -109,7 +109,8 @@ export class Chat {
     if (!found) return;
     turn.cached = found.num_cached;
     turn.note.dataset.cached = found.num_cached;
-    setText(turn.note, `turn ${turn.number}: ${found.num_cached} of ${seq.num_prompt} prompt tokens were cached`);
+    const off = player.head.config.enable_prefix_caching ? "" : " (the prefix cache is off)";
+    setText(turn.note, `turn ${turn.number}: ${found.num_cached} of ${seq.num_prompt} prompt tokens were cached${off}`);
     turn.bar.style.width = `${(100 * found.num_cached) / seq.num_prompt}%`;
   }
 
