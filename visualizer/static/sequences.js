@@ -181,7 +181,7 @@ function shown(state) {
 
 function statusOf(state, seq) {
   if (seq.finish_reason) {
-    const label = { stop: "finished", length: "finished", abort: "aborted" }[seq.finish_reason];
+    const label = { stop: "finished", length: "finished", abort: "aborted", pruned: "given up" }[seq.finish_reason];
     return { name: "finished", label };
   }
   if (state.running.includes(seq.request_id)) {
