@@ -332,7 +332,8 @@ class EngineThread:
                 "loading": self._loading,
                 "scenario": scenario.key if scenario else None,
                 "asks": self._asks,
-                "question": question and {
+                "question": question
+                and {
                     "id": self._question_id,
                     "text": question.text,
                     "choices": question.choices,

@@ -86,7 +86,6 @@ export class Settings {
   render(status, head) {
     this.config = head.config;
     if (status?.loading && this.drawer.open) this.tell("busy", `Loading ${status.loading}… The engine goes on meanwhile.`);
-    this.wasLoading = status?.loading;
   }
 
   // What every prompt is sent with. A field that is no number is sent as it is, for the server to complain about.
