@@ -43,10 +43,18 @@ class LLM:
             raise InvalidConfig(f"{error}; see EngineConfig for what there is") from None
         loaded = load_model(config.model, config.device, config.dtype)
         self.tokenizer = loaded.tokenizer
+        self._loaded = loaded
         self.engine = _build_engine(config, loaded)
         self._ids = count()
         self._lock = threading.Lock()
         self._inboxes: dict[str, deque[RequestOutput]] = {}
+
+    def build_engine(self, config: EngineConfig) -> Engine:
+        """Another engine on the same weights, with a KV cache of its own. ``self.engine`` stays what it is.
+
+        ``config`` may differ in everything but model, device and dtype. Raises `InvalidConfig`.
+        """
+        return _build_engine(config, self._loaded)
 
     def generate(
         self,

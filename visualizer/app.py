@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,18 @@ from minipaged.errors import MinipagedError  # noqa: E402
 from visualizer.classroom import Guard  # noqa: E402
 from visualizer.commands import Commands  # noqa: E402
 from visualizer.engine_thread import DEFAULT_RATE, EngineThread  # noqa: E402
+from visualizer.export import stylesheets  # noqa: E402
 from visualizer.figures import figures  # noqa: E402
 from visualizer.log import RecordLog  # noqa: E402
 from visualizer.recordings import Recordings  # noqa: E402
-from visualizer.scenarios import DEMO_SETTINGS, OPENING, Scenario  # noqa: E402
+from visualizer.scenarios import DEMO_SETTINGS, OPENING, Scenario, menu  # noqa: E402
 from visualizer.sources import sources  # noqa: E402
 from visualizer.waste_rows import WasteRows  # noqa: E402
 
 STATIC = Path(__file__).resolve().parent / "static"
 PLOTLY = Path(plotly.__file__).resolve().parent / "package_data" / "plotly.min.js"
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # The scripts are ES modules, hence `import()`; addresses are relative to the page's, as behind a proxy.
 # Gradio sends files without a Cache-Control header, so a browser may mix old scripts with new ones after an
@@ -69,20 +72,26 @@ class Visualizer:
 
 
 def build(
-    llm: Any, scenario: Scenario | None = OPENING, rate: float | None = DEFAULT_RATE, classroom: bool = False
+    llm: Any,
+    scenario: Scenario | None = OPENING,
+    rate: float | None = DEFAULT_RATE,
+    classroom: bool = False,
+    load: Callable[..., Any] | None = None,
 ) -> Visualizer:
     """The page for ``llm``, not served yet. Starts the engine's thread, which owns ``llm.engine`` then.
 
     ``scenario`` begins with the first viewer, and again whenever somebody presses "Play again"; ``None``:
     nothing plays by itself. ``rate`` is in steps per second, ``None`` for as fast as the machine can.
-    In a ``classroom`` only who knows the presenter's token controls the engine, and begins the scenario.
+    In a ``classroom`` only who knows the presenter's token controls the engine, and begins the scenario. ``load`` makes
+    the `LLM` when somebody asks for another model; ``None``: nobody may.
     """
     log = RecordLog()
     thread = EngineThread(llm, log, rate)
-    guard = Guard(Commands(thread, scenario or OPENING), classroom)
+    guard = Guard(Commands(thread, scenario or OPENING, load), classroom)
     recordings = Recordings(log)
     rows = WasteRows(log)
-    unseen = [scenario] if scenario else []  # emptied by the first viewer, in a classroom by the presenter
+    # Emptied by the first viewer, in a classroom by the presenter; on the engine with the sizes it was started with.
+    unseen = [replace(scenario, settings={})] if scenario else []
 
     def begin() -> None:
         if unseen:
@@ -142,7 +151,7 @@ def _page(functions: list[Callable[..., Any]], more: dict[str, Any]) -> gr.Block
             scripts=[path.as_posix() for path in STATIC.glob("*.js")],
             plotly=PLOTLY.as_posix(),
             figures={name: json.loads(figure.to_json()) for name, figure in figures().items()},
-            more={"sources": sources()} | more,
+            more={"sources": sources(), "scenarios": menu()} | more,
         )
     return blocks
 
@@ -171,13 +180,13 @@ def launch(
     if replay is not None:
         visualizer = build_replay(replay)
     else:
-        visualizer = _with_engine(llm or _tiny, scenario, rate, classroom, recordings_will_do)
+        load = _load if host in LOOPBACK else None  # whoever is on the network may not make this machine load things
+        visualizer = _with_engine(llm or _tiny, scenario, rate, classroom, load, recordings_will_do)
     try:
         visualizer.blocks.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
             inbrowser=open_browser, footer_links=[], run_history=False, ssr_mode=False,
-            css_paths=[STATIC / name for name in ("style.css", "charts.css", "playback.css", "inspector.css")],
-            theme=_theme(), favicon_path=STATIC / "favicon.svg",
+            css_paths=stylesheets(), theme=_theme(), favicon_path=STATIC / "favicon.svg",
         )  # fmt: skip
     except OSError:
         visualizer.close()
@@ -193,7 +202,12 @@ def launch(
 
 
 def _with_engine(
-    llm: Any, scenario: Scenario | None, rate: float | None, classroom: bool, recordings_will_do: bool
+    llm: Any,
+    scenario: Scenario | None,
+    rate: float | None,
+    classroom: bool,
+    load: Callable[..., Any] | None,
+    recordings_will_do: bool,
 ) -> Visualizer:
     try:
         llm = llm() if callable(llm) else llm
@@ -203,7 +217,7 @@ def _with_engine(
         note = f"No model could be loaded ({error}). These are recordings of one."
         print(note, flush=True)
         return build_replay(None, note)
-    return build(llm, scenario, rate, classroom)
+    return build(llm, scenario, rate, classroom, load)
 
 
 def _plain(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -227,6 +241,12 @@ def _tiny() -> Any:
     from minipaged import LLM
 
     return LLM("tiny", **DEMO_SETTINGS)
+
+
+def _load(**settings: Any) -> Any:
+    from minipaged import LLM
+
+    return LLM(**settings)
 
 
 def _theme() -> gr.themes.Base:

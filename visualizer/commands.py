@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import fields, replace
 from typing import Any
 
+from minipaged.config import EngineConfig
 from minipaged.errors import MinipagedError
 from visualizer.attention import look
 from visualizer.engine_thread import EngineThread
-from visualizer.scenarios import Arrival, Scenario
+from visualizer.scenarios import SCENARIOS, Arrival, Scenario
 
 MAX_CHARACTERS = 20_000
 MAX_SAMPLES = 4
 MAX_TEMPERATURE = 2.0
 MAX_RATE = 200.0  # steps per second
+MAX_MESSAGES = 100  # of a conversation
+# What a viewer may set, and the most of each: the page draws every block, and a wish must not take the machine down.
+LIMITS = {
+    "block_size": 256,
+    "num_blocks": 4096,
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 16384,
+    "swap_blocks": 4096,
+}
 TIMEOUT = 30.0  # seconds for the engine's thread to get round to a command
 
 
@@ -25,13 +38,18 @@ class BadCommand(MinipagedError, ValueError):
 class Commands:
     """Checks payloads and passes them on to the engine's thread."""
 
-    def __init__(self, thread: EngineThread, scenario: Scenario) -> None:
+    def __init__(self, thread: EngineThread, scenario: Scenario, load: Callable[..., Any] | None = None) -> None:
+        """``load(**settings)`` makes the `LLM` for another model; ``None``: the model stays what it is."""
         self._thread = thread
         self._scenario = scenario
+        self._load = load
+        self._loading = False
 
     async def __call__(self, payload: Any) -> dict[str, Any]:
         """``{"ok": True, "result": …}``, or ``{"ok": False, "message": …}`` with words for the user."""
         try:
+            if isinstance(payload, dict) and payload.get("do") == "configure":
+                return {"ok": True, "result": await self._configure(payload)}
             future = self._dispatch(payload)
             return {"ok": True, "result": await asyncio.wait_for(asyncio.wrap_future(future), TIMEOUT)}
         except MinipagedError as error:
@@ -66,20 +84,110 @@ class Commands:
             case "reset":
                 return self._thread.reset()
             case "play":
-                return self._thread.reset(self._scenario)
+                return self._play(payload)
+            case "asks":
+                return self._thread.set_asking(payload.get("asks") is True)
+            case "answer":
+                return self._thread.answer(int(_number(payload, "id", "The question", 0, 1e9, whole=True)))
+            case "chat":
+                return self._thread.submit(self._turn(payload))
             case other:
                 raise BadCommand(f"there is no command {str(other)[:40]!r}")
 
     def _arrival(self, payload: dict[str, Any]) -> Arrival:
         room = self._thread.engine.max_model_len
-        return Arrival(
+        arrival = Arrival(
             at_step=0,
             prompt=_text(payload, "prompt", MAX_CHARACTERS),
             n=int(_number(payload, "n", "Samples", 1, MAX_SAMPLES, whole=True)),
             max_tokens=int(_number(payload, "max_tokens", "Max tokens", 1, room, whole=True)),
             temperature=_number(payload, "temperature", "Temperature", 0, MAX_TEMPERATURE),
             chat=payload.get("chat") is True,
+            **_sampling(payload),
         )
+        arrival.params()  # complains about what makes no sense
+        if (arrival.beam_width or 1) > MAX_SAMPLES:
+            raise BadCommand(f"Beams must be at most {MAX_SAMPLES}.")
+        return arrival
+
+    def _turn(self, payload: dict[str, Any]) -> Arrival:
+        """A conversation's next answer. The page remembers what was said; nothing is kept here."""
+        messages = payload.get("messages")
+        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+            raise BadCommand("the messages must be a list of objects")
+        if len(messages) > MAX_MESSAGES:
+            raise BadCommand(f"This conversation has more than {MAX_MESSAGES} messages; begin a new one.")
+        said = [
+            {"role": _text(message, "role", 20), "content": _text(message, "content", MAX_CHARACTERS)}
+            for message in messages
+        ]
+        if sum(len(message["content"]) for message in said) > MAX_CHARACTERS:
+            raise BadCommand(f"This conversation has more than {MAX_CHARACTERS:,} characters; begin a new one.")
+        if said[-1]["role"] != "user":
+            raise BadCommand("the last message must be the user's")
+        arrival = self._arrival(payload | {"prompt": said[-1]["content"], "n": 1, "beam_width": None})
+        return replace(arrival, messages=tuple(said))
+
+    def _play(self, payload: dict[str, Any]) -> Future[None]:
+        """The scenario called ``key``; without one, the last again, on the engine as it is."""
+        if payload.get("scenario") is None:
+            return self._thread.reset(replace(self._scenario, settings={}))
+        key = _text(payload, "scenario", 40)
+        if key not in SCENARIOS:
+            raise BadCommand(f"there is no scenario {key!r}")
+        self._scenario = SCENARIOS[key]
+        return self._thread.reset(self._scenario)
+
+    async def _configure(self, payload: dict[str, Any]) -> str:
+        """A new engine. Another model is loaded in a thread of its own, while the old engine goes on."""
+        if self._loading:
+            raise BadCommand("a model is being loaded already; wait for it")
+        old = self._thread.engine.config
+        config = _config(payload, old)
+        llm = None
+        if config.model != old.model:
+            if self._load is None:
+                raise BadCommand(
+                    "this page is open to other machines, so its model is chosen where it is started: "
+                    "minipaged visualize --model …"
+                )
+            self._loading = True
+            try:
+                await asyncio.wrap_future(self._thread.set_loading(config.model))
+                settings = {field.name: getattr(config, field.name) for field in fields(config)}
+                llm = await asyncio.to_thread(self._load, **settings)
+            finally:
+                self._loading = False
+                self._thread.set_loading("")
+        await asyncio.wait_for(asyncio.wrap_future(self._thread.configure(config, llm)), TIMEOUT)
+        engine = self._thread.engine
+        return f"Restarted with {engine.num_blocks} blocks of {config.block_size} tokens."
+
+
+def _config(payload: dict[str, Any], old: EngineConfig) -> EngineConfig:
+    """The settings asked for, laid over the old ones. Raises `InvalidConfig` for what makes no sense."""
+    changes: dict[str, Any] = {}
+    for name, most in LIMITS.items():
+        if payload.get(name) is not None:
+            changes[name] = int(_number(payload, name, name.replace("_", " "), 1, most, whole=True))
+    if "model" in payload:
+        changes["model"] = _text(payload, "model", 300).strip()
+    for name in ("preemption", "enable_prefix_caching"):
+        if name in payload:
+            changes[name] = payload[name]
+    if changes.get("preemption", old.preemption) != "swap":
+        changes["swap_blocks"] = None
+    if changes.get("model", old.model) != old.model:
+        changes["max_model_len"] = None  # the new model's own
+    if changes.get("enable_prefix_caching") is False:
+        changes["eviction_policy"] = None
+    return replace(old, **changes)
+
+
+def _sampling(payload: dict[str, Any]) -> dict[str, Any]:
+    """What is refined rarely, and may be left out."""
+    names = ("top_k", "top_p", "min_p", "seed", "beam_width")
+    return {name: payload[name] for name in names if payload.get(name) is not None}
 
 
 def _text(payload: dict[str, Any], name: str, limit: int) -> str:

@@ -13,16 +13,19 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
+from itertools import count
 from typing import Any, Protocol
 
-from minipaged import SamplingParams
+from minipaged.config import EngineConfig
 from minipaged.engine import Engine
 from minipaged.errors import InvalidRequest, StepFailed
 from minipaged.events import EngineError, EngineStarted, Event
+from visualizer.questions import Question, Quiz
 from visualizer.scenarios import Arrival, Scenario
 
 MAX_WAITING = 50  # requests; beyond that a page full of impatient clicks would only make everybody wait
-NUM_ALTERNATIVES = 5  # likeliest tokens that the page can show beside each sampled one
+TIME_TO_ANSWER = 20.0  # seconds until a step that waits for a viewer's prediction is shown anyway
 DEFAULT_RATE = 12.0  # steps per second: fast enough to feel alive, slow enough to follow
 
 log = logging.getLogger(__name__)
@@ -49,6 +52,8 @@ class EngineThread:
 
     def __init__(self, llm: Any, sink: Sink, rate: float | None = DEFAULT_RATE) -> None:
         self.llm = llm
+        self.engine: Engine = llm.engine
+        self._home = self.engine.config  # what a scenario's settings are laid over
         self._sink = sink
         self._rate = rate
         self._paused = False
@@ -58,7 +63,16 @@ class EngineThread:
         self._script: deque[Arrival] = deque()  # what a scenario has yet to submit
         self._script_step = 0
         self._num_requests = 0
+        self._conversations = count()  # goes on from run to run: a chat must not find another's answer
         self._next_step_at = 0.0
+        self._scenario: Scenario | None = None
+        self._asks = False  # whether this scenario's question is put
+        self._quiz: Quiz | None = None  # until the question has been put
+        self._question: Question | None = None  # put, and the step that answers it is held back
+        self._question_ends = 0.0
+        self._question_id = 0
+        self._verdict: dict[str, Any] | None = None  # the last question's answer, for all viewers
+        self._loading = ""  # the model that is being loaded
         self._thread = threading.Thread(target=self._run, name="minipaged-engine", daemon=True)
 
     def start(self) -> None:
@@ -107,8 +121,10 @@ class EngineThread:
         """Pauses, and computes one step."""
 
         def step() -> None:
+            held = self._question is not None
             self._set_paused(True)
-            self._advance()
+            if not held:  # else what was held back is the step asked for
+                self._advance()
 
         return self.call(step)
 
@@ -122,15 +138,54 @@ class EngineThread:
         return self.call(set_rate)
 
     def reset(self, scenario: Scenario | None = None) -> Future[None]:
-        """Starts over: empty pool, sequence 0, the engine's first seed. Plays ``scenario`` if given."""
+        """Starts over: empty pool, sequence 0, the engine's first seed. Plays ``scenario`` if given, on an engine
+        with the scenario's settings."""
 
         def reset() -> None:
-            self._adopt(_fresh(self.engine))
-            self._script = deque(scenario.arrivals if scenario else ())
-            self._script_step = 0
-            self._paused = False
+            config = replace(self._home, **scenario.settings) if scenario and scenario.settings else None
+            self._adopt(self._engine(config or self.engine.config))
+            self._play(scenario)
 
         return self.call(reset)
+
+    def configure(self, config: EngineConfig, llm: Any = None) -> Future[None]:
+        """Starts over with other settings, and with another model if ``llm`` is given. `InvalidConfig`: as it was."""
+
+        def configure() -> None:
+            engine = llm.engine if llm else self._engine(config)
+            self.llm = llm or self.llm
+            self._home = engine.config
+            self._adopt(engine)
+            self._play(None)
+
+        return self.call(configure)
+
+    def set_loading(self, model: str) -> Future[None]:
+        """Tells viewers that a model is being loaded, or with ``""`` that none is any more."""
+
+        def set_loading() -> None:
+            self._loading = model
+
+        return self.call(set_loading)
+
+    def set_asking(self, asks: bool) -> Future[None]:
+        """Whether the scenario's question is put. Taken back, a question that is open is answered."""
+
+        def set_asking() -> None:
+            self._asks = asks
+            if not asks:
+                self._reveal()
+
+        return self.call(set_asking)
+
+    def answer(self, question_id: int) -> Future[None]:
+        """Shows the step that was held back, if this question is still open."""
+
+        def answer() -> None:
+            if question_id == self._question_id:
+                self._reveal()
+
+        return self.call(answer)
 
     # --- the thread -----------------------------------------------------------------------------------------
 
@@ -139,13 +194,18 @@ class EngineThread:
             try:
                 command, future = self._commands.get(timeout=self._patience())
             except queue.Empty:
-                self._advance()
+                if self._question is None:
+                    self._advance()
+                else:
+                    self._reveal()  # nobody has answered
                 self._publish_status()
             else:
                 self._obey(command, future)
 
     def _patience(self) -> float | None:
         """How long to wait for a command before the next step is due; ``None``: no step is."""
+        if self._question is not None:
+            return max(0.0, self._question_ends - time.monotonic())
         if self._paused or not self._has_work():
             return None
         return max(0.0, self._next_step_at - time.monotonic())
@@ -160,11 +220,12 @@ class EngineThread:
             result = command()
         except Exception as error:  # the caller's business; the engine goes on for the others
             self._flush()
+            self._publish_status()
             future.set_exception(error)
         else:
             self._flush()
+            self._publish_status()  # before the result, so that whoever has it finds the status it led to
             future.set_result(result)
-        self._publish_status()
 
     def _advance(self) -> None:
         """One step, with the scenario's arrivals that are due before it. Never raises."""
@@ -176,6 +237,7 @@ class EngineThread:
             self._submit_due()
             self.engine.step()
             self._script_step += 1
+            self._ask()
         except StepFailed as error:
             log.error("%s", error)  # the engine has emitted an EngineError and goes on with the others
         except Exception as error:  # a bug: tell it, and do not repeat it twelve times a second
@@ -200,35 +262,66 @@ class EngineThread:
             raise InvalidRequest("The prompt is empty: write a few words to go on from.")
         if len(self.engine.scheduler.waiting) >= MAX_WAITING:
             raise InvalidRequest(f"{MAX_WAITING} requests are waiting already; try again when some are done.")
-        if arrival.chat:
-            tokens = self.llm.render_chat([{"role": "user", "content": arrival.prompt}])
-        else:
-            tokens = self.llm.encode(arrival.prompt)
-        params = SamplingParams(
-            n=arrival.n, temperature=arrival.temperature, max_tokens=arrival.max_tokens, seed=arrival.seed,
-            logprobs=NUM_ALTERNATIVES,
-        )  # fmt: skip
-        request_id = f"request-{self._num_requests}"
-        self.engine.add_request(request_id, tokens, params, prompt=arrival.prompt)
+        conversation = arrival.conversation()
+        tokens = self.llm.render_chat(conversation) if conversation else self.llm.encode(arrival.prompt)
+        chat = f"chat-{next(self._conversations)}" if arrival.messages else None
+        request_id = chat or f"request-{self._num_requests}"
+        self.engine.add_request(request_id, tokens, arrival.params(), prompt=arrival.prompt)
         self._num_requests += 1
         self._flush()
         return request_id
 
+    def _play(self, scenario: Scenario | None) -> None:
+        self._script = deque(scenario.arrivals if scenario else ())
+        self._script_step = 0
+        self._paused = False
+        self._scenario = scenario
+        self._asks = scenario is not None and scenario.asks
+        self._verdict = None
+        named = scenario.question if scenario else None
+        self._quiz = Quiz(named, self.engine.started_event()) if named else None
+
+    def _ask(self) -> None:
+        """Holds the step just computed back if it answers the scenario's question."""
+        if self._quiz is None or not self._asks:
+            return
+        question = self._quiz.question(self._pending)
+        if question is not None:
+            self._question, self._quiz, self._verdict = question, None, None
+            self._question_id += 1
+            self._question_ends = time.monotonic() + TIME_TO_ANSWER
+
+    def _reveal(self) -> None:
+        question, self._question = self._question, None
+        if question is not None:
+            self._verdict = {"id": self._question_id, "answer": question.answer, "why": question.why}
+            self._flush()
+
     def _set_paused(self, paused: bool) -> None:
+        self._reveal()
         self._paused = paused
         self._next_step_at = 0.0
+
+    def _engine(self, config: EngineConfig) -> Engine:
+        """An engine without a past. Only other settings need other KV tensors."""
+        return _fresh(self.engine) if config == self.engine.config else self.llm.build_engine(config)
 
     def _adopt(self, engine: Engine) -> None:
         """Makes ``engine`` the one to run, and begins a new run with it."""
         self.engine = self.llm.engine = engine
         self._pending.clear()
+        self._question = None
         self._num_requests = 0
         engine.events.subscribe(self._pending.append)
         self._sink.started(engine.started_event())
         self._publish_status()
 
     def _flush(self) -> None:
+        if self._question is not None:
+            return  # the step that answers it, and what comes after, is shown later
         events = list(self._pending)
+        if self._quiz is not None:
+            self._quiz.saw(events)
         self._pending.clear()
         if events:
             try:
@@ -237,7 +330,25 @@ class EngineThread:
                 log.exception("could not publish %s", events[0].type)
 
     def _publish_status(self) -> None:
-        self._sink.status({"paused": self._paused, "rate": self._rate, "busy": self._has_work()})
+        scenario, question = self._scenario, self._question
+        self._sink.status(
+            {
+                "paused": self._paused,
+                "rate": self._rate,
+                "busy": self._has_work(),
+                "loading": self._loading,
+                "scenario": scenario.key if scenario else None,
+                "asks": self._asks,
+                "question": question
+                and {
+                    "id": self._question_id,
+                    "text": question.text,
+                    "choices": question.choices,
+                    "seconds": TIME_TO_ANSWER,
+                },
+                "verdict": self._verdict,
+            }
+        )
 
 
 def _fresh(engine: Engine) -> Engine:

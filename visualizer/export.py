@@ -42,7 +42,7 @@ start({ element: document.body, server, figures: null, plotly: null,
 def page() -> str:
     """The HTML, with ``GAP`` in quotes where the recording's JSON string goes."""
     scripts = {f"minipaged/{path.name}": _module(path) for path in sorted(STATIC.glob("*.js"))}
-    styles = "\n".join(path.read_text(encoding="utf-8") for path in sorted(STATIC.glob("*.css"), key=_style_first))
+    styles = "\n".join(path.read_text(encoding="utf-8") for path in stylesheets())
     body = (STATIC / "page.html").read_text(encoding="utf-8")
     icon = base64.b64encode((STATIC / "favicon.svg").read_bytes()).decode()
     return f"""<!doctype html>
@@ -73,5 +73,6 @@ def _json(value: object) -> str:
     return json.dumps(value).replace("<", "\\u003c")
 
 
-def _style_first(path: Path) -> tuple[bool, str]:
-    return (path.name != "style.css", path.name)
+def stylesheets() -> list[Path]:
+    """All styles; the others refine style.css."""
+    return sorted(STATIC.glob("*.css"), key=lambda path: (path.name != "style.css", path.name))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from minipaged.config import SamplingParams
 
 # Small on purpose: the opening scenario must fill the pool, and one look must take all of it in.
 DEMO_SETTINGS: dict[str, Any] = {
@@ -14,9 +17,15 @@ DEMO_SETTINGS: dict[str, Any] = {
 }
 
 
+NUM_ALTERNATIVES = 5  # likeliest tokens that the page can show beside each sampled one
+
 @dataclass(frozen=True)
 class Arrival:
-    """One request: what is asked for, and at which step of the scenario it comes in."""
+    """One request: what is asked for, and at which step of the scenario it comes in.
+
+    ``chat`` lays the prompt out as a user's message, after ``system`` if given; ``messages`` is a whole conversation
+    instead. No text ends before ``min_tokens``, so that a script's point does not hang on how a story goes.
+    """
 
     at_step: int
     prompt: str
@@ -25,23 +34,66 @@ class Arrival:
     temperature: float = 0.8
     seed: int | None = None
     chat: bool = False
+    system: str | None = None
+    messages: tuple[dict[str, str], ...] = ()
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    beam_width: int | None = None
+    min_tokens: int = 0
+
+    def conversation(self) -> list[dict[str, str]] | None:
+        """The messages to render, or ``None`` for a prompt that is continued as it stands."""
+        if self.messages:
+            return list(self.messages)
+        if not self.chat:
+            return None
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": self.prompt}]
+
+    def params(self) -> SamplingParams:
+        """Raises `InvalidRequest` for values that make no sense."""
+        return SamplingParams(
+            n=self.n,
+            temperature=self.temperature,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            beam_width=self.beam_width,
+            logprobs=NUM_ALTERNATIVES,
+            # A search takes no min_tokens, so there the end-of-text token is ignored instead.
+            ignore_eos=self.min_tokens > 0 and self.beam_width is not None,
+            min_tokens=self.min_tokens if self.beam_width is None else 0,
+        )
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A named script of arrivals, in the order of their steps."""
+    """A named script of arrivals, in the order of their steps.
+
+    ``settings`` are `EngineConfig`'s; what they leave out is as the page was started. ``watch`` says what to look at,
+    ``question`` names the question of `visualizer.questions` that is put before its answer is shown; with ``asks``
+    it is unless the viewer objects.
+    """
 
     name: str
     arrivals: tuple[Arrival, ...] = field(default_factory=tuple)
+    key: str = ""
+    watch: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    question: str | None = None
+    asks: bool = True
 
 
 # Eight stories for a pool that holds about six of them. The third asks for four samples of one prompt, which
 # is longer than two blocks: those stay shared, and the half-full third block shows copy-on-write.
 OPENING = Scenario(
-    "eight stories",
+    "Eight stories",
     (
-        Arrival(0, "Once upon a time", seed=1),
-        Arrival(6, "The robot opened the door and", seed=2),
+        Arrival(0, "Once upon a time", seed=1, min_tokens=110),
+        Arrival(6, "The robot opened the door and", seed=2, min_tokens=110),
         Arrival(
             18,
             "Once upon a time, in a small town by the sea, there lived a girl named Anna. "
@@ -49,11 +101,215 @@ OPENING = Scenario(
             n=4,
             temperature=1.0,
             seed=3,
+            min_tokens=110,
         ),
-        Arrival(28, "In a small town by the sea,", seed=4),
-        Arrival(36, "The old cat sat on the wall and", seed=5),
-        Arrival(44, "One day, a fox met an owl.", seed=6),
-        Arrival(52, "Tell me a story about a brave mouse.", seed=7, chat=True),
-        Arrival(60, "It was a cold night and", seed=8),
+        Arrival(28, "In a small town by the sea,", seed=4, min_tokens=80),
+        Arrival(36, "The old cat sat on the wall and", seed=5, min_tokens=80),
+        Arrival(44, "One day, a fox met an owl.", seed=6, min_tokens=80),
+        Arrival(52, "Tell me a story about a brave mouse.", seed=7, chat=True, min_tokens=80),
+        Arrival(60, "It was a cold night and", seed=8, min_tokens=80),
     ),
+    key="opening",
+    watch=(
+        "A language model is writing all of these texts at once. What it remembers of each, its KV cache, lives in "
+        "small blocks that are handed out one at a time; each text's block table says where its own are. C to F start "
+        "from one prompt and share its blocks. When the pool is full, the last to come gives its blocks back and waits."
+    ),
+    settings=DEMO_SETTINGS,
+    question="victim",
+    asks=False,
 )
+
+SAMPLES = Scenario(
+    "One prompt, four samples",
+    (
+        Arrival(0, "The old cat sat on the wall and", max_tokens=70, min_tokens=70, seed=5),
+        Arrival(
+            12,
+            "Once upon a time, in a small town by the sea, there lived a girl named Anna. "
+            "She had a red boat and a little dog. One morning",
+            n=4,
+            max_tokens=60,
+            min_tokens=60,
+            temperature=1.0,
+            seed=3,
+        ),
+    ),
+    key="samples",
+    watch=(
+        "B reads a prompt that C, D and E will continue too. Once it is read they fork: all four tables name the same "
+        "blocks, striped and marked ×4, and nothing is copied. Then each writes its own next word, and a block that "
+        "others read must not be written to: watch the copies fly. The prompt's full blocks stay shared to the end."
+    ),
+    settings=DEMO_SETTINGS | {"num_blocks": 32},
+    question="copies",
+)
+
+BEAMS = Scenario(
+    "Beam search",
+    (
+        Arrival(0, "The robot opened the door and", max_tokens=60, min_tokens=60, seed=2),
+        Arrival(10, "Once upon a time, there was a little", max_tokens=56, min_tokens=56, temperature=0, beam_width=4),
+    ),
+    key="beams",
+    watch=(
+        "A search keeps the four likeliest texts so far. In every step each of them proposes words, and the best four "
+        "of all proposals go on: a good beam forks, a hopeless one is given up and its blocks come back at once. "
+        "Watch the stripes: what the survivors have in common is stored only once."
+    ),
+    settings=DEMO_SETTINGS | {"num_blocks": 32},
+    question="pruned",
+)
+
+_SYSTEM = (
+    "You are a friendly helper. You answer every question about the memory of language models in one or two short "
+    "sentences, with simple words, and you never talk about anything else."
+)
+
+PREFIX = Scenario(
+    "Shared system prompt",
+    tuple(
+        Arrival(step, prompt, max_tokens=40, temperature=0.6, seed=step, chat=True, system=_SYSTEM)
+        for step, prompt in (
+            (0, "What is a block table?"),
+            (24, "What is a KV cache?"),
+            (36, "What is copy-on-write?"),
+            (96, "What is a block?"),
+        )
+    ),
+    key="prefix",
+    watch=(
+        "Every question here comes with the same long instructions. A computes their keys and values; B and C find the "
+        "full blocks in the prefix cache and start with them, so only the question itself is computed. D asks when all "
+        "the others have gone: the dotted blocks are free, but they still know what they hold."
+    ),
+    settings=DEMO_SETTINGS | {"num_blocks": 32, "enable_prefix_caching": True},
+    question="cached",
+)
+
+_PRESSURE = (
+    Arrival(0, "Once upon a time", max_tokens=110, min_tokens=110, seed=1),
+    Arrival(2, "The robot opened the door and", max_tokens=110, min_tokens=110, seed=2),
+    Arrival(4, "In a small town by the sea,", max_tokens=110, min_tokens=110, seed=4),
+    Arrival(6, "It was a cold night and", max_tokens=110, min_tokens=110, seed=8),
+)
+
+RECOMPUTE = Scenario(
+    "Out of memory: recompute",
+    _PRESSURE,
+    key="recompute",
+    watch=(
+        "Four texts grow in a pool of twenty blocks, and it cannot hold them all. When nobody finds a free block, the "
+        "latest arrival loses all of its own and waits; its text is kept. When there is room again it comes back and "
+        "computes the KV of its whole text once more, many tokens in one step: see the step's bar at the bottom."
+    ),
+    settings=DEMO_SETTINGS | {"num_blocks": 20, "enable_prefix_caching": False, "preemption": "recompute"},
+    question="victim",
+)
+
+SWAP = Scenario(
+    "Out of memory: swap",
+    _PRESSURE,
+    key="swap",
+    watch=(
+        "The same four texts in the same pool, but this engine does not throw KV away: the latest arrival's blocks are "
+        "copied to the CPU's memory, and back into whatever blocks are free when there is room. Nothing is computed "
+        "twice, at the price of moving it. Note the new block numbers in its table: only the table has to know."
+    ),
+    settings=DEMO_SETTINGS
+    | {"num_blocks": 20, "enable_prefix_caching": False, "preemption": "swap", "swap_blocks": 20},
+    question="moved",
+)
+
+_LONG = (
+    "Once upon a time there was a farmer who lived on a green hill. Every morning he fed the hens, milked the cow, "
+    "and walked down to the river to catch a fish. One day the river was dry. The farmer was very sad. He asked the "
+    "hens, but they did not know. He asked the cow, but she only looked at him. So he took his hat and his stick and "
+    "walked up the hill, past the old mill, past the tall trees, and past the big stone, until he came to the lake "
+    "where the river began. There sat a beaver on a wall of sticks. The farmer said"
+)
+
+CHUNKED = Scenario(
+    "A long prompt among short ones",
+    (
+        Arrival(0, "Once upon a time", max_tokens=60, min_tokens=60, seed=1),
+        Arrival(1, "The robot opened the door and", max_tokens=60, min_tokens=60, seed=2),
+        Arrival(2, "It was a cold night and", max_tokens=60, min_tokens=60, seed=8),
+        Arrival(16, _LONG, max_tokens=30, min_tokens=30, seed=9),
+    ),
+    key="chunked",
+    watch=(
+        "A step of this engine computes 20 tokens and no more: look at the bar at the bottom. D arrives with a prompt "
+        "many times that long. The three who are writing get their one token each first, and D reads its prompt with "
+        "what is left, a chunk per step. So nobody's text stands still while a long prompt is read."
+    ),
+    settings=DEMO_SETTINGS | {"num_blocks": 40, "max_num_seqs": 8, "max_num_batched_tokens": 20},
+    question="chunk",
+)
+
+BURST = Scenario(
+    "A burst of arrivals",
+    (
+        Arrival(0, "Once upon a time", max_tokens=60, min_tokens=60, seed=1),
+        *(
+            Arrival(10, prompt, max_tokens=24 + 8 * number, min_tokens=24 + 8 * number, seed=number)
+            for number, prompt in enumerate(
+                (
+                    "The old cat sat on the wall and",
+                    "One day, a fox met an owl.",
+                    "It was a cold night and",
+                    "In a small town by the sea,",
+                    "The robot opened the door and",
+                    "There was a little red boat",
+                    "The king had a big secret:",
+                    "A mouse found a golden key",
+                )
+            )
+        ),
+    ),
+    key="burst",
+    watch=(
+        "Eight requests arrive at once, and this engine runs at most four texts at a time. The others wait in order of "
+        "arrival, although half the pool is free. The moment one text ends, the next begins, in the very same step: "
+        "nobody waits for the whole batch to be done. That is continuous batching."
+    ),
+    settings=DEMO_SETTINGS | {"num_blocks": 48, "max_num_seqs": 4},
+    question="admitted",
+)
+
+FRAGMENTATION = Scenario(
+    "What contiguous memory wastes",
+    tuple(
+        Arrival(3 * number, prompt, max_tokens=length, min_tokens=length, seed=number)
+        for number, (prompt, length) in enumerate(
+            (
+                ("Once upon a time", 150),
+                ("The robot opened the door and", 20),
+                ("One day, a fox met an owl.", 90),
+                ("It was a cold night and", 35),
+                ("In a small town by the sea,", 130),
+                ("There was a little red boat", 15),
+                ("The king had a big secret:", 70),
+                ("A mouse found a golden key", 50),
+            )
+        )
+    ),
+    key="fragmentation",
+    watch=(
+        "Eight texts of very different lengths, and nobody knows beforehand which will be long. An allocator that "
+        "gives each text one contiguous piece has to reserve the longest possible length, and most of it stays "
+        "empty. Blocks are handed out as the text grows: at most the rest of its last block is unused."
+    ),
+    settings=DEMO_SETTINGS | {"num_blocks": 64},
+    question="fitting",
+)
+
+SCENARIOS: dict[str, Scenario] = {
+    scenario.key: scenario
+    for scenario in (OPENING, SAMPLES, BEAMS, PREFIX, RECOMPUTE, SWAP, CHUNKED, BURST, FRAGMENTATION)
+}
+
+
+def menu() -> list[dict[str, str]]:
+    """What the page needs to know of each."""
+    return [{"key": key, "name": scenario.name, "watch": scenario.watch} for key, scenario in SCENARIOS.items()]

@@ -25,7 +25,8 @@ export class Controls {
       this.showRate(RATES[this.rate.value]);
       this.ask({ do: "rate", rate: RATES[this.rate.value] });
     });
-    const temperature = this.form.elements.temperature;
+    const { temperature, beams } = this.form.elements;
+    beams.addEventListener("change", () => (temperature.disabled = beams.value !== "1")); // a search draws nothing
     const showTemperature = () => setText(root.querySelector("[data-part=temperature]"), Number(temperature.value).toFixed(1));
     temperature.addEventListener("input", showTemperature);
     showTemperature();
@@ -43,16 +44,27 @@ export class Controls {
 
   async submit(event) {
     event.preventDefault();
-    const { prompt, n, temperature, max_tokens, chat } = this.form.elements;
+    const { prompt, n, beams, chat } = this.form.elements;
+    const search = beams.value !== "1" ? { beam_width: Number(beams.value), temperature: 0 } : {};
     const done = await this.ask({
       do: "submit",
       prompt: prompt.value,
       n: Number(n.value),
-      temperature: Number(temperature.value),
-      max_tokens: max_tokens.value === "" ? null : Number(max_tokens.value),
       chat: chat.value === "ask",
+      ...this.sampling(),
+      ...search,
     });
     if (done) prompt.value = "";
+  }
+
+  // What chat turns take from the form, too; `extras` is set by whoever knows more.
+  sampling() {
+    const { temperature, max_tokens } = this.form.elements;
+    return {
+      temperature: Number(temperature.value),
+      max_tokens: max_tokens.value === "" ? null : Number(max_tokens.value),
+      ...this.extras?.(),
+    };
   }
 
   async ask(command) {

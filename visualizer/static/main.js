@@ -2,8 +2,10 @@
 
 import { Arrows } from "./arrows.js";
 import { Charts } from "./charts.js";
+import { Chat } from "./chat.js";
 import { Controls } from "./controls.js";
 import { Flights } from "./flights.js";
+import { Guide } from "./guide.js";
 import { Inspector } from "./inspector.js";
 import { narrate } from "./narration.js";
 import { setText } from "./names.js";
@@ -14,6 +16,7 @@ import { Recordings } from "./recording.js";
 import { check } from "./reducer.js";
 import { Role } from "./role.js";
 import { Sequences } from "./sequences.js";
+import { Settings } from "./settings.js";
 import { Sources } from "./sources.js";
 import { SwapSpace } from "./swap.js";
 import { Timeline } from "./timeline.js";
@@ -21,7 +24,8 @@ import { Timeline } from "./timeline.js";
 const RETRY = 700; // milliseconds between attempts when the server is gone
 
 // `server` has the functions of app.py, `figures` are the charts', `plotly` their library's address; `more` has the sources
-// that narration links to, the names of recordings, and, where there is no engine, the recording to show instead.
+// that narration links to, the scenarios on offer, the names of recordings, and, where there is no engine, the recording
+// to show instead.
 export function start({ element: root, server, figures, plotly, more = {} }) {
   const page = new Page(root.querySelector(".mp"), server, figures, plotly, more);
   window.minipaged = page.handle(); // for tests and for the curious
@@ -47,6 +51,10 @@ class Page {
     this.role = new Role(root, server, more);
     const send = (command) => this.role.send(command);
     this.controls = new Controls(root, send);
+    this.settings = new Settings(root, send);
+    this.controls.extras = () => this.settings.sampling();
+    this.guide = new Guide(root, (command) => this.controls.ask(command), more.scenarios ?? []);
+    this.chat = new Chat(root, send, () => this.controls.sampling());
     this.inspector = new Inspector(root, this.pool, select, send, () => (this.player.changed = true));
     this.playback = new Playback(root, this.player);
     this.sources = new Sources(root, more.sources);
@@ -197,6 +205,9 @@ class Page {
     this.timeline.render();
     this.playback.render();
     this.controls.render(this.status);
+    this.settings.render(this.status, this.player.head);
+    this.guide.render(this.status, this.player);
+    this.chat.render(this.player);
     this.renderNarration();
     this.renderBanner();
   }

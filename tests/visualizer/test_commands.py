@@ -1,0 +1,166 @@
+"""Scenarios, predictions, settings and chat turns as commands, on a real engine and without a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from minipaged import LLM, EngineConfig
+from visualizer import engine_thread
+from visualizer.commands import MAX_CHARACTERS, MAX_MESSAGES, Commands
+from visualizer.engine_thread import EngineThread
+from visualizer.log import RecordLog
+from visualizer.scenarios import DEMO_SETTINGS as SETTINGS
+from visualizer.scenarios import OPENING
+
+SAY = {"do": "chat", "temperature": 0.5, "max_tokens": 5}
+SUBMIT = {"do": "submit", "prompt": "Once upon", "n": 1, "temperature": 0.5, "max_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[LLM, EngineConfig]:
+    """Not the other tests': here engines are exchanged."""
+    llm = LLM(os.environ.get("MINIPAGED_TEST_MODEL", "tiny"), **SETTINGS)
+    return llm, llm.engine.config
+
+
+@pytest.fixture
+def llm(model: tuple[LLM, EngineConfig]) -> LLM:
+    llm, config = model
+    llm.engine = llm.build_engine(config)
+    return llm
+
+
+@pytest.fixture
+def thread(llm: LLM) -> Iterator[EngineThread]:
+    thread = EngineThread(llm, RecordLog(), rate=None)
+    thread.start()
+    yield thread
+    thread.stop()
+
+
+def ask(thread: EngineThread, payload: dict[str, Any], load: Any = None) -> dict[str, Any]:
+    return asyncio.run(Commands(thread, OPENING, load)(payload))
+
+
+def until(condition: Callable[[], Any], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def now(thread: EngineThread) -> dict[str, Any]:
+    return thread._sink._status
+
+
+def test_a_scenario_brings_its_own_engine_and_applied_settings_stay(thread: EngineThread) -> None:
+    assert ask(thread, {"do": "play", "scenario": "burst"})["ok"]
+    assert thread.engine.num_blocks == 48 and thread.engine.config.max_num_seqs == 4
+    assert now(thread)["scenario"] == "burst" and now(thread)["asks"]
+    assert thread._sink.state.config["num_blocks"] == 48
+    answer = ask(thread, {"do": "configure", "num_blocks": 40, "preemption": "swap", "swap_blocks": 8})
+    assert answer["ok"] and "40 blocks" in answer["result"] and now(thread)["scenario"] is None
+    assert thread.engine.swap_blocks == 8 and not thread._has_work()
+    ask(thread, {"do": "play"})
+    assert thread.engine.num_blocks == 40, "playing again leaves the engine as it was applied"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"num_blocks": 0}, "num blocks"),
+        ({"num_blocks": 10**9}, "num blocks"),
+        ({"block_size": "x"}, "block size"),
+        ({"block_size": ""}, "block size"),
+        ({"preemption": "pray"}, "preemption"),
+        ({"enable_prefix_caching": "yes"}, "enable_prefix_caching"),
+        ({"max_num_batched_tokens": 2}, "at least max_num_seqs"),
+        ({"model": ""}, "model"),
+        ({"model": "no/such/model"}, "no directory"),
+        ({"model": 7}, "text"),
+    ],
+)
+def test_bad_settings_get_words_and_the_old_engine_goes_on(thread: EngineThread, change: dict, words: str) -> None:
+    engine = thread.engine
+    answer = ask(thread, {"do": "configure"} | change, load=LLM_OF)
+    assert not answer["ok"] and words in answer["message"].lower()
+    assert thread.engine is engine and not now(thread).get("loading") and ask(thread, SUBMIT)["ok"]
+
+
+def LLM_OF(**settings: Any) -> LLM:
+    return LLM(**settings)
+
+
+def test_another_model_is_loaded_beside_the_engine_and_only_where_allowed(thread: EngineThread) -> None:
+    refused = ask(thread, {"do": "configure", "model": "other"})
+    assert not refused["ok"] and "open to other machines" in refused["message"]
+    old, seen = thread.llm, []
+
+    def load(**settings: Any) -> LLM:
+        seen.append((settings["model"], now(thread)["loading"], thread.call(lambda: "alive").result(5)))
+        return LLM(**(settings | {"model": "tiny"}))
+
+    assert ask(thread, {"do": "configure", "model": "other", "num_blocks": 24}, load)["ok"]
+    assert seen == [("other", "other", "alive")] and thread.llm is not old and thread.engine.num_blocks == 24
+    until(lambda: now(thread)["loading"] == "")
+    assert ask(thread, SUBMIT)["ok"]
+
+
+@pytest.mark.parametrize(
+    "payload, words",
+    [
+        (SUBMIT | {"top_p": 0}, "top_p"),
+        (SUBMIT | {"top_k": 1.5}, "top_k"),
+        (SUBMIT | {"min_p": "?"}, "min_p"),
+        (SUBMIT | {"seed": -1}, "seed"),
+        (SUBMIT | {"beam_width": 2}, "temperature=0"),
+        (SUBMIT | {"beam_width": 9, "temperature": 0}, "beams"),
+        (SUBMIT | {"beam_width": 2, "n": 3, "temperature": 0}, "above beam_width"),
+        (SAY, "messages"),
+        (SAY | {"messages": []}, "messages"),
+        (SAY | {"messages": ["hi"]}, "messages"),
+        (SAY | {"messages": [{"role": "judge", "content": "x"}, {"role": "user", "content": "x"}]}, "role"),
+        (SAY | {"messages": [{"role": "assistant", "content": "x"}]}, "user's"),
+        (SAY | {"messages": [{"role": "user"}]}, "content"),
+        (SAY | {"messages": [{"role": "user", "content": "x"}] * (MAX_MESSAGES + 1)}, "new one"),
+        (SAY | {"messages": [{"role": "user", "content": "x" * (MAX_CHARACTERS // 2 + 1)}] * 2}, "new one"),
+        ({"do": "play", "scenario": "none such"}, "no scenario"),
+        ({"do": "play", "scenario": 3}, "text"),
+        ({"do": "answer", "id": "x"}, "number"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_words(thread: EngineThread, payload: dict, words: str) -> None:
+    answer = ask(thread, payload)
+    assert not answer["ok"] and words in answer["message"].lower(), answer
+    assert not thread._sink.state.requests
+
+
+def test_a_question_holds_a_step_back_until_it_is_answered_or_time_is_up(
+    thread: EngineThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(thread, {"do": "play", "scenario": "samples"})
+    until(lambda: now(thread)["question"])
+    end = thread._sink.end
+    ask(thread, SUBMIT)  # others' requests wait with it, in their order
+    ask(thread, {"do": "answer", "id": 99})
+    assert now(thread)["question"] and thread._sink.end == end
+    ask(thread, {"do": "answer", "id": now(thread)["question"]["id"]})
+    assert now(thread)["verdict"] and not now(thread)["question"]
+    until(lambda: not thread.call(thread._has_work).result(5))
+    thread.call(thread.engine.check).result(5)
+
+    monkeypatch.setattr(engine_thread, "TIME_TO_ANSWER", 0.05)
+    ask(thread, {"do": "play", "scenario": "samples"})
+    until(lambda: now(thread)["verdict"])
+
+    monkeypatch.setattr(engine_thread, "TIME_TO_ANSWER", 60)
+    ask(thread, {"do": "play", "scenario": "samples"})
+    until(lambda: now(thread)["question"])
+    ask(thread, {"do": "asks", "asks": False})
+    assert not now(thread)["question"] and now(thread)["verdict"]

@@ -1,0 +1,107 @@
+"""Scenarios, predictions, settings and the chat, as a viewer meets them in a browser."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from minipaged import LLM, EngineConfig
+from visualizer.app import Visualizer
+from visualizer.scenarios import DEMO_SETTINGS as SETTINGS
+from visualizer.scenarios import SCENARIOS
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[LLM, EngineConfig]:
+    """Not the other tests': here engines are exchanged."""
+    llm = LLM(os.environ.get("MINIPAGED_TEST_MODEL", "tiny"), **SETTINGS)
+    return llm, llm.engine.config
+
+
+@pytest.fixture
+def llm(model: tuple[LLM, EngineConfig]) -> LLM:
+    llm, config = model
+    llm.engine = llm.build_engine(config)
+    return llm
+
+
+def test_choosing_a_scenario_plays_it_and_asks(serve: Callable[..., Visualizer], pages: Any) -> None:
+    visualizer = serve()
+    page = pages.open(visualizer)
+    for key, right in (("samples", True), ("swap", False)):
+        page.select_option("[data-testid=scenario]", key)
+        page.locator("[data-testid=lede]").filter(has_text=SCENARIOS[key].watch[:60]).wait_for()
+        page.locator("[data-testid=choice]:enabled").first.wait_for()
+        held = page.evaluate("minipaged.player.end")
+        question = visualizer.thread._question
+        assert page.text_content("[data-testid=quiz-text]") == question.text and page.is_checked("[data-testid=asks]")
+        assert page.locator("[data-testid=block]").count() == SCENARIOS[key].settings["num_blocks"]
+        assert page.is_hidden("[data-testid=narration]")
+        chosen = question.answer if right else (question.answer + 1) % len(question.choices)
+        page.keyboard.press(str(chosen + 1))
+        page.wait_for_selector(f"[data-testid=quiz][data-verdict={'right' if right else 'wrong'}]")
+        assert page.text_content("[data-testid=quiz-text]") == question.why
+        assert page.text_content(".mp-right") == question.choices[question.answer]
+        page.wait_for_function("held => minipaged.player.end > held", arg=held)
+        page.click("[data-testid=quiz-skip]")
+        page.wait_for_selector("[data-testid=narration]")
+        page.evaluate("minipaged.check()")
+
+
+def test_settings_are_the_engines(serve: Callable[..., Visualizer], pages: Any) -> None:
+    visualizer = serve()
+    page = pages.open(visualizer)
+    page.click("[data-testid=settings]")
+    assert page.input_value("[data-testid=set-num_blocks]") == str(visualizer.thread.engine.num_blocks)
+    message = page.locator("[data-testid=engine-message]")
+    page.fill("[data-testid=set-num_blocks]", "-3")
+    page.click("[data-testid=apply]")
+    message.filter(has_text="Num blocks must be").wait_for()
+    page.fill("[data-testid=set-num_blocks]", "24")
+    page.fill("[data-testid=set-block_size]", "8")
+    page.select_option("[data-testid=set-preemption]", "swap")
+    page.fill("[data-testid=set-swap_blocks]", "5")
+    page.click("[data-testid=apply]")
+    message.filter(has_text="24 blocks of 8").wait_for()
+    page.fill("[data-testid=set-seed]", "-1")
+    page.keyboard.press("Escape")
+    page.wait_for_function("document.querySelectorAll('[data-testid=block]').length === 24")
+    assert page.evaluate("minipaged.dump().config.preemption") == "swap" and visualizer.thread.engine.swap_blocks == 5
+    page.fill("[data-testid=prompt]", "Once upon a time")
+    page.click("[data-testid=generate]")
+    page.locator("[data-testid=message]").filter(has_text="seed").wait_for()
+    page.evaluate("document.querySelector('[data-testid=set-seed]').value = '7'")
+    page.select_option("[data-testid=beams]", "3")
+    page.click("[data-testid=generate]")
+    page.wait_for_function("Object.keys(minipaged.dump().seqs).length > 2")
+    assert page.is_disabled("[name=temperature]")
+
+
+def test_a_conversation_finds_its_blocks_again(serve: Callable[..., Visualizer], pages: Any) -> None:
+    visualizer = serve(stories_end=True)
+    page = pages.open(visualizer)
+    page.click("[data-testid=nav-chat]")
+    assert page.is_hidden("[data-testid=rows]") and page.is_visible("[data-testid=pool]")
+    for turn, question in enumerate(("What is a block table, and what is it good for?", "What is copy-on-write?")):
+        page.fill("[data-testid=chat-text]", question)
+        page.keyboard.press("Enter")
+        page.wait_for_selector(f"[data-testid=answer][data-done] >> nth={turn}")
+    notes = page.locator("[data-testid=cached]")
+    assert notes.nth(0).text_content().startswith("turn 1: 0 of ")
+    assert int(notes.nth(1).get_attribute("data-cached")) > 0 and "turn 2" in notes.nth(1).text_content()
+    seqs = page.evaluate("minipaged.dump().seqs")
+    assert seqs["1"]["tokens"][: len(seqs["0"]["tokens"]) - 4] == seqs["0"]["tokens"][:-4], "all of it was sent again"
+
+    visualizer.thread.set_rate(5).result(20)
+    page.fill("[data-testid=chat-text]", "Tell me a story about a dragon.")
+    page.click("[data-testid=chat-send]")
+    page.click("[data-testid=chat-stop]")
+    page.wait_for_selector("[data-testid=answer][data-done] >> nth=2")
+    assert "stopped" in notes.nth(2).text_content()
+    page.click("[data-testid=chat-new]")
+    assert page.locator("[data-testid=answer]").count() == 0
+    page.click("[data-testid=nav-watch]")
+    assert page.is_visible("[data-testid=rows]")

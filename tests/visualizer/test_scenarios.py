@@ -1,0 +1,224 @@
+"""Every scenario, on the real engine, reaches what it promises to show; every question has the engine's answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from minipaged import LLM
+from minipaged.events import Event, State
+from visualizer.engine_thread import DEFAULT_RATE, EngineThread
+from visualizer.scenarios import SCENARIOS, Scenario, menu
+
+STEPS = int(20 * DEFAULT_RATE)  # what a viewer sees in twenty seconds
+# How many steps it takes to see the point, where that is less.
+ENOUGH = {"opening": 190, "samples": 20, "beams": 40, "prefix": 130, "recompute": 120, "swap": 120, "chunked": 32,
+          "burst": 90, "fragmentation": 30}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """What a viewer would have seen, and the question put on the way."""
+
+    events: list[Event]
+    state: State
+    question: dict[str, Any] | None = None
+    verdict: dict[str, Any] | None = None
+
+    def of(self, kind: str) -> list[Any]:
+        return [event for event in self.events if event.type == kind]
+
+
+class Viewer:
+    """A sink that keeps everything."""
+
+    def started(self, event: Event) -> None:
+        self.events: list[Event] = []
+        self.state = State()
+        self.state.apply(event)
+
+    def publish(self, events: list[Event]) -> None:
+        self.events += events
+        for event in events:
+            self.state.apply(event)
+
+    def status(self, status: dict[str, Any]) -> None:
+        self.now = status
+
+
+def play(llm: LLM, scenario: Scenario) -> Run:
+    """The first twenty seconds, computed at full speed in this thread. Its question waits two steps for an answer."""
+    viewer = Viewer()
+    thread = EngineThread(llm, viewer, rate=None)
+    settle(thread, thread.reset(scenario))
+    run = Run(viewer.events, viewer.state)
+    assert thread._asks == scenario.asks
+    settle(thread, thread.set_asking(True))
+    assert ENOUGH[scenario.key] < STEPS
+    while thread.engine.scheduler.step < ENOUGH[scenario.key] and thread._has_work():
+        thread._advance()
+        thread.engine.check()
+        if thread._question is not None:
+            thread._publish_status()
+            seen, run.question = len(viewer.events), viewer.now["question"]
+            settle(thread, thread.answer(viewer.now["question"]["id"]))
+            assert len(viewer.events) > seen, "the step is shown when it has been answered"
+            run.verdict = viewer.now["verdict"]
+    run.events, run.state = viewer.events, viewer.state
+    return run
+
+
+def settle(thread: EngineThread, future: Any) -> None:
+    thread._obey(*thread._commands.get())
+    future.result(0)
+
+
+@pytest.fixture(scope="module")
+def model() -> LLM:
+    """An engine unlike any scenario's."""
+    return LLM("tiny", num_blocks=16, max_num_seqs=4, max_num_batched_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def runs(model: LLM) -> dict[str, Run]:
+    return {}
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest, model: LLM, runs: dict[str, Run]) -> Run:
+    key = request.param
+    if key not in runs:
+        runs[key] = play(model, SCENARIOS[key])
+    return runs[key]
+
+
+def of(key: str) -> Any:
+    return pytest.mark.parametrize("run", [key], indirect=True)
+
+
+def step_of(run: Run, event: Event) -> int:
+    steps = [e.step for e in run.events[: run.events.index(event)] if e.type == "step_started"]
+    return steps[-1]
+
+
+def running_at_once(run: Run) -> list[set[int]]:
+    steps: list[set[int]] = []
+    for event in run.events:
+        if event.type == "step_started":
+            steps.append(set())
+        elif event.type == "scheduled":
+            steps[-1].add(event.seq_id)
+    return steps
+
+
+def right(run: Run) -> str:
+    assert run.question and run.verdict
+    return run.question["choices"][run.verdict["answer"]]
+
+
+@of("opening")
+def test_opening_fills_the_pool_and_brings_the_preempted_back(run: Run) -> None:
+    assert run.of("forked") and run.of("copied")
+    admitted = Counter(event.request_id for event in run.of("admitted"))
+    assert len(admitted) == 8 and max(admitted.values()) > 1
+    first = run.of("preempted")[0]
+    assert admitted[first.request_id] > 1 and step_of(run, first) < 11 * DEFAULT_RATE
+
+
+@of("samples")
+def test_samples_fork_and_copy(run: Run) -> None:
+    assert len(run.of("forked")) == 3
+    copies = run.of("copied")
+    assert len(copies) == 3 and len({copy.src for copy in copies}) == 1
+    assert right(run) == "3"
+
+
+@of("beams")
+def test_beams_fork_copy_and_are_pruned(run: Run) -> None:
+    pruned = [event.seq_id for event in run.of("finished") if event.reason == "pruned"]
+    assert len(pruned) > 5 and len(run.of("forked")) > 5 and run.of("copied")
+    first = next(event.seq_id for event in run.of("finished") if right(run)[0] == chr(65 + event.seq_id % 26))
+    assert first in pruned
+
+
+@of("prefix")
+def test_a_shared_system_prompt_is_found_in_the_cache(run: Run) -> None:
+    first, *others = run.of("admitted")
+    assert first.num_cached == 0 and len(others) == 3 and all(event.num_cached >= 32 for event in others)
+    assert right(run) == str(others[0].num_cached)
+    shared = [event for event in run.of("shared") if event.reason == "prefix"]
+    sizes = Counter(event.seq_id for event in shared)
+    assert all(sizes[event.seq_id] * 16 == event.num_cached for event in others)
+    ends = {event.seq_id: step_of(run, event) for event in run.of("finished")}
+    assert all(ends[seq_id] < step_of(run, others[2]) for seq_id in (0, 1, 2)), "D asks when the others have gone"
+
+
+@of("recompute")
+def test_without_room_the_last_to_come_is_computed_again(run: Run) -> None:
+    (first, *_) = run.of("preempted")
+    assert first.mode == "recompute" and first.request_id == "request-3" and right(run) == "D"
+    back = run.of("admitted")[-1]
+    assert back.request_id == first.request_id and back.num_cached == 0
+    again = [event for event in run.of("scheduled") if event.seq_id == 3 and event.start == 0]
+    assert len(again) == 2 and again[1].num_tokens > 4 * again[0].num_tokens
+
+
+@of("swap")
+def test_with_swapping_nothing_is_computed_twice(run: Run) -> None:
+    (first, *_) = run.of("preempted")
+    assert first.mode == "swap" and first.request_id in [event.request_id for event in run.of("resumed")]
+    out, back = run.of("swapped_out")[0], run.of("swapped_in")[-1]
+    assert out.seq_id == back.seq_id == 3 and out.swap_blocks == back.swap_blocks
+    assert right(run) == str(len(out.blocks))
+    assert len([event for event in run.of("scheduled") if event.seq_id == 3 and event.start == 0]) == 1
+
+
+@of("chunked")
+def test_a_long_prompt_is_read_in_chunks_while_others_write(run: Run) -> None:
+    chunks = [event for event in run.of("scheduled") if event.seq_id == 3 and event.num_tokens > 1]
+    assert len(chunks) > 5 and all(event.num_tokens == 17 for event in chunks[:-1])
+    assert right(run) == "17"
+    steps = {step_of(run, event) for event in chunks}
+    writers = [event.seq_id for event in run.of("scheduled") if step_of(run, event) in steps]
+    assert all(writers.count(seq_id) == len(chunks) for seq_id in (0, 1, 2)), "nobody's text stood still"
+
+
+@of("burst")
+def test_a_burst_waits_in_order_and_nobody_for_the_whole_batch(run: Run) -> None:
+    admitted = run.of("admitted")
+    assert [event.request_id for event in admitted] == [f"request-{n}" for n in range(len(admitted))]
+    assert right(run) == "3"
+    late = admitted[4:]
+    assert len(late) > 3
+    ends = {step_of(run, event) for event in run.of("finished")}
+    assert all(step_of(run, event) - 1 in ends for event in late), "one ends, the next begins"
+    assert not run.of("preempted")
+
+
+@of("fragmentation")
+def test_lengths_are_mixed_and_all_run_at_once(run: Run) -> None:
+    assert max(map(len, running_at_once(run))) == 8
+    lengths = [event.max_tokens for event in run.of("request_added")]
+    assert max(lengths) > 5 * min(lengths)
+    assert right(run) == "1"
+    assert not run.of("preempted")
+
+
+@pytest.mark.parametrize("run", SCENARIOS, indirect=True)
+def test_texts_and_choices_are_fit_to_be_shown(run: Run, request: pytest.FixtureRequest) -> None:
+    scenario = SCENARIOS[request.node.callspec.params["run"]]
+    assert 200 < len(scenario.watch) < 400 and 3 <= scenario.watch.count(". ") + 1 <= 5
+    assert run.question and 2 <= len(run.question["choices"]) <= 4
+    assert len(set(run.question["choices"])) == len(run.question["choices"])
+    assert len(run.question["text"]) + sum(map(len, run.question["choices"])) < 190 and len(run.verdict["why"]) < 200
+
+
+def test_only_the_opening_does_not_ask() -> None:
+    assert [key for key, scenario in SCENARIOS.items() if not scenario.asks] == ["opening"]
+    assert [entry["key"] for entry in menu()] == list(SCENARIOS)
+    for scenario in SCENARIOS.values():
+        steps = [arrival.at_step for arrival in scenario.arrivals]
+        assert steps == sorted(steps)

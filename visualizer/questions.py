@@ -1,0 +1,219 @@
+"""Predict, then run: questions that the engine's own next step answers.
+
+A step is computed but not shown yet; from the state before it and the events in it a question is made, with the answer
+taken from those events. Nothing here knows what a scenario will do: a question that fits no step is never put.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from minipaged.events import Admitted, Copied, Event, Finished, Forked, Preempted, Scheduled, State, SwappedOut
+from minipaged.memory.waste import Moment, fitting
+
+E = TypeVar("E", bound=Event)
+CHOICES = 4
+CROWD = 8  # texts at once that make a point about how many fit
+
+
+@dataclass(frozen=True)
+class Question:
+    """``choices[answer]`` is right, and ``why`` says why."""
+
+    text: str
+    choices: list[str]
+    answer: int
+    why: str
+
+
+class Quiz:
+    """Follows a run by its events and finds the first step that answers the question called ``name``."""
+
+    def __init__(self, name: str, started: Event) -> None:
+        self._make = QUESTIONS[name]
+        self._state = State()
+        self._state.apply(started)
+
+    def question(self, events: list[Event]) -> Question | None:
+        """The question whose answer is in ``events``, which have not been `saw`n yet."""
+        return self._make(self._state, events)
+
+    def saw(self, events: list[Event]) -> None:
+        for event in events:
+            self._state.apply(event)
+
+
+def letter(seq_id: int) -> str:
+    """As the page calls sequences: A … Z, A2 … Z2."""
+    return chr(65 + seq_id % 26) + (str(seq_id // 26 + 1) if seq_id >= 26 else "")
+
+
+def _names(seq_ids: Iterable[int]) -> str:
+    *most, last = map(letter, seq_ids)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _of(kind: type[E], events: list[Event]) -> list[E]:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def _live(state: State, request_id: str) -> list[int]:
+    return [seq_id for seq_id in state.requests[request_id] if state.seqs[seq_id].finish_reason is None]
+
+
+def _number(text: str, answer: int, others: Iterable[int], why: str) -> Question:
+    """Numbers to choose from: the answer and the first few of ``others`` that are something else."""
+    wrong = [n for n in dict.fromkeys(others) if n != answer and n >= 0][: CHOICES - 1]
+    choices = sorted([answer, *wrong])
+    return Question(text, [f"{n:,}" for n in choices], choices.index(answer), why)
+
+
+def _victim(state: State, events: list[Event]) -> Question | None:
+    if not (preempted := _of(Preempted, events)):
+        return None
+    running, victim = list(state.running), preempted[0].request_id
+    asked = [r for r in running if r in {running[0], *running[1 - CHOICES :], victim}]
+    name = _names(_live(state, victim))
+    choices = [_names(_live(state, request)) for request in asked]
+    return Question(
+        "The next step needs a block, and none is free. Who has to give its blocks back?",
+        choices,
+        choices.index(name),
+        f"{name} came last. First come, first served: whoever has waited longest keeps its blocks.",
+    )
+
+
+def _copies(state: State, events: list[Event]) -> Question | None:
+    copies = _of(Copied, events)
+    shared = [seq_id for seq_id, seq in state.seqs.items() if copies and copies[0].src in seq.table]
+    if len(shared) < 3:
+        return None
+    blocks = len(state.seqs[shared[0]].table)
+    return _number(
+        f"{_names(shared)} share all {blocks} blocks of their prompt. Next, each writes a word of its own. "
+        "How many blocks are copied?",
+        len(copies),
+        (0, 1, len(shared), blocks * len(shared)),
+        f"All of them write into block {copies[0].src}. Each copies it first, but the last finds itself alone with "
+        "the original. Full blocks are never written to again and stay shared.",
+    )
+
+
+def _pruned(state: State, events: list[Event]) -> Question | None:
+    pruned = [event.seq_id for event in _of(Finished, events) if event.reason == "pruned"]
+    heirs = [event.parent for event in _of(Forked, events)]
+    if len(pruned) != 1 or not heirs:
+        return None
+    beams = _live(state, state.seqs[pruned[0]].request_id)
+    scores = {beam: sum(p or 0.0 for p in state.seqs[beam].logprobs[state.seqs[beam].num_prompt :]) for beam in beams}
+    if len(beams) < 3 or len({f"{score:.1f}" for score in scores.values()}) < len(beams):
+        return None
+    lowest = min(scores, key=lambda beam: scores[beam]) == pruned[0]
+    return Question(
+        "Beams and their log-probabilities so far. Which one is given up in the next step?",
+        [f"{letter(beam)} ({scores[beam]:.1f})" for beam in beams],
+        beams.index(pruned[0]),
+        f"All continuations of all beams compete, and none of {letter(pruned[0])}'s is among the best; "
+        + ("it was behind already. " if lowest else "its score was not the lowest, but its next words are unlikely. ")
+        + f"{letter(heirs[0])} goes on twice instead.",
+    )
+
+
+def _cached(state: State, events: list[Event]) -> Question | None:
+    found = next((event for event in _of(Admitted, events) if event.num_cached), None)
+    if found is None:
+        return None
+    seq, size = state.seqs[found.seq_id], state.config["block_size"]
+    others = [other.tokens for seq_id, other in state.seqs.items() if seq_id != found.seq_id]
+    common = max((_common(seq.tokens, other) for other in others), default=found.num_cached)
+    return _number(
+        f"{letter(found.seq_id)} has a prompt of {len(seq.tokens)} tokens, and its first {common} have been seen "
+        "before. How many does it find in the cache?",
+        found.num_cached,
+        (common, 0, len(seq.tokens)),
+        f"{found.num_cached // size} full blocks of {size}: only full blocks are kept under a name. The rest of the "
+        f"{common} stands in a block that goes on differently.",
+    )
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _moved(state: State, events: list[Event]) -> Question | None:
+    swapped = _of(SwappedOut, events)
+    if not swapped:
+        return None
+    moved = len({block for event in swapped for block in event.blocks})
+    name = _names(event.seq_id for event in swapped)
+    return _number(
+        f"No block is free, so {name} has to make room. How many of its blocks are moved to the CPU?",
+        moved,
+        (1, max(2, moved // 2), len(state.ref_counts)),
+        f"All {moved}: attention needs every earlier token's keys and values, so a text with some of its blocks away "
+        "cannot go on at all.",
+    )
+
+
+def _chunk(state: State, events: list[Event]) -> Question | None:
+    budget = state.config["max_num_batched_tokens"]
+    new = next((e.seq_id for e in _of(Admitted, events) if len(state.seqs[e.seq_id].tokens) > budget), None)
+    if new is None:
+        return None
+    counts = {event.seq_id: event.num_tokens for event in _of(Scheduled, events)}
+    writing = len(counts) - 1
+    return _number(
+        f"{letter(new)} brings a prompt of {len(state.seqs[new].tokens)} tokens; a step computes {budget}, and "
+        f"{writing} texts are being written. How many of them are computed next?",
+        counts[new],
+        (0, budget, len(state.seqs[new].tokens)),
+        f"Those who write get their one token each, and {letter(new)} the rest of the {budget}.",
+    )
+
+
+def _admitted(state: State, events: list[Event]) -> Question | None:
+    limit, waiting, running = state.config["max_num_seqs"], len(state.waiting), len(state.running)
+    started = len(_of(Admitted, events))
+    if not started or waiting <= limit:
+        return None
+    return _number(
+        f"{waiting} requests are waiting, {running} text is being written, and at most {limit} run at once. "
+        "How many begin in the next step?",
+        started,
+        (0, limit, waiting, 1),
+        f"There is room for {started} beside the one that runs. They begin together, and the rest waits in order of "
+        "arrival.",
+    )
+
+
+def _fitting(state: State, events: list[Event]) -> Question | None:
+    running = [*state.running, *(event.request_id for event in _of(Admitted, events))]
+    if not _of(Admitted, events) or len(running) < CROWD:
+        return None
+    size, longest = state.config["block_size"], state.config["max_model_len"]
+    slots = state.config["num_blocks"] * size
+    seqs = [(i, state.seqs[i]) for request in running for i in _live(state, request)]
+    moments = [Moment(i, seq.num_prompt, seq.num_computed, len(seq.tokens)) for i, seq in seqs]
+    fit = fitting("orca-max", moments, slots, longest, size)
+    return _number(
+        f"{len(seqs)} texts run in {slots:,} slots. If each reserved its longest possible length, {longest:,} tokens "
+        "in one piece, how many would fit?",
+        fit,
+        (len(seqs), len(seqs) // 2, 2, 1),
+        f"Each would take {longest:,} of the {slots:,} slots. In blocks, all {len(seqs)} together hold "
+        f"{sum(count > 0 for count in state.ref_counts) * size:,}.",
+    )
+
+
+QUESTIONS: dict[str, Callable[[State, list[Event]], Question | None]] = {
+    "victim": _victim,
+    "copies": _copies,
+    "pruned": _pruned,
+    "cached": _cached,
+    "moved": _moved,
+    "chunk": _chunk,
+    "admitted": _admitted,
+    "fitting": _fitting,
+}

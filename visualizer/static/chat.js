@@ -1,0 +1,149 @@
+// A conversation with the same engine. The page keeps what was said and sends all of it in every turn, so that the
+// prefix cache finds the earlier turns' blocks again; the answer is read from the engine's events, like everything.
+
+import { colour, element, ink, letter, setText, text } from "./names.js";
+
+export class Chat {
+  constructor(root, send, sampling) {
+    const part = (name) => root.querySelector(`[data-part=${name}]`);
+    this.root = root;
+    this.send = send;
+    this.sampling = sampling;
+    this.form = part("chat-form");
+    this.list = part("turns");
+    this.message = part("chat-message");
+    this.stop = part("chat-stop");
+    this.messages = []; // {role, content}, as the model's template wants them
+    this.turn = null; // the answer that is being written
+    this.form.addEventListener("submit", (event) => this.submit(event));
+    this.stop.addEventListener("click", () => send({ do: "abort", request_id: this.turn?.request }));
+    part("chat-new").addEventListener("click", () => this.reset());
+    part("nav").addEventListener("click", (event) => {
+      const view = event.target.closest("[data-view]")?.dataset.view;
+      if (view) this.show(view);
+    });
+  }
+
+  show(view) {
+    this.root.dataset.view = view;
+    for (const button of this.root.querySelectorAll("[data-part=nav] button")) {
+      if (button.dataset.view === view) button.setAttribute("aria-current", "page");
+      else button.removeAttribute("aria-current");
+    }
+    if (view === "chat") this.form.elements.text.focus();
+    window.dispatchEvent(new Event("resize")); // the scene has another size
+  }
+
+  reset() {
+    if (this.turn?.request) this.send({ do: "abort", request_id: this.turn.request });
+    this.turn = null;
+    this.messages = [];
+    this.list.replaceChildren();
+    this.complain("");
+    this.stop.hidden = true;
+    this.form.elements.text.focus();
+  }
+
+  async submit(event) {
+    event.preventDefault();
+    const input = this.form.elements.text;
+    const content = input.value.trim();
+    if (!content || this.turn) return;
+    const asked = { role: "user", content };
+    const question = element("p", "mp-said", this.list, { "data-testid": "said" });
+    question.textContent = content;
+    const turn = (this.turn = { ...answerBox(this.list), number: this.messages.filter((m) => m.role === "user").length + 1 });
+    input.value = "";
+    this.complain("");
+    this.scroll();
+    const answer = await this.send({ do: "chat", messages: [...this.messages, asked], ...this.sampling() }).catch(() => null);
+    if (this.turn !== turn) {
+      if (answer?.ok) this.send({ do: "abort", request_id: answer.result }); // a new conversation was begun meanwhile
+      return;
+    }
+    if (!answer?.ok) {
+      this.turn = null;
+      question.remove();
+      turn.node.remove();
+      input.value = content;
+      this.complain(answer ? answer.message : "The server does not answer; is it still running?");
+      return;
+    }
+    this.messages.push(asked);
+    turn.request = answer.result;
+    this.stop.hidden = false;
+  }
+
+  complain(words) {
+    setText(this.message, words);
+    this.message.hidden = !words;
+  }
+
+  render(player) {
+    const { turn } = this;
+    if (!turn?.request) return;
+    const { head } = player;
+    const id = head.requests[turn.request]?.[0];
+    if (id === undefined) {
+      if (turn.seen) this.finish("the engine was restarted"); // else its first event is still on the way
+      return;
+    }
+    turn.seen = true;
+    const seq = head.seqs[id];
+    this.label(turn, id, seq, player);
+    const words = text(seq, seq.num_prompt);
+    if (words !== turn.said) {
+      turn.said = words;
+      setText(turn.words, words);
+      this.scroll();
+    }
+    if (seq.finish_reason) this.finish({ abort: "stopped", length: "cut at max tokens" }[seq.finish_reason]);
+  }
+
+  label(turn, id, seq, player) {
+    if (turn.cached !== undefined) return;
+    const found = admission(player, turn.request);
+    setText(turn.badge, letter(id));
+    turn.badge.style.background = colour(id);
+    turn.badge.style.color = ink(id);
+    if (!found) return;
+    turn.cached = found.num_cached;
+    turn.note.dataset.cached = found.num_cached;
+    const off = player.head.config.enable_prefix_caching ? "" : " (the prefix cache is off)";
+    setText(turn.note, `turn ${turn.number}: ${found.num_cached} of ${seq.num_prompt} prompt tokens were cached${off}`);
+    turn.bar.style.width = `${(100 * found.num_cached) / seq.num_prompt}%`;
+  }
+
+  finish(remark) {
+    const { turn } = this;
+    this.turn = null;
+    this.stop.hidden = true;
+    turn.node.dataset.done = "";
+    if (remark) turn.note.textContent += `${turn.note.textContent ? " · " : ""}${remark}`;
+    this.messages.push({ role: "assistant", content: (turn.said ?? "").trimEnd() });
+    this.form.elements.text.focus();
+  }
+
+  scroll() {
+    this.list.scrollTop = this.list.scrollHeight;
+  }
+}
+
+function answerBox(list) {
+  const node = element("div", "mp-answer", list, { "data-testid": "answer" });
+  const badge = element("i", "", node);
+  const words = element("p", "", node);
+  const meter = element("span", "mp-meter", node);
+  const bar = element("b", "", meter);
+  const note = element("small", "", node, { "data-testid": "cached" });
+  return { node, badge, words, bar, note };
+}
+
+// The first time a request was admitted is when the cache was asked for its prompt.
+function admission(player, requestId) {
+  for (const { events } of player.records.slice(-200)) {
+    const found = events.find((event) => event.type === "admitted" && event.request_id === requestId);
+    if (found) return found;
+  }
+  return null;
+}

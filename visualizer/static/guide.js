@@ -1,0 +1,127 @@
+// Scenarios: the menu, what to watch, and "predict, then run". The server decides when a question is put and when the
+// step that answers it is shown; the page knows only what its own viewer has answered.
+
+import { element, setText } from "./names.js";
+
+const SHOWN = 16000; // milliseconds a verdict stays
+
+export class Guide {
+  constructor(root, send, scenarios) {
+    this.root = root;
+    this.send = send;
+    this.scenarios = new Map(scenarios.map((scenario) => [scenario.key, scenario]));
+    const part = (name) => root.querySelector(`[data-part=${name}]`);
+    this.lede = part("lede");
+    this.general = this.lede.innerHTML; // ours, from page.html
+    this.menu = part("scenario");
+    this.asks = part("asks");
+    this.quiz = part("quiz");
+    this.kind = part("quiz-kind");
+    this.text = part("quiz-text");
+    this.choices = part("choices");
+    this.skip = part("skip");
+    element("option", "", this.menu, { value: "", disabled: "", hidden: "" }).textContent = "choose…";
+    for (const { key, name } of scenarios) element("option", "", this.menu, { value: key }).textContent = name;
+    this.menu.addEventListener("change", () => send({ do: "play", scenario: this.menu.value }));
+    this.asks.addEventListener("change", () => send({ do: "asks", asks: this.asks.checked }));
+    this.choices.addEventListener("click", (event) => {
+      const chosen = event.target.closest("button")?.dataset.choice;
+      if (chosen !== undefined) this.answer(Number(chosen));
+    });
+    this.skip.addEventListener("click", () => (this.open ? this.answer(null) : this.hide()));
+    document.addEventListener("keydown", (event) => this.key(event));
+    setInterval(() => this.tick(), 500);
+  }
+
+  render(status, player) {
+    if (!status) return;
+    const scenario = this.scenarios.get(status.scenario);
+    if (this.shownScenario !== status.scenario) {
+      this.shownScenario = status.scenario;
+      this.menu.value = scenario ? scenario.key : "";
+      this.lede.innerHTML = scenario ? "" : this.general;
+      if (scenario) {
+        element("b", "", this.lede).textContent = `${scenario.name}. `;
+        this.lede.append(scenario.watch);
+      }
+    }
+    this.asks.disabled = !scenario;
+    this.asks.checked = status.asks;
+    this.follow(status, player);
+  }
+
+  // A question waits until the view has caught up with what it is about; a verdict is for those who saw the question.
+  follow({ question, verdict }, player) {
+    const behind = player.mode === "live" && player.position < player.end;
+    if (question && question.id !== this.asked?.id) {
+      if (!behind) this.put(question);
+    } else if (verdict && verdict.id === this.asked?.id && !this.told) {
+      this.tell(verdict);
+    } else if (!question && !verdict && this.asked) {
+      this.asked = null; // another run
+      this.hide();
+    }
+  }
+
+  get open() {
+    return Boolean(this.asked) && !this.told;
+  }
+
+  put(question) {
+    this.asked = question;
+    this.told = false;
+    this.chosen = null;
+    this.ends = performance.now() + 1000 * question.seconds;
+    setText(this.kind, "predict");
+    setText(this.text, question.text);
+    this.choices.replaceChildren(...question.choices.map((words, i) => {
+      const button = element("button", "", null, { type: "button", "data-choice": i, "data-testid": "choice" });
+      button.textContent = words;
+      return button;
+    }));
+    this.quiz.dataset.verdict = "";
+    this.quiz.hidden = false;
+    this.tick();
+  }
+
+  // The server only hears that there is an answer: right or wrong is between the viewer and this page.
+  answer(chosen) {
+    if (!this.open || this.chosen !== null) return;
+    this.chosen = chosen;
+    for (const button of this.choices.children) button.disabled = true;
+    this.send({ do: "answer", id: this.asked.id });
+  }
+
+  tell({ answer, why }) {
+    this.told = true;
+    const right = this.chosen === answer;
+    const words = this.asked.choices[answer];
+    this.quiz.dataset.verdict = this.chosen === null ? "skipped" : right ? "right" : "wrong";
+    setText(this.kind, this.chosen === null ? `it is ${words}` : right ? "✓ right" : `✗ no: ${words}`);
+    setText(this.text, why);
+    [...this.choices.children].forEach((button, i) => {
+      button.disabled = true;
+      button.classList.toggle("mp-right", i === answer);
+      button.classList.toggle("mp-wrong", i === this.chosen && !right);
+    });
+    this.ends = performance.now() + SHOWN;
+    setText(this.skip, "OK");
+  }
+
+  tick() {
+    if (!this.asked || this.quiz.hidden) return;
+    const left = this.ends - performance.now();
+    if (this.open) setText(this.skip, `Skip (${Math.max(0, Math.ceil(left / 1000))} s)`);
+    else if (left < 0) this.hide();
+  }
+
+  hide() {
+    this.quiz.hidden = true;
+  }
+
+  key(event) {
+    const typing = event.target.closest?.("input:not([type=checkbox]), select:not([data-part=scenario]), textarea, dialog");
+    const number = Number(event.key) - 1;
+    if (!typing && this.open && number >= 0 && number < this.asked.choices.length) this.answer(number);
+  }
+}
