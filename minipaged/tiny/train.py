@@ -1,10 +1,13 @@
 """Trains the embedded model from nothing: corpus, tokenizer, weights, training log.
 
-    python -m minipaged.tiny.train                     # the run behind the committed weights (about an hour)
-    python -m minipaged.tiny.train --quick --out /tmp/x  # a smoke test of a few seconds
+    python -m minipaged.tiny.train --out /tmp/tiny/weights                # both stages, about an hour
+    python -m minipaged.tiny.train --quick --out /tmp/tiny/weights        # a smoke test of a few seconds
+    python -m minipaged.tiny.train --init minipaged/tiny/weights --out /tmp/tiny/weights   # train on
+
+Without ``--out`` it replaces the committed weights and their log.
 
 The documents are generated while training runs, so no step sees the same story twice.  Everything is seeded;
-with the same number of steps and the same library versions the result is the same up to rounding.
+without ``--minutes`` and with the same library versions the result is the same up to rounding.
 """
 
 from __future__ import annotations
