@@ -26,7 +26,7 @@ KEEP_FINISHED = 12
 MAX_SAVED = 32_000_000  # characters of a run that can still be saved
 LONG_POLL = 5.0  # seconds until a pull returns with nothing new
 FAST, CROWD = 0.05, 4  # seconds between looks, for up to so many viewers
-SLOW = 0.06  # seconds for each viewer beyond that: all of them together look about 17 times a second
+SLOW = 0.1  # seconds for each viewer beyond that: all of them together look ten times a second
 HIDDEN = 2.0  # seconds for a page in a tab that nobody looks at
 
 
