@@ -16,7 +16,7 @@ export class SequenceView {
     this.abort = button(this.actions, "Abort", "End it now; its blocks come back at once");
     this.fork.addEventListener("click", () => this.ask("fork"));
     this.abort.addEventListener("click", () => this.ask("abort"));
-    this.answer = element("p", "mp-answer", body, { role: "alert", "data-testid": "answer" });
+    this.answer = element("p", "mp-refusal", body, { role: "alert", "data-testid": "refusal" });
     this.facts = element("dl", "mp-facts mp-flow", body, { "data-testid": "timings" });
     heading(body, "Its text, in the blocks that hold it");
     this.text = element("div", "mp-runs", body, { "data-testid": "runs" });
