@@ -53,7 +53,7 @@ def pool_full(page: Any) -> None:
 def waste(page: Any) -> None:
     page.click("[data-testid=view-freeze]")
     page.click("[data-testid=tab-waste]")
-    page.wait_for_function("document.querySelector('[data-testid=waste-say]').textContent.includes('would hold')")
+    page.wait_for_function("document.querySelector('[data-testid=waste-say]').textContent.includes('what paging holds')")
 
 
 def attention(page: Any) -> None:
@@ -61,7 +61,8 @@ def attention(page: Any) -> None:
     page.click("[data-testid=engine-pause]")
     page.click("[data-testid=view-live]")
     page.click("[data-testid=tab-memory]")
-    page.click("[data-testid=sequence]")
+    page.click("[data-testid=sequence] .mp-line")
+    page.wait_for_selector("[data-testid=runs] [data-go^='token:']")
     page.locator("[data-testid=runs] [data-go^='token:']").all()[-3].click()
     page.wait_for_selector("[data-testid=attention-block]", timeout=30_000)
 

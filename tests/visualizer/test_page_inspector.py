@@ -72,7 +72,7 @@ def test_tokens_and_slots_point_at_each_other(paused: tuple[Visualizer, Any]) ->
     cell.hover()  # says something below the pool, which may have to make room for it
     page.wait_for_selector("[data-testid=runs] .mp-marked")
     box = cell.bounding_box()
-    cell.hover(position={"x": box["width"] * 5.5 / 16, "y": box["height"] / 2})
+    page.mouse.move(box["x"] + box["width"] * 5.5 / 16, box["y"] + box["height"] / 2)
     page.wait_for_selector("[data-testid=runs] .mp-marked[data-go='token:0:5']")
 
 
