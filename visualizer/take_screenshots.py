@@ -53,7 +53,7 @@ def pool_full(page: Any) -> None:
 def waste(page: Any) -> None:
     page.click("[data-testid=view-freeze]")
     page.click("[data-testid=tab-waste]")
-    page.wait_for_function("document.querySelector('[data-testid=waste-say]').textContent.includes('what paging holds')")
+    page.locator("[data-testid=waste-say]").filter(has_text="what paging holds").wait_for()
 
 
 def attention(page: Any) -> None:
