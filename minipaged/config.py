@@ -91,6 +91,10 @@ class EngineConfig:
                 f"({self.max_num_seqs}), so that each running sequence can have its token in every step"
             )
 
+    def swap_space(self, num_blocks: int) -> int:
+        """CPU blocks to swap to, for a pool of ``num_blocks``."""
+        return (self.swap_blocks or num_blocks) if self.preemption == "swap" else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -158,11 +162,14 @@ class SamplingParams:
         _real(self.min_p, "min_p", 0.0, 1.0)
         if self.max_tokens is not None:
             _whole(self.max_tokens, "max_tokens", 1, InvalidRequest)
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(text, str) and text for text in stops):
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop if self.stop is not None else ()
+        if not isinstance(stops, Seq) or not all(isinstance(text, str) and text for text in stops):
             raise InvalidRequest(f"stop must be a string or a list of strings, none of them empty; got {self.stop!r}")
-        object.__setattr__(self, "stop", stops)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop", tuple(stops))
+        ids = self.stop_token_ids if self.stop_token_ids is not None else ()
+        if not isinstance(ids, (list, tuple, set, frozenset)):
+            raise InvalidRequest(f"stop_token_ids must be a list of token ids, not {ids!r}")
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
         for token_id in self.stop_token_ids:
             _whole(token_id, "each of stop_token_ids", 0, InvalidRequest)
         if not isinstance(self.ignore_eos, bool):
@@ -189,9 +196,7 @@ class SamplingParams:
         )
 
     def _check_penalties(self) -> None:
-        _real(self.repetition_penalty, "repetition_penalty", 0.0, 100.0)
-        if self.repetition_penalty == 0:
-            raise InvalidRequest("repetition_penalty must be above 0 (1 changes nothing)")
+        _real(self.repetition_penalty, "repetition_penalty", 0.01, 100.0)
         _real(self.presence_penalty, "presence_penalty", -100.0, 100.0)
         _real(self.frequency_penalty, "frequency_penalty", -100.0, 100.0)
         if not isinstance(self.logit_bias, Mapping):
@@ -210,7 +215,7 @@ class SamplingParams:
             return
         _whole(self.beam_width, "beam_width", 1, InvalidRequest)
         _real(self.length_penalty, "length_penalty", -100.0, 100.0)
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise InvalidRequest(f'early_stopping must be True, False or "never", not {self.early_stopping!r}')
         if self.n > self.beam_width:
             raise InvalidRequest(f"n ({self.n}) is above beam_width ({self.beam_width})")

@@ -19,7 +19,7 @@ PACKAGES = {
     "torch": "nothing runs without it",
     "safetensors": "no weights can be read",
     "transformers": "text cannot be turned into tokens",
-    "triton": "the GPU kernels are off; attention runs in plain torch (as always on macOS)",
+    "triton": "not needed yet: attention runs in plain torch",
     "gradio": "`minipaged visualize` cannot start: pip install gradio",
     "plotly": "`minipaged visualize` cannot start: pip install plotly",
 }

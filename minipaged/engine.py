@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
+from numbers import Integral
 from random import Random
 from typing import Any, Protocol
 
@@ -50,7 +51,7 @@ class Engine:
     ) -> None:
         assert config.num_blocks is not None and config.max_model_len is not None
         self.config, self.num_blocks, self.max_model_len = config, config.num_blocks, config.max_model_len
-        self.swap_blocks = (config.swap_blocks or config.num_blocks) if config.preemption == "swap" else 0
+        self.swap_blocks = config.swap_space(config.num_blocks)
         self.runner, self.sampler, self.tokenizer = runner, sampler, tokenizer
         self.vocab_size, self.bytes_per_block, self.eos_token_ids = vocab_size, bytes_per_block, eos_token_ids
         self.events = EventLog()
@@ -70,6 +71,8 @@ class Engine:
         )
         self._requests: dict[str, Request] = {}
         self._arrivals = count()
+        self._forks = count(1)
+        self._stepping = False
         self._random = Random(config.seed)
 
     def step(self) -> list[RequestOutput]:
@@ -78,20 +81,25 @@ class Engine:
         Raises `StepFailed` if the step itself raised. The requests it was computing are aborted then and their blocks
         free again; the others go on with the next step.
         """
+        self._must_rest()
         if not self.has_unfinished():
             return []
         started = time.perf_counter()
-        self.events.emit(StepStarted, self.scheduler.step)
-        plan = self.scheduler.schedule()
+        self._stepping = True
         try:
-            logits = self.runner.execute(plan)  # without chunks too: a step may do nothing but swap out
-            tokens = self.sampler(logits, plan) if plan.chunks else []
-        except BaseException as error:
-            self._give_up(plan, error)
-            raise
-        requests = self.scheduler.commit(plan, tokens)
-        self.events.emit(StepFinished, plan.step, plan.num_tokens, time.perf_counter() - started)
-        return self._outputs(requests)
+            self.events.emit(StepStarted, self.scheduler.step)
+            plan = self.scheduler.schedule()
+            try:
+                logits = self.runner.execute(plan)  # without chunks too: a step may do nothing but swap out
+                tokens = self.sampler(logits, plan) if plan.chunks else []
+            except BaseException as error:
+                self._give_up(plan, error)
+                raise
+            requests = self.scheduler.commit(plan, tokens)
+            self.events.emit(StepFinished, plan.step, plan.num_tokens, time.perf_counter() - started)
+            return self._outputs(requests)
+        finally:
+            self._stepping = False
 
     def add_request(
         self,
@@ -105,6 +113,7 @@ class Engine:
 
         Raises `InvalidRequest` for one that can never be served; nothing has changed then.
         """
+        self._must_rest()
         params = params or SamplingParams()
         tokens = self._checked_tokens(request_id, prompt_token_ids, params)
         seqs = [
@@ -116,20 +125,21 @@ class Engine:
             for seq in seqs:
                 seq.text = TextStream(self.tokenizer, tokens, params.stop)
         request = self._request(request_id, tokens, params, seqs, prompt)
-        self._check_room(request)
         self._requests[request_id] = request
+        self.scheduler.add(request)
         if self.events.active:
             seq_ids = [seq.seq_id for seq in seqs]
             self.events.emit(RequestAdded, request_id, seq_ids, tokens, self._pieces(tokens), request.max_output)
-        self.scheduler.add(request)
 
     def fork(self, request_id: str, new_id: str | None = None) -> str:
         """Lets a running request take a second way from here on: returns the id of its copy.
 
         All blocks are shared until one of the two writes (paper §4.4, ``fork``). The copy inherits the output so far
         and draws its own random numbers. Raises `InvalidRequest` for a request that is not running with exactly one
-        sequence past its prompt, or when ``max_num_seqs`` are running already.
+        sequence past its prompt, or when ``max_num_seqs`` are running already. Whoever forks steps the engine too: an
+        `LLM` knows nothing of the copy.
         """
+        self._must_rest()
         parent = self._requests.get(request_id)
         if parent is None or parent.status is not Status.RUNNING or parent.beams or len(parent.live) != 1:
             raise InvalidRequest(f"{request_id!r} is not a running request with one sequence; only such can be forked")
@@ -138,13 +148,15 @@ class Engine:
             raise InvalidRequest(f"{request_id!r} is still computing what it knows; fork it when it generates")
         if sum(request.width for request in self.scheduler.running) >= self.config.max_num_seqs:
             raise InvalidRequest(f"max_num_seqs = {self.config.max_num_seqs} sequences are running; fork again later")
-        new_id = new_id or next(i for i in map(f"{request_id}/fork-{{}}".format, count(1)) if i not in self._requests)
-        if new_id in self._requests:
-            raise InvalidRequest(f"a request {new_id!r} is running already; give each its own id")
+        if new_id is None:
+            new_id = f"{request_id}/fork-{next(self._forks)}"  # never twice, so that no two copies draw alike
+        self._check_id(new_id)
         params = replace(parent.params, n=1)
         seed = params.seed if params.seed is not None else self._random.getrandbits(64)
         child = seq.copy(self.scheduler.next_seq_id(), Random(f"{seed}/{new_id}"))
         request = self._request(new_id, parent.prompt_token_ids, params, [child], parent.prompt)
+        if parent.prompt_logprobs is not None:
+            request.prompt_logprobs = list(parent.prompt_logprobs)
         self._requests[new_id] = request
         self.scheduler.fork(parent, request)
         return new_id
@@ -154,6 +166,7 @@ class Engine:
 
         Returns its last output, or ``None`` for a request that is unknown or finished already: aborting twice is fine.
         """
+        self._must_rest()
         request = self._requests.get(request_id)
         if request is None:
             return None
@@ -162,6 +175,9 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished()
+
+    def is_unfinished(self, request_id: str) -> bool:
+        return request_id in self._requests
 
     def block_tables(self) -> dict[int, list[int]]:
         """A copy of every block table: sequence id → physical blocks in logical order."""
@@ -188,17 +204,14 @@ class Engine:
         self.scheduler.check()
 
     def _checked_tokens(self, request_id: str, token_ids: list[int], params: SamplingParams) -> list[int]:
-        if not isinstance(request_id, str) or not request_id:
-            raise InvalidRequest(f"request_id must be a string that is not empty, not {request_id!r}")
-        if request_id in self._requests:
-            raise InvalidRequest(f"a request {request_id!r} is running already; give each its own id")
+        self._check_id(request_id)
         if not isinstance(params, SamplingParams):
             raise InvalidRequest(f"params must be a SamplingParams, not {type(params).__name__}")
         tokens = list(token_ids)
         if not tokens:
             raise InvalidRequest("the prompt is empty; give at least one token")
         for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+            if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < self.vocab_size:
                 raise InvalidRequest(f"token id {token!r} is not a whole number from 0 to {self.vocab_size - 1}")
         if len(tokens) >= self.max_model_len:
             raise InvalidRequest(
@@ -216,7 +229,19 @@ class Engine:
         for token in [*params.logit_bias, *params.stop_token_ids]:
             if token >= self.vocab_size:
                 raise InvalidRequest(f"token id {token} of logit_bias or stop_token_ids is not in the vocabulary")
-        return tokens
+        self._check_room(len(tokens), width)
+        return [int(token) for token in tokens]
+
+    def _check_id(self, request_id: str) -> None:
+        if not isinstance(request_id, str) or not request_id:
+            raise InvalidRequest(f"request_id must be a string that is not empty, not {request_id!r}")
+        if request_id in self._requests:
+            raise InvalidRequest(f"a request {request_id!r} is running already; give each its own id")
+
+    def _must_rest(self) -> None:
+        """A subscriber that changes what a step is in the midst of would corrupt it."""
+        if self._stepping:
+            raise RuntimeError("the engine is in the midst of a step; subscribers may watch, and act when it is over")
 
     def _request(
         self, request_id: str, tokens: list[int], params: SamplingParams, seqs: list[Sequence], prompt: str | None
@@ -243,12 +268,13 @@ class Engine:
         # A string seeds Random by its SHA-512, so that neighbouring seeds and branches have nothing in common.
         return [Random(f"{seed}/{branch}") for branch in range(1 if params.beam_width else params.n)]
 
-    def _check_room(self, request: Request) -> None:
-        needed = self.scheduler.blocks_to_hold(request)
+    def _check_room(self, num_prompt: int, width: int) -> None:
+        shared = num_prompt // self.config.block_size
+        needed = shared + width * (self.memory.blocks_for(num_prompt + 1) - shared)
         if needed > self.num_blocks:
             raise InvalidRequest(
                 f"the prompt needs {needed} KV blocks of {self.config.block_size} tokens with the next token of its "
-                f"{request.width} sequence(s), but the pool has {self.num_blocks}; shorten it or raise num_blocks"
+                f"{width} sequence(s), but the pool has {self.num_blocks}; shorten it or raise num_blocks"
             )
 
     def _pieces(self, tokens: list[int]) -> list[str]:
@@ -275,3 +301,4 @@ class Engine:
         if isinstance(error, Exception):
             ids = ", ".join(request.request_id for request in requests)
             raise StepFailed(f"{message}; aborted: {ids}", outputs) from error
+        error.outputs = outputs  # type: ignore[attr-defined]  # Ctrl-C: others may wait for what was aborted

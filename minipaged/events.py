@@ -265,7 +265,10 @@ def event_from_dict(data: dict[str, Any]) -> Event:
 
 
 class EventLog:
-    """Where the engine tells what happens. Subscribers are called in order, in the engine's thread."""
+    """Where the engine tells what happens. Subscribers are called in order, in the engine's thread.
+
+    They watch: they must not raise, and what they want of the engine has to wait until the step is over.
+    """
 
     def __init__(self) -> None:
         self._subscribers: list[Callable[[Event], None]] = []
@@ -284,7 +287,7 @@ class EventLog:
         """Makes the event only if somebody listens, so that a silent engine does not pay for it."""
         if self._subscribers:
             event = cls(*args)
-            for subscriber in self._subscribers:
+            for subscriber in tuple(self._subscribers):  # one may unsubscribe
                 subscriber(event)
 
 
@@ -434,7 +437,7 @@ class State:
                 e.request_id, parent.num_prompt, list(parent.tokens), list(parent.pieces), list(parent.logprobs),
                 limit=parent.limit,
             )  # fmt: skip
-            if e.request_id not in self.requests:
+            if all(self.seqs[s].finish_reason for s in self.requests.get(e.request_id, [])):  # a request of its own
                 self.requests[e.request_id] = [e.child]
                 self._queue(self.running, e.request_id)
             else:

@@ -7,8 +7,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -46,7 +47,9 @@ class LLM:
         self._loaded = loaded
         self.engine = _build_engine(config, loaded)
         self._ids = count()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._in_engine = False
+        self._dropped: list[str] = []  # streams that the garbage collector found in the midst of a step
         self._inboxes: dict[str, deque[RequestOutput]] = {}
 
     def build_engine(self, config: EngineConfig) -> Engine:
@@ -70,6 +73,8 @@ class LLM:
         prompt_list = _as_list(prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompt_list)
+        if not isinstance(params, (list, tuple)):
+            raise InvalidRequest(f"params must be a SamplingParams or a list of them, not {type(params).__name__}")
         if len(params) != len(prompt_list):
             raise InvalidRequest(f"{len(prompt_list)} prompts, but {len(params)} sampling parameters; give one or all")
         ids: list[str] = []
@@ -109,7 +114,7 @@ class LLM:
         try:
             finished = False
             while not finished:
-                output = await asyncio.to_thread(self._next, inbox)
+                output = await asyncio.to_thread(self._next, request_id, inbox)
                 finished = output.finished
                 for delta in _differences(output, seen):
                     yield delta
@@ -136,39 +141,67 @@ class LLM:
     # Whoever waits for output steps the engine, for everybody; a lock lets several threads take turns.
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> str:
+        if not isinstance(prompt, (str, list)):
+            raise InvalidRequest(f"a prompt is a string or a list of token ids, not {type(prompt).__name__}")
         text = prompt if isinstance(prompt, str) else None
         if text == "":
             raise InvalidRequest("the prompt is empty; give at least one character")
         tokens = self.encode(prompt) if isinstance(prompt, str) else prompt
-        with self._lock:
+        with self._engine_alone():
             request_id = f"llm-{next(self._ids)}"
             self.engine.add_request(request_id, tokens, params, prompt=text)
-            self._inboxes[request_id] = deque()
+            self._inboxes[request_id] = deque(maxlen=1)  # an output says all that came before it, too
         return request_id
 
     def _submit_stream(self, prompt: Prompt, params: SamplingParams | None) -> str:
-        if params is not None and params.beam_width:
-            raise InvalidRequest("a beam search has no text before its end, so nothing to stream; use generate")
-        return self._submit(prompt, params or SamplingParams())
+        params = params or SamplingParams()
+        if isinstance(params, SamplingParams):
+            if params.beam_width:
+                raise InvalidRequest("a beam search has no text before its end, so nothing to stream; use generate")
+            if params.prompt_logprobs is not None:
+                raise InvalidRequest("a stream yields what is new; for prompt_logprobs use generate")
+        return self._submit(prompt, params)
+
+    @contextmanager
+    def _engine_alone(self) -> Iterator[None]:
+        """Nobody else is in the engine meanwhile, not even a finalizer in this same thread."""
+        with self._lock:
+            self._in_engine = True
+            try:
+                yield
+            finally:
+                self._in_engine = False
+                while self._dropped:
+                    self._close(self._dropped.pop())
 
     def _close(self, request_id: str) -> None:
+        """Ends the request, if it has not ended, and whoever still waits for it."""
         with self._lock:
-            self.engine.abort(request_id)
-            del self._inboxes[request_id]
-
-    def _step(self, *inboxes: deque[RequestOutput]) -> None:
-        """One step, unless another thread's has just brought something for these inboxes.
-
-        What a step brings for others goes into theirs: a stream that is read slowly loses nothing.
-        """
-        with self._lock:
-            if any(inboxes):
+            if self._in_engine:  # the garbage collector dropped a stream while this thread was busy in there
+                self._dropped.append(request_id)
                 return
+            inbox, output = self._inboxes.pop(request_id), self.engine.abort(request_id)
+            if output is not None:
+                inbox.append(output)
+
+    def _step(self, inboxes: dict[str, deque[RequestOutput]]) -> None:
+        """One step for everybody, unless another thread's has just brought something for these inboxes.
+
+        Raises `StepFailed` only if it was one of these requests that failed; the others go on.
+        """
+        with self._engine_alone():
+            if any(inboxes.values()):
+                return
+            for request_id in inboxes:
+                if not self.engine.is_unfinished(request_id):
+                    raise RuntimeError(f"{request_id} was ended or stepped through llm.engine; its output went there")
             try:
                 outputs = self.engine.step()
-            except StepFailed as error:
-                self._deliver(error.outputs)
-                raise
+            except BaseException as error:
+                self._deliver(getattr(error, "outputs", []))
+                if not isinstance(error, StepFailed) or any(inboxes.values()):
+                    raise
+                return
             self._deliver(outputs)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
@@ -176,21 +209,23 @@ class LLM:
             if output.request_id in self._inboxes:
                 self._inboxes[output.request_id].append(output)
 
-    def _next(self, inbox: deque[RequestOutput]) -> RequestOutput:
+    def _next(self, request_id: str, inbox: deque[RequestOutput]) -> RequestOutput:
         while not inbox:
-            self._step(inbox)
+            self._step({request_id: inbox})
         return inbox.popleft()
 
     def _finish(self, ids: list[str]) -> list[RequestOutput]:
         """Steps until all of these are done."""
-        inboxes = [self._inboxes[i] for i in ids]
+        open_: dict[str, deque[RequestOutput]] = {request_id: self._inboxes[request_id] for request_id in ids}
         last: dict[str, RequestOutput] = {}
         with _Progress(len(ids)) as progress:
-            while any(i not in last or not last[i].finished for i in ids):
-                self._step(*inboxes)
-                for request_id, inbox in zip(ids, inboxes, strict=True):
-                    while inbox:
+            while open_:
+                self._step(open_)
+                for request_id, inbox in list(open_.items()):
+                    if inbox:
                         last[request_id] = inbox.popleft()
+                        if last[request_id].finished:
+                            del open_[request_id]
                 progress.update(last)
         return [last[i] for i in ids]
 
@@ -201,7 +236,7 @@ class LLM:
             yield Delta(0, "", [], None)  # swallowed by `stream`
             finished = False
             while not finished:
-                output = self._next(inbox)
+                output = self._next(request_id, inbox)
                 finished = output.finished
                 yield from _differences(output, seen)
         finally:
@@ -215,7 +250,8 @@ def _differences(output: RequestOutput, seen: dict[int, CompletionOutput]) -> It
         if old is not None and (old.finish_reason or old == out):
             continue
         chars, tokens = (len(old.text), len(old.token_ids)) if old else (0, 0)
-        yield Delta(out.index, out.text[chars:], out.token_ids[tokens:], out.finish_reason)
+        logprobs = out.logprobs[tokens:] if out.logprobs is not None else None
+        yield Delta(out.index, out.text[chars:], out.token_ids[tokens:], out.finish_reason, logprobs)
         seen[out.index] = out
 
 
@@ -230,7 +266,7 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
     useful = config.max_num_seqs * -(-max_model_len // config.block_size)
     num_blocks = blocks_that_fit(bytes_per_block, loaded.device, wanted=config.num_blocks, useful=useful)
     config = replace(config, num_blocks=num_blocks, max_model_len=max_model_len)
-    swap_blocks = (config.swap_blocks or num_blocks) if config.preemption == "swap" else 0
+    swap_blocks = config.swap_space(num_blocks)
     kv_cache = KVCache(spec.num_layers, num_blocks, *shape, loaded.dtype, loaded.device, swap_blocks)
     return Engine(
         config,
@@ -246,6 +282,8 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise InvalidRequest(f"prompts are strings or lists of token ids, not {type(prompts).__name__}")
     items: list[Any] = list(prompts)
     if items and all(isinstance(item, int) for item in items):
         return [items]

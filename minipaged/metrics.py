@@ -54,7 +54,8 @@ def usage(state: State) -> Usage:
     """Accounts for every slot of the pool; the four classes sum to its size."""
     size = state.config["block_size"]
     filled: dict[int, int] = {}
-    for seq in state.seqs.values():
+    running = [state.seqs[seq_id] for request in state.running for seq_id in state.requests[request]]
+    for seq in running:
         for logical, block in enumerate(seq.table):
             tokens = min(size, max(0, seq.num_computed - logical * size))
             filled[block] = max(filled.get(block, 0), tokens)
@@ -68,12 +69,15 @@ def usage(state: State) -> Usage:
         cached=cached * size,
         free=total - (used + cached) * size,
         used_blocks=used,
-        logical_blocks=sum(len(seq.table) for seq in state.seqs.values()),
+        logical_blocks=sum(len(seq.table) for seq in running),
     )
 
 
 class Metrics:
-    """Subscribes to an engine and keeps the numbers people ask for. Times are seconds on ``clock``."""
+    """Subscribes to an engine and keeps the numbers people ask for. Times are seconds on ``clock``.
+
+    It keeps one entry per step and request, so it is for runs that end, not for a server's lifetime.
+    """
 
     def __init__(self, started: EngineStarted, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -110,8 +114,8 @@ class Metrics:
         now = self._clock()
         self.output_tokens += 1
         request_id = self.state.seqs[event.seq_id].request_id
-        if request_id in self._arrived and request_id not in self.time_to_first_token:
-            self.time_to_first_token[request_id] = now - self._arrived[request_id]
+        if request_id in self._arrived:
+            self.time_to_first_token[request_id] = now - self._arrived.pop(request_id)
         if event.seq_id in self._last_token:
             self.inter_token_latency.append(now - self._last_token[event.seq_id])
         self._last_token[event.seq_id] = now

@@ -67,3 +67,4 @@ class Delta:
     text: str
     token_ids: list[int]
     finish_reason: str | None
+    logprobs: list[dict[int, float]] | None = None  # of the new tokens, if asked for

@@ -88,4 +88,6 @@ class Request:
     @property
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens the sampler reports; ``None``: no log-probabilities at all."""
-        return self.beams.candidates_per_beam if self.beams else self.params.logprobs
+        if self.beams:
+            return max(self.beams.candidates_per_beam, self.params.logprobs or 0)
+        return self.params.logprobs

@@ -6,7 +6,7 @@ import pytest
 
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
-from minipaged.events import EngineError
+from minipaged.events import EngineError, State
 from tests.fake import EOS, VOCAB, fake_engine, unbatched
 
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -272,3 +272,72 @@ def test_two_engines_with_different_block_sizes_do_not_affect_one_another():
                 outs[i] = output.outputs[0].token_ids
             engine.check()
     assert outs[0] == outs[1] == unbatched([1, 2, 3, 4], PARAMS, 0, 200)
+
+
+def test_forks_never_share_an_id_or_their_random_numbers():
+    engine = fake_engine()
+    state = State()
+    state.apply(engine.started_event())
+    engine.events.subscribe(state.apply)
+    engine.add_request("a{x}", [1] * 5, SamplingParams(max_tokens=30, ignore_eos=True, seed=1))
+    for _ in range(3):
+        engine.step()
+    first = engine.fork("a{x}")
+    engine.abort(first)
+    second = engine.fork("a{x}")
+    assert first != second
+    generators = [request.seqs[0].rng.random() for request in engine.scheduler.running]
+    assert len(set(generators)) == 2
+    engine.abort(second)
+    engine.fork("a{x}", "again")
+    engine.abort("again")
+    engine.fork("a{x}", "again")  # the id of a finished fork may be used again
+    assert state.running == ["a{x}", "again"]
+    with pytest.raises(InvalidRequest, match="request_id"):
+        engine.fork("a{x}", 5)
+
+
+def test_subscribers_may_watch_but_not_act_in_the_midst_of_a_step():
+    engine = fake_engine()
+    engine.add_request("a", [1, 2, 3], PARAMS)
+    refused = []
+
+    def act(event):
+        if event.type == "filled":
+            for action in (lambda: engine.abort("a"), engine.step, lambda: engine.add_request("b", [1])):
+                with pytest.raises(RuntimeError, match="midst of a step"):
+                    action()
+                refused.append(action)
+
+    stop = engine.events.subscribe(act)
+    engine.step()
+    stop()
+    assert len(refused) == 3
+    assert run(engine)["a"].outputs[0].token_ids == unbatched([1, 2, 3], PARAMS, 0, 200)
+
+
+def test_a_refused_request_changes_nothing_that_comes_later():
+    def draws(refuse):
+        engine = fake_engine()
+        if refuse:
+            with pytest.raises(InvalidRequest):
+                engine.add_request("bad", [1] * 128, PARAMS)
+        engine.add_request("a", [1, 2, 3], PARAMS)
+        (seq,) = engine.scheduler.waiting[0].seqs
+        return seq.seq_id, seq.rng.random()
+
+    assert draws(True) == draws(False)
+
+
+TYPES = [{"stop": 5}, {"stop_token_ids": 5}, {"early_stopping": 1, "beam_width": 2}]
+
+
+@pytest.mark.parametrize("settings", TYPES, ids=str)
+def test_types_that_make_no_sense_are_refused_too(settings):
+    with pytest.raises(InvalidRequest):
+        SamplingParams(temperature=0, **settings)
+
+
+def test_none_means_no_stop():
+    params = SamplingParams(stop=None, stop_token_ids=None)
+    assert params.stop == params.stop_token_ids == ()

@@ -15,7 +15,7 @@ PARTS = 5
 
 
 def random_engine(random: Random):
-    block_size = random.choice((1, 2, 3, 4, 5, 8, 12, 16, 24))
+    block_size = random.randint(1, 24)
     max_num_seqs = random.randint(2, 6)
     swap = {"preemption": "swap", "swap_blocks": random.randint(1, 30)} if random.random() < 0.5 else {}
     return fake_engine(
@@ -71,7 +71,7 @@ class Trace:
         self.seen[event.type] += 1
 
     def run(self, max_steps: int = 5000) -> Counter[str]:
-        arrivals = sorted(self.random.randint(0, 10) for _ in range(self.random.randint(2, 6)))
+        arrivals = sorted(self.random.randint(0, 10) for _ in range(self.random.randint(2, 5)))
         for step in range(max_steps):
             while arrivals and (arrivals[0] <= step or not self.engine.has_unfinished()):  # no time passes idly
                 arrivals.pop(0)

@@ -320,6 +320,80 @@ def test_a_failed_step_reaches_whoever_waits_and_the_next_request_works(checkpoi
     assert tokens(llm.generate(prompts, GREEDY)) == truth
 
 
+def test_a_queued_stream_that_is_cancelled_ends_its_thread(checkpoint):
+    llm = small(checkpoint, max_num_seqs=1)
+
+    async def cancelled():
+        first = llm.astream([1, 2, 3], GREEDY)
+        await anext(first)
+        waiting = asyncio.ensure_future(anext(llm.astream([4, 5], GREEDY)))
+        await asyncio.sleep(0.02)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await first.aclose()
+
+    asyncio.run(cancelled())  # would wait for the thread for ever
+    assert not llm.engine.has_unfinished()
+
+
+def test_ctrl_c_in_one_step_ends_the_streams_of_others(checkpoint):
+    llm = small(checkpoint)
+    one, other = llm.stream([1, 2], GREEDY), llm.stream([3, 4], GREEDY)
+    execute = llm.engine.runner.execute
+
+    def interrupted(plan):
+        raise KeyboardInterrupt
+
+    llm.engine.runner.execute = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        next(one)
+    llm.engine.runner.execute = execute
+    assert [delta.finish_reason for delta in other] == ["abort"]
+
+
+def test_a_stream_whose_request_was_ended_behind_its_back_says_so(checkpoint):
+    llm = small(checkpoint)
+    stream = llm.stream([1, 2], GREEDY)
+    next(stream)
+    llm.engine.abort("llm-0")
+    with pytest.raises(RuntimeError, match="through llm.engine"):
+        next(stream)
+
+
+def test_a_failed_step_does_not_end_those_who_were_not_in_it(checkpoint, prompts, truth):
+    llm = small(checkpoint, max_num_seqs=1)
+    running, waiting = llm.stream(prompts[0], GREEDY), llm.stream(prompts[1], GREEDY)
+    next(running)
+    execute = llm.engine.runner.execute
+    failures = iter([MemoryError("no room")])
+
+    def once_broken(plan):
+        for failure in failures:
+            raise failure
+        return execute(plan)
+
+    llm.engine.runner.execute = once_broken
+    assert [t for delta in waiting for t in delta.token_ids] == truth[1]
+    assert [delta.finish_reason for delta in running] == ["abort"]
+
+
+def test_a_stream_that_the_garbage_collector_drops_in_the_midst_of_a_step_is_closed_after_it(checkpoint):
+    llm = small(checkpoint)
+    dropped = [llm.stream([1, 2], GREEDY)]
+    llm.engine.events.subscribe(lambda event: dropped.clear() if event.type == "filled" else None)
+    llm.generate([[3, 4]], GREEDY)
+    assert not dropped and not llm.engine.has_unfinished() and not llm._inboxes
+
+
+def test_a_stream_yields_logprobs_with_their_tokens(checkpoint):
+    llm = small(checkpoint)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=1)
+    for delta in llm.stream([1, 2], params):
+        assert [max(entry, key=entry.get) for entry in delta.logprobs] == delta.token_ids
+    with pytest.raises(InvalidRequest, match="prompt_logprobs"):
+        llm.stream([1, 2], SamplingParams(prompt_logprobs=1))
+
+
 def test_two_engines_in_one_process(checkpoint, prompts, truth):
     one, other = small(checkpoint, block_size=3), small(checkpoint, block_size=16)
     streams = [llm.stream(prompts[5], GREEDY) for llm in (one, other)]

@@ -50,9 +50,12 @@ def _draw(logits: Tensor, params: list[SamplingParams], seqs: list[Sequence]) ->
     """
 
     def column(name: str) -> Tensor:  # [rows, 1]
-        return torch.tensor([getattr(p, name) for p in params], device=logits.device, dtype=torch.float32)[:, None]
+        values = [float(min(getattr(p, name), 1e9)) for p in params]  # a top_k may be any whole number
+        return torch.tensor(values, device=logits.device, dtype=torch.float32)[:, None]
 
-    scaled, order = (logits / column("temperature")).sort(dim=-1, descending=True)
+    # The likeliest logit becomes 0, so that dividing by the tiniest temperature cannot overflow to infinity there.
+    logits = logits - logits.amax(dim=-1, keepdim=True)
+    scaled, order = (logits / column("temperature").clamp_min(1e-30)).sort(dim=-1, descending=True)
     kept = scaled.masked_fill(~top_k_mask(scaled, column("top_k")), -torch.inf)
     kept = kept.masked_fill(~top_p_mask(kept, column("top_p")), -torch.inf)
     kept = kept.masked_fill(~min_p_mask(kept, column("min_p")), -torch.inf)

@@ -350,6 +350,8 @@ class Scheduler:
     def _finish(self, request: Request, seq: Sequence, reason: str) -> None:
         if seq.seq_id in self.memory.tables or seq.seq_id in self.memory.swapped:
             self.memory.free(seq.seq_id)
+        if seq.text is not None:
+            seq.text.finish()  # what it held back belongs to the output too
         seq.finish_reason = reason
         self.events.emit(Finished, seq.seq_id, reason)
         if not request.live and request.status is not Status.FINISHED:

@@ -147,3 +147,12 @@ def test_penalties_bias_and_min_tokens_reach_the_choice_but_not_the_logprobs():
     truth = logits[0].log_softmax(-1)
     for token in tokens:
         assert token.logprobs[token.token_id] == pytest.approx(truth[token.token_id].item())
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-46}, {"temperature": 1e-38}, {"top_k": 10**400}])
+def test_extreme_but_accepted_values_do_not_fail_the_batch(settings):
+    logits = logits_of(0)[None].repeat(2, 1)
+    extreme, plain = sample(logits, plan_for([SamplingParams(**settings), SamplingParams(temperature=0)]))
+    assert plain.token_id == logits[0].argmax()
+    if "temperature" in settings:
+        assert extreme.token_id == logits[0].argmax()

@@ -138,9 +138,10 @@ const HANDLERS = {
       state.seqs[e.child] = {
         ...structuredClone(parent), request_id: e.request_id, table: [], swap_table: [], finish_reason: null,
       };
-      if (e.request_id in state.requests) {
-        state.requests[e.request_id].push(e.child);
-      } else {
+      const siblings = state.requests[e.request_id] ?? [];
+      if (siblings.some((id) => state.seqs[id].finish_reason === null)) {
+        siblings.push(e.child);
+      } else { // a request of its own
         state.requests[e.request_id] = [e.child];
         queue(state, state.running, e.request_id);
       }
