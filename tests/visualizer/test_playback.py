@@ -270,6 +270,36 @@ def test_a_run_is_saved_exported_and_loaded_again(
     assert exported.evaluate("minipaged.dump()") == final
 
 
+def test_a_recording_does_not_control_the_engine_behind_it(serve: Callable[..., Visualizer], pages: Any) -> None:
+    visualizer = serve()
+    page = pages.open(visualizer)
+    visualizer.thread.pause().result(20)
+    submit(visualizer, FORK)
+    steps(visualizer, 8)
+    caught_up(page, visualizer)
+    run, tables = visualizer.log.run, visualizer.thread.engine.block_tables()
+    page.click("[data-testid=nav-chat]")
+    page.set_input_files("[data-testid=file]", GOLDEN[0])
+    page.wait_for_function("minipaged.player.recording")
+    assert page.is_visible("[data-testid=rows]") and page.is_hidden("[data-testid=nav-chat]")
+    page.evaluate("""() => { const { player } = minipaged;
+        player.seek(player.records.findIndex((r) => r.mark === "forked")); }""")
+    page.wait_for_function("!minipaged.player.changed")
+    page.click("[data-testid=sequence][data-state=running] .mp-line")
+    page.wait_for_selector("[data-testid=sequence-kind]:text-is('running')")
+    assert page.is_hidden("[data-testid=fork]") and page.is_hidden("[data-testid=abort]")
+    shown = page.evaluate("minipaged.dump()")
+    for button in ("abort", "fork", "reset"):  # they are only hidden
+        page.evaluate("button => document.querySelector(`[data-testid=${button}]`).click()", button)
+    for alert in ("refusal", "message"):
+        page.locator(f"[data-testid={alert}]").filter(has_text="This is a recording").wait_for(state="attached")
+    assert page.evaluate("minipaged.dump()") == shown
+    assert visualizer.log.run == run and visualizer.thread.engine.block_tables() == tables
+    page.click("[data-testid=leave]")
+    caught_up(page, visualizer)
+    assert page.is_visible("[data-testid=nav-chat]")
+
+
 def test_what_is_no_recording_is_told_in_one_message(
     serve: Callable[..., Visualizer], pages: Any, tmp_path: Path
 ) -> None:
@@ -368,7 +398,8 @@ def test_in_a_classroom_viewers_watch_and_the_presenter_controls(serve: Callable
     visualizer = serve(classroom=True)
     viewer = pages.open(visualizer)
     viewer.locator("[data-testid=watching]").wait_for()
-    assert not viewer.is_visible("[data-testid=generate]") and not viewer.is_visible("[data-testid=engine-pause]")
+    for control in ("generate", "engine-pause", "nav-chat"):
+        assert not viewer.is_visible(f"[data-testid={control}]")
     submit(visualizer, FORK)
     finish(visualizer)
     caught_up(viewer, visualizer)

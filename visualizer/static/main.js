@@ -22,6 +22,7 @@ import { SwapSpace } from "./swap.js";
 import { Timeline } from "./timeline.js";
 
 const RETRY = 700; // milliseconds between attempts when the server is gone
+const NO_ENGINE = { ok: false, message: "This is a recording; there is no engine to control." };
 
 // `server` has the functions of app.py, `figures` are the charts', `plotly` their library's address; `more` has the sources
 // that narration links to, the scenarios on offer, the names of recordings, and, where there is no engine, the recording
@@ -49,7 +50,8 @@ class Page {
     this.arrows = new Arrows(root.querySelector("[data-part=scene]"));
     this.timeline = new Timeline(root, this.player);
     this.role = new Role(root, server, more);
-    const send = (command) => this.role.send(command);
+    // An engine may be running behind a recording, but what is shown is not its.
+    const send = async (command) => (this.recording ? NO_ENGINE : this.role.send(command));
     this.controls = new Controls(root, send);
     this.settings = new Settings(root, send);
     this.controls.extras = () => this.settings.sampling();
@@ -134,6 +136,7 @@ class Page {
     this.select(null, "hover");
     this.pinned = null;
     this.gone = 0;
+    if (this.root.dataset.view === "chat") this.chat.show("watch");
     this.showSource();
   }
 
@@ -207,7 +210,7 @@ class Page {
     this.controls.render(this.status);
     this.settings.render(this.status, this.player.head);
     this.guide.render(this.status, this.player);
-    this.chat.render(this.player);
+    if (!this.recording) this.chat.render(this.player); // its requests may have the same names
     this.renderNarration();
     this.renderBanner();
   }
