@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minipaged import LLM, SamplingParams
+from minipaged.errors import InvalidRequest
 from minipaged.execution.attention import attention
 from tests.visualizer.test_page import caught_up, steps, submit
 from visualizer.app import Visualizer, launch
@@ -120,8 +121,15 @@ def test_a_fork_by_click_shares_blocks_and_goes_on(paused: tuple[Visualizer, Any
     assert 5 not in engine.memory.tables and page.is_hidden("[data-testid=abort]")
     open_row(page, 1)
     page.wait_for_selector("[data-testid=sequence-kind]:text-is('running')")
-    page.click("[data-testid=fork]")
-    page.locator("[data-testid=refusal]").filter(has_text="one sequence").wait_for()
+    assert page.is_disabled("[data-testid=fork]") and "one running sequence" in page.get_attribute(
+        "[data-testid=fork]", "title"
+    )
+    with pytest.raises(InvalidRequest, match="one sequence"):
+        visualizer.thread.fork("request-1").result(20)
+    assert page.text_content("[data-testid=abort]") == "Abort all 4"
+    page.click("[data-testid=abort]")
+    page.wait_for_selector("[data-testid=sequence-kind]:text-is('aborted')")
+    assert not set(engine.memory.tables) & {1, 2, 3, 4}
 
 
 def test_a_token_tells_its_odds_and_what_it_looked_at(paused: tuple[Visualizer, Any]) -> None:

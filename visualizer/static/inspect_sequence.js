@@ -4,6 +4,9 @@ import { colour, element, letter, plural, setText } from "./names.js";
 import { badge, facts, heading, renderToken, roving, setAttribute, slotName, slotOf, sync, token } from "./parts.js";
 
 const FAMILY = 24; // members shown
+const FORK = "Let it go on in two ways from here; all blocks are shared until one writes";
+const NO_FORK = "Only a request with one running sequence can be forked";
+const ABORT = "End it now; its blocks come back at once";
 
 export class SequenceView {
   constructor(body, send) {
@@ -12,8 +15,8 @@ export class SequenceView {
     this.title = element("span", "", title);
     this.kind = element("span", "mp-kind", title, { "data-testid": "sequence-kind" });
     this.actions = element("div", "mp-actions", body);
-    this.fork = button(this.actions, "Fork", "Let it go on in two ways from here; all blocks are shared until one writes");
-    this.abort = button(this.actions, "Abort", "End it now; its blocks come back at once");
+    this.fork = button(this.actions, "Fork", FORK);
+    this.abort = button(this.actions, "Abort", ABORT);
     this.fork.addEventListener("click", () => this.ask("fork"));
     this.abort.addEventListener("click", () => this.ask("abort"));
     this.answer = element("p", "mp-refusal", body, { role: "alert", "data-testid": "refusal" });
@@ -37,10 +40,21 @@ export class SequenceView {
     Object.assign(this, { id, request: seq.request_id });
     setText(this.title, `Sequence ${letter(id)}`);
     setText(this.kind, kindOf(state, seq));
-    this.actions.hidden = Boolean(seq.finish_reason);
+    this.renderActions(state, seq);
     this.renderFacts(state, history.lives.get(id) ?? {}, seq);
     this.renderText(state, id, seq);
     this.renderFamily(state, id);
+  }
+
+  // Both act on the whole request.
+  renderActions(state, seq) {
+    const live = (state.requests[seq.request_id] ?? []).filter((id) => !state.seqs[id]?.finish_reason).length;
+    const alone = live < 2;
+    this.actions.hidden = Boolean(seq.finish_reason);
+    this.fork.disabled = !alone;
+    this.fork.title = alone ? FORK : NO_FORK;
+    setText(this.abort, alone ? "Abort" : `Abort all ${live}`);
+    this.abort.title = alone ? ABORT : `End the whole request, all ${live} sequences of it; their blocks come back at once`;
   }
 
   renderFacts(state, life, seq) {
