@@ -75,7 +75,7 @@ class Scenario:
 
     ``settings`` are `EngineConfig`'s; what they leave out is as the page was started. ``watch`` says what to look at,
     ``question`` names the question of `visualizer.questions` that is put before its answer is shown; with ``asks``
-    it is unless the viewer objects.
+    it is unless the viewer objects. ``tab`` is the chart that shows the point.
     """
 
     name: str
@@ -85,6 +85,7 @@ class Scenario:
     settings: Mapping[str, Any] = field(default_factory=dict)
     question: str | None = None
     asks: bool = True
+    tab: str = "memory"
 
 
 # Eight stories for a pool that holds about six of them. The third asks for four samples of one prompt, which
@@ -185,6 +186,7 @@ PREFIX = Scenario(
     ),
     settings=DEMO_SETTINGS | {"num_blocks": 32, "enable_prefix_caching": True},
     question="cached",
+    tab="prefix",
 )
 
 _PRESSURE = (
@@ -275,6 +277,7 @@ BURST = Scenario(
     ),
     settings=DEMO_SETTINGS | {"num_blocks": 48, "max_num_seqs": 4},
     question="admitted",
+    tab="sequences",
 )
 
 FRAGMENTATION = Scenario(
@@ -298,10 +301,12 @@ FRAGMENTATION = Scenario(
     watch=(
         "Eight texts of very different lengths, and nobody knows beforehand which will be long. An allocator that "
         "gives each text one contiguous piece has to reserve the longest possible length, and most of it stays "
-        "empty. Blocks are handed out as the text grows: at most the rest of its last block is unused."
+        "empty. Blocks are handed out as the text grows: at most the rest of its last block is unused; see "
+        "the tab Waste below the pool."
     ),
     settings=DEMO_SETTINGS | {"num_blocks": 64},
     question="fitting",
+    tab="waste",
 )
 
 SCENARIOS: dict[str, Scenario] = {
@@ -312,4 +317,7 @@ SCENARIOS: dict[str, Scenario] = {
 
 def menu() -> list[dict[str, str]]:
     """What the page needs to know of each."""
-    return [{"key": key, "name": scenario.name, "watch": scenario.watch} for key, scenario in SCENARIOS.items()]
+    return [
+        {"key": key, "name": scenario.name, "watch": scenario.watch, "tab": scenario.tab}
+        for key, scenario in SCENARIOS.items()
+    ]

@@ -31,7 +31,7 @@ def llm(model: tuple[LLM, EngineConfig]) -> LLM:
 def test_choosing_a_scenario_plays_it_and_asks(serve: Callable[..., Visualizer], pages: Any) -> None:
     visualizer = serve()
     page = pages.open(visualizer)
-    for key, right in (("samples", True), ("swap", False)):
+    for key, right in (("samples", True), ("prefix", False), ("swap", False)):
         page.select_option("[data-testid=scenario]", key)
         page.locator("[data-testid=lede]").filter(has_text=SCENARIOS[key].watch[:60]).wait_for()
         page.locator("[data-testid=choice]:enabled").first.wait_for()
@@ -40,6 +40,7 @@ def test_choosing_a_scenario_plays_it_and_asks(serve: Callable[..., Visualizer],
         assert page.text_content("[data-testid=quiz-text]") == question.text and page.is_checked("[data-testid=asks]")
         assert page.locator("[data-testid=block]").count() == SCENARIOS[key].settings["num_blocks"]
         assert page.is_hidden("[data-testid=narration]")
+        assert page.get_attribute(f"[data-testid=tab-{SCENARIOS[key].tab}]", "aria-selected") == "true"
         chosen = question.answer if right else (question.answer + 1) % len(question.choices)
         page.keyboard.press(str(chosen + 1))
         page.wait_for_selector(f"[data-testid=quiz][data-verdict={'right' if right else 'wrong'}]")

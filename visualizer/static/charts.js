@@ -107,6 +107,7 @@ export class Charts {
   }
 
   show(name) {
+    if (!this.tabs) return; // no charts here
     this.shown = name;
     for (const [other, tab] of Object.entries(this.tabs)) {
       tab.setAttribute("aria-selected", String(other === name));

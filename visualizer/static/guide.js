@@ -6,9 +6,11 @@ import { element, setText } from "./names.js";
 const SHOWN = 16000; // milliseconds a verdict stays
 
 export class Guide {
-  constructor(root, send, scenarios) {
+  // `show(tab)` brings the chart up that a scenario is about.
+  constructor(root, send, scenarios, show) {
     this.root = root;
     this.send = send;
+    this.show = show;
     this.scenarios = new Map(scenarios.map((scenario) => [scenario.key, scenario]));
     const part = (name) => root.querySelector(`[data-part=${name}]`);
     this.lede = part("lede");
@@ -37,6 +39,8 @@ export class Guide {
     if (!status) return;
     const scenario = this.scenarios.get(status.scenario);
     if (this.shownScenario !== status.scenario) {
+      const first = this.shownScenario === undefined;
+      if (scenario && !(first && scenario.tab === "memory")) this.show(scenario.tab);
       this.shownScenario = status.scenario;
       this.menu.value = scenario ? scenario.key : "";
       this.lede.innerHTML = scenario ? "" : this.general;

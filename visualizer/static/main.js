@@ -55,7 +55,8 @@ class Page {
     this.controls = new Controls(root, send);
     this.settings = new Settings(root, send);
     this.controls.extras = () => this.settings.sampling();
-    this.guide = new Guide(root, (command) => this.controls.ask(command), more.scenarios ?? []);
+    this.guide = new Guide(root, (command) => this.controls.ask(command), more.scenarios ?? [],
+      (tab) => this.charts.show(tab));
     this.chat = new Chat(root, send, () => this.controls.sampling());
     this.inspector = new Inspector(root, this.pool, select, send, () => (this.player.changed = true));
     this.playback = new Playback(root, this.player);
