@@ -99,6 +99,8 @@ def test_a_fork_by_click_shares_blocks_and_goes_on(paused: tuple[Visualizer, Any
     visualizer, page = paused
     engine = visualizer.thread.engine
     open_row(page, 0)
+    kinds = page.eval_on_selector_all("[data-testid=budget] i", "parts => parts.map(part => part.dataset.kind)")
+    assert kinds == ["decode"] * 5 and "5 decode + 0 prefill of 64 tokens" in page.text_content(".mp-budget")
     page.click("[data-testid=fork]")
     page.wait_for_selector("[data-testid=sequence][data-seq='5']")
     assert engine.memory.tables[5] == engine.memory.tables[0]

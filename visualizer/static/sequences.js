@@ -146,14 +146,17 @@ export class Sequences {
   // How this step spends its tokens: decodes take one each, prompts what is left.
   renderBudget(state) {
     const limit = state.config.max_num_batched_tokens ?? 1;
-    const spent = state.scheduled.reduce((sum, [, , count]) => sum + count, 0);
-    setText(this.budgetText, `${spent} of ${limit} tokens`);
+    const kinds = state.scheduled.map(([id, start, count]) => workOf(state.seqs[id], start, count));
+    const spent = { decode: 0, prefill: 0 };
+    state.scheduled.forEach(([, , count], index) => (spent[kinds[index]] += count));
+    setText(this.budgetText, `${spent.decode} decode + ${spent.prefill} prefill of ${limit} tokens`);
     while (this.budget.children.length > state.scheduled.length) this.budget.lastChild.remove();
     state.scheduled.forEach(([id, , count], index) => {
       const part = this.budget.children[index] ?? element("i", "", this.budget);
       part.style.width = `${(100 * count) / limit}%`;
-      part.style.background = colour(id);
-      part.title = `${letter(id)}: ${plural(count, "token")}`;
+      part.style.backgroundColor = colour(id);
+      part.dataset.kind = kinds[index];
+      part.title = `${letter(id)}: ${plural(count, "token")} (${kinds[index]})`;
     });
   }
 
@@ -165,6 +168,9 @@ export class Sequences {
     return this.rows.get(id)?.chips.map((chip) => chip.node) ?? [];
   }
 }
+
+// A decode computes the one token that was sampled last; everything else reads what is known already.
+const workOf = (seq, start, count) => (count === 1 && start >= (seq?.num_prompt ?? 0) ? "decode" : "prefill");
 
 function buildChip(table, logical) {
   const node = element("span", "mp-chip", table, { "data-testid": "chip" });
