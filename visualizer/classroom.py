@@ -7,11 +7,12 @@ import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+READING = ("attention",)  # commands that change nothing: anybody may
 REFUSED = "Only the presenter controls this engine; you can freeze, rewind and step what you see."
 
 
 class Guard:
-    """Lets commands through: all of them, or in a classroom those that carry the presenter's token."""
+    """Lets commands through: all of them, or in a classroom those that carry the presenter's token or only read."""
 
     def __init__(self, commands: Callable[[Any], Awaitable[dict[str, Any]]], classroom: bool) -> None:
         self._commands = commands
@@ -30,6 +31,6 @@ class Guard:
         presenter = self.knows(payload)
         if isinstance(payload, dict) and payload.get("do") == "role":
             return {"ok": True, "result": "presenter" if presenter else "viewer"}
-        if not presenter:
+        if not presenter and not (isinstance(payload, dict) and payload.get("do") in READING):
             return {"ok": False, "message": REFUSED}
         return await self._commands(payload)

@@ -389,8 +389,9 @@ def test_the_guard_wants_the_token_with_every_command() -> None:
         for wrong in (None, "", guard.token[:-1], guard.token + " ", [guard.token], 3, "é\ud800", "x" * 10**6):
             assert not ask(guard, {"do": do, "token": wrong})
         assert not ask(guard, {"do": do})
-    for payload in (None, [], "reset", 3):
+    for payload in (None, [], "reset", 3, {"do": ["attention"]}, {"do": {}}):
         assert not ask(guard, payload)
+    assert ask(guard, {"do": "attention", "seq_id": 0, "position": 0}), "which only reads"
     assert ask(Guard(obey, classroom=False), {"do": "pause"}), "elsewhere nobody needs one"
 
 
