@@ -191,7 +191,9 @@ def launch(
     except OSError:
         visualizer.close()
         raise _port_in_use(port) from None
-    visualizer.url = f"http://{host}:{port}"
+    visualizer.url = f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}"
+    if visualizer.thread and host not in LOOPBACK and not classroom:
+        print("anybody who can reach this machine can control the engine; --classroom keeps that to you", flush=True)
     print(f"minipaged visualizer: {visualizer.url}", flush=True)
     if visualizer.presenter:
         print(f"for the presenter only: {visualizer.url}/?presenter={visualizer.presenter}", flush=True)
