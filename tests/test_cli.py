@@ -385,10 +385,6 @@ def test_doctor_fails_when_the_engine_cannot_run(monkeypatch, run):
 
 
 def test_the_embedded_model_answers():
-    from minipaged.tiny import WEIGHTS
-
-    if not (WEIGHTS / "config.json").exists():
-        pytest.skip("the embedded model has not been trained yet")
     process = start("chat", "--seed", "1", "--max-tokens", "20")
     out, errors = process.communicate(b"Hello\n/exit\n")
     assert process.returncode == 0, errors.decode()

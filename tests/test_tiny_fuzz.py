@@ -131,7 +131,6 @@ def test_random_traces_give_the_tokens_of_transformers(checkpoint):
     assert not [name for name in rare if totals[name] < 20], totals
 
 
-@pytest.mark.skipif(not (WEIGHTS / "model.safetensors").is_file(), reason="the embedded model is not trained yet")
 def test_random_traces_give_the_tokens_of_transformers_on_the_embedded_model():
     totals = fuzz(str(WEIGHTS), range(1000, 1030))
     assert totals["preempted"] and totals["copied"] and totals["evicted"], totals

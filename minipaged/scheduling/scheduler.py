@@ -8,7 +8,6 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable
 from itertools import count
 
 from minipaged.errors import InvariantViolation
@@ -35,13 +34,12 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         events: EventLog | None = None,
-        seq_ids: Callable[[], int] | None = None,
     ) -> None:
         self.memory = memory
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.events = EventLog() if events is None else events
-        self.next_seq_id = seq_ids or count().__next__  # beams are born here
+        self.next_seq_id = count().__next__  # here, because beams are born here
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.swapped: list[Request] = []
