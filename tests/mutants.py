@@ -44,7 +44,7 @@ Check = Callable[[], object]
 
 def fuzz() -> None:
     """A few hundred of the fuzz's traces. A right engine needs 200 steps at most for one."""
-    for seed in range(300):
+    for seed in range(500):
         Trace(seed).run(max_steps=500)
 
 
