@@ -16,7 +16,7 @@ from textwrap import dedent
 from types import ModuleType
 
 from hypothesis import Phase, settings
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from minipaged.engine import Engine
 from minipaged.events import EventLog
@@ -50,14 +50,22 @@ def fuzz() -> None:
 
 def machine() -> None:
     """A part of the state machine's examples, not simplified when they fail."""
-    few = settings(FIXED, max_examples=80, phases=[Phase.generate], report_multiple_bugs=False, print_blob=False)
-    run_state_machine_as_test(MemoryMachine, settings=few)
+    some_examples(MemoryMachine, 80)
 
 
 def chunks() -> None:
     """The same of the buddy allocator's."""
-    few = settings(FIXED, max_examples=40, phases=[Phase.generate], report_multiple_bugs=False, print_blob=False)
-    run_state_machine_as_test(BuddyMachine, settings=few)
+    some_examples(BuddyMachine, 40)
+
+
+def contiguous_machine() -> None:
+    """And of the contiguous managers' on top of it."""
+    some_examples(contiguous.ContiguousMachine, 80)
+
+
+def some_examples(machine: type[RuleBasedStateMachine], number: int) -> None:
+    few = settings(FIXED, max_examples=number, phases=[Phase.generate], report_multiple_bugs=False, print_blob=False)
+    run_state_machine_as_test(machine, settings=few)
 
 
 @dataclass(frozen=True)
@@ -411,7 +419,7 @@ MUTANTS = [
         "reserve",
         "copies = self._move(seq_id)",
         "self._move(seq_id)",
-        (fuzz, partial(contiguous.test_beams_are_the_same_and_copy_more, "orca-max")),
+        (fuzz, contiguous_machine, partial(contiguous.test_beams_are_the_same_and_copy_more, "orca-max")),
     ),
     Mutant(
         "a fork writes into the chunk of its parent",
@@ -419,7 +427,7 @@ MUTANTS = [
         "reserve",
         "self._chunks[seq_id].owner not in (None, seq_id)",
         "False",
-        (fuzz, contiguous.test_an_owner_writes_in_place_behind_what_others_read),
+        (fuzz, contiguous_machine, contiguous.test_an_owner_writes_in_place_behind_what_others_read),
     ),
     Mutant(
         "a request is admitted with a chunk for the first of its sequences only",
@@ -427,7 +435,7 @@ MUTANTS = [
         "fits",
         ">= len(demand.lengths)",
         ">= 1",
-        (fuzz,),
+        (fuzz, contiguous_machine),
     ),
     Mutant(
         "samples that have ended keep their chunks from others",
@@ -443,7 +451,7 @@ MUTANTS = [
         "prepare_fork",
         "self._grow(group)",
         "pass",
-        (partial(contiguous.test_a_fork_by_hand_takes_a_chunk_or_is_refused, "orca-max"),),
+        (contiguous_machine, partial(contiguous.test_a_fork_by_hand_takes_a_chunk_or_is_refused, "orca-max")),
     ),
     Mutant(
         "a static batch takes in whoever comes",
