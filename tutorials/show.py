@@ -1,0 +1,68 @@
+"""What the tutorials show beside text: the engine's own lines, and simple drawings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import minipaged
+
+ROOT = Path(minipaged.__file__).resolve().parent.parent
+# Light enough for dark text, and told apart by people who see colours differently (after Paul Tol's light scheme).
+BLUE, SKY, GREEN, LIME, YELLOW, ORANGE, PINK = (
+    "#77aadd", "#bfe6ff", "#44bb99", "#bbcc33", "#eedd88", "#ee8866", "#ffaabb"
+)  # fmt: skip
+COLOURS = (BLUE, ORANGE, GREEN, YELLOW, PINK, LIME, "#cc99ff", "#bbbbbb")
+EMPTY = "#eeeeee"
+
+
+class source:
+    """A function or class of the engine, as it stands in its file today."""
+
+    def __init__(self, thing: Any) -> None:
+        self.text = dedent(inspect.getsource(thing)).rstrip()
+        self.file = Path(inspect.getsourcefile(thing) or "").resolve().relative_to(ROOT).as_posix()
+        self.name = thing.__qualname__
+
+    def _repr_markdown_(self) -> str:
+        return f"`{self.name}` in [`{self.file}`](../{self.file}):\n\n```python\n{self.text}\n```"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An SVG drawing; ``alt`` says in words what it shows."""
+
+    svg: str
+    alt: str
+
+    def _repr_svg_(self) -> str:
+        return self.svg
+
+
+def box(x: float, y: float, width: float, height: float, colour: str, text: str = "") -> str:
+    """A filled rectangle with a text in its middle."""
+    rect = f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" fill="{colour}" stroke="#ffffff"/>'
+    return rect + (label(x + width / 2, y + height / 2 + 4, text, "middle") if text else "")
+
+
+def label(x: float, y: float, text: str, anchor: str = "start") -> str:
+    """Text; ``anchor``: whether it starts, ends or has its middle at x."""
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def drawing(width: float, height: float, shapes: Iterable[str], alt: str) -> Picture:
+    """Puts shapes on a white sheet, so that it can be read on a dark page too."""
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
+        f'height="{height:g}" font-family="sans-serif" font-size="12" fill="#222222">',
+        f"<title>{escape(alt)}</title>",
+        f'<rect width="{width:g}" height="{height:g}" fill="#ffffff"/>',
+        *shapes,
+        "</svg>",
+    ]
+    return Picture("\n".join(lines), alt)
