@@ -45,7 +45,7 @@ print("a text of 10 tokens:", tuple(k.shape), "→", tuple(truth.shape))
 # ## Into the pool
 #
 # The pool is one tensor for all keys of a layer, and one for all values: `[blocks, slots of a block, KH, D]`. Token i
-# of a text goes to slot `table[i // SIZE] * SIZE + i % SIZE`, as in tutorial 3. Our text has the table `[5, 0, 3]`.
+# of a text goes to slot `table[i // SIZE] * SIZE + i % SIZE`, as in tutorial 3.
 
 # %%
 SIZE, NUM_BLOCKS = 4, 6
@@ -63,10 +63,21 @@ def store(k, v, slots):
     v_cache.flatten(0, 1)[slots] = v
 
 
+# %% [markdown]
+# **Predict.** Our text has 10 tokens and the table `[5, 0, 3]`, with 4 slots a block. In which slot is token 0? Token 9?
+# How many slots of its blocks hold nothing?
+#
+# <details><summary>Then look</summary>
+
+# %%
 store(k, v, slots_of(table, 10))
 print("slots:", slots_of(table, 10).tolist())
 
 # %% [markdown]
+# 20 = 5 · 4 and 13 = 3 · 4 + 1. The last block has two slots left, 14 and 15. They are *dead*: nothing of this text is
+# there. They will be important.
+# </details>
+#
 # ## One text
 #
 # Indexing a tensor with a list of blocks gathers them in that order. Then cut off what is behind the text's end.

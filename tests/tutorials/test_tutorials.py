@@ -91,7 +91,7 @@ def test_ends_with_three_exercises_and_their_answers(page):
     assert re.findall(r"^\*\*(\d)\. ", exercises, re.MULTILINE) == ["1", "2", "3"]
     for exercise in re.split(r"(?m)^\*\*\d\. ", exercises)[1:]:
         question, fold, answer = exercise.partition("<details><summary>Answer</summary>\n\n")
-        assert fold and "?" in question
+        assert fold and len(question) > 100
         assert "```text" in answer, "what the answer's code printed"
 
 
