@@ -337,7 +337,7 @@ for manager in ("orca-max", "orca-pow2", "orca-oracle"):
 from minipaged import LLM, SamplingParams
 from minipaged.events import Recorder
 
-llm = LLM("tiny", num_blocks=64, max_num_seqs=12, max_num_batched_tokens=64)
+llm = LLM("tiny", device="cpu", num_blocks=64, max_num_seqs=12, max_num_batched_tokens=64)
 recorder = Recorder()
 recorder(llm.engine.started_event())
 llm.engine.events.subscribe(recorder)

@@ -232,7 +232,7 @@ source(Sequence)
 from minipaged import LLM, SamplingParams
 from minipaged.events import Scheduled
 
-llm = LLM("tiny", num_blocks=64, enable_prefix_caching=False)
+llm = LLM("tiny", device="cpu", num_blocks=64, enable_prefix_caching=False)
 scheduled = []
 llm.engine.events.subscribe(lambda event: scheduled.append(event) if isinstance(event, Scheduled) else None)
 

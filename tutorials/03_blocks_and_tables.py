@@ -160,6 +160,26 @@ print("free now, in this order:", list(tables.pool.free_blocks))
 # of C is `[5, 4, 1]`. There is nothing orderly about it, and it does not matter.
 # </details>
 #
+# On the left, what C sees: three logical blocks in order. On the right, where they are. The lines are its block table.
+
+# %%
+from show import BLUE, EMPTY, ORANGE, box, drawing, label, line
+
+shapes = [label(10, 20, "logical blocks of C"), label(400, 20, "physical blocks")]
+colours = {"B": ORANGE, "C": BLUE}
+owners = {block: name for name, table in tables.tables.items() for block in table}
+for block in range(NUM_BLOCKS):
+    words = slots[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE]
+    shapes.append(label(392, 48 + 30 * block, str(block), "end"))
+    shapes.append(box(400, 30 + 30 * block, 240, 26, colours.get(owners.get(block), EMPTY), "   ".join(words)))
+for logical, block in enumerate(tables.tables["C"]):
+    words = [slots[tables.slot("C", i)] for i in range(logical * 4, min(logical * 4 + 4, lengths["C"]))]
+    shapes.append(box(30, 60 + 30 * logical, 200, 26, BLUE, "   ".join(words)))
+    shapes.append(label(22, 78 + 30 * logical, str(logical), "end"))
+    shapes.append(line(230, 73 + 30 * logical, 380, 43 + 30 * block))
+drawing(650, 220, shapes, "C's logical blocks 0, 1, 2 lie in the physical blocks 5, 4, 1; B has 2 and 3; 0 is free")
+
+# %% [markdown]
 # Reading goes through the table, and comes out in order:
 
 

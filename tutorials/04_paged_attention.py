@@ -64,8 +64,8 @@ def store(k, v, slots):
 
 
 # %% [markdown]
-# **Predict.** Our text has 10 tokens and the table `[5, 0, 3]`, with 4 slots a block. In which slot is token 0? Token 9?
-# How many slots of its blocks hold nothing?
+# **Predict.** Our text has 10 tokens and the table `[5, 0, 3]`, with 4 slots a block. In which slot is token 0? Token
+# 9? How many slots of its blocks hold nothing?
 #
 # <details><summary>Then look</summary>
 

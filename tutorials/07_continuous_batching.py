@@ -4,7 +4,7 @@
 # **Question.** Eight people ask a model at the same time. One wants a word, another a story. Who has to wait for whom?
 #
 # You will schedule the same requests in the old way and the new one and draw both. Then you will deal with a very long
-# prompt among short ones, write a scheduler of 20 lines that does all of it with one counter, and find it in minipaged.
+# prompt among short ones, write a scheduler of 30 lines that does all of it with one counter, and find it in minipaged.
 #
 # *45 minutes. You need Python, and from [tutorial 2](02_kv_cache.md) the words prefill and decode. "The paper" is
 # [PagedAttention](https://arxiv.org/abs/2309.06180) (Kwon et al., SOSP 2023); continuous batching itself is from Orca
@@ -59,7 +59,7 @@ def summary(plan):
 def gantt(plan, alt):
     """A row for each seat, time from left to right."""
     steps, seats = max(end for *_, end in plan), 1 + max(seat for seat, *_ in plan)
-    width = min(20, 640 / steps)
+    width = min(18, 640 / steps)  # pixels of a step
     shapes = [box(60, 10 + 30 * seat, steps * width, 26, EMPTY) for seat in range(seats)]
     shapes += [label(52, 28 + 30 * seat, f"seat {seat}", "end") for seat in range(seats)]
     for seat, name, start, end in plan:
@@ -262,7 +262,7 @@ params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
 
 
 def run(num_blocks):
-    llm = LLM("tiny", num_blocks=num_blocks, enable_prefix_caching=False, max_num_batched_tokens=64)
+    llm = LLM("tiny", device="cpu", num_blocks=num_blocks, enable_prefix_caching=False, max_num_batched_tokens=64)
     events = []
     llm.engine.events.subscribe(events.append)
     return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)], events
@@ -302,7 +302,7 @@ source(engine_scheduler.Scheduler.schedule)
 # Here is your Gantt chart once more, drawn from what the real engine tells. Four seats, and eight requests at once:
 
 # %%
-llm = LLM("tiny", max_num_seqs=4, num_blocks=64)
+llm = LLM("tiny", device="cpu", max_num_seqs=4, num_blocks=64)
 events = []
 llm.engine.events.subscribe(events.append)
 lengths = [24, 60, 12, 36, 48, 18, 30, 8]

@@ -267,7 +267,7 @@ from minipaged import LLM, SamplingParams
 from minipaged.events import Recorder, State
 from minipaged.metrics import usage
 
-llm = LLM("tiny", num_blocks=64, enable_prefix_caching=False)
+llm = LLM("tiny", device="cpu", num_blocks=64, enable_prefix_caching=False)
 long_prompt = [100 + i for i in range(40)]  # token ids; their meaning does not matter here
 
 

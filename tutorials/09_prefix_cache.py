@@ -344,7 +344,7 @@ questions = [[200, 201, 202], [300, 301, 302, 303], [200, 201, 202]]
 
 
 def ask(**settings):
-    llm = LLM("tiny", num_blocks=32, **settings)
+    llm = LLM("tiny", device="cpu", num_blocks=32, **settings)
     events, outputs = [], []
     llm.engine.events.subscribe(events.append)
     for question in questions:

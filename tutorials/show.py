@@ -21,16 +21,21 @@ COLOURS = (BLUE, ORANGE, GREEN, YELLOW, PINK, LIME, "#cc99ff", "#bbbbbb")
 EMPTY = "#eeeeee"
 
 
-class source:
-    """A function or class of the engine, as it stands in its file today."""
+@dataclass(frozen=True)
+class Markdown:
+    """Text to be shown as a text cell is."""
 
-    def __init__(self, thing: Any) -> None:
-        self.text = dedent(inspect.getsource(thing)).rstrip()
-        self.file = Path(inspect.getsourcefile(thing) or "").resolve().relative_to(ROOT).as_posix()
-        self.name = thing.__qualname__
+    text: str
 
     def _repr_markdown_(self) -> str:
-        return f"`{self.name}` in [`{self.file}`](../{self.file}):\n\n```python\n{self.text}\n```"
+        return self.text
+
+
+def source(thing: Any) -> Markdown:
+    """A function or class of the engine, as it stands in its file today."""
+    lines = dedent(inspect.getsource(thing)).rstrip()
+    file = Path(inspect.getsourcefile(thing) or "").resolve().relative_to(ROOT).as_posix()
+    return Markdown(f"`{thing.__qualname__}` in [`{file}`](../{file}):\n\n```python\n{lines}\n```")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ def box(x: float, y: float, width: float, height: float, colour: str, text: str 
 def label(x: float, y: float, text: str, anchor: str = "start") -> str:
     """Text; ``anchor``: whether it starts, ends or has its middle at x."""
     return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def line(x1: float, y1: float, x2: float, y2: float, colour: str = "#666666") -> str:
+    return f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{colour}" stroke-width="2"/>'
 
 
 def drawing(width: float, height: float, shapes: Iterable[str], alt: str) -> Picture:
