@@ -275,8 +275,8 @@ print("preempted:", preempted)
 print("same tokens as with 64 blocks:", tight == roomy)
 
 # %% [markdown]
-# Same tokens, later. Preemption is invisible except for time. (The other way, swapping blocks to the CPU's memory and
-# back, keeps the KV; the paper compares both in §7.3.)
+# `llm-3` is the fourth of the four: the latest arrival. Same tokens, later: preemption is invisible except for time.
+# (The other way, swapping blocks to the CPU's memory and back, keeps the KV; the paper compares both in §7.3.)
 #
 # ## In the engine
 #

@@ -319,7 +319,7 @@ print(f"sharing saved {100 * (1 - used / entries):.0f} % of the blocks, on avera
 #
 # - **One prompt, four samples**: the stripes and the ×4 are shared blocks; the page asks you how many will be copied,
 #   and shows the copies fly.
-# - **Beam search**: forks and frees in every step, and the tree of who descends from whom.
+# - **Beam search**: forks and frees in every step. Click a text to see who descends from whom.
 #
 # Source lines: `BlockTables.fork`, `reserve` and `blocks_needed` in
 # [`minipaged/memory/table.py`](../minipaged/memory/table.py), `BlockPool.share` in
