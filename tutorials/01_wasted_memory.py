@@ -4,7 +4,7 @@
 # **Question.** A GPU has room for the KV cache of 15,728 tokens. A conversation is 500 tokens long on average. So about
 # 31 conversations should fit at once. The systems of 2022 ran **7**. Where did the rest go?
 #
-# You will write the allocator that they used, in 30 lines, fill it with conversations, and give every lost slot a name.
+# You will write an allocator like theirs, in 30 lines, fill it with conversations, and give every lost slot a name.
 # Then you will see the same accounting in minipaged.
 #
 # *35 minutes. You need Python, and nothing else: no GPU, no knowledge of attention. "The paper" is
