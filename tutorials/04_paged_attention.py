@@ -122,6 +122,22 @@ both = torch.stack((truth, dense_attention(q2, k2, v2)))
 print("equal to the truth:", torch.allclose(paged_attention_masked(queries, tables, lengths), both, atol=1e-6))
 
 # %% [markdown]
+# This is what was gathered: a row for each text, with the numbers of the slots in the pool. Grey ones are masked. Note
+# the last eight of text 1: they are its padding, and were gathered from block 0, which belongs to text 0.
+
+# %%
+from show import BLUE, EMPTY, ORANGE, box, drawing, label
+
+shapes = []
+for row, (blocks, length, colour) in enumerate(zip(tables.tolist(), lengths.tolist(), (BLUE, ORANGE), strict=True)):
+    shapes.append(label(10, 37 + 36 * row, f"text {row}"))
+    for i in range(len(blocks) * SIZE):
+        x = 60 + 48 * i + 8 * (i // SIZE)  # a gap between blocks
+        slot = blocks[i // SIZE] * SIZE + i % SIZE
+        shapes.append(box(x, 20 + 36 * row, 46, 26, colour if i < length else EMPTY, str(slot)))
+drawing(670, 90, shapes, "Text 0: slots 20 to 23, 0 to 3, 12 and 13, 2 masked. Text 1: 8, 9, 10, 9 masked")
+
+# %% [markdown]
 # ## The trap
 #
 # The pool was full of zeros at the start. That was too kind. In [tutorial 3](03_blocks_and_tables.md) you saw that
