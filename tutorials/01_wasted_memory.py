@@ -327,7 +327,7 @@ source(waste.held)
 # %%
 moment = waste.Moment(seq_id=0, num_prompt=161, num_computed=161 + 100, final=161 + 338)
 for manager in ("orca-max", "orca-pow2", "orca-oracle"):
-    print(f"{manager:12}", waste.held(manager, moment, max_model_len=2048, page_tokens=16))
+    print(f"{manager:12}", waste.held(manager, moment, LONGEST, 16))
 
 # %% [markdown]
 # And here are eight texts of very different lengths on the real engine, with the real (tiny) model: a pool of 64 blocks
