@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PREEMPTIONS = ("recompute", "swap")
+MANAGERS = ("paged",)
+BATCHINGS = ("continuous", "static")
+CHOICES = {
+    "device": DEVICES,
+    "dtype": DTYPES,
+    "preemption": PREEMPTIONS,
+    "memory": MANAGERS,
+    "batching": BATCHINGS,
+}
 
 
 def _whole(value: Any, name: str, least: int, error: type[ValueError]) -> None:
@@ -43,7 +52,11 @@ class EngineConfig:
         max_num_seqs: sequences that may be in the running batch at once. A request with ``n`` samples counts ``n``.
         max_num_batched_tokens: tokens computed in one step, decodes and prefill chunks together.
         max_model_len: tokens a sequence may reach, prompt included. ``None``: what the model was made for.
+        memory: who decides which slots a sequence gets: ``"paged"`` hands out blocks as tokens come (the paper's idea).
+        batching: ``"continuous"`` admits requests whenever there is room, ``"static"`` only when all that ran together
+            have ended (FasterTransformer's way, paper §6.1).
         enable_prefix_caching: keep full blocks of finished requests and share them with prompts that start alike.
+            ``None``: where the memory manager can.
         eviction_policy: a class, or anything that makes an `EvictionPolicy` when called: which cached block is given up
             first. ``None``: the least recently used.
         preemption: what a request loses when blocks run out: ``"recompute"`` drops its KV and computes it again later,
@@ -60,7 +73,9 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024
     max_model_len: int | None = None
-    enable_prefix_caching: bool = True
+    memory: str = "paged"
+    batching: str = "continuous"
+    enable_prefix_caching: bool | None = None
     eviction_policy: Callable[[], EvictionPolicy] | None = None
     preemption: str = "recompute"
     swap_blocks: int | None = None
@@ -69,7 +84,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise InvalidConfig(f"model must be 'tiny', a directory or a hub id, not {self.model!r}")
-        for name, allowed in (("device", DEVICES), ("dtype", DTYPES), ("preemption", PREEMPTIONS)):
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InvalidConfig(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -78,9 +93,9 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _whole(getattr(self, name), name, least, InvalidConfig)
         _whole(self.seed, "seed", 0, InvalidConfig)
-        if not isinstance(self.enable_prefix_caching, bool):
+        if self.enable_prefix_caching is not None and not isinstance(self.enable_prefix_caching, bool):
             raise InvalidConfig(f"enable_prefix_caching must be True or False, not {self.enable_prefix_caching!r}")
-        if self.eviction_policy is not None and not (self.enable_prefix_caching and callable(self.eviction_policy)):
+        if self.eviction_policy is not None and not (self.caches_prefixes and callable(self.eviction_policy)):
             raise InvalidConfig("eviction_policy must make a policy when called, and needs enable_prefix_caching=True")
         if self.swap_blocks is not None and self.preemption != "swap":
             raise InvalidConfig('swap_blocks has no effect without preemption="swap"; set both or neither')
@@ -90,6 +105,11 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}), so that each running sequence can have its token in every step"
             )
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """`enable_prefix_caching`, decided."""
+        return self.enable_prefix_caching is not False
 
     def swap_space(self, num_blocks: int) -> int:
         """CPU blocks to swap to, for a pool of ``num_blocks``."""

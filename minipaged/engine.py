@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.errors import InvalidRequest, StepFailed
 from minipaged.events import EngineError, EngineStarted, EventLog, RequestAdded, StepFinished, StepStarted
-from minipaged.memory.table import BlockTables
+from minipaged.memory.managers import MemoryManager, make_manager
+from minipaged.memory.table import Demand
 from minipaged.outputs import RequestOutput
 from minipaged.request import Request, Sequence, Status
 from minipaged.scheduling.beam import BeamSearch
@@ -55,18 +56,12 @@ class Engine:
         self.runner, self.sampler, self.tokenizer = runner, sampler, tokenizer
         self.vocab_size, self.bytes_per_block, self.eos_token_ids = vocab_size, bytes_per_block, eos_token_ids
         self.events = EventLog()
-        self.memory = BlockTables(
-            self.num_blocks,
-            config.block_size,
-            self.events,
-            enable_prefix_caching=config.enable_prefix_caching,
-            policy=config.eviction_policy() if config.eviction_policy else None,
-            swap_blocks=self.swap_blocks,
-        )
+        self.memory: MemoryManager = make_manager(config, self.events)
         self.scheduler = Scheduler(
             self.memory,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            static_batching=config.batching == "static",
             events=self.events,
         )
         self._requests: dict[str, Request] = {}
@@ -136,8 +131,8 @@ class Engine:
 
         All blocks are shared until one of the two writes (paper §4.4, ``fork``). The copy inherits the output so far
         and draws its own random numbers. Raises `InvalidRequest` for a request that is not running with exactly one
-        sequence past its prompt, or when ``max_num_seqs`` are running already. Whoever forks steps the engine too: an
-        `LLM` knows nothing of the copy.
+        sequence past its prompt, when ``max_num_seqs`` are running already, or when memory must be set aside for the
+        copy and there is too little. Whoever forks steps the engine too: an `LLM` knows nothing of the copy.
         """
         self._must_rest()
         parent = self._requests.get(request_id)
@@ -151,6 +146,8 @@ class Engine:
         if new_id is None:
             new_id = f"{request_id}/fork-{next(self._forks)}"  # never twice, so that no two copies draw alike
         self._check_id(new_id)
+        if not self.memory.prepare_fork(seq.seq_id):
+            raise InvalidRequest(f"there is no room for a copy of {request_id!r}; fork again when others have ended")
         params = replace(parent.params, n=1)
         seed = params.seed if params.seed is not None else self._random.getrandbits(64)
         child = seq.copy(self.scheduler.next_seq_id(), Random(f"{seed}/{new_id}"))
@@ -193,10 +190,12 @@ class Engine:
             config.max_num_seqs,
             config.max_num_batched_tokens,
             self.max_model_len,
-            config.enable_prefix_caching,
+            config.caches_prefixes,
             config.preemption,
             self.swap_blocks,
             self.bytes_per_block,
+            config.memory,
+            config.batching,
         )
 
     def check(self) -> None:
@@ -229,7 +228,10 @@ class Engine:
         for token in [*params.logit_bias, *params.stop_token_ids]:
             if token >= self.vocab_size:
                 raise InvalidRequest(f"token id {token} of logit_bias or stop_token_ids is not in the vocabulary")
-        self._check_room(len(tokens), width)
+        demand = Demand([len(tokens)] * width, len(tokens), len(tokens), self._max_output(len(tokens), params))
+        refusal = self.memory.refusal(demand)
+        if refusal is not None:
+            raise InvalidRequest(refusal)
         return [int(token) for token in tokens]
 
     def _check_id(self, request_id: str) -> None:
@@ -247,14 +249,13 @@ class Engine:
         self, request_id: str, tokens: list[int], params: SamplingParams, seqs: list[Sequence], prompt: str | None
     ) -> Request:
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        room = self.max_model_len - len(tokens)
         return Request(
             request_id,
             tokens,
             params,
             seqs,
             stop_ids,
-            max_output=min(params.max_tokens or room, room),
+            max_output=self._max_output(len(tokens), params),
             arrival=next(self._arrivals),
             prompt=prompt,
             beams=BeamSearch(params, stop_ids) if params.beam_width else None,
@@ -268,14 +269,9 @@ class Engine:
         # A string seeds Random by its SHA-512, so that neighbouring seeds and branches have nothing in common.
         return [Random(f"{seed}/{branch}") for branch in range(1 if params.beam_width else params.n)]
 
-    def _check_room(self, num_prompt: int, width: int) -> None:
-        shared = num_prompt // self.config.block_size
-        needed = shared + width * (self.memory.blocks_for(num_prompt + 1) - shared)
-        if needed > self.num_blocks:
-            raise InvalidRequest(
-                f"the prompt needs {needed} KV blocks of {self.config.block_size} tokens with the next token of its "
-                f"{width} sequence(s), but the pool has {self.num_blocks}; shorten it or raise num_blocks"
-            )
+    def _max_output(self, num_prompt: int, params: SamplingParams) -> int:
+        room = self.max_model_len - num_prompt
+        return min(params.max_tokens or room, room)
 
     def _pieces(self, tokens: list[int]) -> list[str]:
         """The text of each token, for those who watch."""

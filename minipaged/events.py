@@ -45,6 +45,8 @@ class EngineStarted(Event):
     preemption: str
     swap_blocks: int
     bytes_per_block: int
+    memory: str = "paged"  # recordings from before there were others do not say
+    batching: str = "continuous"
 
 
 @dataclass(frozen=True, slots=True)

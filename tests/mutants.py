@@ -214,7 +214,7 @@ MUTANTS = [
     # --- admission and preemption ---
     Mutant(
         "admission forgets the next token",
-        Scheduler,
+        BlockTables,
         "blocks_to_hold",
         "length + 1",
         "length",

@@ -7,13 +7,18 @@ one block at a time, only when the last block is full; so a sequence wastes less
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from minipaged.errors import BlockError, InvariantViolation
 from minipaged.events import Allocated, Copied, Event, EventLog, Freed, Shared, SwappedIn, SwappedOut
 from minipaged.memory.pool import BlockPool
 from minipaged.memory.prefix_cache import EMPTY_PREFIX, EvictionPolicy, PrefixCache
+from minipaged.memory.waste import Held, Moment
+
+if TYPE_CHECKING:
+    from minipaged.scheduling.plan import StepPlan
 
 
 class Copy(NamedTuple):
@@ -38,8 +43,20 @@ class Hit(NamedTuple):
     block: int
 
 
+class Demand(NamedTuple):
+    """What a request asks of memory: the known tokens of each sequence it may have running, how many of these all of
+    them share, and how many tokens each may generate after its prompt."""
+
+    lengths: list[int]
+    common: int
+    num_prompt: int
+    max_output: int
+
+
 class BlockTables:
     """The paged memory manager: all block tables over one pool."""
+
+    reserves_ahead = False
 
     def __init__(
         self,
@@ -63,6 +80,26 @@ class BlockTables:
         """Blocks that hold so many tokens: the ceiling of their quotient."""
         return -(-num_tokens // self.block_size)
 
+    def blocks_to_hold(self, demand: Demand) -> int:
+        """Blocks a request occupies once all its known tokens and one more per sequence are in place."""
+        shared = demand.common // self.block_size
+        return shared + sum(self.blocks_for(length + 1) - shared for length in demand.lengths)
+
+    def refusal(self, demand: Demand) -> str | None:
+        """Why even an empty pool could not serve such a request; ``None`` if it could."""
+        needed = self.blocks_to_hold(demand)
+        if needed <= self.pool.num_blocks:
+            return None
+        return (
+            f"the prompt needs {needed} KV blocks of {self.block_size} tokens with the next token of its "
+            f"{len(demand.lengths)} sequence(s), but the pool has {self.pool.num_blocks}; "
+            "shorten it or raise num_blocks"
+        )
+
+    def fits(self, demand: Demand) -> bool:
+        """Whether there are blocks for the request now; what others are about to take is not known here."""
+        return self.blocks_to_hold(demand) <= self.pool.num_free
+
     def match(self, tokens: Seq[int]) -> list[Hit]:
         """The longest cached beginning of ``tokens``, in whole blocks. Changes nothing.
 
@@ -78,8 +115,8 @@ class BlockTables:
             parent = found[0]
         return hits
 
-    def open(self, seq_id: int, hits: Seq[Hit] = ()) -> None:
-        """Starts a table, with the blocks that `match` found."""
+    def open(self, seq_id: int, hits: Seq[Hit] = (), demand: Demand | None = None) -> None:
+        """Starts a table, with the blocks that `match` found. What the request will demand does not matter yet."""
         if seq_id in self.tables:
             raise BlockError(f"sequence {seq_id} has a block table already")
         self.tables[seq_id] = []
@@ -140,6 +177,13 @@ class BlockTables:
             content = tuple(tokens[start : start + self.block_size])
             prefixes.append(self._cache.insert(parent, content, table[len(prefixes)]))
 
+    def seal(self, plan: StepPlan) -> None:
+        """Paging asks nothing more of the runner."""
+
+    def prepare_fork(self, seq_id: int) -> bool:
+        """A fork takes no block before one of the two writes; should there be none then, somebody is preempted."""
+        return True
+
     def fork(self, parent: int, child: int) -> None:
         """The child gets the parent's table: every block is shared, nothing is copied (paper §4.4)."""
         if child in self.tables:
@@ -183,8 +227,28 @@ class BlockTables:
         moved = {block for write in writes for block in self.swapped[write.seq_id]}
         return len(moved) + self._needed(writes, self.swapped, self.swap_pool)
 
-    def check(self) -> None:
-        """Reference counts equal occurrences in tables. Raises `InvariantViolation`."""
+    def held(self, moments: Iterable[Moment]) -> Held:
+        """The slots of used blocks, by class of waste (paper Fig. 2); shared ones count once."""
+        size = self.block_size
+        filled: dict[int, int] = {}
+        coming: dict[int, int] = {}
+        for moment in moments:
+            for logical, block in enumerate(self.tables[moment.seq_id]):
+                here = max(0, min(size, moment.num_computed - logical * size))
+                later = max(here, min(size, moment.final - logical * size))
+                filled[block] = max(filled.get(block, 0), here)
+                coming[block] = max(coming.get(block, 0), later)
+        token, final = sum(filled.values()), sum(coming.values())
+        return Held(token, final - token, len(filled) * size - final)
+
+    def check(self, num_computed: Mapping[int, int] | None = None) -> None:
+        """Reference counts equal occurrences in tables, and no table is longer than its tokens need.
+
+        ``num_computed``: tokens with KV, of every sequence that has a table. Raises `InvariantViolation`.
+        """
+        for seq_id, count in (num_computed or {}).items():
+            if len(self.tables[seq_id]) != self.blocks_for(count):
+                raise InvariantViolation(f"{len(self.tables[seq_id])} blocks hold {count} tokens of sequence {seq_id}")
         for pool, tables in ((self.pool, self.tables), (self.swap_pool, self.swapped)):
             pool.check()
             named = Counter(block for table in tables.values() for block in table)

@@ -12,7 +12,8 @@ from itertools import count
 
 from minipaged.errors import InvariantViolation
 from minipaged.events import Admitted, EventLog, Filled, Finished, Forked, Preempted, Resumed, Sampled, Scheduled
-from minipaged.memory.table import BlockTables, Write
+from minipaged.memory.managers import MemoryManager
+from minipaged.memory.table import Demand, Write
 from minipaged.request import Request, Sequence, Status
 from minipaged.scheduling.beam import Continuation
 from minipaged.scheduling.plan import Chunk, SampledToken, StepPlan
@@ -25,19 +26,24 @@ class Scheduler:
     (*decodes*); what is left of the token budget goes to prompts, in chunks, oldest request first. When blocks run
     out, the latest arrival is preempted whole: its KV is dropped and recomputed later, or swapped to the CPU and back
     (paper §4.5). Nobody is admitted while a swapped request waits.
+
+    With ``static_batching`` nobody is admitted while anybody runs, as in FasterTransformer: the batch ends with its
+    longest request (paper §6.1).
     """
 
     def __init__(
         self,
-        memory: BlockTables,
+        memory: MemoryManager,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        static_batching: bool = False,
         events: EventLog | None = None,
     ) -> None:
         self.memory = memory
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.static_batching = static_batching
         self.events = EventLog() if events is None else events
         self.next_seq_id = count().__next__  # here, because beams are born here
         self.waiting: list[Request] = []
@@ -66,16 +72,20 @@ class Scheduler:
             if not self.swapped:
                 self._admit(plan)
         plan.chunks.sort(key=lambda chunk: chunk.num_tokens > 1)  # stable: decodes first, else by arrival
+        self.memory.seal(plan)
         for chunk in plan.chunks:
             self.events.emit(Scheduled, chunk.seq.seq_id, chunk.start, chunk.num_tokens)
         return plan
 
     def blocks_to_hold(self, request: Request) -> int:
         """Blocks a request occupies once all its known tokens and one more per sequence are in place."""
-        memory, shared = self.memory, request.fork_at // self.memory.block_size
+        return self.memory.blocks_to_hold(self.demand(request))
+
+    def demand(self, request: Request) -> Demand:
+        """What the request asks of memory."""
         lengths = [len(seq.tokens) for seq in request.live]
         lengths += [lengths[0]] * (request.width - len(lengths))  # beams that are yet to fork off
-        return shared + sum(memory.blocks_for(length + 1) - shared for length in lengths)
+        return Demand(lengths, request.fork_at, len(request.prompt_token_ids), request.max_output)
 
     def _active(self, request: Request) -> list[Sequence]:
         """The sequences that compute: all live ones, or the lead alone until the others fork from it."""
@@ -167,9 +177,12 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan) -> None:
         """Waiting → running, in order of arrival, as long as tokens, sequences and blocks allow."""
+        if self.static_batching and self.running:
+            return
         budget = self.max_num_batched_tokens - plan.num_tokens
         num_seqs = sum(request.width for request in self.running)
-        while self.waiting and budget > 0:
+        # A static batch takes all it can hold at once, tokens or not: the next chance is far away.
+        while self.waiting and (budget > 0 or self.static_batching):
             request = self.waiting[0]
             if num_seqs + request.width > self.max_num_seqs or not self._fits(request, plan):
                 break
@@ -181,7 +194,7 @@ class Scheduler:
             lead, hits = request.live[0], self._hits(request)
             lead.num_computed = len(hits) * self.memory.block_size
             self.events.emit(Admitted, request.request_id, lead.seq_id, lead.num_computed)
-            self.memory.open(lead.seq_id, hits)
+            self.memory.open(lead.seq_id, hits, self.demand(request))
             counts = self._spend(budget, [request])
             budget -= counts[lead.seq_id]
             self._place(request, counts, plan)
@@ -198,6 +211,8 @@ class Scheduler:
     def _fits(self, request: Request, plan: StepPlan) -> bool:
         """Whether the pool can hold the request beside what the running ones still need for their known tokens."""
         request.fork_at = _common_prefix(request.live)
+        if self.memory.reserves_ahead:
+            return self.memory.fits(self.demand(request))  # whoever runs has all it will ever need
         in_use = sum(self.memory.pool.ref_counts[hit.block] > 0 for hit in self._hits(request))
         was_preempted = any(seq.num_output for seq in request.live)
         free = self._free_for_victims() if was_preempted else self._free()
@@ -298,21 +313,16 @@ class Scheduler:
 
     def check(self) -> None:
         """Invariants across the room. Raises `InvariantViolation`."""
-        self.memory.check()
-        active = {seq.seq_id for request in self.running for seq in self._active(request)}
+        active = {seq.seq_id: seq.num_computed for request in self.running for seq in self._active(request)}
         swapped = {seq.seq_id for request in self.swapped for seq in request.live}
-        if active != set(self.memory.tables) or not set(self.memory.swapped) <= swapped:
-            raise InvariantViolation(f"block tables of {set(self.memory.tables)} for the running {active}")
+        if set(active) != set(self.memory.tables) or not set(self.memory.swapped) <= swapped:
+            raise InvariantViolation(f"block tables of {set(self.memory.tables)} for the running {set(active)}")
+        self.memory.check(active)
         if sum(request.width for request in self.running) > self.max_num_seqs:
             raise InvariantViolation("more sequences run than max_num_seqs allows")
         for queue in (self.waiting, self.running, self.swapped):
             if [r.arrival for r in queue] != sorted(r.arrival for r in queue):
                 raise InvariantViolation("a queue is out of the order of arrival")
-        for request in self.running:
-            for seq in self._active(request):
-                held = len(self.memory.tables[seq.seq_id])
-                if held != self.memory.blocks_for(seq.num_computed):
-                    raise InvariantViolation(f"{held} blocks hold {seq.num_computed} tokens of sequence {seq.seq_id}")
 
     def _append(self, request: Request, seq: Sequence, token: SampledToken) -> None:
         """The sequence takes its token, and ends if that token, its text or its length says so."""

@@ -61,7 +61,7 @@ const HANDLERS = {
   engine_started(state, e) {
     Object.assign(state, new State()); // a run starts from nothing
     const { type, ...config } = e;
-    state.config = config;
+    state.config = { memory: "paged", batching: "continuous", ...config }; // old recordings do not say
     state.ref_counts = new Array(e.num_blocks).fill(0);
     state.swap_ref_counts = new Array(e.swap_blocks).fill(0);
   },
