@@ -55,8 +55,14 @@ def _silent(done: float, text: str) -> None:
 
 
 _ENTRIES = (
+    Entry("waste", "What the KV cache is filled with, by class of waste", "PagedAttention, Fig. 2", 2),
+    Entry("latency", "Requests a second that each system sustains", "PagedAttention, Fig. 12a", 10),
+    Entry("batch-size", "How many requests run at once", "PagedAttention, Fig. 13a", 2),
+    Entry("throughput", "The real engine at one memory budget", "PagedAttention, §6.2 and the abstract", 5),
     Entry("parallel-sampling", "Memory saved by sharing the prompt of n samples", "PagedAttention, Fig. 15a", 3),
     Entry("beam-search", "Memory saved by beams that share their blocks", "PagedAttention, Fig. 15b", 3),
+    Entry("shared-prefix", "What a shared prefix is worth", "PagedAttention, Fig. 16", 2),
+    Entry("chatbot", "A chatbot that is shown the conversation so far", "PagedAttention, Fig. 17", 10),
     Entry("kernel-overhead", "What following a block table costs attention", "PagedAttention, Fig. 18a", 1),
     Entry("block-size", "How large a block should be", "PagedAttention, Fig. 18b", 5),
     Entry("recompute-vs-swap", "Getting preempted requests back", "PagedAttention, Fig. 19", 3),

@@ -1,39 +1,69 @@
-"""What the pool holds while more requests wait than it can take (PagedAttention, Fig. 2 and 13)."""
+"""What the pool holds while more requests wait than it can take: the paper's conditions for Fig. 2 and 13."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from minipaged.engine import Engine
 from minipaged.experiments.simulator import Simulation, simulate
-from minipaged.workloads import at_once, trace
+from minipaged.memory.waste import Held, Moment
+from minipaged.workloads import TraceRequest
+
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "FasterTransformer": {"memory": "orca-max", "batching": "static"},
+    "Orca (Max)": {"memory": "orca-max"},
+    "Orca (Pow2)": {"memory": "orca-pow2"},
+    "Orca (Oracle)": {"memory": "orca-oracle"},
+    "paged": {"memory": "paged"},
+}
 
 
 @dataclass(frozen=True)
 class Saturated:
-    """Means over the steps of a run whose queue was never empty, warm-up excluded."""
+    """A run whose queue was never empty; means over the steps past the warm-up.
+
+    ``percent`` is the share of the whole pool in each class of waste. What nobody holds counts as external: someone
+    waits, and it could not be given to them.
+    """
 
     simulation: Simulation
-    token_of_held: float  # percent
-    requests_per_second: float
+    percent: dict[str, float]
+    token_of_held: float
+
+    @property
+    def requests_per_second(self) -> float:
+        return len(self.simulation.served) / self.simulation.seconds
 
 
-def saturate(memory: str, count: int, lengths: Callable[[int], Iterator[tuple[int, int]]], **settings: Any) -> Saturated:
-    """Runs ``count`` requests through a memory manager, all there from the start."""
-    watched = _Watch()
-    run = simulate(
-        trace(lengths(0), at_once(count)), watch=watched, warm_up=count // 5, saturated=True, **settings
-    )
-    return Saturated(run, 100 * watched.token / watched.held, len(run.served) / run.seconds)
+def saturate(requests: list[TraceRequest], **settings: Any) -> Saturated:
+    """Runs a trace whose requests are all there from the start (`at_once`), the first fifth as warm-up."""
+    watch = HeldByClass()
+    run = simulate(requests, watch=watch, warm_up=len(requests) // 5, saturated=True, **settings)
+    return Saturated(run, watch.percent, watch.token_of_held)
 
 
-class _Watch:
+class HeldByClass:
+    """Watches an engine and sums what its memory manager holds, by class (PagedAttention, §3.1)."""
+
     def __init__(self) -> None:
-        self.token = self.held = 0
+        self._held, self._slots = Held(), 0
 
     def __call__(self, engine: Engine) -> None:
-        for request in engine.scheduler.running:
-            self.token += sum(seq.num_computed for seq in request.live)
-        self.held += (engine.num_blocks - engine.memory.pool.num_free) * engine.memory.block_size
+        self._held += engine.memory.held(
+            Moment(seq.seq_id, seq.num_prompt, seq.num_computed, seq.num_prompt + request.max_output - 1)
+            for request in engine.scheduler.running
+            for seq in request.live
+            if seq.seq_id in engine.memory.tables
+        )
+        self._slots += engine.num_blocks * engine.config.block_size
+
+    @property
+    def percent(self) -> dict[str, float]:
+        """Of the whole pool, summing to 100: what is not held is external."""
+        shares = {name: 100 * slots / self._slots for name, slots in self._held._asdict().items()}
+        return shares | {"external": shares["external"] + 100 * (1 - self._held.total / self._slots)}
+
+    @property
+    def token_of_held(self) -> float:
+        return 100 * self._held.token / self._held.total

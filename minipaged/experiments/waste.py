@@ -1,0 +1,35 @@
+"""What the KV cache is filled with under each memory manager (PagedAttention, Fig. 2)."""
+
+from __future__ import annotations
+
+from minipaged.experiments.figures import bars
+from minipaged.experiments.result import SECONDARY, Progress, Result, Row
+from minipaged.experiments.saturation import SYSTEMS, saturate
+from minipaged.experiments.simulator import OPT_13B
+from minipaged.workloads import at_once, sharegpt_like, trace
+
+PAPER = {  # percent: token, reserved, internal, external
+    "Orca (Max)": ("20.4", "13.3", "57.3", "8.9"),
+    "Orca (Pow2)": ("26.8", "17.9", "13.6", "41.6"),
+    "Orca (Oracle)": ("38.2", "25.2", None, "36.6"),
+    "paged": ("96.3", None, None, None),
+}
+CLASSES = ("token", "reserved", "internal", "external")
+WHY = "lengths are drawn like ShareGPT's, not from it; nothing is known of how long the paper averaged"
+
+
+def measure(quick: bool, progress: Progress) -> Result:
+    """Mean share of the pool's slots by class, while the queue is never empty."""
+    requests = trace(sharegpt_like(0), at_once(300 if quick else 3000))
+    percent: dict[str, dict[str, float]] = {}
+    rows = []
+    for system, papers in PAPER.items():
+        progress(len(percent) / len(PAPER), system)
+        percent[system] = saturate(requests, **SYSTEMS[system]).percent
+        for name, paper in zip(CLASSES, papers, strict=True):
+            source = (paper, SECONDARY) if paper else (None, None)
+            rows.append(Row(f"{system}: {name}", percent[system][name], "%", *source, why=WHY if paper else ""))
+    series = {name: [percent[system][name] for system in PAPER] for name in CLASSES}
+    figure = bars("What the slots of the KV cache hold", list(PAPER), series, "% of the pool", stacked=True)
+    assumed = [OPT_13B.stated(), f"{len(requests)} ShareGPT-like requests wait; the first fifth to end is warm-up."]
+    return Result(rows, figure, assumed, {"percent": percent})
