@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from minipaged.config import SamplingParams
 from minipaged.experiments.figures import bars
 from minipaged.experiments.parallel_sampling import BlocksSaved
 from minipaged.experiments.result import READ, Progress, Result, Row
@@ -24,7 +25,8 @@ def measure(quick: bool, progress: Progress) -> Result:
     from minipaged.llm import LLM
 
     llm = LLM("tiny", num_blocks=1024, max_num_seqs=48, enable_prefix_caching=False)
-    workloads = {"Alpaca-like": (alpaca_like, 12 if quick else 60), "ShareGPT-like": (sharegpt_like, 3 if quick else 24)}
+    counts = (12, 3) if quick else (60, 24)
+    workloads = {"Alpaca-like": (alpaca_like, counts[0]), "ShareGPT-like": (sharegpt_like, counts[1])}
     saved: dict[str, list[float]] = {}
     rows = []
     for name, (lengths, count) in workloads.items():
@@ -42,15 +44,11 @@ def measure(quick: bool, progress: Progress) -> Result:
 
 
 def _saved(llm: LLM, requests: list[TraceRequest], width: int, beams: bool) -> float:
-    from minipaged.config import SamplingParams
-
     engine = llm.engine
     for index, request in enumerate(requests):
         prompt = _story(llm, index, request.num_prompt)
-        common = {"max_tokens": request.num_output, "ignore_eos": True, "seed": index}
-        params = (
-            SamplingParams(beam_width=width, temperature=0, **common) if beams else SamplingParams(n=width, **common)
-        )
+        kind: dict[str, Any] = {"beam_width": width, "temperature": 0} if beams else {"n": width}
+        params = SamplingParams(max_tokens=request.num_output, ignore_eos=True, seed=index, **kind)
         engine.add_request(str(index), prompt, params)
     blocks = BlocksSaved()
     while engine.has_unfinished():

@@ -32,9 +32,8 @@ def measure(quick: bool, progress: Progress) -> Result:
     rows = [Row(f"sustained rate, {system}", rate[system], "requests/s") for system in CHATBOTS]
     for system in ("Orca (Max)", "Orca (Pow2)", "Orca (Oracle)"):
         rows.append(Row(f"paged / {system}", rate["paged"] / rate[system], "×", "2", READ, why=WHY))
-    figure = lines(
-        "Latency by request rate, chats", curves, "requests/s", "normalized latency, s/token", threshold=LIMIT, y_max=1.0
-    )
+    axes = "requests/s", "normalized latency, s/token"
+    figure = lines("Latency by request rate, chats", curves, *axes, threshold=LIMIT, y_max=1.0)
     assumed = [
         OPT_13B.stated(),
         f"Poisson arrivals for {duration} s at every rate; sustained means below {LIMIT:g} s/token. Prompts are the "

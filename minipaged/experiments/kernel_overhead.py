@@ -61,12 +61,14 @@ def _candidates(batch: int, context: int) -> dict[str, Callable[[], Any]]:
     def paged(block_size: int) -> Callable[[], Any]:
         per_sequence = context // block_size
         tables = torch.randperm(batch * per_sequence, generator=generator).view(batch, -1).to(device)
-        caches = []
-        for contiguous in (k, v):
+
+        def in_blocks(contiguous: torch.Tensor) -> torch.Tensor:
             cache = torch.empty(batch * per_sequence, block_size, HEADS, HEAD_DIM, device=device)
             cache[tables] = contiguous.transpose(1, 2).unflatten(1, (per_sequence, block_size))
-            caches.append(cache)
-        return torch.inference_mode()(lambda: paged_decode(q, *caches, tables, lengths, scale))
+            return cache
+
+        k_cache, v_cache = in_blocks(k), in_blocks(v)
+        return torch.inference_mode()(lambda: paged_decode(q, k_cache, v_cache, tables, lengths, scale))
 
     def contiguous() -> Any:
         return F.scaled_dot_product_attention(q[:, :, None], k, v, scale=scale)

@@ -29,14 +29,8 @@ def measure(quick: bool, progress: Progress) -> Result:
     rows = [Row(f"sustained rate, {system}", rate[system], "requests/s") for system in START]
     for system, paper in PAPER.items():
         rows.append(Row(f"paged / {system}", rate["paged"] / rate[system], "×", paper, READ, why=WHY))
-    figure = lines(
-        "Latency by request rate, ShareGPT-like",
-        curves,
-        "requests/s",
-        "normalized latency, s/token",
-        threshold=LIMIT,
-        y_max=1.0,
-    )
+    axes = "requests/s", "normalized latency, s/token"
+    figure = lines("Latency by request rate, ShareGPT-like", curves, *axes, threshold=LIMIT, y_max=1.0)
     assumed = [
         OPT_13B.stated(),
         f"Poisson arrivals for {duration} s of simulated time at every rate; sustained means below {LIMIT:g} s/token.",

@@ -175,7 +175,7 @@ def simulate(
 
 
 def _config(clock: Roofline, settings: dict[str, Any]) -> EngineConfig:
-    defaults = {"block_size": 16, "max_model_len": 2048, "max_num_seqs": 256, "max_num_batched_tokens": 2048}
+    defaults: dict[str, Any] = {"block_size": 16, "max_model_len": 2048, "max_num_seqs": 256, "max_num_batched_tokens": 2048}
     defaults |= {"enable_prefix_caching": False, "model": clock.name} | settings
     defaults.setdefault("num_blocks", clock.num_slots // defaults["block_size"])
     return EngineConfig(**defaults)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+from minipaged.config import EngineConfig, SamplingParams
 from minipaged.experiments.figures import bars
 from minipaged.experiments.result import READ, Progress, Result, Row
 from minipaged.experiments.saturation import SYSTEMS
+from minipaged.experiments.timing import ratio
 from minipaged.workloads import TraceRequest, at_once, sharegpt_like, trace
 
 if TYPE_CHECKING:
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 SLOTS, LONGEST = 4096, 1024  # room for four requests of the embedded model's full length
 PAPER = {"FasterTransformer": "up to 22", "Orca (Max)": "2.7–8", "Orca (Oracle)": "1.7–2.7"}
 WHY = (
-    "the paper compares sustained rates of a 13B model on a GPU; a small model on a CPU spends less of a step on what a "
-    "larger batch shares, the reading of weights, and more on what it does not"
+    "the paper compares sustained rates of a 13B model on a GPU; a small model on a CPU spends less of a step on what "
+    "a larger batch shares, the reading of weights, and more on what it does not"
 )
 
 
@@ -28,40 +30,43 @@ def measure(quick: bool, progress: Progress) -> Result:
     """Output tokens a second and mean batch, while requests wait; the systems take turns."""
     from minipaged.llm import LLM
 
+    warm_up, slice_, rounds = (1500, 400, 4) if quick else (5000, 1000, 12)
     llm = LLM("tiny", num_blocks=1)
-    requests = halved(40 if quick else 150)
-    rounds, speed, batch = 2 if quick else 5, dict[str, list[float]](), dict[str, float]()
+    requests = halved(60 if quick else 200)
+    servers = {}
+    for index, (system, settings) in enumerate(SYSTEMS.items()):
+        progress(index / (2 * len(SYSTEMS)), f"{system}, warm-up")
+        servers[system] = Server(llm, requests, **settings)
+        servers[system].serve(warm_up)
+    speed: dict[str, list[float]] = {system: [] for system in SYSTEMS}
+    batch: dict[str, list[int]] = {system: [] for system in SYSTEMS}
     for number in range(rounds):
-        for index, (system, settings) in enumerate(SYSTEMS.items()):
-            progress((number + index / len(SYSTEMS)) / rounds, f"{system}, round {number + 1}")
-            run = serve(llm, requests, **settings)
-            speed.setdefault(system, []).append(run.tokens_per_second)
-            batch[system] = run.mean_batch  # the same in every round
+        progress((1 + number / rounds) / 2, f"round {number + 1} of {rounds}")
+        for system, server in servers.items():
+            tokens_per_second, batches = server.serve(slice_)
+            speed[system].append(tokens_per_second)
+            batch[system] += batches
+    mean_batch = {system: fmean(batches) for system, batches in batch.items()}
+    series = {"tokens/s": [median(values) for values in speed.values()]}
+    figure = bars("Throughput at one memory budget", list(speed), series, "output tokens/s")
+    assumed = [
+        f"The embedded model, {SLOTS} slots of KV cache for each system, ShareGPT-like lengths halved, a queue that is "
+        f"never empty. After {warm_up} tokens each, the systems take turns of {slice_} tokens: {rounds} rounds."
+    ]
+    return Result(_rows(speed, mean_batch), figure, assumed, {"tokens_per_second": speed, "mean_batch": mean_batch})
+
+
+def _rows(speed: dict[str, list[float]], mean_batch: dict[str, float]) -> list[Row]:
     rows = [
         Row(f"{system}: throughput", median(values), "tokens/s", spread=(min(values), max(values)))
         for system, values in speed.items()
     ]
-    rows += [Row(f"{system}: mean batch", mean, "requests") for system, mean in batch.items()]
-    for system in (system for system in SYSTEMS if system != "paged"):
-        ratios = [a / b for a, b in zip(speed["paged"], speed[system], strict=True)]
-        paper = (PAPER[system], READ) if system in PAPER else (None, None)
-        spread = (min(ratios), max(ratios))
-        rows.append(Row(f"paged / {system}", median(ratios), "×", *paper, spread, WHY if system in PAPER else ""))
-    series = {"tokens/s": [median(values) for values in speed.values()]}
-    figure = bars("Throughput at one memory budget", list(speed), series, "output tokens/s")
-    assumed = [
-        f"The embedded model, {SLOTS} slots of KV cache for each system, {len(requests)} requests with ShareGPT-like "
-        f"lengths halved, all there from the start; measured until none waits, {rounds} rounds."
-    ]
-    return Result(rows, figure, assumed, {"tokens_per_second": speed, "mean_batch": batch})
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run of the real engine."""
-
-    tokens_per_second: float
-    mean_batch: float
+    rows += [Row(f"{system}: mean batch", mean, "requests") for system, mean in mean_batch.items()]
+    for system in (system for system in speed if system != "paged"):
+        times, spread = ratio(speed["paged"], speed[system])
+        paper = PAPER.get(system)
+        rows.append(Row(f"paged / {system}", times, "×", paper, paper and READ, spread, WHY if paper else ""))
+    return rows
 
 
 def halved(count: int) -> list[TraceRequest]:
@@ -72,29 +77,28 @@ def halved(count: int) -> list[TraceRequest]:
     ]
 
 
-def serve(llm: LLM, requests: list[TraceRequest], **settings: Any) -> Run:
-    """Steps an engine of its own until no request waits."""
-    engine = _engine(llm, settings)
-    for index, request in enumerate(requests):
-        _add(engine, str(index), request)
-    batch: list[int] = []
-    tokens, started = 0, time.perf_counter()
-    while engine.scheduler.waiting:
-        tokens += sum(len(output.outputs) for output in engine.step())
-        batch.append(len(engine.scheduler.running))
-    return Run(tokens / (time.perf_counter() - started), fmean(batch))
+class Server:
+    """An engine of its own with all the requests in its queue."""
+
+    def __init__(self, llm: LLM, requests: list[TraceRequest], **settings: Any) -> None:
+        self.engine = _engine(llm, settings)
+        for index, request in enumerate(requests):
+            params = SamplingParams(temperature=0, max_tokens=request.num_output, ignore_eos=True)
+            self.engine.add_request(str(index), request.token_ids(self.engine.vocab_size), params)
+
+    def serve(self, num_tokens: int) -> tuple[float, list[int]]:
+        """Steps until so many tokens are out. Returns tokens a second and the batch of each step."""
+        batch: list[int] = []
+        tokens, started = 0, time.perf_counter()
+        while tokens < num_tokens:
+            if not self.engine.scheduler.waiting:
+                raise RuntimeError("the queue is empty: what follows says nothing about a full pool")
+            tokens += sum(len(output.outputs) for output in self.engine.step())
+            batch.append(len(self.engine.scheduler.running))
+        return tokens / (time.perf_counter() - started), batch
 
 
 def _engine(llm: LLM, settings: dict[str, Any]) -> Engine:
-    from minipaged.config import EngineConfig
-
-    defaults = {"block_size": 16, "max_model_len": LONGEST, "max_num_seqs": 64, "enable_prefix_caching": False}
+    defaults: dict[str, Any] = {"block_size": 16, "max_model_len": LONGEST, "max_num_seqs": 64, "enable_prefix_caching": False}
     defaults |= settings
     return llm.build_engine(EngineConfig(num_blocks=SLOTS // defaults["block_size"], **defaults))
-
-
-def _add(engine: Engine, request_id: str, request: TraceRequest) -> None:
-    from minipaged.config import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=request.num_output, ignore_eos=True)
-    engine.add_request(request_id, request.token_ids(engine.vocab_size), params)
