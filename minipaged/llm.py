@@ -264,7 +264,10 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
     shape = (config.block_size, spec.num_kv_heads, spec.head_dim)
     bytes_per_block = KVCache.bytes_per_block(spec.num_layers, *shape, loaded.dtype)
     useful = config.max_num_seqs * -(-max_model_len // config.block_size)
-    num_blocks = blocks_that_fit(bytes_per_block, loaded.device, wanted=config.num_blocks, useful=useful)
+    swap_blocks = config.swap_blocks if config.preemption == "swap" else 0
+    num_blocks = blocks_that_fit(
+        bytes_per_block, loaded.device, wanted=config.num_blocks, useful=useful, swap_blocks=swap_blocks
+    )
     config = replace(config, num_blocks=num_blocks, max_model_len=max_model_len)
     swap_blocks = config.swap_space(num_blocks)
     kv_cache = KVCache(spec.num_layers, num_blocks, *shape, loaded.dtype, loaded.device, swap_blocks)
