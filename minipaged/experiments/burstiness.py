@@ -15,7 +15,7 @@ CVS, RATE = (1.0, 1.41, 2.0, 3.0), 2.5
 def measure(quick: bool, progress: Progress) -> Result:
     """Preemptions at coefficients of variation of the gaps from 1 (Poisson) to 3, over several seeds."""
     seeds, duration = (3, 240) if quick else (6, 900)
-    counts: dict[float, list[int]] = {}
+    counts: dict[float, list[float]] = {}
     latency: dict[float, list[float]] = {}
     for done, cv in enumerate(CVS):
         for seed in range(seeds):
@@ -24,13 +24,13 @@ def measure(quick: bool, progress: Progress) -> Result:
             counts.setdefault(cv, []).append(run.preemptions)
             latency.setdefault(cv, []).append(run.normalized_latency)
     rows = []
-    for cv in CVS:
-        spread = (min(counts[cv]), max(counts[cv]))
-        rows.append(Row(f"preemptions at CV {cv:g}", fmean(counts[cv]), f"in {duration} s", spread=spread))
-    for cv in CVS:
-        spread = (min(latency[cv]), max(latency[cv]))
-        rows.append(Row(f"normalized latency at CV {cv:g}", fmean(latency[cv]), "s/token", spread=spread))
-    series = {f"seed {seed}": [float(counts[cv][seed]) for cv in CVS] for seed in range(seeds)}
+    for what, measured, unit in (
+        ("preemptions", counts, f"in {duration} s"),
+        ("normalized latency", latency, "s/token"),
+    ):
+        for cv, values in measured.items():
+            rows.append(Row(f"{what} at CV {cv:g}", fmean(values), unit, spread=(min(values), max(values))))
+    series = {f"seed {seed}": [counts[cv][seed] for cv in CVS] for seed in range(seeds)}
     figure = bars("Preemptions by burstiness of arrivals", [f"CV {cv:g}" for cv in CVS], series, "preemptions")
     assumed = [OPT_13B.stated(), f"ShareGPT-like lengths, Gamma arrivals, {RATE:g} requests/s for {duration} s."]
     assumed.append("BurstGPT reports that bursts hurt and gives no number for this setting.")

@@ -6,6 +6,7 @@ from minipaged.engine import Engine
 from minipaged.experiments.figures import bars
 from minipaged.experiments.result import READ, SECONDARY, Progress, Result, Row
 from minipaged.experiments.simulator import OPT_13B, simulate
+from minipaged.scheduling.plan import StepPlan
 from minipaged.workloads import alpaca_like, at_once, sharegpt_like, trace
 
 PAPER = {2: "6.09", 4: "8.53", 6: "9.79"}  # Alpaca, percent
@@ -38,7 +39,7 @@ class BlocksSaved:
     def __init__(self) -> None:
         self.logical = self.physical = 0
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Engine, plan: StepPlan | None = None) -> None:
         tables = engine.memory.tables.values()
         self.logical += sum(map(len, tables))
         self.physical += len({block for table in tables for block in table})

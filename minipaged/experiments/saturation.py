@@ -8,6 +8,7 @@ from typing import Any
 from minipaged.engine import Engine
 from minipaged.experiments.simulator import Simulation, simulate
 from minipaged.memory.waste import Held, Moment
+from minipaged.scheduling.plan import StepPlan
 from minipaged.workloads import TraceRequest
 
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -49,9 +50,16 @@ class HeldByClass:
     def __init__(self) -> None:
         self._held, self._slots = Held(), 0
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Engine, plan: StepPlan) -> None:
+        coming = {chunk.seq.seq_id: chunk.num_tokens for chunk in plan.chunks}
+        # The last token's KV is never computed: nothing follows that would read it.
         self._held += engine.memory.held(
-            Moment(seq.seq_id, seq.num_prompt, seq.num_computed, seq.num_prompt + request.max_output - 1)
+            Moment(
+                seq.seq_id,
+                seq.num_prompt,
+                seq.num_computed + coming.get(seq.seq_id, 0),
+                seq.num_prompt + request.max_output - 1,
+            )
             for request in engine.scheduler.running
             for seq in request.live
             if seq.seq_id in engine.memory.tables

@@ -91,7 +91,7 @@ class Served:
 
 @dataclass
 class Simulation:
-    """What a run came to. ``batch``: requests in the running batch after each step past the warm-up."""
+    """What a run came to. ``batch``: requests in the running batch, in each step past the warm-up."""
 
     clock: Roofline
     served: list[Served] = field(default_factory=list)
@@ -114,39 +114,41 @@ class Simulation:
 class SimulatedRunner:
     """Executes no plan; says what it would have taken, and remembers."""
 
-    def __init__(self, clock: Roofline, block_size: int, num_preempted: Callable[[int], None]) -> None:
-        self.clock, self.block_size = clock, block_size
+    def __init__(self, clock: Roofline, block_size: int, watch: Callable[[StepPlan], None]) -> None:
+        self.clock, self.block_size, self._watch = clock, block_size, watch
         self.now = 0.0
-        self._num_preempted = num_preempted
 
     def execute(self, plan: StepPlan) -> None:
         self.now += self.clock.seconds(plan, self.block_size)
-        self._num_preempted(len(plan.preempted))
+        self._watch(plan)
 
 
 def simulate(
     requests: Iterable[TraceRequest],
     clock: Roofline = OPT_13B,
     *,
-    watch: Callable[[Engine], None] | None = None,
+    watch: Callable[[Engine, StepPlan], None] | None = None,
     warm_up: int = 0,
     saturated: bool = False,
     **settings: Any,
 ) -> Simulation:
     """Serves a trace with the fields of `EngineConfig` in ``settings``.
 
-    ``watch`` is called with the engine after every step, but not before ``warm_up`` requests have ended: in the
-    beginning all are young. A ``saturated`` run ends when nobody is waiting any more: what follows is no picture of a
+    ``watch`` is called with the engine and the plan of every step, when its memory is reserved and nobody has ended
+    yet; but not before ``warm_up`` requests have ended: in the beginning all are young. A ``saturated`` run ends when nobody is waiting any more: what follows is no picture of a
     full pool. Each sequence runs to the trace's output length.
     """
     config = _config(clock, settings)
     result = Simulation(clock)
 
-    def preempted(count: int) -> None:
-        result.preemptions += count
-
     by_id: dict[str, TraceRequest] = {}
-    runner = SimulatedRunner(clock, config.block_size, preempted)
+
+    def look(plan: StepPlan) -> None:
+        result.preemptions += len(plan.preempted)
+        if len(result.served) >= warm_up:
+            result.batch.append(len(engine.scheduler.running))
+            if watch is not None:
+                watch(engine, plan)
 
     def sampler(_: None, plan: StepPlan) -> list[SampledToken]:
         result.output_tokens += len(plan.samples)
@@ -155,6 +157,7 @@ def simulate(
             for request, seq in plan.samples
         ]
 
+    runner = SimulatedRunner(clock, config.block_size, look)
     engine = Engine(config, runner, sampler, vocab_size=VOCAB)
     coming = deque(sorted((r for r in requests if not r.failed), key=lambda r: r.arrival))
     while coming or engine.has_unfinished():
@@ -164,10 +167,6 @@ def simulate(
             _add(engine, by_id, coming.popleft())
         outputs = engine.step()
         result.served += [Served(by_id.pop(o.request_id), runner.now) for o in outputs if o.finished]
-        if len(result.served) >= warm_up:
-            result.batch.append(len(engine.scheduler.running))
-            if watch is not None:
-                watch(engine)
         if saturated and not coming and not engine.scheduler.waiting:
             break
     result.seconds = runner.now
@@ -175,10 +174,10 @@ def simulate(
 
 
 def _config(clock: Roofline, settings: dict[str, Any]) -> EngineConfig:
-    defaults: dict[str, Any] = {"block_size": 16, "max_model_len": 2048, "max_num_seqs": 256, "max_num_batched_tokens": 2048}
-    defaults |= {"enable_prefix_caching": False, "model": clock.name} | settings
-    defaults.setdefault("num_blocks", clock.num_slots // defaults["block_size"])
-    return EngineConfig(**defaults)
+    fields: dict[str, Any] = {"block_size": 16, "max_model_len": 2048, "max_num_seqs": 256}
+    fields |= {"max_num_batched_tokens": 2048, "enable_prefix_caching": False, "model": clock.name} | settings
+    fields.setdefault("num_blocks", clock.num_slots // fields["block_size"])
+    return EngineConfig(**fields)
 
 
 def _add(engine: Engine, by_id: dict[str, TraceRequest], request: TraceRequest) -> None:

@@ -11,6 +11,7 @@ from minipaged.config import EngineConfig, SamplingParams
 from minipaged.experiments.figures import bars
 from minipaged.experiments.result import READ, Progress, Result, Row
 from minipaged.experiments.saturation import SYSTEMS
+from minipaged.experiments.simulator import OPT_13B
 from minipaged.experiments.timing import ratio
 from minipaged.workloads import TraceRequest, at_once, sharegpt_like, trace
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from minipaged.engine import Engine
     from minipaged.llm import LLM
 
-SLOTS, LONGEST = 4096, 1024  # room for four requests of the embedded model's full length
+SCALE = 8  # the paper's lengths, pool and blocks, divided by this: what the embedded model can serve, and quickly
+SLOTS, LONGEST, BLOCK = OPT_13B.num_slots // SCALE, 2048 // SCALE, 4
 PAPER = {"FasterTransformer": "up to 22", "Orca (Max)": "2.7–8", "Orca (Oracle)": "1.7–2.7"}
 WHY = (
     "the paper compares sustained rates of a 13B model on a GPU; a small model on a CPU spends less of a step on what "
@@ -32,7 +34,7 @@ def measure(quick: bool, progress: Progress) -> Result:
 
     warm_up, slice_, rounds = (1500, 400, 4) if quick else (5000, 1000, 12)
     llm = LLM("tiny", num_blocks=1)
-    requests = halved(60 if quick else 200)
+    requests = scaled(400 if quick else 1500)
     servers = {}
     for index, (system, settings) in enumerate(SYSTEMS.items()):
         progress(index / (2 * len(SYSTEMS)), f"{system}, warm-up")
@@ -50,8 +52,9 @@ def measure(quick: bool, progress: Progress) -> Result:
     series = {"tokens/s": [median(values) for values in speed.values()]}
     figure = bars("Throughput at one memory budget", list(speed), series, "output tokens/s")
     assumed = [
-        f"The embedded model, {SLOTS} slots of KV cache for each system, ShareGPT-like lengths halved, a queue that is "
-        f"never empty. After {warm_up} tokens each, the systems take turns of {slice_} tokens: {rounds} rounds."
+        f"The embedded model, {SLOTS:,} slots of KV cache for each system, at most {LONGEST} tokens a request, blocks of "
+        f"{BLOCK}: ShareGPT-like lengths, the paper's pool and limit, divided by {SCALE}. The queue is never empty.",
+        f"After {warm_up} tokens each, the systems take turns of {slice_} tokens: {rounds} rounds."
     ]
     return Result(_rows(speed, mean_batch), figure, assumed, {"tokens_per_second": speed, "mean_batch": mean_batch})
 
@@ -69,11 +72,12 @@ def _rows(speed: dict[str, list[float]], mean_batch: dict[str, float]) -> list[R
     return rows
 
 
-def halved(count: int) -> list[TraceRequest]:
-    """ShareGPT-like requests of half the length, so that the embedded model can serve all of them."""
+def scaled(count: int) -> list[TraceRequest]:
+    """ShareGPT-like requests of an eighth of the length."""
     return [
-        replace(request, num_prompt=request.num_prompt // 2, num_output=(request.num_output + 1) // 2)
+        replace(request, num_prompt=-(-request.num_prompt // SCALE), num_output=-(-request.num_output // SCALE))
         for request in trace(sharegpt_like(0), at_once(count))
+        if request.num_prompt + request.num_output <= 2048 - 2 * SCALE  # rounding up must not make it too long
     ]
 
 
@@ -99,6 +103,6 @@ class Server:
 
 
 def _engine(llm: LLM, settings: dict[str, Any]) -> Engine:
-    defaults: dict[str, Any] = {"block_size": 16, "max_model_len": LONGEST, "max_num_seqs": 64, "enable_prefix_caching": False}
-    defaults |= settings
-    return llm.build_engine(EngineConfig(num_blocks=SLOTS // defaults["block_size"], **defaults))
+    fields: dict[str, Any] = {"block_size": BLOCK, "max_model_len": LONGEST, "max_num_seqs": 64}
+    fields |= {"enable_prefix_caching": False} | settings
+    return llm.build_engine(EngineConfig(num_blocks=SLOTS // fields["block_size"], **fields))

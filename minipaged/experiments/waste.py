@@ -27,8 +27,8 @@ def measure(quick: bool, progress: Progress) -> Result:
         progress(len(percent) / len(PAPER), system)
         percent[system] = saturate(requests, **SYSTEMS[system]).percent
         for name, paper in zip(CLASSES, papers, strict=True):
-            source = (paper, SECONDARY) if paper else (None, None)
-            rows.append(Row(f"{system}: {name}", percent[system][name], "%", *source, why=WHY if paper else ""))
+            why = WHY if paper else ""
+            rows.append(Row(f"{system}: {name}", percent[system][name], "%", paper, paper and SECONDARY, why=why))
     series = {name: [percent[system][name] for system in PAPER] for name in CLASSES}
     figure = bars("What the slots of the KV cache hold", list(PAPER), series, "% of the pool", stacked=True)
     assumed = [OPT_13B.stated(), f"{len(requests)} ShareGPT-like requests wait; the first fifth to end is warm-up."]

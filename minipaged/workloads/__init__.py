@@ -1,6 +1,6 @@
 """Requests to serve: generators and traces, as plain data. No torch in this room.
 
-    requests = trace(sharegpt_like(seed=0), poisson(rate=2.0, duration=600, seed=0))
+requests = trace(sharegpt_like(seed=0), poisson(rate=2.0, duration=600, seed=0))
 """
 
 from minipaged.workloads.arrivals import at_once, gamma, poisson

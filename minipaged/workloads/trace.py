@@ -84,9 +84,7 @@ def shared_prefix(
     ]
 
 
-def chat(
-    lengths: Iterator[tuple[int, int]], times: Iterable[float], seed: int, turns: int = 5
-) -> list[TraceRequest]:
+def chat(lengths: Iterator[tuple[int, int]], times: Iterable[float], seed: int, turns: int = 5) -> list[TraceRequest]:
     """Conversations: each prompt is what was said so far and a new question, cut to the last 1024 tokens (§6.5).
 
     At each of the ``times`` one of the open conversations, drawn at random, goes on; after ``turns`` it ends and
