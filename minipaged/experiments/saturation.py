@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from minipaged.engine import Engine
-from minipaged.experiments.simulator import Simulation, simulate
+from minipaged.experiments.simulator import simulate
 from minipaged.memory.waste import Held, Moment
 from minipaged.scheduling.plan import StepPlan
-from minipaged.workloads import TraceRequest
+from minipaged.workloads import TraceRequest, at_once, sharegpt_like, trace
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "FasterTransformer": {"memory": "orca-max", "batching": "static"},
@@ -22,26 +23,31 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Saturated:
-    """A run whose queue was never empty; means over the steps past the warm-up.
+    """Runs whose queue was never empty; means over the steps past the warm-up.
 
     ``percent`` is the share of the whole pool in each class of waste. What nobody holds counts as external: someone
     waits, and it could not be given to them.
     """
 
-    simulation: Simulation
     percent: dict[str, float]
-    token_of_held: float
-
-    @property
-    def requests_per_second(self) -> float:
-        return len(self.simulation.served) / self.simulation.seconds
+    token_of_held: float  # percent
+    mean_batch: float
+    requests_per_second: float
 
 
-def saturate(requests: list[TraceRequest], **settings: Any) -> Saturated:
-    """Runs a trace whose requests are all there from the start (`at_once`), the first fifth as warm-up."""
+def saturate(*traces: list[TraceRequest], **settings: Any) -> Saturated:
+    """Runs traces whose requests are all there from the start (`at_once`), the first fifth of each as warm-up."""
     watch = HeldByClass()
-    run = simulate(requests, watch=watch, warm_up=len(requests) // 5, saturated=True, **settings)
-    return Saturated(run, watch.percent, watch.token_of_held)
+    runs = [simulate(t, watch=watch, warm_up=len(t) // 5, saturated=True, **settings) for t in traces]
+    served, seconds = sum(len(run.served) for run in runs), sum(run.seconds for run in runs)
+    batch = fmean(size for run in runs for size in run.batch)
+    return Saturated(watch.percent, watch.token_of_held, batch, served / seconds)
+
+
+def sharegpt_traces(quick: bool) -> list[list[TraceRequest]]:
+    """Several short traces rather than a long one: a few huge requests can hold a pool for minutes."""
+    seeds, count = (4, 150) if quick else (8, 600)
+    return [trace(sharegpt_like(seed), at_once(count)) for seed in range(seeds)]
 
 
 class HeldByClass:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from minipaged.engine import Engine
     from minipaged.llm import LLM
 
-SCALE = 8  # the paper's lengths, pool and blocks, divided by this: what the embedded model can serve, and quickly
-SLOTS, LONGEST, BLOCK = OPT_13B.num_slots // SCALE, 2048 // SCALE, 4
+SCALE = 16  # the paper's lengths, pool and blocks, divided by this: what the embedded model can serve, and quickly
+SLOTS, LONGEST, BLOCK = OPT_13B.num_slots // SCALE, 2048 // SCALE, 2
 PAPER = {"FasterTransformer": "up to 22", "Orca (Max)": "2.7–8", "Orca (Oracle)": "1.7–2.7"}
 WHY = (
     "the paper compares sustained rates of a 13B model on a GPU; a small model on a CPU spends less of a step on what "

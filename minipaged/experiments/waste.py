@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from minipaged.experiments.figures import bars
 from minipaged.experiments.result import SECONDARY, Progress, Result, Row
-from minipaged.experiments.saturation import SYSTEMS, saturate
+from minipaged.experiments.saturation import SYSTEMS, saturate, sharegpt_traces
 from minipaged.experiments.simulator import OPT_13B
-from minipaged.workloads import at_once, sharegpt_like, trace
 
 PAPER = {  # percent: token, reserved, internal, external
     "Orca (Max)": ("20.4", "13.3", "57.3", "8.9"),
@@ -20,16 +19,16 @@ WHY = "lengths are drawn like ShareGPT's, not from it; nothing is known of how l
 
 def measure(quick: bool, progress: Progress) -> Result:
     """Mean share of the pool's slots by class, while the queue is never empty."""
-    requests = trace(sharegpt_like(0), at_once(300 if quick else 3000))
+    traces = sharegpt_traces(quick)
     percent: dict[str, dict[str, float]] = {}
     rows = []
     for system, papers in PAPER.items():
         progress(len(percent) / len(PAPER), system)
-        percent[system] = saturate(requests, **SYSTEMS[system]).percent
+        percent[system] = saturate(*traces, **SYSTEMS[system]).percent
         for name, paper in zip(CLASSES, papers, strict=True):
             why = WHY if paper else ""
             rows.append(Row(f"{system}: {name}", percent[system][name], "%", paper, paper and SECONDARY, why=why))
     series = {name: [percent[system][name] for system in PAPER] for name in CLASSES}
     figure = bars("What the slots of the KV cache hold", list(PAPER), series, "% of the pool", stacked=True)
-    assumed = [OPT_13B.stated(), f"{len(requests)} ShareGPT-like requests wait; the first fifth to end is warm-up."]
+    assumed = [OPT_13B.stated(), f"{len(traces)} runs of {len(traces[0])} ShareGPT-like requests, the first fifth of each is warm-up."]
     return Result(rows, figure, assumed, {"percent": percent})
