@@ -1,6 +1,7 @@
 """The memory managers: several ways to decide who owns which slot, behind one interface.
 
     paged         blocks as tokens come, shared and copied on write (`memory.table.BlockTables`)
+    vattention    the same, mapped into virtual memory sequence by sequence (`virtual.VirtualTables`)
 
 All of them answer with block tables, so that the same model and kernels run on each.
 """
@@ -12,6 +13,7 @@ from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Protocol
 
 from minipaged.events import EventLog
+from minipaged.memory.managers.virtual import VirtualTables
 from minipaged.memory.table import BlockTables, Copy, Demand, Hit, Write
 from minipaged.memory.waste import Held, Moment
 
@@ -123,12 +125,13 @@ class MemoryManager(Protocol):
 
 def make_manager(config: EngineConfig, events: EventLog) -> MemoryManager:
     """The manager that ``config.memory`` names. ``num_blocks`` and ``max_model_len`` must be numbers."""
-    assert config.num_blocks is not None and config.max_model_len is not None
-    return BlockTables(
-        config.num_blocks,
-        config.block_size,
-        events,
-        enable_prefix_caching=config.caches_prefixes,
-        policy=config.eviction_policy() if config.eviction_policy else None,
-        swap_blocks=config.swap_space(config.num_blocks),
-    )
+    num_blocks, block_size, max_model_len = config.num_blocks, config.block_size, config.max_model_len
+    assert num_blocks is not None and block_size is not None and max_model_len is not None
+    policy = config.eviction_policy() if config.eviction_policy else None
+    paged = (num_blocks, block_size, events, config.caches_prefixes, policy, config.swap_space(num_blocks))
+    if config.memory == "vattention":
+        mapping = config.mapping or "async"
+        return VirtualTables(
+            *paged, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, mapping=mapping
+        )
+    return BlockTables(*paged)
