@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from minipaged import __version__
-from minipaged.config import DEVICES, DTYPES, EngineConfig, SamplingParams
+from minipaged.config import DEVICES, DTYPES, MANAGERS, EngineConfig, SamplingParams
 from minipaged.errors import InvalidRequest, MinipagedError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Model = Annotated[str, typer.Option(help="'tiny' (embedded), a directory (Hugging Face), or a hub id.")]
 Device = Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}.")]
 Dtype = Annotated[str, typer.Option(help=f"Of weights and KV cache: {', '.join(DTYPES)}.")]
+Memory = Annotated[str | None, typer.Option(help=f"Who decides on slots: {', '.join(MANAGERS)}.")]
 Temperature = Annotated[float | None, typer.Option(help="Divides the logits; 0 is greedy. Default: 1.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this total.")]
 TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens.")]
@@ -85,6 +86,7 @@ def visualize(
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens computed in one step.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens a sequence may reach.")] = None,
     preemption: Annotated[str | None, typer.Option(help="What a full pool does: recompute or swap.")] = None,
+    memory: Memory = None,
     classroom: Annotated[
         bool, typer.Option("--classroom", help="Others may watch; only who has the printed address controls.")
     ] = False,
@@ -112,6 +114,7 @@ def visualize(
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
         preemption=preemption,
+        memory=memory,
     )
     EngineConfig(model=model, **settings)  # complain before the slow imports, not after
     launch = _visualizer()
@@ -149,6 +152,7 @@ def generate(
     model: Model = DEFAULT.model,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
+    memory: Memory = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Continue a text."""
@@ -163,7 +167,7 @@ def generate(
         seed=seed,
         logprobs=0 if as_json else None,  # the sampled tokens' only, for cumulative_logprob
     )
-    llm = _load(model, device=device, dtype=dtype)
+    llm = _load(model, **_given(device=device, dtype=dtype, memory=memory))
     if n == 1 and not as_json:
         _print_stream(llm.stream(prompt, params))
         return

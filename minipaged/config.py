@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from minipaged.errors import InvalidConfig, InvalidRequest
+from minipaged.memory.waste import AHEAD
 
 if TYPE_CHECKING:
     from minipaged.memory.prefix_cache import EvictionPolicy
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PREEMPTIONS = ("recompute", "swap")
-MANAGERS = ("paged", "vattention")
+MANAGERS = ("paged", *AHEAD, "vattention")
 MAPPINGS = ("sync", "eager", "async")
 BATCHINGS = ("continuous", "static")
 CHOICES = {
@@ -54,8 +55,11 @@ class EngineConfig:
         max_num_seqs: sequences that may be in the running batch at once. A request with ``n`` samples counts ``n``.
         max_num_batched_tokens: tokens computed in one step, decodes and prefill chunks together.
         max_model_len: tokens a sequence may reach, prompt included. ``None``: what the model was made for.
-        memory: who decides which slots a sequence gets: ``"paged"`` hands out blocks as tokens come (the paper's idea);
-            ``"vattention"`` does the same and maps them into virtual memory, one range of addresses for each sequence,
+        memory: who decides which slots a sequence gets: ``"paged"`` hands out blocks as tokens come (the paper's idea).
+            ``"orca-max"``, ``"orca-pow2"`` and ``"orca-oracle"`` set contiguous memory aside at admission, as before
+            (paper §6.1): for the longest sequence there can be, for the prompt and ``max_tokens`` rounded up to a power
+            of two, or for exactly the prompt and ``max_tokens``. They never preempt, and find nothing again.
+            ``"vattention"`` is paged, and maps blocks into virtual memory, one range of addresses for each sequence,
             so that attention needs no block tables (Linux CPU and CUDA).
         tensor_slicing: with vAttention, all layers share a tensor, and so a block: fewer tokens fill a page.
         mapping: with vAttention, when blocks are mapped: ``"sync"``, as a step needs them; ``"eager"``, a step before;
@@ -106,6 +110,11 @@ class EngineConfig:
         _whole(self.seed, "seed", 0, InvalidConfig)
         if self.enable_prefix_caching is not None and not isinstance(self.enable_prefix_caching, bool):
             raise InvalidConfig(f"enable_prefix_caching must be True or False, not {self.enable_prefix_caching!r}")
+        if self.memory in AHEAD and (self.enable_prefix_caching or self.preemption != "recompute"):
+            raise InvalidConfig(
+                f"memory={self.memory!r} neither shares prefixes nor preempts anybody: leave enable_prefix_caching and "
+                "preemption as they are by default"
+            )
         if self.eviction_policy is not None and not (self.caches_prefixes and callable(self.eviction_policy)):
             raise InvalidConfig("eviction_policy must make a policy when called, and needs enable_prefix_caching=True")
         if self.swap_blocks is not None and self.preemption != "swap":
@@ -129,7 +138,7 @@ class EngineConfig:
     @property
     def caches_prefixes(self) -> bool:
         """`enable_prefix_caching`, decided."""
-        return self.enable_prefix_caching is not False
+        return self.enable_prefix_caching is not False and self.memory not in AHEAD
 
     def swap_space(self, num_blocks: int) -> int:
         """CPU blocks to swap to, for a pool of ``num_blocks``."""

@@ -15,6 +15,7 @@ from minipaged.errors import InvalidRequest, StepFailed
 from minipaged.events import EngineError, EngineStarted, EventLog, RequestAdded, StepFinished, StepStarted
 from minipaged.memory.managers import MemoryManager, make_manager
 from minipaged.memory.table import Demand
+from minipaged.memory.waste import Held, Moment
 from minipaged.outputs import RequestOutput
 from minipaged.request import Request, Sequence, Status
 from minipaged.scheduling.beam import BeamSearch
@@ -95,6 +96,7 @@ class Engine:
             return self._outputs(requests)
         finally:
             self._stepping = False
+            self.events.warn_of_failures()
 
     def add_request(
         self,
@@ -125,6 +127,7 @@ class Engine:
         if self.events.active:
             seq_ids = [seq.seq_id for seq in seqs]
             self.events.emit(RequestAdded, request_id, seq_ids, tokens, self._pieces(tokens), request.max_output)
+            self.events.warn_of_failures()
 
     def fork(self, request_id: str, new_id: str | None = None) -> str:
         """Lets a running request take a second way from here on: returns the id of its copy.
@@ -156,6 +159,7 @@ class Engine:
             request.prompt_logprobs = list(parent.prompt_logprobs)
         self._requests[new_id] = request
         self.scheduler.fork(parent, request)
+        self.events.warn_of_failures()
         return new_id
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -168,7 +172,9 @@ class Engine:
         if request is None:
             return None
         self.scheduler.abort(request)
-        return self._outputs([request])[0]
+        (output,) = self._outputs([request])
+        self.events.warn_of_failures()
+        return output
 
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished()
@@ -179,6 +185,23 @@ class Engine:
     def block_tables(self) -> dict[int, list[int]]:
         """A copy of every block table: sequence id → physical blocks in logical order."""
         return {seq_id: list(table) for seq_id, table in self.memory.tables.items()}
+
+    def held(self) -> Held:
+        """The pool's slots by class of waste, now; what is left of its ``num_blocks`` · ``block_size`` is free.
+
+        A sequence is taken to generate all that its request allows. While the next request fits nowhere, what a
+        contiguous manager has free counts as *external*: holes that are of no use to anybody (paper §3.1).
+        """
+        scheduler, memory = self.scheduler, self.memory
+        held = memory.held(
+            Moment(seq.seq_id, seq.num_prompt, seq.num_computed, seq.num_prompt + request.max_output - 1)
+            for request in scheduler.running
+            for seq in request.live
+            if seq.seq_id in memory.tables
+        )
+        if memory.reserves_ahead and scheduler.waiting and not memory.fits(scheduler.demand(scheduler.waiting[0])):
+            return held._replace(external=self.num_blocks * memory.block_size - sum(held[:3]))
+        return held
 
     def started_event(self) -> EngineStarted:
         """The header of a recording. Listeners come and go, so whoever records asks for it."""

@@ -270,7 +270,10 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
     assert block_size is not None
     bytes_per_block = KVCache.bytes_per_block(spec.num_layers, block_size, *heads, loaded.dtype)
     useful = config.max_num_seqs * -(-max_model_len // block_size)
-    num_blocks = blocks_that_fit(bytes_per_block, loaded.device, wanted=config.num_blocks, useful=useful)
+    swap_blocks = config.swap_blocks if config.preemption == "swap" else 0
+    num_blocks = blocks_that_fit(
+        bytes_per_block, loaded.device, wanted=config.num_blocks, useful=useful, swap_blocks=swap_blocks
+    )
     config = replace(config, block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len)
     swap_blocks = config.swap_space(num_blocks)
     sizes = (num_blocks, block_size)

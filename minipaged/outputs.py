@@ -54,9 +54,9 @@ class RequestOutput:
             )
             for index, seq in enumerate(request.seqs if finished or not request.beams else [])
         ]
-        return cls(
-            request.request_id, request.prompt, request.prompt_token_ids, outputs, finished, request.prompt_logprobs
-        )
+        prompt_logprobs = list(request.prompt_logprobs) if request.prompt_logprobs is not None else None
+        prompt_token_ids = list(request.prompt_token_ids)  # the caller may do with it what it likes
+        return cls(request.request_id, request.prompt, prompt_token_ids, outputs, finished, prompt_logprobs)
 
 
 @dataclass(frozen=True)

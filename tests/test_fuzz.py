@@ -8,6 +8,7 @@ import pytest
 from minipaged.config import SamplingParams
 from minipaged.errors import InvalidRequest
 from minipaged.events import State
+from minipaged.memory.waste import AHEAD
 from tests.fake import fake_engine, random_prompt, unbatched, unbatched_beams
 
 TRACES = 5000
@@ -17,15 +18,22 @@ PARTS = 5
 def random_engine(random: Random):
     block_size = random.randint(1, 24)
     max_num_seqs = random.randint(2, 6)
-    swap = {"preemption": "swap", "swap_blocks": random.randint(1, 30)} if random.random() < 0.5 else {}
+    if random.random() < 0.3:  # contiguous memory needs more of it
+        settings = {"memory": random.choice(AHEAD)}
+        slots = random.randint(48, 240)
+    else:
+        settings = {"enable_prefix_caching": random.random() < 0.7}
+        if random.random() < 0.5:
+            settings |= {"preemption": "swap", "swap_blocks": random.randint(1, 30)}
+        slots = random.randint(24, 90)
     return fake_engine(
         block_size=block_size,
-        num_blocks=max(3, random.randint(24, 90) // block_size),
+        num_blocks=max(3, slots // block_size),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + random.randint(0, 20),
         max_model_len=random.randint(20, 120),
-        enable_prefix_caching=random.random() < 0.7,
-        **swap,
+        batching="static" if random.random() < 0.15 else "continuous",
+        **settings,
     )
 
 
@@ -42,6 +50,10 @@ def random_params(random: Random) -> SamplingParams:
             **length,
         )
     return SamplingParams(n=random.choice((1, 1, 1, 2, 3)), **length)
+
+
+def not_empty(tables: dict[int, list[int]]) -> dict[int, list[int]]:
+    return {seq_id: table for seq_id, table in tables.items() if table}
 
 
 class Trace:
@@ -78,10 +90,13 @@ class Trace:
                 self.arrive()
             if self.asked and self.random.random() < 0.04:
                 self.disturb()
+            ran, admitted = len(self.engine.scheduler.running), self.seen["admitted"]
             for output in self.engine.step():
                 if output.finished:
                     self.done[output.request_id] = output
             self.check_step()
+            if self.engine.config.batching == "static" and ran:
+                assert self.seen["admitted"] == admitted, "a request joined a static batch"
             if not arrivals and not self.engine.has_unfinished():
                 self.check_end()
                 return self.seen
@@ -119,8 +134,11 @@ class Trace:
     def check_step(self) -> None:
         engine, seqs = self.engine, self.state.seqs
         engine.check()
-        assert {i: seq.table for i, seq in seqs.items() if seq.table} == engine.block_tables()
-        assert {i: seq.swap_table for i, seq in seqs.items() if seq.swap_table} == engine.memory.swapped
+        held = engine.held()
+        assert min(held) >= 0 and held.total <= engine.num_blocks * engine.config.block_size
+        # Of a static batch some may wait for their first tokens, with a table that is empty.
+        assert {i: seq.table for i, seq in seqs.items() if seq.table} == not_empty(engine.block_tables())
+        assert {i: seq.swap_table for i, seq in seqs.items() if seq.swap_table} == not_empty(engine.memory.swapped)
         assert self.state.ref_counts == engine.memory.pool.ref_counts
         assert self.state.swap_ref_counts == engine.memory.swap_pool.ref_counts
         scheduler = engine.scheduler
@@ -132,6 +150,10 @@ class Trace:
         assert memory.pool.num_free == memory.pool.num_blocks and not memory.tables
         assert memory.swap_pool.num_free == memory.swap_pool.num_blocks and not memory.swapped
         assert self.done.keys() == self.asked.keys()
+        if self.engine.config.memory != "paged":
+            assert not self.seen["preempted"] and not self.seen["outgrown"], "all was set aside at admission"
+            self.seen.update({f"{self.engine.config.memory} copied": self.seen["copied"]})
+        self.seen.update([self.engine.config.memory, self.engine.config.batching])
         for request_id, (prompt, params, inherited) in self.asked.items():
             outputs = self.done[request_id].outputs
             whole = request_id not in self.cut
@@ -159,5 +181,6 @@ def test_random_traces_give_the_tokens_of_an_unbatched_loop(part):
             raise
     # A fuzz that never meets the hard cases proves nothing.
     rare = ["preempted", "swapped_out", "swapped_in", "resumed", "copied", "forked", "shared", "cached", "evicted"]
-    rare += ["aborted", "outgrown", "refused", "searched", "forked by hand"]
+    rare += ["aborted", "outgrown", "refused", "searched", "forked by hand", "static"]
+    rare += [*AHEAD, *(f"{manager} copied" for manager in AHEAD)]
     assert not [name for name in rare if totals[name] < 20], totals

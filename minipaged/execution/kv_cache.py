@@ -75,25 +75,35 @@ class KVCache:
                 target[dst.to(target.device)] = source[src.to(source.device)].to(target.device)
 
 
-def blocks_that_fit(bytes_per_block: int, device: torch.device, *, wanted: int | None, useful: int) -> int:
+def blocks_that_fit(
+    bytes_per_block: int, device: torch.device, *, wanted: int | None, useful: int, swap_blocks: int | None = 0
+) -> int:
     """How many blocks the pool gets.
 
     ``wanted`` if given, unless the memory there is cannot hold it (`InvalidConfig`). Else as many as fit into half of
     a CPU's free memory (others need some too) or nine tenths of a GPU's, but no more than ``useful``: what the running
-    batch could ever fill.
+    batch could ever fill. A CPU's memory also has to hold the ``swap_blocks``; ``None``: as many as the pool's.
     """
     if device.type == "cuda":
         free, share = torch.cuda.mem_get_info(device)[0], 0.9
     else:
         free, share = psutil.virtual_memory().available, 0.5
+
+    def most(space: int) -> int:
+        blocks = space // bytes_per_block
+        if device.type == "cuda":
+            return blocks  # swaps to the memory of another device
+        return blocks // 2 if swap_blocks is None else max(0, blocks - swap_blocks)
+
     if wanted is None:
-        wanted = min(useful, int(free * share) // bytes_per_block)
+        wanted = min(useful, most(int(free * share)))
         if wanted == 0:
-            raise InvalidConfig(f"not even one KV block of {bytes_per_block} bytes fits into the memory of {device}")
-    elif wanted * bytes_per_block > free:
-        fits = free // bytes_per_block
+            raise InvalidConfig(
+                f"not even one KV block of {bytes_per_block} bytes fits into the memory of {device} beside the swap space"
+            )
+    elif wanted > most(free):
         raise InvalidConfig(
             f"num_blocks = {wanted} takes {wanted * bytes_per_block / 1e9:.1f} GB of KV cache, but {device} has "
-            f"{free / 1e9:.1f} GB free: {fits} blocks at most"
+            f"{free / 1e9:.1f} GB free: {most(free)} blocks at most, swap space included"
         )
     return wanted

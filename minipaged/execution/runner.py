@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from minipaged.execution.batch import build_batch
+from minipaged.execution.cuda_graphs import DecodeGraphs
 from minipaged.execution.kv_cache import KVCache
 from minipaged.scheduling.plan import StepPlan
 
 
 class ModelRunner:
-    """Owns the model and its KV cache; turns plans into logits."""
+    """Owns the model and its KV cache; turns plans into logits. ``graphs`` run the steps that they cover."""
 
-    def __init__(self, model: Any, kv_cache: KVCache, device: torch.device) -> None:
-        self.model, self.kv_cache, self.device = model, kv_cache, device
+    def __init__(
+        self, model: Any, kv_cache: KVCache, device: torch.device, graphs: DecodeGraphs | None = None
+    ) -> None:
+        self.model, self.kv_cache, self.device, self.graphs = model, kv_cache, device, graphs
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor:
@@ -31,4 +34,7 @@ class ModelRunner:
         self.kv_cache.copy(plan.copies)
         if not plan.chunks:
             return torch.empty(0, device=self.device)
-        return self.model(build_batch(plan, self.kv_cache.block_size, self.device), self.kv_cache)
+        batch = build_batch(plan, self.kv_cache.block_size, self.device)
+        if self.graphs is not None and self.graphs.covers(batch):
+            return self.graphs.run(batch)
+        return self.model(batch, self.kv_cache)

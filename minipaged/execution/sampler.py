@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -32,15 +35,14 @@ def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken]:
     params = [request.params for request in requests]
     seqs = [seq for _, seq in plan.samples]
 
-    adjusted = _adjust(logits, requests, seqs)
+    adjusted = adjust(logits, requests, seqs)
     tokens = adjusted.argmax(dim=-1)
     random = [i for i, p in enumerate(params) if p.temperature > 0]
     if random:
         tokens[random] = _draw(adjusted[random], [params[i] for i in random], [seqs[i] for i in random])
-    return [
-        SampledToken(token, _logprobs(logits[i], token, request.num_logprobs))
-        for i, (token, request) in enumerate(zip(tokens.tolist(), requests, strict=True))
-    ]
+    chosen = tokens.tolist()  # here the host waits for the device, once for the whole batch
+    logprobs = _logprobs(logits, chosen, [request.num_logprobs for request in requests])
+    return [SampledToken(token, entry) for token, entry in zip(chosen, logprobs, strict=True)]
 
 
 def _draw(logits: Tensor, params: list[SamplingParams], seqs: list[Sequence]) -> Tensor:
@@ -93,49 +95,69 @@ def min_p_mask(scaled: Tensor, min_p: Tensor) -> Tensor:
 # --- what changes the logits themselves ---
 
 
-def _adjust(logits: Tensor, requests: list[Request], seqs: list[Sequence]) -> Tensor:
-    """Penalties, bias and forbidden endings, for the rows that ask for them. [rows, vocab] → [rows, vocab]."""
-    changing = [i for i, request in enumerate(requests) if request.params.changes_logits]
-    if changing:
+def adjust(logits: Tensor, requests: list[Request], seqs: list[Sequence]) -> Tensor:
+    """Penalties, bias and forbidden endings, for the rows that ask for them. [rows, vocab] → [rows, vocab].
+
+    Which tokens a sequence holds is known on the host: the batch is two scatters, and the device is never asked.
+    """
+    divided: list[tuple[int, int, float]] = []  # row, token, what its logit is divided by
+    added: list[tuple[int, int, float]] = []  # row, token, what is added to it
+    for row, (request, seq) in enumerate(zip(requests, seqs, strict=True)):
+        params = request.params
+        if not params.changes_logits:
+            continue
+        if params.repetition_penalty != 1:
+            divided += [(row, token, params.repetition_penalty) for token in set(seq.tokens)]
+        if params.presence_penalty or params.frequency_penalty:
+            counts = Counter(seq.output_tokens)
+            added += [(row, t, -params.presence_penalty - params.frequency_penalty * n) for t, n in counts.items()]
+        added += [(row, token, bias) for token, bias in params.logit_bias.items()]
+        if seq.num_output < params.min_tokens:
+            added += [(row, token, -math.inf) for token in request.stop_token_ids]
+    if divided or added:
         logits = logits.clone()  # log-probabilities are reported from the original
-    for i in changing:
-        request, seq = requests[i], seqs[i]
-        penalize(logits[i], request.params, seq.tokens, seq.output_tokens)
-        for token_id, bias in request.params.logit_bias.items():
-            logits[i, token_id] += bias
-        if seq.num_output < request.params.min_tokens:
-            logits[i, list(request.stop_token_ids)] = -torch.inf
+    if divided:
+        at, penalty = _entries(divided, logits.device)
+        score = logits[at]
+        logits[at] = torch.where(score > 0, score / penalty, score * penalty)  # always less likely than before
+    if added:
+        at, amount = _entries(added, logits.device)
+        logits.index_put_(at, amount, accumulate=True)
     return logits
 
 
-def penalize(row: Tensor, params: SamplingParams, tokens: list[int], output: list[int]) -> None:
-    """Repetition, presence and frequency penalties, in place. row: [vocab]; ``tokens`` are prompt and output."""
-    if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(tokens)), device=row.device)
-        score = row[seen]
-        row[seen] = torch.where(score > 0, score / params.repetition_penalty, score * params.repetition_penalty)
-    if output and (params.presence_penalty or params.frequency_penalty):
-        unique, times = torch.tensor(output, device=row.device).unique(return_counts=True)
-        row[unique] -= params.presence_penalty + params.frequency_penalty * times
+def _entries(entries: list[tuple[int, int, float]], device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """(row, token, value) → the index of these entries of a matrix, and their values."""
+    rows, tokens, values = zip(*entries, strict=True)
+    return (torch.tensor(rows, device=device), torch.tensor(tokens, device=device)), torch.tensor(values, device=device)
 
 
 # --- what is reported ---
 
 
-def _logprobs(row: Tensor, token: int, count: int | None) -> dict[int, float] | None:
-    """Log-probabilities of the ``count`` likeliest tokens and of ``token``. row: [vocab]."""
-    if count is None:
-        return None
-    logprobs = row.log_softmax(dim=-1)
-    top = logprobs.topk(min(count, len(logprobs)))
-    entries = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    return entries | {token: logprobs[token].item()}
+def _logprobs(logits: Tensor, tokens: list[int], counts: list[int | None]) -> list[dict[int, float] | None]:
+    """Log-probabilities of each row's ``counts[i]`` likeliest tokens and of ``tokens[i]``; ``None``: not asked for.
+
+    logits: [rows, vocab]. All rows together, so that the host waits a fixed number of times and not once a row.
+    """
+    asked = [i for i, count in enumerate(counts) if count is not None]
+    entries: list[dict[int, float] | None] = [None] * len(counts)
+    if not asked:
+        return entries
+    logprobs = logits[asked].log_softmax(dim=-1)
+    most = min(max(counts[i] or 0 for i in asked), logits.shape[1])
+    top = logprobs.topk(most)
+    own = logprobs.gather(1, torch.tensor([[tokens[i]] for i in asked], device=logits.device))[:, 0]
+    for i, ids, values, value in zip(asked, top.indices.tolist(), top.values.tolist(), own.tolist(), strict=True):
+        best = dict(zip(ids[: counts[i]], values[: counts[i]], strict=True))
+        entries[i] = best | {tokens[i]: value}
+    return entries
 
 
 def _report_prompt(rows: Tensor, chunk: Chunk) -> None:
     """Each row foretells the prompt token after its own. rows: [tokens of the chunk, vocab]."""
     request, count = chunk.request, chunk.request.params.prompt_logprobs
     assert request.prompt_logprobs is not None
-    for position, row in enumerate(rows, start=chunk.start + 1):
-        if position < chunk.seq.num_prompt:
-            request.prompt_logprobs[position] = _logprobs(row, chunk.seq.tokens[position], count)
+    foretold = chunk.seq.tokens[chunk.start + 1 : min(chunk.start + chunk.num_tokens + 1, chunk.seq.num_prompt)]
+    entries = _logprobs(rows[: len(foretold)], foretold, [count] * len(foretold))
+    request.prompt_logprobs[chunk.start + 1 : chunk.start + 1 + len(foretold)] = entries

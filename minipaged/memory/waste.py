@@ -1,4 +1,4 @@
-"""What other memory managers would hold for the same sequences: the paper's waste taxonomy, as pure accounting.
+"""The paper's waste taxonomy, and what other memory managers would hold for the same sequences, as pure accounting.
 
 Every slot that a manager sets aside for a sequence belongs to one class (paper §3.1, Fig. 2 and 3):
 
@@ -8,9 +8,11 @@ Every slot that a manager sets aside for a sequence belongs to one class (paper 
     external   lost between what was asked for and what the allocator could give
 
 Contiguous managers must set aside a sequence's final length when it starts, which nobody knows then: *Max* takes the
-longest possible, *Pow2* the output rounded up to a power of two, *Oracle* is told the truth. Their chunks come from a
-buddy allocator, so Pow2 and Oracle lose the rest of a power of two to *external*. FasterTransformer sets aside what Max
-does. vAttention maps page-groups as a sequence grows. None of these can share a prompt between sequences.
+longest possible, *Pow2* the output rounded up to a power of two, *Oracle* is told the truth. Their chunks are whole
+blocks from a buddy allocator, so Pow2 and Oracle lose the rest of a power of two to *external*. FasterTransformer sets
+aside what Max does. vAttention maps page-groups as a sequence grows. None of these shares a prompt between sequences.
+
+`memory.managers` has these managers for real; `Engine.held` measures the one that runs, by the same classes.
 """
 
 from __future__ import annotations
@@ -56,37 +58,61 @@ def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
-def reservation(manager: str, num_prompt: int, num_output: int, max_model_len: int) -> int:
-    """Slots that a contiguous manager asks for when a sequence starts that will generate ``num_output`` tokens."""
+def longest_reservation(max_model_len: int, num_blocks: int, block_size: int) -> int:
+    """Slots that *Max* sets aside: nobody would promise more than the whole pool."""
+    return min(max_model_len, num_blocks * block_size)
+
+
+def reservation(manager: str, num_prompt: int, num_output: int, longest: int) -> int:
+    """Slots that a contiguous manager asks for when a sequence starts that will generate ``num_output`` tokens.
+
+    Never less than it needs, which is one less than its tokens: the last one's KV is never computed.
+    """
+    needed = num_prompt + num_output - 1
     if manager == "orca-max":
-        return max_model_len
+        return max(longest, needed)
     if manager == "orca-pow2":
-        return min(num_prompt + next_power_of_two(num_output), max_model_len)
+        return max(min(num_prompt + next_power_of_two(num_output), longest), needed)
     if manager == "orca-oracle":
-        return num_prompt + num_output
+        return needed
     raise ValueError(f"{manager!r} reserves nothing ahead")
 
 
-def held(manager: str, moment: Moment, max_model_len: int, page_tokens: int) -> Held:
-    """What ``manager`` sets aside for one sequence. ``page_tokens``: tokens of a vAttention page-group."""
+def held(manager: str, moment: Moment, longest: int, page_tokens: int, block_size: int = 1) -> Held:
+    """What ``manager`` sets aside for one sequence, in chunks of blocks of ``block_size`` slots.
+
+    ``longest``: what Max asks for. ``page_tokens``: tokens of a vAttention page-group.
+    """
     token = moment.num_computed
     if manager == "vattention":
         mapped = -(-token // page_tokens) * page_tokens
         reserved = min(mapped, max(moment.final, token)) - token
         return Held(token, reserved, mapped - token - reserved)
-    asked = max(reservation(manager, moment.num_prompt, moment.final - moment.num_prompt, max_model_len), token)
+    asked = max(reservation(manager, moment.num_prompt, _num_output(moment.num_prompt, moment.final), longest), token)
     later = max(0, moment.final - token)
-    return Held(token, later, asked - token - later, _chunk(manager, asked) - asked)
+    return Held(token, later, asked - token - later, _chunk(manager, asked, block_size) - asked)
 
 
-def _chunk(manager: str, asked: int) -> int:
+def _num_output(num_prompt: int, final: int) -> int:
+    """Tokens that a sequence has generated when it ends with the KV of ``final`` in the cache."""
+    return max(0, final + 1 - num_prompt)
+
+
+def _chunk(manager: str, asked: int, block_size: int) -> int:
     """What the allocator gives. Max asks for the same size every time, so its pool is cut into exact pieces."""
-    return asked if manager == "orca-max" else next_power_of_two(asked)
+    blocks = -(-asked // block_size)
+    return block_size * (blocks if manager == "orca-max" else next_power_of_two(blocks))
 
 
-def fitting(manager: str, moments: Iterable[Moment], slots: int, max_model_len: int, page_tokens: int) -> int:
-    """How many of these sequences, in order, a pool of ``slots`` could serve at once."""
-    return _count_fitting((held(manager, moment, max_model_len, page_tokens).total for moment in moments), slots)
+def fitting(
+    manager: str, moments: Iterable[Moment], slots: int, longest: int, page_tokens: int, block_size: int = 1
+) -> int:
+    """How many of these sequences, in order, an empty pool of ``slots`` could serve at once.
+
+    Adding up is enough for a buddy allocator too: until something is freed, no two of its free pieces have the same
+    length, so those shorter than a chunk add up to less than one.
+    """
+    return _count_fitting((held(manager, moment, longest, page_tokens, block_size).total for moment in moments), slots)
 
 
 def _count_fitting(needs: Iterable[int], slots: int) -> int:
@@ -186,17 +212,17 @@ class Accounts:
 
     @property
     def _longest(self) -> int:
-        """What *Max* sets aside: nobody would promise more than the whole pool."""
         config = self.state.config
-        return min(config["max_model_len"], config["num_blocks"] * config["block_size"])
+        return longest_reservation(config["max_model_len"], config["num_blocks"], config["block_size"])
 
     def _agree(self, num_prompt: int, final: int) -> _Terms:
-        longest = self._longest
-        asked = tuple(max(reservation(manager, num_prompt, final - num_prompt, longest), final) for manager in AHEAD)
-        return _Terms(final, asked, tuple(map(_chunk, AHEAD, asked)))
+        longest, num_output = self._longest, _num_output(num_prompt, final)
+        asked = tuple(max(reservation(manager, num_prompt, num_output, longest), final) for manager in AHEAD)
+        chunks = (_chunk(manager, n, self.state.config["block_size"]) for manager, n in zip(AHEAD, asked, strict=True))
+        return _Terms(final, asked, tuple(chunks))
 
     def _shot(self) -> _Shot:
-        size = self.state.config["block_size"]
+        size, ahead = self.state.config["block_size"], self.state.config.get("memory") in AHEAD
         running: list[tuple[int, int]] = []
         full: set[int] = set()
         filled: dict[int, int] = {}
@@ -207,7 +233,9 @@ class Accounts:
             running.append((seq_id, seq.num_computed))
             num_full = seq.num_computed // size
             full.update(seq.table[:num_full])
-            for logical, block in enumerate(seq.table[num_full:], start=num_full):
+            # Of a chunk that is there from the start, paging would hold what is in use.
+            end = -(-seq.num_computed // size) if ahead else None
+            for logical, block in enumerate(seq.table[num_full:end], start=num_full):
                 start = logical * size
                 filled[block] = max(filled.get(block, 0), seq.num_computed - start)
                 open_blocks.append((block, seq_id, start))
@@ -237,7 +265,7 @@ class Accounts:
         return Row(shot.step, len(shot.running), totals, fit)
 
     def _paged(self, shot: _Shot) -> Held:
-        """What the engine's own block tables hold: shared blocks count once."""
+        """What block tables hold, the engine's own if it is a paged one: shared blocks count once."""
         size = self.state.config["block_size"]
         coming: dict[int, int] = {}
         for block, seq_id, start in shot.open:

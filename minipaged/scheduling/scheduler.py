@@ -147,7 +147,9 @@ class Scheduler:
             plan.copies += self.memory.reserve(Write(seq.seq_id, start, end))
             candidates = request.live if self._forking(request) else [seq]
             samples = [s for s in candidates if len(s.tokens) == end]
-            plan.chunks.append(Chunk(request, seq, start, end - start, samples, self.memory.tables[seq.seq_id]))
+            # No further than it is in use: some managers' tables are as long as the sequence may ever get.
+            table = self.memory.tables[seq.seq_id][: self.memory.blocks_for(end)]
+            plan.chunks.append(Chunk(request, seq, start, end - start, samples, table))
 
     def _resume(self, plan: StepPlan) -> None:
         """Swapped → running, in order of arrival, each with the blocks for its next tokens too."""

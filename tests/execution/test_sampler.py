@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from minipaged.config import SamplingParams
-from minipaged.execution.sampler import penalize, sample
+from minipaged.execution.sampler import adjust, sample
 from minipaged.request import Request, Sequence
 from minipaged.scheduling.plan import Chunk, StepPlan
 
@@ -119,17 +119,68 @@ def test_zero_logprobs_report_only_the_sampled_token():
     assert only.logprobs.keys() == {only.token_id}
 
 
+def adjusted(rows, all_params, tokens, num_prompt):
+    """Rows of logits after penalties, for sequences that hold these tokens."""
+    seqs = [Sequence(i, list(tokens), num_prompt, Random(0)) for i in range(len(all_params))]
+    requests = [
+        Request(str(i), list(tokens[:num_prompt]), params, [seq], frozenset(params.stop_token_ids), 99, arrival=i)
+        for i, (params, seq) in enumerate(zip(all_params, seqs, strict=True))
+    ]
+    return adjust(rows, requests, seqs)
+
+
 def test_the_repetition_penalty_equals_transformers():
     tokens, row = [3, 5, 5, 9, 30], logits_of(4)
-    expected = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([tokens]), row[None].clone())[0]
-    penalize(row, SamplingParams(repetition_penalty=1.4), tokens, tokens[3:])
-    torch.testing.assert_close(row, expected)
+    expected = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([tokens]), row[None].clone())
+    torch.testing.assert_close(adjusted(row[None], [SamplingParams(repetition_penalty=1.4)], tokens, 3), expected)
 
 
 def test_presence_and_frequency_count_output_tokens_only():
-    row = torch.zeros(VOCAB)
-    penalize(row, SamplingParams(presence_penalty=0.5, frequency_penalty=0.25), [1, 2, 2, 3], [2, 2, 3])
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    (row,) = adjusted(torch.zeros(1, VOCAB), [params], [1, 2, 2, 3], 1)
     assert row[1] == 0 and row[2] == -1.0 and row[3] == -0.75
+
+
+def test_each_row_is_adjusted_by_its_own_request_and_all_that_it_asks_for():
+    rows = torch.stack([logits_of(i) for i in range(4)])
+    both = {"repetition_penalty": 1.5, "frequency_penalty": 0.5, "logit_bias": {5: 3.0}}
+    params = [
+        SamplingParams(),
+        SamplingParams(**both, min_tokens=9, stop_token_ids=[7]),
+        SamplingParams(logit_bias={7: -2.0}),
+        SamplingParams(presence_penalty=1.0),
+    ]
+    out = adjusted(rows, params, [3, 5, 5], 1)
+    assert out[0].equal(rows[0]), "a neighbour's penalties reached a row that asked for none"
+    truth = RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([[3, 5, 5]]), rows[1:2].clone())[0]
+    truth[5] += 3.0 - 2 * 0.5
+    truth[7] = -torch.inf
+    torch.testing.assert_close(out[1], truth)
+    assert out[2, 7] == rows[2, 7] - 2 and out[3, 5] == rows[3, 5] - 1 and out[3, 3] == rows[3, 3]
+
+
+def test_the_host_waits_for_the_device_as_often_for_many_sequences_as_for_one(monkeypatch):
+    waits = 0
+
+    def counting(name):
+        original = getattr(torch.Tensor, name)
+
+        def method(self, *args):
+            nonlocal waits
+            waits += 1
+            return original(self, *args)
+
+        return method
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, counting(name))
+    settings = {"logprobs": 3, "repetition_penalty": 1.2, "presence_penalty": 0.1, "top_p": 0.9}
+    costs = []
+    for count in (1, 16):
+        waits = 0
+        sample(logits_of(0).expand(count, -1), plan_for([SamplingParams(**settings)] * count))
+        costs.append(waits)
+    assert costs[0] == costs[1] > 0
 
 
 def test_penalties_bias_and_min_tokens_reach_the_choice_but_not_the_logprobs():

@@ -1,6 +1,9 @@
 """The memory managers: several ways to decide who owns which slot, behind one interface.
 
     paged         blocks as tokens come, shared and copied on write (`memory.table.BlockTables`)
+    orca-max      the longest a sequence can be, at admission (`managers.contiguous`)
+    orca-pow2     its prompt, and its output rounded up to a power of two
+    orca-oracle   exactly what it will need
     vattention    the same, mapped into virtual memory sequence by sequence (`virtual.VirtualTables`)
 
 All of them answer with block tables, so that the same model and kernels run on each.
@@ -13,9 +16,10 @@ from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Protocol
 
 from minipaged.events import EventLog
+from minipaged.memory.managers.contiguous import ContiguousTables
 from minipaged.memory.managers.virtual import VirtualTables
 from minipaged.memory.table import BlockTables, Copy, Demand, Hit, Write
-from minipaged.memory.waste import Held, Moment
+from minipaged.memory.waste import AHEAD, Held, Moment
 
 if TYPE_CHECKING:
     from minipaged.config import EngineConfig
@@ -127,6 +131,8 @@ def make_manager(config: EngineConfig, events: EventLog) -> MemoryManager:
     """The manager that ``config.memory`` names. ``num_blocks`` and ``max_model_len`` must be numbers."""
     num_blocks, block_size, max_model_len = config.num_blocks, config.block_size, config.max_model_len
     assert num_blocks is not None and block_size is not None and max_model_len is not None
+    if config.memory in AHEAD:
+        return ContiguousTables(config.memory, num_blocks, block_size, max_model_len, events)
     policy = config.eviction_policy() if config.eviction_policy else None
     paged = (num_blocks, block_size, events, config.caches_prefixes, policy, config.swap_space(num_blocks))
     if config.memory == "vattention":

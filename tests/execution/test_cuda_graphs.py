@@ -1,0 +1,92 @@
+"""Decode by graphs, on any machine: what is replayed here is a closure that reads the same memory as a graph would."""
+
+import pytest
+import torch
+
+from minipaged import LLM, SamplingParams
+from minipaged.execution.batch import Batch
+from minipaged.execution.cuda_graphs import DecodeGraphs, batch_sizes
+from minipaged.execution.kv_cache import KVCache
+from minipaged.execution.runner import ModelRunner
+
+PROMPTS = ["Once upon a time", "The robot", "In a small town by the sea,", "One day, a fox met an owl. Then"]
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 7, 8, 12, 100, 255, 256, 257, 300, 1000])
+def test_some_graph_covers_every_batch_and_little_of_it_is_padding(max_num_seqs):
+    sizes = batch_sizes(max_num_seqs)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == max_num_seqs
+    for batch in range(1, max_num_seqs + 1):
+        size = next(size for size in sizes if size >= batch)
+        assert size - batch <= (7 if batch <= 256 else 31)
+
+
+def replaying(recorded):
+    """Like a graph: it computes into one output, from whatever its inputs hold by then."""
+
+    def record(forward):
+        recorded.append(forward)
+        logits = forward()
+        return lambda: logits.copy_(forward()), logits
+
+    return record
+
+
+def with_graphs(llm, recorded):
+    """The engine's runner, made anew with graphs and one block more."""
+    engine, old = llm.engine, llm.engine.runner.kv_cache
+    layers, shape = len(old.k), old.k[0].shape
+    kv_cache = KVCache(layers, shape[0] + 1, *shape[1:], old.k[0].dtype, old.k[0].device)
+    for tensor in kv_cache.k + kv_cache.v:
+        tensor.fill_(torch.nan)  # so that a row of padding that reads what nobody wrote is noticed
+    device = torch.device("cpu")
+    graphs = DecodeGraphs(
+        llm.engine.runner.model,
+        kv_cache,
+        device,
+        max_num_seqs=engine.config.max_num_seqs,
+        max_blocks=-(-engine.max_model_len // engine.config.block_size),
+        scratch_block=engine.num_blocks,
+        record=replaying(recorded),
+    )
+    engine.runner = ModelRunner(llm.engine.runner.model, kv_cache, device, graphs)
+    return graphs
+
+
+@pytest.mark.parametrize("block_size", [3, 16])
+def test_tokens_are_the_same_with_graphs_and_each_size_is_recorded_once(block_size):
+    params = [SamplingParams(temperature=0, max_tokens=6 + 5 * i, ignore_eos=True) for i in range(len(PROMPTS))]
+    params[1] = SamplingParams(n=3, seed=4, max_tokens=20, ignore_eos=True)
+    # 7 is no power of two, and the pool so small that sequences are preempted.
+    settings = {"max_num_seqs": 7, "num_blocks": 1 + 150 // block_size, "block_size": block_size, "max_model_len": 100}
+    plain, graphed, recorded = LLM("tiny", **settings), LLM("tiny", **settings), []
+    graphs = with_graphs(graphed, recorded)
+    texts = [[[out.token_ids for out in o.outputs] for o in llm.generate(PROMPTS, params)] for llm in (plain, graphed)]
+    assert texts[0] == texts[1]
+    assert len(recorded) == len(graphs._graphs) >= 2 and set(graphs._graphs) <= {1, 2, 4, 7}
+
+
+def test_padding_touches_no_block_of_a_sequence():
+    llm = LLM("tiny", max_num_seqs=7, num_blocks=20, max_model_len=100)
+    with_graphs(llm, [])
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    llm.generate(PROMPTS[:3], params)  # three rows and one of padding
+    kv_cache = llm.engine.runner.kv_cache
+    written = [block for block in range(20) if not kv_cache.k[0][block].isnan().all()]
+    expected = sum(llm.engine.memory.blocks_for(len(llm.encode(p)) + 3) for p in PROMPTS[:3])
+    assert len(written) == expected
+    assert not kv_cache.k[0][20].isnan().all(), "padding writes to the scratch block"
+
+
+def test_only_plain_decode_steps_are_replayed():
+    one = torch.zeros(2, dtype=torch.int64)
+
+    def batch(query_lens, rows, **more):
+        decodes = sum(count == 1 for count in query_lens)
+        return Batch(one, one, one, one[None], one, one[:rows], query_lens, [5, 5], decodes, **more)
+
+    assert DecodeGraphs.covers(batch([1, 1], 2))
+    assert not DecodeGraphs.covers(batch([1, 4], 2))  # a prompt among them
+    assert not DecodeGraphs.covers(batch([1, 1], 1))  # a chunk of one prompt token that samples nothing
+    assert not DecodeGraphs.covers(batch([1, 1], 2, read_only=True))
+    assert not DecodeGraphs.covers(batch([1, 1], 2, observe=print))
