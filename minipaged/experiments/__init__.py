@@ -66,5 +66,7 @@ _ENTRIES = (
     Entry("kernel-overhead", "What following a block table costs attention", "PagedAttention, Fig. 18a", 1),
     Entry("block-size", "How large a block should be", "PagedAttention, Fig. 18b", 5),
     Entry("recompute-vs-swap", "Getting preempted requests back", "PagedAttention, Fig. 19", 3),
+    Entry("page-groups", "How finely memory has to be mapped", "vAttention, page-group sizes", 4),
+    Entry("mapping", "What mapping costs a step, now or in the background", "vAttention, §6.1", 2),
     Entry("burstiness", "Preemptions by the burstiness of arrivals", "BurstGPT's Gamma arrivals", 5),
 )

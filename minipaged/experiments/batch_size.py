@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from minipaged.experiments.figures import bars
 from minipaged.experiments.result import SECONDARY, Progress, Result, Row
-from minipaged.experiments.saturation import SYSTEMS, saturate, sharegpt_traces
+from minipaged.experiments.saturation import saturated_system, sharegpt_traces
 from minipaged.experiments.simulator import OPT_13B
 
 PAPER = {"Orca (Max)": "7.00", "Orca (Pow2)": "9.81", "Orca (Oracle)": "13.62", "paged": "30.42"}
@@ -21,7 +21,7 @@ def measure(quick: bool, progress: Progress) -> Result:
     mean: dict[str, float] = {}
     for system in PAPER:
         progress(len(mean) / len(PAPER), system)
-        mean[system] = saturate(*traces, **SYSTEMS[system]).mean_batch
+        mean[system] = saturated_system(system, quick).mean_batch
     rows = [
         Row(system, mean[system], "requests", paper, SECONDARY, why=WHY.get(system, ""))
         for system, paper in PAPER.items()

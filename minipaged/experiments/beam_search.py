@@ -25,7 +25,7 @@ def measure(quick: bool, progress: Progress) -> Result:
     from minipaged.llm import LLM
 
     llm = LLM("tiny", num_blocks=1024, max_num_seqs=48, enable_prefix_caching=False)
-    counts = (12, 3) if quick else (60, 24)
+    counts = (8, 2) if quick else (30, 8)
     workloads = {"Alpaca-like": (alpaca_like, counts[0]), "ShareGPT-like": (sharegpt_like, counts[1])}
     saved: dict[str, list[float]] = {}
     rows = []

@@ -14,7 +14,7 @@ CVS, RATE = (1.0, 1.41, 2.0, 3.0), 2.5
 
 def measure(quick: bool, progress: Progress) -> Result:
     """Preemptions at coefficients of variation of the gaps from 1 (Poisson) to 3, over several seeds."""
-    seeds, duration = (3, 240) if quick else (6, 900)
+    seeds, duration = (3, 120) if quick else (3, 400)
     counts: dict[float, list[float]] = {}
     latency: dict[float, list[float]] = {}
     for done, cv in enumerate(CVS):

@@ -19,7 +19,7 @@ WHY = "how many turns a conversation has and how many are open is assumed; our c
 
 def measure(quick: bool, progress: Progress) -> Result:
     """Mean normalized latency by request rate, and the rate at which it crosses the limit."""
-    duration = 120 if quick else 600
+    duration = 60 if quick else 240
 
     def requests(rate: float) -> list[TraceRequest]:
         return chat(sharegpt_like(0), poisson(rate, duration, seed=0), seed=0)

@@ -16,7 +16,7 @@ WHY = "the paper states neither its latency limit nor the kernels' share of the 
 
 def measure(quick: bool, progress: Progress) -> Result:
     """Mean normalized latency by request rate over one duration, and the rate at which it crosses the limit."""
-    duration = 120 if quick else 900
+    duration = 60 if quick else 300
 
     def requests(rate: float) -> list[TraceRequest]:
         return trace(sharegpt_like(0), poisson(rate, duration, seed=0))

@@ -15,12 +15,12 @@ WHY = "lengths are drawn like the data set's, not from it, and all samples of a 
 
 def measure(quick: bool, progress: Progress) -> Result:
     """The share of blocks saved for Alpaca-like and ShareGPT-like requests."""
-    workloads = {"Alpaca-like": (alpaca_like, 1200), "ShareGPT-like": (sharegpt_like, 120)}
+    workloads = {"Alpaca-like": (alpaca_like, 500), "ShareGPT-like": (sharegpt_like, 50)}
     saved: dict[str, list[float]] = {name: [] for name in workloads}
     for name, (lengths, count) in workloads.items():
         for n in PAPER:
             progress(sum(map(len, saved.values())) / 6, f"{name}, {n} samples")
-            total = count if quick else 5 * count
+            total = count if quick else 3 * count
             blocks = BlocksSaved()
             simulate(trace(lengths(0), at_once(total), n=n), watch=blocks, warm_up=total // 4, saturated=True)
             saved[name].append(blocks.percent)

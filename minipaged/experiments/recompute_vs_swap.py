@@ -27,7 +27,7 @@ def measure(quick: bool, progress: Progress) -> Result:
     for index, size in enumerate(SIZES):
         for mode, values in latency.items():
             progress(index / (len(SIZES) + 1), f"blocks of {size}, {mode}")
-            requests = trace(sharegpt_like(0), poisson(RATE, 90 if quick else 600, seed=0))
+            requests = trace(sharegpt_like(0), poisson(RATE, 60 if quick else 240, seed=0))
             values.append(simulate(requests, block_size=size, preemption=mode).normalized_latency)
     rows = []
     for index, size in enumerate(SIZES):
@@ -37,7 +37,7 @@ def measure(quick: bool, progress: Progress) -> Result:
     progress(len(SIZES) / (len(SIZES) + 1), "this device")
     device: dict[int, dict[str, list[float]]] = {}
     for size in SIZES:
-        device[size] = compare(_candidates(size), rounds=10 if quick else 40)
+        device[size] = compare(_candidates(size), rounds=10 if quick else 30)
         times, spread = ratio(device[size]["swap"], device[size]["recompute"])
         what = f"{TOKENS} tokens on this device, swap / recompute, blocks of {size}"
         rows.append(Row(what, times, "×", PAPER.get(size), PAPER.get(size) and READ, spread, WHY_MEASURED))

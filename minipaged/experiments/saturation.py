@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from statistics import fmean
 from typing import Any
 
@@ -46,8 +47,14 @@ def saturate(*traces: list[TraceRequest], **settings: Any) -> Saturated:
 
 def sharegpt_traces(quick: bool) -> list[list[TraceRequest]]:
     """Several short traces rather than a long one: a few huge requests can hold a pool for minutes."""
-    seeds, count = (4, 150) if quick else (8, 600)
+    seeds, count = (4, 150) if quick else (8, 250)
     return [trace(sharegpt_like(seed), at_once(count)) for seed in range(seeds)]
+
+
+@cache  # two figures show the same runs
+def saturated_system(system: str, quick: bool) -> Saturated:
+    """One of the `SYSTEMS` on `sharegpt_traces`."""
+    return saturate(*sharegpt_traces(quick), **SYSTEMS[system])
 
 
 class HeldByClass:

@@ -120,6 +120,8 @@ class SimulatedRunner:
 
     def execute(self, plan: StepPlan) -> None:
         self.now += self.clock.seconds(plan, self.block_size)
+        if plan.maps is not None:
+            plan.maps.done = True  # vAttention asks whether pages were mapped; here that takes no time
         self._watch(plan)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from minipaged.experiments.figures import bars
 from minipaged.experiments.result import SECONDARY, Progress, Result, Row
-from minipaged.experiments.saturation import SYSTEMS, saturate, sharegpt_traces
+from minipaged.experiments.saturation import saturated_system, sharegpt_traces
 from minipaged.experiments.simulator import OPT_13B
 
 PAPER = {  # percent: token, reserved, internal, external
@@ -24,7 +24,7 @@ def measure(quick: bool, progress: Progress) -> Result:
     rows = []
     for system, papers in PAPER.items():
         progress(len(percent) / len(PAPER), system)
-        percent[system] = saturate(*traces, **SYSTEMS[system]).percent
+        percent[system] = saturated_system(system, quick).percent
         for name, paper in zip(CLASSES, papers, strict=True):
             why = WHY if paper else ""
             rows.append(Row(f"{system}: {name}", percent[system][name], "%", paper, paper and SECONDARY, why=why))
