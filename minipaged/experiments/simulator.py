@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import count
 from statistics import fmean
 from typing import Any
 
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.engine import Engine
+from minipaged.errors import InvalidRequest
 from minipaged.scheduling.plan import SampledToken, StepPlan
 from minipaged.workloads import TraceRequest
 
@@ -137,13 +139,15 @@ def simulate(
     """Serves a trace with the fields of `EngineConfig` in ``settings``.
 
     ``watch`` is called with the engine and the plan of every step, when its memory is reserved and nobody has ended
-    yet; but not before ``warm_up`` requests have ended: in the beginning all are young. A ``saturated`` run ends when nobody is waiting any more: what follows is no picture of a
-    full pool. Each sequence runs to the trace's output length.
+    yet; but not before ``warm_up`` requests have ended: in the beginning all are young. A ``saturated`` run ends when
+    nobody is waiting any more: what follows is no picture of a full pool. Each sequence runs to the trace's output
+    length. Raises `InvalidRequest` for what the engine would refuse.
     """
     config = _config(clock, settings)
     result = Simulation(clock)
 
     by_id: dict[str, TraceRequest] = {}
+    ids = count()
 
     def look(plan: StepPlan) -> None:
         result.preemptions += len(plan.preempted)
@@ -166,7 +170,7 @@ def simulate(
         if not engine.has_unfinished():
             runner.now = max(runner.now, coming[0].arrival)
         while coming and coming[0].arrival <= runner.now:
-            _add(engine, by_id, coming.popleft())
+            _add(engine, by_id, str(next(ids)), coming.popleft())
         outputs = engine.step()
         result.served += [Served(by_id.pop(o.request_id), runner.now) for o in outputs if o.finished]
         if saturated and not coming and not engine.scheduler.waiting:
@@ -182,10 +186,9 @@ def _config(clock: Roofline, settings: dict[str, Any]) -> EngineConfig:
     return EngineConfig(**fields)
 
 
-def _add(engine: Engine, by_id: dict[str, TraceRequest], request: TraceRequest) -> None:
+def _add(engine: Engine, by_id: dict[str, TraceRequest], request_id: str, request: TraceRequest) -> None:
     if request.beam_width:
-        raise ValueError("which beams live is the model's choice: search with beams on a real model")
-    request_id = str(len(by_id)) if str(len(by_id)) not in by_id else f"{request.stream}/{request.arrival}"
+        raise InvalidRequest("which beams live is the model's choice: run beam searches on a real model")
     by_id[request_id] = request
     params = SamplingParams(n=request.n, max_tokens=request.num_output, ignore_eos=True)
     engine.add_request(request_id, request.token_ids(VOCAB), params)

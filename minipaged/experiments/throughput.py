@@ -56,9 +56,9 @@ def measure(quick: bool, progress: Progress) -> Result:
     series = {"tokens/s": [median(values) for values in speed.values()]}
     figure = bars("Throughput at one memory budget", list(speed), series, "output tokens/s")
     assumed = [
-        f"The embedded model, {SLOTS:,} slots of KV cache for each system, at most {LONGEST} tokens a request, blocks of "
-        f"{BLOCK}: ShareGPT-like lengths, the paper's pool and limit, divided by {SCALE}. The queue is never empty.",
-        f"After {warm_up} tokens each, the systems take turns of {slice_} tokens: {rounds} rounds."
+        f"The embedded model, {SLOTS:,} slots of KV cache for each system, at most {LONGEST} tokens a request, blocks "
+        f"of {BLOCK}: ShareGPT-like lengths, the paper's pool and limit, divided by {SCALE}. The queue is never empty.",
+        f"After {warm_up} tokens each, the systems take turns of {slice_} tokens: {rounds} rounds.",
     ]
     return Result(_rows(speed, mean_batch), figure, assumed, {"tokens_per_second": speed, "mean_batch": mean_batch})
 

@@ -30,5 +30,5 @@ def measure(quick: bool, progress: Progress) -> Result:
             rows.append(Row(f"{system}: {name}", percent[system][name], "%", paper, paper and SECONDARY, why=why))
     series = {name: [percent[system][name] for system in PAPER] for name in CLASSES}
     figure = bars("What the slots of the KV cache hold", list(PAPER), series, "% of the pool", stacked=True)
-    assumed = [OPT_13B.stated(), f"{len(traces)} runs of {len(traces[0])} ShareGPT-like requests, the first fifth of each is warm-up."]
-    return Result(rows, figure, assumed, {"percent": percent})
+    runs = f"{len(traces)} runs of {len(traces[0])} ShareGPT-like requests, the first fifth of each is warm-up."
+    return Result(rows, figure, [OPT_13B.stated(), runs], {"percent": percent})
