@@ -9,7 +9,7 @@ from minipaged.experiments.simulator import OPT_13B, simulate
 from minipaged.scheduling.plan import StepPlan
 from minipaged.workloads import alpaca_like, at_once, sharegpt_like, trace
 
-PAPER = {2: "6.09", 4: "8.53", 6: "9.79"}  # Alpaca, percent
+PAPER = {2: "6.09", 4: "8.53", 6: "9.79"}  # Alpaca, percent; the paper's text says 6.1 to 9.8
 WHY = "lengths are drawn like the data set's, not from it, and all samples of a request have one length"
 
 

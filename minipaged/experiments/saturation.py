@@ -77,7 +77,7 @@ class HeldByClass:
             for seq in request.live
             if seq.seq_id in engine.memory.tables
         )
-        self._slots += engine.num_blocks * engine.config.block_size
+        self._slots += engine.num_blocks * engine.memory.block_size
 
     @property
     def percent(self) -> dict[str, float]:

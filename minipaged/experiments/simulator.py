@@ -136,14 +136,16 @@ def simulate(
     saturated: bool = False,
     **settings: Any,
 ) -> Simulation:
-    """Serves a trace with the fields of `EngineConfig` in ``settings``.
+    """Serves a trace. ``settings`` are fields of `EngineConfig`; those not given suit OPT and the clock's memory.
 
     ``watch`` is called with the engine and the plan of every step, when its memory is reserved and nobody has ended
     yet; but not before ``warm_up`` requests have ended: in the beginning all are young. A ``saturated`` run ends when
     nobody is waiting any more: what follows is no picture of a full pool. Each sequence runs to the trace's output
     length. Raises `InvalidRequest` for what the engine would refuse.
     """
-    config = _config(clock, settings)
+    fields: dict[str, Any] = {"block_size": 16, "max_model_len": 2048, "max_num_seqs": 256}
+    fields |= {"max_num_batched_tokens": 2048, "enable_prefix_caching": False, "model": clock.name} | settings
+    fields.setdefault("num_blocks", clock.num_slots // fields["block_size"])
     result = Simulation(clock)
 
     by_id: dict[str, TraceRequest] = {}
@@ -163,8 +165,8 @@ def simulate(
             for request, seq in plan.samples
         ]
 
-    runner = SimulatedRunner(clock, config.block_size, look)
-    engine = Engine(config, runner, sampler, vocab_size=VOCAB)
+    runner = SimulatedRunner(clock, fields["block_size"], look)
+    engine = Engine(EngineConfig(**fields), runner, sampler, vocab_size=VOCAB)
     coming = deque(sorted((r for r in requests if not r.failed), key=lambda r: r.arrival))
     while coming or engine.has_unfinished():
         if not engine.has_unfinished():
@@ -177,13 +179,6 @@ def simulate(
             break
     result.seconds = runner.now
     return result
-
-
-def _config(clock: Roofline, settings: dict[str, Any]) -> EngineConfig:
-    fields: dict[str, Any] = {"block_size": 16, "max_model_len": 2048, "max_num_seqs": 256}
-    fields |= {"max_num_batched_tokens": 2048, "enable_prefix_caching": False, "model": clock.name} | settings
-    fields.setdefault("num_blocks", clock.num_slots // fields["block_size"])
-    return EngineConfig(**fields)
 
 
 def _add(engine: Engine, by_id: dict[str, TraceRequest], request_id: str, request: TraceRequest) -> None:

@@ -62,6 +62,6 @@ def _count(text: str | None) -> int:
     if text is None:
         raise ValueError("the line ends too early")
     count = float(text)  # some tools write 472 as 472.0
-    if not (count >= 0 and count == int(count)):
+    if not (count >= 0 and count.is_integer()):
         raise ValueError(f"{text} is no number of tokens")
     return int(count)
