@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from minipaged.experiments import Result, catalogue, run
-from minipaged.experiments.result import Row
+from minipaged.experiments.result import SECONDARY, Row
 
 app = typer.Typer(help="Measure the papers' figures again.", no_args_is_help=True)
 
@@ -40,7 +39,7 @@ def run_(
         show(console, result)
         written = result.write(out)
         console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
-        if find_spec("plotly") is None:
+        if len(written) == 1:
             console.print("No HTML figure: plotly is not installed (pip install plotly). The JSON has its data.")
 
 
@@ -79,7 +78,7 @@ def paper_text(row: Row) -> str:
     """The paper's number; a star marks those from a secondary source."""
     if row.paper is None:
         return "–"
-    return row.paper + ("*" if row.source == "secondary source" else "")
+    return row.paper + ("*" if row.source == SECONDARY else "")
 
 
 def _short(number: float) -> str:

@@ -21,7 +21,9 @@ from minipaged.workloads import (
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
-    "lengths, prompt, output", [(sharegpt_like, 161.31, 337.99), (alpaca_like, 19.31, 58.45)], ids=["ShareGPT", "Alpaca"]
+    "lengths, prompt, output",
+    [(sharegpt_like, 161.31, 337.99), (alpaca_like, 19.31, 58.45)],
+    ids=["ShareGPT", "Alpaca"],
 )
 def test_means_are_the_papers_within_two_percent(lengths, prompt, output, seed):
     pairs = list(islice(lengths(seed), 40_000))
