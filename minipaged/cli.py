@@ -1,4 +1,4 @@
-"""The ``minipaged`` command: visualize, generate, chat, doctor.
+"""The ``minipaged`` command: visualize, generate, chat, doctor, experiments.
 
 torch, transformers and gradio take seconds to import, so each command imports what it needs when it runs, and
 ``--help`` stays quick. A model's text is printed as it is, never by rich, which reads ``[bold]`` as markup.
@@ -18,12 +18,14 @@ from rich.console import Console
 from minipaged import __version__
 from minipaged.config import DEVICES, DTYPES, MANAGERS, EngineConfig, SamplingParams
 from minipaged.errors import InvalidRequest, MinipagedError
+from minipaged.experiments.cli import app as experiments
 
 if TYPE_CHECKING:
     from minipaged.llm import LLM
     from minipaged.outputs import Delta
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(experiments, name="experiments")
 
 # Options that several commands share. One not given is None and left to EngineConfig or SamplingParams, which
 # know the defaults and limits.

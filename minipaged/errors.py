@@ -1,7 +1,7 @@
 """Every error that minipaged raises on purpose, so that callers can catch what they mean to.
 
-The ones that a user can cause (`InvalidRequest`, `InvalidConfig`, `ModelError`) are also `ValueError`s: they are
-raised at the door, before anything has changed, and their message says what to do.
+The ones that a user can cause (`InvalidRequest`, `InvalidConfig`, `ModelError`, `InvalidTrace`) are also
+`ValueError`s: they are raised at the door, before anything has changed, and their message says what to do.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ class InvalidConfig(MinipagedError, ValueError):
 
 class ModelError(MinipagedError, ValueError):
     """A model that cannot be found, read or supported."""
+
+
+class InvalidTrace(MinipagedError, ValueError):
+    """A file that is not the trace of requests it was taken for."""
 
 
 class OutOfBlocks(MinipagedError, MemoryError):

@@ -20,6 +20,7 @@ from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
 from minipaged.execution.kv_cache import KVCache, blocks_that_fit
 from minipaged.execution.runner import ModelRunner
 from minipaged.execution.sampler import sample
+from minipaged.execution.virtual_memory import Layout, VirtualKVCache
 from minipaged.models.loader import LoadedModel, load_model
 from minipaged.outputs import CompletionOutput, Delta, RequestOutput
 
@@ -261,16 +262,27 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
     max_model_len = config.max_model_len or spec.max_model_len
     if max_model_len > spec.max_model_len:
         raise InvalidConfig(f"max_model_len is {max_model_len}, but {config.model} was made for {spec.max_model_len}")
-    shape = (config.block_size, spec.num_kv_heads, spec.head_dim)
-    bytes_per_block = KVCache.bytes_per_block(spec.num_layers, *shape, loaded.dtype)
-    useful = config.max_num_seqs * -(-max_model_len // config.block_size)
+    heads = (spec.num_kv_heads, spec.head_dim)
+    layout = Layout(spec.num_layers, *heads, loaded.dtype, config.tensor_slicing)
+    block_size = config.block_size
+    if config.memory == "vattention":
+        block_size = layout.block_size(block_size, config.max_num_seqs, max_model_len, loaded.device)
+    assert block_size is not None
+    bytes_per_block = KVCache.bytes_per_block(spec.num_layers, block_size, *heads, loaded.dtype)
+    useful = config.max_num_seqs * -(-max_model_len // block_size)
     swap_blocks = config.swap_blocks if config.preemption == "swap" else 0
     num_blocks = blocks_that_fit(
         bytes_per_block, loaded.device, wanted=config.num_blocks, useful=useful, swap_blocks=swap_blocks
     )
-    config = replace(config, num_blocks=num_blocks, max_model_len=max_model_len)
+    config = replace(config, block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len)
     swap_blocks = config.swap_space(num_blocks)
-    kv_cache = KVCache(spec.num_layers, num_blocks, *shape, loaded.dtype, loaded.device, swap_blocks)
+    sizes = (num_blocks, block_size)
+    kv_cache: KVCache
+    if config.memory == "vattention":
+        slots = {"max_num_seqs": config.max_num_seqs, "max_model_len": max_model_len}
+        kv_cache = VirtualKVCache(layout, *sizes, loaded.device, swap_blocks, **slots)
+    else:
+        kv_cache = KVCache(spec.num_layers, *sizes, *heads, loaded.dtype, loaded.device, swap_blocks)
     return Engine(
         config,
         ModelRunner(loaded.model, kv_cache, loaded.device),

@@ -9,6 +9,7 @@ import torch
 
 from minipaged.errors import InvalidConfig
 from minipaged.kernels import reference
+from minipaged.memory.managers.virtual import PageMaps
 
 
 class KVCache:
@@ -17,7 +18,12 @@ class KVCache:
     ``k[layer]`` and ``v[layer]`` are [num_blocks, block_size, kv_heads, head_dim]. The swap space on the CPU has the
     same layout with ``swap_blocks`` blocks. Which block belongs to whom is the
     business of ``minipaged.memory``; here is only storage.
+
+    Where memory can be mapped (`VirtualKVCache`), ``k_slots[layer]`` and ``v_slots[layer]`` show it in sequence order.
     """
+
+    k_slots: list[torch.Tensor]
+    v_slots: list[torch.Tensor]
 
     def __init__(
         self,
@@ -42,6 +48,10 @@ class KVCache:
     ) -> int:
         """2 (key and value) · layers · block size · heads · head dimension · bytes of one number."""
         return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
+
+    def remap(self, maps: PageMaps) -> None:
+        """Only virtual memory can be mapped."""
+        raise NotImplementedError
 
     def copy(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copies blocks (source, target) in all layers; reads before writes."""

@@ -1,0 +1,72 @@
+"""The papers' figures, measured again: one file for each.
+
+    for entry in catalogue():
+        print(entry.name, entry.title)
+    result = run("batch-size", quick=True, progress=lambda done, text: print(f"{done:.0%} {text}"))
+    result.rows, result.figure
+
+Every experiment is deterministic but for its time measurements; `quick` makes it smaller, never different.
+"""
+
+from __future__ import annotations
+
+import time
+from importlib import import_module
+from typing import NamedTuple
+
+from minipaged.errors import InvalidRequest
+from minipaged.experiments.result import Progress, Result, Row, machine
+
+__all__ = ["Entry", "Result", "Row", "catalogue", "run"]
+
+
+class Entry(NamedTuple):
+    """An experiment that can be run; ``figure`` is the one it reproduces, ``minutes`` what the full run takes."""
+
+    name: str
+    title: str
+    figure: str
+    minutes: float
+
+
+def catalogue() -> list[Entry]:
+    """All experiments, in the order of the papers."""
+    return list(_ENTRIES)
+
+
+def run(name: str, quick: bool = False, progress: Progress | None = None) -> Result:
+    """Runs one experiment in this thread; what ``progress`` raises ends it.
+
+    ``progress(done, text)`` hears from time to time what part is done, from 0 to 1. Raises `InvalidRequest` for a name
+    that is not in the `catalogue`.
+    """
+    entry = next((entry for entry in _ENTRIES if entry.name == name), None)
+    if entry is None:
+        raise InvalidRequest(f"there is no experiment {name!r}; there are {', '.join(e.name for e in _ENTRIES)}")
+    started = time.perf_counter()
+    result = import_module(f"{__name__}.{name.replace('-', '_')}").measure(quick, progress or _silent)
+    result.name, result.title, result.reproduces, result.quick = name, entry.title, entry.figure, quick
+    result.seconds, result.machine = round(time.perf_counter() - started, 1), machine()
+    return result
+
+
+def _silent(done: float, text: str) -> None:
+    pass
+
+
+_ENTRIES = (
+    Entry("waste", "What the KV cache is filled with, by class of waste", "PagedAttention, Fig. 2", 2),
+    Entry("latency", "Requests a second that each system sustains", "PagedAttention, Fig. 12a", 10),
+    Entry("batch-size", "How many requests run at once", "PagedAttention, Fig. 13a", 2),
+    Entry("throughput", "The real engine at one memory budget", "PagedAttention, §6.2 and the abstract", 5),
+    Entry("parallel-sampling", "Memory saved by sharing the prompt of n samples", "PagedAttention, Fig. 15a", 3),
+    Entry("beam-search", "Memory saved by beams that share their blocks", "PagedAttention, Fig. 15b", 3),
+    Entry("shared-prefix", "What a shared prefix is worth", "PagedAttention, Fig. 16", 2),
+    Entry("chatbot", "A chatbot that is shown the conversation so far", "PagedAttention, Fig. 17", 10),
+    Entry("kernel-overhead", "What following a block table costs attention", "PagedAttention, Fig. 18a", 1),
+    Entry("block-size", "How large a block should be", "PagedAttention, Fig. 18b", 5),
+    Entry("recompute-vs-swap", "Getting preempted requests back", "PagedAttention, Fig. 19", 3),
+    Entry("page-groups", "How finely memory has to be mapped", "vAttention, page-group sizes", 4),
+    Entry("mapping", "What mapping costs a step, now or in the background", "vAttention, §6.1", 2),
+    Entry("burstiness", "Preemptions by the burstiness of arrivals", "BurstGPT's Gamma arrivals", 5),
+)

@@ -1,0 +1,112 @@
+"""Tokens a second of the real engine at one memory budget, under each manager: real time, this device."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+from minipaged.config import EngineConfig, SamplingParams
+from minipaged.experiments.figures import bars
+from minipaged.experiments.result import READ, Progress, Result, Row
+from minipaged.experiments.saturation import SYSTEMS
+from minipaged.experiments.simulator import OPT_13B
+from minipaged.experiments.timing import ratio
+from minipaged.workloads import TraceRequest, at_once, sharegpt_like, trace
+
+if TYPE_CHECKING:
+    from minipaged.engine import Engine
+    from minipaged.llm import LLM
+
+SCALE = 16  # the paper's lengths, pool and blocks, divided by this: what the embedded model can serve, and quickly
+SLOTS, LONGEST, BLOCK = OPT_13B.num_slots // SCALE, 2048 // SCALE, 2
+SERVERS = dict(SYSTEMS)
+if sys.platform == "linux":  # nowhere else can memory be mapped piece by piece
+    SERVERS["vAttention"] = {"memory": "vattention", "tensor_slicing": True}
+PAPER = {"FasterTransformer": "up to 22", "Orca (Max)": "2.7–8", "Orca (Oracle)": "1.7–2.7"}
+WHY = (
+    "the paper compares sustained rates of a 13B model on a GPU; a small model on a CPU spends less of a step on what "
+    "a larger batch shares, the reading of weights, and more on what it does not"
+)
+
+
+def measure(quick: bool, progress: Progress) -> Result:
+    """Output tokens a second and mean batch, while requests wait; the systems take turns."""
+    from minipaged.llm import LLM
+
+    warm_up, slice_, rounds = (1000, 400, 3) if quick else (3000, 600, 9)
+    llm = LLM("tiny", num_blocks=1)
+    requests = scaled(400 if quick else 1500)
+    servers = {}
+    for index, (system, settings) in enumerate(SERVERS.items()):
+        progress(index / (2 * len(SERVERS)), f"{system}, warm-up")
+        servers[system] = Server(llm, requests, **settings)
+        servers[system].serve(warm_up)
+    speed: dict[str, list[float]] = {system: [] for system in SERVERS}
+    batch: dict[str, list[int]] = {system: [] for system in SERVERS}
+    for number in range(rounds):
+        progress((1 + number / rounds) / 2, f"round {number + 1} of {rounds}")
+        for system, server in servers.items():
+            tokens_per_second, batches = server.serve(slice_)
+            speed[system].append(tokens_per_second)
+            batch[system] += batches
+    mean_batch = {system: fmean(batches) for system, batches in batch.items()}
+    series = {"tokens/s": [median(values) for values in speed.values()]}
+    figure = bars("Throughput at one memory budget", list(speed), series, "output tokens/s")
+    assumed = [
+        f"The embedded model, {SLOTS:,} slots of KV cache for each system, at most {LONGEST} tokens a request, blocks "
+        f"of {BLOCK}: ShareGPT-like lengths, the paper's pool and limit, divided by {SCALE}. The queue is never empty.",
+        f"After {warm_up} tokens each, the systems take turns of {slice_} tokens: {rounds} rounds.",
+    ]
+    return Result(_rows(speed, mean_batch), figure, assumed, {"tokens_per_second": speed, "mean_batch": mean_batch})
+
+
+def _rows(speed: dict[str, list[float]], mean_batch: dict[str, float]) -> list[Row]:
+    rows = [
+        Row(f"{system}: throughput", median(values), "tokens/s", spread=(min(values), max(values)))
+        for system, values in speed.items()
+    ]
+    rows += [Row(f"{system}: mean batch", mean, "requests") for system, mean in mean_batch.items()]
+    for system in (system for system in speed if system != "paged"):
+        times, spread = ratio(speed["paged"], speed[system])
+        paper = PAPER.get(system)
+        rows.append(Row(f"paged / {system}", times, "×", paper, paper and READ, spread, WHY if paper else ""))
+    return rows
+
+
+def scaled(count: int) -> list[TraceRequest]:
+    """ShareGPT-like requests of an eighth of the length."""
+    return [
+        replace(request, num_prompt=-(-request.num_prompt // SCALE), num_output=-(-request.num_output // SCALE))
+        for request in trace(sharegpt_like(0), at_once(count))
+        if request.num_prompt + request.num_output <= 2048 - 2 * SCALE  # rounding up must not make it too long
+    ]
+
+
+class Server:
+    """An engine of its own with all the requests in its queue."""
+
+    def __init__(self, llm: LLM, requests: list[TraceRequest], **settings: Any) -> None:
+        self.engine = _engine(llm, settings)
+        for index, request in enumerate(requests):
+            params = SamplingParams(temperature=0, max_tokens=request.num_output, ignore_eos=True)
+            self.engine.add_request(str(index), request.token_ids(self.engine.vocab_size), params)
+
+    def serve(self, num_tokens: int) -> tuple[float, list[int]]:
+        """Steps until so many tokens are out. Returns tokens a second and the batch of each step."""
+        batch: list[int] = []
+        tokens, started = 0, time.perf_counter()
+        while tokens < num_tokens:
+            if not self.engine.scheduler.waiting:
+                raise RuntimeError("the queue is empty: what follows says nothing about a full pool")
+            tokens += sum(len(output.outputs) for output in self.engine.step())
+            batch.append(len(self.engine.scheduler.running))
+        return tokens / (time.perf_counter() - started), batch
+
+
+def _engine(llm: LLM, settings: dict[str, Any]) -> Engine:
+    fields: dict[str, Any] = {"block_size": BLOCK, "max_model_len": LONGEST, "max_num_seqs": 64}
+    fields |= {"enable_prefix_caching": False} | settings
+    return llm.build_engine(EngineConfig(num_blocks=SLOTS // fields["block_size"], **fields))

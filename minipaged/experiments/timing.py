@@ -1,0 +1,38 @@
+"""Measuring time on a machine that others use too."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+
+def compare(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, by candidate. They take turns, so that a busy moment is unfair to all alike."""
+    for candidate in candidates.values():
+        candidate()  # the first call allocates, and compiles where there is something to compile
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, candidate in candidates.items():
+            _wait()
+            started = time.perf_counter()
+            candidate()
+            _wait()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(slower: list[float], faster: list[float]) -> tuple[float, tuple[float, float]]:
+    """How many times as long the first takes: median over the rounds, and the quartiles."""
+    ratios = sorted(a / b for a, b in zip(slower, faster, strict=True))
+    quarter = len(ratios) // 4
+    return median(ratios), (ratios[quarter], ratios[-1 - quarter])
+
+
+def _wait() -> None:
+    """Until a GPU has done what it was told."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
