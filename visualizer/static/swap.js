@@ -4,6 +4,8 @@ import { colour, element, ink, letter, list, plural, setText, stripes } from "./
 import { rovingCells } from "./parts.js";
 import { filled, owners } from "./reducer.js";
 
+const MANY = 40; // cells; from here on they are smaller
+
 export class SwapSpace {
   constructor(root, select) {
     this.node = root.querySelector("[data-part=swap]");
@@ -46,6 +48,7 @@ export class SwapSpace {
       });
       return { node, fill: element("span", "mp-ink", node), who: element("b", "", node) };
     });
+    this.grid.classList.toggle("mp-many", size > MANY);
     this.grid.replaceChildren(...this.cells.map(({ node }) => node));
   }
 
