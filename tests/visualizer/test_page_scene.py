@@ -23,7 +23,9 @@ LANES = {
     "swapped_in": "swap", "finished": "finish",
 }  # fmt: skip
 SHARED = "You answer every question about memory in one or two short sentences, with simple words, and never sing."
-PROMPTS = [Arrival(0, question, system=SHARED, chat=True, max_tokens=30) for question in ("What is a block?", "And a page?")]
+PROMPTS = [
+    Arrival(0, question, system=SHARED, chat=True, max_tokens=30) for question in ("What is a block?", "And a page?")
+]
 
 
 @pytest.fixture
@@ -65,7 +67,8 @@ def tree(page: Any) -> list[list[Any]]:
     """[sequence, its parent's row, depth, the kinds of lines that lead to it] for every row, from the top."""
     return page.eval_on_selector_all(
         "[data-testid=sequence]",
-        """rows => rows.map((row) => [Number(row.dataset.seq), row.dataset.parent === "" ? null : Number(row.dataset.parent),
+        """rows => rows.map((row) => [
+            Number(row.dataset.seq), row.dataset.parent === "" ? null : Number(row.dataset.parent),
             Number(row.dataset.depth), [...row.querySelectorAll("[data-rail]")].map((rail) => rail.dataset.rail)])""",
     )
 
@@ -249,7 +252,9 @@ def test_a_find_in_the_prefix_cache_is_seen(serve: Callable[..., Visualizer], pa
     steps(visualizer, 1)
     page.wait_for_function("end => minipaged.player.position === end", arg=visualizer.log.end)
     drawn(page)
-    assert page.evaluate("minipaged.player.restedAt.hit > 0 && minipaged.player.restUntil >= minipaged.player.restedAt.hit")
+    assert page.evaluate(
+        "minipaged.player.restedAt.hit > 0 && minipaged.player.restUntil >= minipaged.player.restedAt.hit"
+    )
     found = [event for event in recorded(visualizer)[1][-1] if event.get("reason") == "prefix"]
     (tokens,) = [event["num_cached"] for event in recorded(visualizer)[1][-1] if event["type"] == "admitted"]
     assert len(found) * 16 == tokens > 0
@@ -277,7 +282,9 @@ def test_a_cached_block_tells_the_chain_of_its_names(serve: Callable[..., Visual
     submit(visualizer, PROMPTS)
     finish(visualizer)
     caught_up(page, visualizer)
-    cached = {event["prefix"]: event for record in recorded(visualizer)[1] for event in record if event["type"] == "cached"}
+    cached = {
+        event["prefix"]: event for record in recorded(visualizer)[1] for event in record if event["type"] == "cached"
+    }
     names = max(([name] for name in cached), key=lambda chain: _extend(chain, cached))
     _extend(names, cached)
     assert len(names) > 2 and cached[names[-1]]["parent"] == 0
@@ -313,7 +320,9 @@ def test_every_kind_of_event_has_its_mark_in_its_lane(
     records = page.evaluate("minipaged.player.records.map((r) => ({ events: r.events, marks: r.marks }))")
     lanes = page.eval_on_selector_all("[data-testid=lanes] [data-lane]", "items => items.map(i => i.dataset.lane)")
     config = page.evaluate("minipaged.dump().config")
-    assert ("swap" in lanes) == (config["swap_blocks"] > 0) and ("cache hit" in lanes) == config["enable_prefix_caching"]
+    assert ("swap" in lanes) == (config["swap_blocks"] > 0) and ("cache hit" in lanes) == config[
+        "enable_prefix_caching"
+    ]
     expected = []
     for record in records:
         kinds = {LANES[event["type"]] for event in record["events"] if event["type"] in LANES}
@@ -467,9 +476,12 @@ def test_the_running_scene_fits_without_scrolling(serve: Callable[..., Visualize
             )
             assert hidden == 0, f"{part} would have to be scrolled at {width} × {height}"
         boxes = page.eval_on_selector_all(
-            "[data-testid=sequence]", "rows => rows.map(r => [r.querySelector('.mp-line'), r.querySelector('.mp-table')]"
-            ".map(n => n.getBoundingClientRect()).map(b => [b.top, b.bottom]))"
-        )  # fmt: skip
+            "[data-testid=sequence]",
+            """rows => rows.map((row) => [".mp-line", ".mp-table"].map((part) => {
+                const box = row.querySelector(part).getBoundingClientRect();
+                return [box.top, box.bottom];
+            }))""",
+        )
         edges = [edge for line, table in boxes for edge in (*line, *table)]
         assert all(a <= b + 0.5 for a, b in zip(edges, edges[1:], strict=False)), "nothing overlaps"
 

@@ -4,6 +4,7 @@ import { colour, element, ink, letter, list, plural, setText, stripes, text } fr
 import { rovingCells } from "./parts.js";
 import { filled, owners } from "./reducer.js";
 
+const CALM = 60; // milliseconds between steps from which on tokens are seen to land
 const [SMALLEST, LARGEST] = [10, 68]; // pixels, of a cell
 
 export class Pool {
@@ -26,6 +27,7 @@ export class Pool {
     });
     this.grid.addEventListener("pointerleave", () => select(null, "hover"));
     rovingCells(this.grid, (cell) => select(cell && { block: Number(cell.dataset.block) }, "hover"));
+    this.landedAt = -CALM;
     this.landed = new Map(); // block -> the mark on the slots that were written last
   }
 
@@ -119,10 +121,11 @@ export class Pool {
   }
 
   // The newest tokens arrive in their slots: a mark there, which CSS lets fall in.
-  land(player) {
+  land(player, now = performance.now()) {
     const moment = `${player.run} ${player.position} ${player.sub}`;
     if (moment === this.moment) return;
-    this.moment = moment;
+    const calm = now - this.landedAt > CALM; // faster ones would only flicker
+    Object.assign(this, { moment, landedAt: now });
     const slots = landings(player.latest, player.state);
     for (const [block, node] of this.landed) {
       if (slots.has(block)) continue;
@@ -133,7 +136,9 @@ export class Pool {
       if (!this.landed.has(block)) this.landed.set(block, element("span", "mp-landed", this.cells[block].cell));
       const node = this.landed.get(block);
       node.dataset.slots = `${start}-${end}`;
-      node.dataset.turn = node.dataset.turn === "1" ? "0" : "1"; // another animation of the same looks: it starts anew
+      // Another animation of the same looks starts anew.
+      if (calm) node.dataset.turn = node.dataset.turn === "1" ? "0" : "1";
+      else delete node.dataset.turn;
       node.style.left = `${(100 * start) / this.size}%`;
       node.style.width = `${(100 * (end - start)) / this.size}%`;
     }

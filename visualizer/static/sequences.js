@@ -48,7 +48,10 @@ export class Sequences {
     const tree = familyRows(state);
     const ids = tree.map(({ id }) => id);
     const deepest = Math.max(1, ...tree.map(({ depth }) => depth));
-    this.list.style.setProperty("--indent", `${Math.min(INDENT, Math.floor(DEEPEST / deepest))}px`);
+    if (deepest !== this.deepest) {
+      this.deepest = deepest;
+      this.list.style.setProperty("--indent", `${Math.min(INDENT, Math.floor(DEEPEST / deepest))}px`);
+    }
     this.empty.hidden = ids.length > 0;
     for (const [id, row] of this.rows) {
       if (!ids.includes(id)) {
