@@ -60,6 +60,7 @@ class Visualizer:
     thread: Any  # EngineThread, or None
     log: RecordLog
     url: str = ""
+    public_url: str = ""  # through Gradio's servers, if asked for and possible
     presenter: str = ""  # in a classroom, the token without which nobody controls the engine
 
     def close(self) -> None:
@@ -166,6 +167,7 @@ def launch(
     block: bool = True,
     open_browser: bool = False,
     classroom: bool = False,
+    share: bool = False,
     replay: Path | None = None,
     recordings_will_do: bool = False,
 ) -> Visualizer:
@@ -174,33 +176,56 @@ def launch(
     ``llm`` is an `LLM`, a function that makes one (called once the port is known to be free), or ``None`` for
     the embedded model with a pool small enough to run full. If it cannot be loaded and ``recordings_will_do``, the
     recordings that minipaged comes with are shown. ``replay`` shows a recording instead of an engine; ``ValueError``
-    if it is none. In a ``classroom`` viewers watch, and only the presenter controls. Raises `PortInUse`.
+    if it is none. In a ``classroom`` viewers watch, and only the presenter controls. ``share`` makes a public link
+    through Gradio's servers, and a classroom of whoever opens it; without the internet the local page goes on alone.
+    Raises `PortInUse`.
     """
     _check_port(host, port)
+    classroom = classroom or share
     if replay is not None:
         visualizer = build_replay(replay)
     else:
-        load = _load if host in LOOPBACK else None  # whoever is on the network may not make this machine load things
+        # Whoever is on the network may not make this machine load things.
+        load = _load if host in LOOPBACK and not share else None
         visualizer = _with_engine(llm or _tiny, scenario, rate, classroom, load, recordings_will_do)
     try:
         visualizer.blocks.launch(
-            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
+            server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True,
             inbrowser=open_browser, footer_links=[], run_history=False, ssr_mode=False,
             css_paths=stylesheets(), theme=_theme(), favicon_path=STATIC / "favicon.svg",
         )  # fmt: skip
     except OSError:
         visualizer.close()
         raise _port_in_use(port) from None
-    visualizer.url = f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}"
+    visualizer.url = f"http://{_own_address() if host == '0.0.0.0' else host}:{port}"
+    visualizer.public_url = visualizer.blocks.share_url or "" if share else ""
     if visualizer.thread and host not in LOOPBACK and not classroom:
         print("anybody who can reach this machine can control the engine; --classroom keeps that to you", flush=True)
-    print(f"minipaged visualizer: {visualizer.url}", flush=True)
-    if visualizer.presenter:
-        print(f"for the presenter only: {visualizer.url}/?presenter={visualizer.presenter}", flush=True)
+    _tell(visualizer, share)
     if block:
         _until_interrupted()
         visualizer.close()
     return visualizer
+
+
+def _tell(visualizer: Visualizer, share: bool) -> None:
+    print(f"minipaged visualizer: {visualizer.url}", flush=True)
+    if visualizer.public_url:
+        print(f"for everybody who knows it, to watch: {visualizer.public_url}", flush=True)
+    elif share:
+        print("no public link could be made (is there a way to the internet?); the page above works all the same", flush=True)
+    if visualizer.presenter:
+        print(f"for the presenter only: {visualizer.url}/?presenter={visualizer.presenter}", flush=True)
+
+
+def _own_address() -> str:
+    """This machine's address in its network. Its name would often be known to itself alone."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # an address for documentation; connecting a datagram socket sends nothing
+            return probe.getsockname()[0]
+        except OSError:  # no network at all
+            return "127.0.0.1"
 
 
 def _with_engine(
