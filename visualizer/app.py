@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -15,23 +14,20 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr  # noqa: E402
-import plotly  # noqa: E402
 from fastapi import Response  # noqa: E402
 
 from minipaged.errors import MinipagedError  # noqa: E402
 from visualizer.classroom import Guard  # noqa: E402
 from visualizer.commands import Commands  # noqa: E402
 from visualizer.engine_thread import DEFAULT_RATE, EngineThread  # noqa: E402
-from visualizer.export import stylesheets  # noqa: E402
-from visualizer.figures import figures  # noqa: E402
+from visualizer.export import PLOTLY, stylesheets  # noqa: E402
+from visualizer.figures import figures_as_json  # noqa: E402
 from visualizer.log import RecordLog  # noqa: E402
 from visualizer.recordings import Recordings  # noqa: E402
 from visualizer.scenarios import DEMO_SETTINGS, OPENING, Scenario, menu  # noqa: E402
 from visualizer.sources import sources  # noqa: E402
-from visualizer.waste_rows import WasteRows  # noqa: E402
 
 STATIC = Path(__file__).resolve().parent / "static"
-PLOTLY = Path(plotly.__file__).resolve().parent / "package_data" / "plotly.min.js"
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -90,7 +86,6 @@ def build(
     thread = EngineThread(llm, log, rate)
     guard = Guard(Commands(thread, scenario or OPENING, load), classroom)
     recordings = Recordings(log)
-    rows = WasteRows(log)
     # Emptied by the first viewer, in a classroom by the presenter; on the engine with the sizes it was started with.
     unseen = [replace(scenario, settings={})] if scenario else []
 
@@ -109,10 +104,7 @@ def build(
             begin()
         return await guard(payload)
 
-    async def waste(request: Any) -> Response:
-        return Response(await rows(request), media_type="application/json")
-
-    functions = [pull, command, waste, recordings.recording, recordings.template]
+    functions = [pull, command, recordings.recording, recordings.template]
     thread.start()
     blocks = _page(functions, {"recordings": recordings.shipped, "classroom": classroom})
     return Visualizer(blocks, thread, log, presenter=guard.token if classroom else "")
@@ -151,7 +143,7 @@ def _page(functions: list[Callable[..., Any]], more: dict[str, Any]) -> gr.Block
             main=(STATIC / "main.js").as_posix(),
             scripts=[path.as_posix() for path in STATIC.glob("*.js")],
             plotly=PLOTLY.as_posix(),
-            figures={name: json.loads(figure.to_json()) for name, figure in figures().items()},
+            figures=figures_as_json(),
             more={"sources": sources(), "scenarios": menu()} | more,
         )
     return blocks

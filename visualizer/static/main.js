@@ -68,7 +68,7 @@ class Page {
       leave: () => this.leaveRecording(),
       text: () => this.recording?.text,
     });
-    this.charts = new Charts(root, figures, plotly, server);
+    this.charts = new Charts(root, figures, plotly);
     this.banner = root.querySelector("[data-part=banner]");
     this.banner.querySelector("[data-do=restart]").addEventListener("click", () => this.controls.ask({ do: "reset" }));
     this.banner.querySelector("[data-do=dismiss]").addEventListener("click", () => {
@@ -243,6 +243,7 @@ class Page {
       dump: () => JSON.parse(JSON.stringify(this.player.state)),
       check: () => check(this.player.state),
       player: this.player,
+      charts: this.charts,
       inspector: this.inspector,
     };
   }
