@@ -55,6 +55,7 @@ class Page {
     this.controls = new Controls(root, send);
     this.settings = new Settings(root, send);
     this.controls.extras = () => this.settings.sampling();
+    this.controls.refused = (answer) => this.settings.refused(answer);
     this.guide = new Guide(root, (command) => this.controls.ask(command), more.scenarios ?? [],
       (tab) => this.charts.show(tab));
     this.chat = new Chat(root, send, () => this.controls.sampling());
