@@ -228,7 +228,10 @@ def test_the_books_follow_a_run_whose_beginning_is_forgotten(
     first = late.evaluate("minipaged.player.first")
     assert first >= 40 and rest == everything[first:] and everything == rows_of(visualizer)
     # As when the page forgets: a window that moves on.
-    early.evaluate("minipaged.player.forgetOldest()")
+    early.evaluate("""() => { const { player } = minipaged;
+        player.seek(40);
+        player.keyframes.set(40, JSON.stringify(player.state));
+        player.forgetOldest(); }""")
     steps(visualizer, 1)
     caught_up(early, visualizer)
     rows, _ = early.evaluate(ROWS)
