@@ -56,6 +56,7 @@ class Page {
     this.controls = new Controls(root, send);
     this.settings = new Settings(root, send);
     this.controls.extras = () => this.settings.sampling();
+    this.controls.refused = (answer) => this.settings.refused(answer);
     this.guide = new Guide(root, (command) => this.controls.ask(command), more.scenarios ?? [],
       (tab) => this.charts.show(tab));
     this.chat = new Chat(root, send, () => this.controls.sampling());
@@ -69,7 +70,7 @@ class Page {
       leave: () => this.leaveRecording(),
       text: () => this.recording?.text,
     });
-    this.charts = new Charts(root, figures, plotly, server);
+    this.charts = new Charts(root, figures, plotly);
     this.banner = root.querySelector("[data-part=banner]");
     this.banner.querySelector("[data-do=restart]").addEventListener("click", () => this.controls.ask({ do: "reset" }));
     this.banner.querySelector("[data-do=dismiss]").addEventListener("click", () => {
@@ -242,6 +243,7 @@ class Page {
       dump: () => JSON.parse(JSON.stringify(this.player.state)),
       check: () => check(this.player.state),
       player: this.player,
+      charts: this.charts,
       inspector: this.inspector,
     };
   }

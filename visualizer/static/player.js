@@ -3,10 +3,11 @@
 
 import { marksOf } from "./marks.js";
 import { tell } from "./narration.js";
+import { Record } from "./record.js";
 import { State, measure } from "./reducer.js";
 
-const KEYFRAME_EVERY = 40; // records
-const MAX_RECORDS = 60 * KEYFRAME_EVERY;
+const KEYFRAME_EVERY = 200; // records: to apply so many takes some milliseconds, while a keyframe is up to half a megabyte
+const MAX_RECORDS = 6 * KEYFRAME_EVERY; // a minute at 20 steps a second; memory grows until then, and not beyond
 const REPLAY_RATE = 12; // records per second when playing what is past
 // Some moments last one step and are the point of the whole page: while following live, the view rests on them
 // (milliseconds), then catches up. Not on every one of a series: what repeats at once has been seen.
@@ -79,7 +80,7 @@ export class Player {
     });
     const marks = marksOf(events);
     const [mark] = marks; // the most telling of them
-    this.records.push({ events, marks, mark, metrics: measure(this.head), told: tell({ events }, this.head) });
+    this.records.push(new Record({ events, marks, mark, metrics: measure(this.head), told: tell({ events }, this.head) }));
     if (this.end % KEYFRAME_EVERY === 0) this.keyframes.set(this.end, JSON.stringify(this.head));
     if (this.records.length > MAX_RECORDS && !this.recording) this.forgetOldest();
   }
