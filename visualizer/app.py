@@ -20,6 +20,8 @@ from minipaged.errors import MinipagedError  # noqa: E402
 from visualizer.classroom import Guard  # noqa: E402
 from visualizer.commands import Commands  # noqa: E402
 from visualizer.engine_thread import DEFAULT_RATE, EngineThread  # noqa: E402
+from visualizer.experiments import LOOKING, Experiments  # noqa: E402
+from visualizer.experiments import menu as experiments_menu  # noqa: E402
 from visualizer.export import PLOTLY, stylesheets  # noqa: E402
 from visualizer.figures import figures_as_json  # noqa: E402
 from visualizer.log import RecordLog  # noqa: E402
@@ -58,10 +60,13 @@ class Visualizer:
     url: str = ""
     public_url: str = ""  # through Gradio's servers, if asked for and possible
     presenter: str = ""  # in a classroom, the token without which nobody controls the engine
+    experiments: Experiments | None = None
 
     def close(self) -> None:
         """Stops the server and the engine's thread."""
         self.log.close()
+        if self.experiments:
+            self.experiments.close()
         if self.url:
             self.blocks.close(verbose=False)
         if self.thread:
@@ -84,7 +89,8 @@ def build(
     """
     log = RecordLog()
     thread = EngineThread(llm, log, rate)
-    guard = Guard(Commands(thread, scenario or OPENING, load), classroom)
+    experiments = Experiments()
+    guard = Guard(_with_experiments(experiments, Commands(thread, scenario or OPENING, load)), classroom)
     recordings = Recordings(log)
     # Emptied by the first viewer, in a classroom by the presenter; on the engine with the sizes it was started with.
     unseen = [replace(scenario, settings={})] if scenario else []
@@ -107,7 +113,7 @@ def build(
     functions = [pull, command, recordings.recording, recordings.template]
     thread.start()
     blocks = _page(functions, {"recordings": recordings.shipped, "classroom": classroom})
-    return Visualizer(blocks, thread, log, presenter=guard.token if classroom else "")
+    return Visualizer(blocks, thread, log, presenter=guard.token if classroom else "", experiments=experiments)
 
 
 def build_replay(path: Path | None, note: str = "") -> Visualizer:
@@ -124,12 +130,25 @@ def build_replay(path: Path | None, note: str = "") -> Visualizer:
     async def pull(request: Any) -> dict[str, Any]:
         return {}
 
+    experiments = Experiments()
+
     async def command(payload: Any) -> dict[str, Any]:
+        if isinstance(payload, dict) and payload.get("do") in LOOKING:
+            return experiments(payload)
         return {"ok": False, "message": "This is a recording; there is no engine to control."}
 
     functions = [pull, command, recordings.recording, recordings.template]
     blocks = _page(functions, {"recordings": recordings.shipped, "replay": {"name": name, "note": note}})
     return Visualizer(blocks, None, log)
+
+
+def _with_experiments(experiments: Experiments, commands: Commands) -> Callable[[Any], Any]:
+    async def command(payload: Any) -> dict[str, Any]:
+        if isinstance(payload, dict) and str(payload.get("do")).startswith("experiment"):
+            return experiments(payload)
+        return await commands(payload)
+
+    return command
 
 
 def _page(functions: list[Callable[..., Any]], more: dict[str, Any]) -> gr.Blocks:
@@ -144,7 +163,7 @@ def _page(functions: list[Callable[..., Any]], more: dict[str, Any]) -> gr.Block
             scripts=[path.as_posix() for path in STATIC.glob("*.js")],
             plotly=PLOTLY.as_posix(),
             figures=figures_as_json(),
-            more={"sources": sources(), "scenarios": menu()} | more,
+            more={"sources": sources(), "scenarios": menu(), "experiments": experiments_menu()} | more,
         )
     return blocks
 

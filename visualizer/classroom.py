@@ -7,7 +7,9 @@ import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-READING = ("attention", "check")  # commands that change nothing: anybody may
+from visualizer.experiments import LOOKING
+
+READING = ("attention", "check", *LOOKING)  # commands that change nothing: anybody may
 REFUSED = "Only the presenter controls this engine; you can freeze, rewind and step what you see."
 
 

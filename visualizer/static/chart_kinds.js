@@ -183,7 +183,7 @@ export class GanttChart extends PlotlyChart {
 }
 
 // Gradio's variables know whether the page is light or dark.
-function colours(node) {
+export function colours(node) {
   const style = getComputedStyle(node);
   const soft = style.getPropertyValue("--mp-soft");
   const line = style.getPropertyValue("--mp-hair");

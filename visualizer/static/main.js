@@ -4,6 +4,7 @@ import { Arrows } from "./arrows.js";
 import { Charts } from "./charts.js";
 import { Chat } from "./chat.js";
 import { Controls } from "./controls.js";
+import { Experiments } from "./experiments.js";
 import { Flights } from "./flights.js";
 import { Guide } from "./guide.js";
 import { Inspector } from "./inspector.js";
@@ -60,6 +61,7 @@ class Page {
     this.guide = new Guide(root, (command) => this.controls.ask(command), more.scenarios ?? [],
       (tab) => this.charts.show(tab));
     this.chat = new Chat(root, send, () => this.controls.sampling());
+    this.experiments = new Experiments(root, (command) => this.role.send(command), more.experiments ?? [], !more.replay);
     this.inspector = new Inspector(root, this.pool, select, send, () => (this.player.changed = true));
     this.playback = new Playback(root, this.player);
     this.sources = new Sources(root, more.sources);
@@ -192,6 +194,8 @@ class Page {
   }
 
   render() {
+    this.renderBanner();
+    if (this.root.dataset.view === "experiments") return; // nothing of the scene is seen
     const { state } = this.player;
     const lit = this.lit();
     this.root.dataset.step = state.step;
@@ -212,7 +216,6 @@ class Page {
     this.guide.render(this.status, this.player, this.recording);
     if (!this.recording) this.chat.render(this.player); // its requests may have the same names
     this.renderNarration();
-    this.renderBanner();
   }
 
   renderNarration() {

@@ -29,6 +29,7 @@ export class Timeline {
 
   key(event, root) {
     if (!root.isConnected || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (root.dataset.view === "experiments") return; // what would move is not seen
     const typing = event.target.closest?.("input:not([type=range]), textarea, select, [contenteditable]");
     const pressing = event.key === " " && event.target.closest?.("button");
     if (typing || pressing) return;

@@ -1,0 +1,76 @@
+// What an experiment hands back, drawn: the paper's figure by plotly, and its numbers beside ours in a table.
+
+import { colours } from "./chart_kinds.js";
+import { element } from "./names.js";
+
+const CONFIG = { displayModeBar: false, responsive: false };
+const WAIT = 200; // milliseconds until plotly, which comes last, is looked for again
+
+export class PaperFigure {
+  constructor(node) {
+    this.node = node;
+    new MutationObserver(() => this.paint()).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+  }
+
+  show(figure) {
+    if (figure === this.figure) return;
+    this.figure = figure;
+    this.draw();
+  }
+
+  draw() {
+    clearTimeout(this.timer);
+    if (!window.Plotly || !this.node.clientWidth) {
+      this.timer = setTimeout(() => this.draw(), WAIT);
+      return;
+    }
+    const { data, layout } = structuredClone(this.figure);
+    window.Plotly.react(this.node, data, ours(layout), CONFIG);
+    this.paint();
+  }
+
+  // Light or dark.
+  paint() {
+    if (this.figure && this.node.layout) window.Plotly.relayout(this.node, colours(this.node));
+  }
+
+  resize() {
+    if (this.node.layout && this.node.clientWidth) window.Plotly.Plots.resize(this.node);
+  }
+}
+
+// The figure in this page's clothes: its title stands above it, and its template is known to plotly.py only.
+function ours({ title, template, ...layout }) {
+  const axis = { zeroline: false, automargin: true, fixedrange: true };
+  return {
+    ...layout,
+    xaxis: { ...layout.xaxis, ...axis, showgrid: layout.xaxis?.type === "log" || !layout.barmode },
+    yaxis: { ...layout.yaxis, ...axis, nticks: 6 },
+    font: { family: "Helvetica Neue, Arial, sans-serif", size: 12 },
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    margin: { l: 44, r: 10, t: 30, b: 34 },
+    legend: { orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom" },
+    bargap: 0.25,
+    autosize: true,
+  };
+}
+
+// Rows {what, paper, ours, why}. Neighbours that differ for the same reason share its cell.
+export function table(node, rows) {
+  node.replaceChildren();
+  const head = element("tr", "", element("thead", "", node));
+  for (const words of ["", "paper", "here", "why they differ"]) element("th", "", head, { scope: "col" }).textContent = words;
+  const body = element("tbody", "", node);
+  rows.forEach(({ what, paper, ours: number, why }, i) => {
+    const row = element("tr", "", body);
+    element("th", "", row, { scope: "row" }).textContent = what;
+    element("td", "", row).textContent = paper;
+    element("td", "", row).textContent = number;
+    if (i && rows[i - 1].why === why) return;
+    row.className = i ? "mp-exp-group" : "";
+    let span = 1;
+    while (rows[i + span]?.why === why) span += 1;
+    element("td", "mp-exp-why", row, { rowspan: span }).textContent = why;
+  });
+}
