@@ -113,6 +113,7 @@ class Page {
         this.player.run = null; // whatever it was: begin again from a keyframe
       }
       this.gone = answer ? 0 : this.gone + 1;
+      if (answer) this.served = false;
       if (this.gone) {
         this.player.changed = true;
         await new Promise((resolve) => setTimeout(resolve, RETRY));
@@ -125,7 +126,9 @@ class Page {
   async reloadIfReplaced() {
     if (this.gone < 3 || !this.statusVersion) return; // never connected: reloading would not help
     const answer = await fetch(document.baseURI, { method: "HEAD" }).catch(() => null);
-    if (answer?.ok) location.reload();
+    // It may have come up since the pull was lost: what tells is a pull that fails although pages are served.
+    if (answer?.ok && this.served) location.reload();
+    this.served = Boolean(answer?.ok);
   }
 
   // --- recordings instead ---

@@ -98,19 +98,20 @@ export class Sequences {
   // it stands still. In one pass after all writing, so that the browser computes the layout once and not for every row.
   showNewest(state, ids, spots) {
     const lines = ids.map((id) => this.rows.get(id).line);
+    const at = lines.map((line) => line.scrollLeft);
     const wanted = lines.map((line, i) => {
       const hidden = line.scrollWidth - line.clientWidth;
       const spot = spots.get(ids[i]);
       const growing = !state.seqs[ids[i]].finish_reason;
-      if (spot === "still") return line.scrollLeft;
+      if (spot === "still") return at[i];
       if (!spot) return growing ? hidden : 0;
       const [word, box] = [spot.getBoundingClientRect(), line.getBoundingClientRect()];
-      if (word.left >= box.left + 28 && word.right <= box.right) return line.scrollLeft;
-      return Math.max(0, Math.min(hidden, line.scrollLeft + word.left - box.left - 40));
+      if (word.left >= box.left + 28 && word.right <= box.right) return at[i];
+      return Math.max(0, Math.min(hidden, at[i] + word.left - box.left - 40));
     });
     lines.forEach((line, i) => {
       line.classList.toggle("mp-cut", wanted[i] > 0);
-      if (line.scrollLeft !== wanted[i]) line.scrollLeft = wanted[i];
+      if (at[i] !== wanted[i]) line.scrollLeft = wanted[i];
     });
   }
 
