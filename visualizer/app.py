@@ -16,6 +16,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr  # noqa: E402
 from fastapi import Response  # noqa: E402
 
+from minipaged.config import CHOICES  # noqa: E402
 from minipaged.errors import MinipagedError  # noqa: E402
 from visualizer.classroom import Guard  # noqa: E402
 from visualizer.commands import Commands  # noqa: E402
@@ -163,7 +164,7 @@ def _page(functions: list[Callable[..., Any]], more: dict[str, Any]) -> gr.Block
             scripts=[path.as_posix() for path in STATIC.glob("*.js")],
             plotly=PLOTLY.as_posix(),
             figures=figures_as_json(),
-            more={"sources": sources(), "scenarios": menu(), "experiments": experiments_menu()} | more,
+            more={"sources": sources(), "scenarios": menu(), "experiments": experiments_menu(), "choices": CHOICES} | more,
         )
     return blocks
 

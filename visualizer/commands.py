@@ -11,6 +11,7 @@ from typing import Any
 
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.errors import InvalidRequest, MinipagedError
+from minipaged.memory.waste import AHEAD
 from visualizer.attention import look
 from visualizer.engine_thread import EngineThread
 from visualizer.scenarios import SCENARIOS, Arrival, Scenario
@@ -180,7 +181,9 @@ class Commands:
                 self._thread.set_loading("")
         await asyncio.wait_for(asyncio.wrap_future(self._thread.configure(config, llm)), TIMEOUT)
         engine = self._thread.engine
-        return f"Restarted with {engine.num_blocks} blocks of {engine.memory.block_size} tokens."
+        words = f"Restarted with {engine.num_blocks} blocks of {engine.memory.block_size} tokens"
+        manager = "" if engine.config.memory == "paged" else f", memory by {engine.config.memory}"
+        return words + manager + ("." if engine.config.batching == "continuous" else ", in static batches.")
 
 
 def _config(payload: dict[str, Any], old: EngineConfig) -> EngineConfig:
@@ -189,17 +192,21 @@ def _config(payload: dict[str, Any], old: EngineConfig) -> EngineConfig:
     for name, most in LIMITS.items():
         if payload.get(name) is not None:
             changes[name] = int(_number(payload, name, name.replace("_", " "), 1, most, whole=True))
+    if payload.get("block_size", 0) is None:
+        changes["block_size"] = None  # what suits the manager
     if "model" in payload:
         changes["model"] = _text(payload, "model", 300).strip()
-    for name in ("preemption", "enable_prefix_caching"):
+    for name in ("memory", "batching", "preemption", "enable_prefix_caching"):
         if name in payload:
             changes[name] = payload[name]
     if changes.get("preemption", old.preemption) != "swap":
         changes["swap_blocks"] = None
     if changes.get("model", old.model) != old.model:
         changes["max_model_len"] = None  # the new model's own
-    if changes.get("enable_prefix_caching") is False:
+    if changes.get("enable_prefix_caching") is False or changes.get("memory") in AHEAD:
         changes["eviction_policy"] = None
+    if changes.get("memory", old.memory) != "vattention":
+        changes |= {"mapping": None, "tensor_slicing": False}
     return replace(old, **changes)
 
 

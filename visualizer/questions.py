@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TypeVar
 
 from minipaged.events import Admitted, Copied, Event, Finished, Forked, Preempted, Scheduled, State, SwappedOut
-from minipaged.memory.waste import Moment, fitting
+from minipaged.memory.waste import AHEAD, Moment, fitting, longest_reservation, reservation
 
 E = TypeVar("E", bound=Event)
 CHOICES = 4
@@ -207,6 +208,36 @@ def _fitting(state: State, events: list[Event]) -> Question | None:
     )
 
 
+def _holes(state: State, events: list[Event]) -> Question | None:
+    memory, size = state.config.get("memory", "paged"), state.config["block_size"]
+    if memory not in AHEAD or not state.waiting or not state.running:
+        return None
+    seq = state.seqs[state.requests[state.waiting[0]][0]]
+    name, pieces = letter(state.requests[state.waiting[0]][0]), _free_pieces(state)
+    longest = longest_reservation(state.config["max_model_len"], len(state.ref_counts), size)
+    asked = -(-reservation(memory, seq.num_prompt, seq.limit - seq.num_prompt, longest) // size)
+    if asked > sum(pieces) or asked <= max(pieces):
+        return None
+    begins = bool(_of(Admitted, events))
+    why = (
+        f"No hole is longer than {max(pieces)} blocks, and a text needs neighbours. It waits until two holes become one. "
+        "With paging, any blocks would do."
+    )
+    victim = _names(_live(state, list(state.running)[-1]))
+    return Question(
+        f"{sum(pieces)} of {len(state.ref_counts)} blocks are free, in {len(pieces)} holes. {name} asks for {asked} "
+        "neighbouring blocks. What happens next?",
+        [f"{name} begins", f"{name} waits", f"{victim} makes room"],
+        0 if begins else 1,
+        why if not begins else f"There was a piece of {asked} blocks after all.",
+    )
+
+
+def _free_pieces(state: State) -> list[int]:
+    """Lengths of the runs of neighbouring blocks that are in no table."""
+    return [len(list(run)) for count, run in groupby(state.ref_counts) if count == 0]
+
+
 QUESTIONS: dict[str, Callable[[State, list[Event]], Question | None]] = {
     "victim": _victim,
     "copies": _copies,
@@ -216,4 +247,5 @@ QUESTIONS: dict[str, Callable[[State, list[Event]], Question | None]] = {
     "chunk": _chunk,
     "admitted": _admitted,
     "fitting": _fitting,
+    "holes": _holes,
 }

@@ -16,6 +16,16 @@ DEMO_SETTINGS: dict[str, Any] = {
     "max_num_batched_tokens": 64,
 }
 
+# Whatever the page was started with, or somebody has set since: what a scenario is about must be there.
+PAGED: dict[str, Any] = DEMO_SETTINGS | {
+    "memory": "paged",
+    "batching": "continuous",
+    "mapping": None,
+    "tensor_slicing": False,
+}
+
+UNCACHED: dict[str, Any] = {"enable_prefix_caching": False, "eviction_policy": None}
+
 NUM_ALTERNATIVES = 5  # likeliest tokens that the page can show beside each sampled one
 
 
@@ -125,7 +135,7 @@ OPENING = Scenario(
         "small blocks that are handed out one at a time; each text's block table says where its own are. C to F start "
         "from one prompt and share its blocks. When the pool is full, the last to come gives its blocks back and waits."
     ),
-    settings=DEMO_SETTINGS,
+    settings=PAGED,
     question="victim",
     asks=False,
 )
@@ -151,7 +161,7 @@ SAMPLES = Scenario(
         "blocks, striped and marked ×4, and nothing is copied. Then each writes its own next word, and a block that "
         "others read must not be written to: watch the copies fly. The prompt's full blocks stay shared to the end."
     ),
-    settings=DEMO_SETTINGS | {"num_blocks": 32},
+    settings=PAGED | {"num_blocks": 32},
     question="copies",
 )
 
@@ -167,7 +177,7 @@ BEAMS = Scenario(
         "of all proposals go on: a good beam forks, a hopeless one is given up and its blocks come back at once. "
         "Watch the stripes: what the survivors have in common is stored only once."
     ),
-    settings=DEMO_SETTINGS | {"num_blocks": 32},
+    settings=PAGED | {"num_blocks": 32},
     question="pruned",
 )
 
@@ -193,7 +203,7 @@ PREFIX = Scenario(
         "full blocks in the prefix cache and start with them, so only the question itself is computed. D asks when all "
         "the others have gone: the dotted blocks are free, but they still know what they hold."
     ),
-    settings=DEMO_SETTINGS | {"memory": "paged", "num_blocks": 32, "enable_prefix_caching": True},
+    settings=PAGED | {"num_blocks": 32, "enable_prefix_caching": True},
     question="cached",
     tab="prefix",
 )
@@ -214,8 +224,7 @@ RECOMPUTE = Scenario(
         "latest arrival loses all of its own and waits; its text is kept. When there is room again it comes back and "
         "computes the KV of its whole text once more, many tokens in one step: see the step's bar at the bottom."
     ),
-    settings=DEMO_SETTINGS
-    | {"memory": "paged", "num_blocks": 20, "enable_prefix_caching": False, "preemption": "recompute"},
+    settings=PAGED | UNCACHED | {"num_blocks": 20, "preemption": "recompute", "swap_blocks": None},
     question="victim",
 )
 
@@ -228,8 +237,7 @@ SWAP = Scenario(
         "copied to the CPU's memory, and back into whatever blocks are free when there is room. Nothing is computed "
         "twice, at the price of moving it. Note the new block numbers in its table: only the table has to know."
     ),
-    settings=DEMO_SETTINGS
-    | {"memory": "paged", "num_blocks": 20, "enable_prefix_caching": False, "preemption": "swap", "swap_blocks": 20},
+    settings=PAGED | UNCACHED | {"num_blocks": 20, "preemption": "swap", "swap_blocks": 20},
     question="moved",
 )
 
@@ -255,7 +263,7 @@ CHUNKED = Scenario(
         "many times that long. The three who are writing get their one token each first, and D reads its prompt with "
         "what is left, a chunk per step. So nobody's text stands still while a long prompt is read."
     ),
-    settings=DEMO_SETTINGS | {"num_blocks": 40, "max_num_seqs": 8, "max_num_batched_tokens": 20},
+    settings=PAGED | {"num_blocks": 40, "max_num_seqs": 8, "max_num_batched_tokens": 20},
     question="chunk",
 )
 
@@ -285,43 +293,62 @@ BURST = Scenario(
         "arrival, although half the pool is free. The moment one text ends, the next begins, in the very same step: "
         "nobody waits for the whole batch to be done. That is continuous batching."
     ),
-    settings=DEMO_SETTINGS | {"num_blocks": 48, "max_num_seqs": 4},
+    settings=PAGED | {"num_blocks": 48, "max_num_seqs": 4},
     question="admitted",
     tab="sequences",
 )
 
+# In pieces of eight blocks, four texts that end soon between four that go on; then one that asks for sixteen.
+HOLES = (
+    Arrival(0, "Once upon a time, in a small town by the sea, there lived a girl named Anna. She had a red boat and a little "
+               "dog. One morning", max_tokens=20, min_tokens=20, seed=1),
+    Arrival(1, "The robot opened the door and", max_tokens=64, min_tokens=64, seed=2),
+    Arrival(2, "One day, a fox met an owl. The owl was old and very wise, and the fox was hungry. They sat down under a big "
+               "tree and", max_tokens=20, min_tokens=20, seed=3),
+    Arrival(3, "It was a cold night and", max_tokens=64, min_tokens=64, seed=4),
+    Arrival(4, "The king had a big secret: at night he went to the kitchen, where he baked bread for the people of the town. "
+               "But", max_tokens=20, min_tokens=20, seed=5),
+    Arrival(5, "In a small town by the sea,", max_tokens=64, min_tokens=64, seed=6),
+    Arrival(6, "A mouse found a golden key in the garden, behind the old wall. She did not know what it was for, and so she "
+               "asked", max_tokens=20, min_tokens=20, seed=7),
+    Arrival(7, "There was a little red boat", max_tokens=64, min_tokens=64, seed=8),
+    Arrival(32, "Tell me a story about a brave mouse.", max_tokens=80, min_tokens=80, seed=9, chat=True),
+)  # fmt: skip
+
 FRAGMENTATION = Scenario(
-    "What contiguous memory wastes",
-    tuple(
-        Arrival(3 * number, prompt, max_tokens=length, min_tokens=length, seed=number)
-        for number, (prompt, length) in enumerate(
-            (
-                ("Once upon a time", 150),
-                ("The robot opened the door and", 20),
-                ("One day, a fox met an owl.", 90),
-                ("It was a cold night and", 35),
-                ("In a small town by the sea,", 130),
-                ("There was a little red boat", 15),
-                ("The king had a big secret:", 70),
-                ("A mouse found a golden key", 50),
-            )
-        )
-    ),
+    "Holes in contiguous memory",
+    HOLES,
     key="fragmentation",
     watch=(
-        "Eight texts of very different lengths, and nobody knows beforehand which will be long. An allocator that "
-        "gives each text one contiguous piece has to reserve the longest possible length, and most of it stays "
-        "empty. Blocks are handed out as the text grows: at most the rest of its last block is unused; see "
-        "the tab Waste below the pool."
+        "As before paging: each text gets one piece of neighbouring blocks when it begins, for all it may ever write, "
+        "rounded up to a power of two; pale blocks are set aside, and empty. When A, C, E and G end, they leave four "
+        "holes. I needs a piece that is longer than any: it waits, although half the pool is free. "
+        "The next scenario pages the same requests."
     ),
-    settings=DEMO_SETTINGS | {"num_blocks": 64},
+    settings=PAGED
+    | UNCACHED
+    | {"num_blocks": 64, "memory": "orca-pow2", "preemption": "recompute", "swap_blocks": None},
+    question="holes",
+    tab="waste",
+)
+
+WITHOUT_HOLES = Scenario(
+    "The same requests, paged",
+    HOLES,
+    key="without-holes",
+    watch=(
+        "The requests of the scenario before, on as many blocks. A text holds the blocks it has filled and the one it "
+        "is filling, wherever they are. So there is no hole that is too small: I begins the moment it comes, and most "
+        "of the pool is never touched. The tab Waste below the pool shows what each manager would hold."
+    ),
+    settings=PAGED | {"num_blocks": 64},
     question="fitting",
     tab="waste",
 )
 
 SCENARIOS: dict[str, Scenario] = {
     scenario.key: scenario
-    for scenario in (OPENING, SAMPLES, BEAMS, PREFIX, RECOMPUTE, SWAP, CHUNKED, BURST, FRAGMENTATION)
+    for scenario in (OPENING, SAMPLES, BEAMS, PREFIX, RECOMPUTE, SWAP, CHUNKED, BURST, FRAGMENTATION, WITHOUT_HOLES)
 }
 
 

@@ -15,8 +15,11 @@ from typing import Any
 
 import minipaged
 from minipaged.engine import Engine
+from minipaged.memory.managers.contiguous import ContiguousTables
+from minipaged.memory.managers.virtual import VirtualTables
 from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.table import BlockTables
+from minipaged.memory.waste import AHEAD
 from minipaged.scheduling.scheduler import Scheduler
 
 ROOT = Path(minipaged.__file__).resolve().parent.parent
@@ -47,16 +50,39 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "engine_started": Engine.started_event,
 }
 
+# Where another manager than the paged one does it with functions of its own.
+_CONTIGUOUS: dict[str, Callable[..., Any]] = {
+    "allocated": ContiguousTables._own,
+    "shared": ContiguousTables.fork,
+    "copied": ContiguousTables._move,
+    "forked": ContiguousTables.fork,
+    "freed": ContiguousTables.free,
+}
+_VIRTUAL: dict[str, Callable[..., Any]] = {
+    "allocated": VirtualTables.reserve,
+    "shared_prefix": VirtualTables.open,
+    "copied": VirtualTables.reserve,
+    "swapped_out": VirtualTables.swap_out,
+    "freed": VirtualTables.free,
+}
+OF_MANAGER: dict[str, dict[str, Callable[..., Any]]] = dict.fromkeys(AHEAD, _CONTIGUOUS) | {"vattention": _VIRTUAL}
+
 
 @cache
 def sources() -> dict[str, Any]:
-    """``{"functions": {event type: {"name", "file", "line", "last", "url"}}, "files": {file: text}}``.
+    """``{"functions": {event type: {"name", "file", "line", "last", "url"}}, "files": {file: text}}``, and by the name
+    of a memory manager under ``"managers"`` the functions that it has instead.
 
     ``line`` is the one with ``def``. No ``url`` without a project address.
     """
     functions = {kind: _describe(function) for kind, function in FUNCTIONS.items()}
-    files = sorted({function["file"] for function in functions.values()})
-    return {"functions": functions, "files": {file: (ROOT / file).read_text(encoding="utf-8") for file in files}}
+    managers = {
+        memory: {kind: _describe(function) for kind, function in own.items()} for memory, own in OF_MANAGER.items()
+    }
+    described = [*functions.values(), *(one for own in managers.values() for one in own.values())]
+    files = sorted({one["file"] for one in described})
+    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in files}
+    return {"functions": functions, "managers": managers, "files": texts}
 
 
 def _describe(function: Callable[..., Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from minipaged import LLM
+from minipaged.config import MANAGERS
 from minipaged.events import Recorder, State, event_from_dict, load_recording
 from tests.visualizer.test_page import as_json, caught_up, finish, steps, submit
 from visualizer.app import Visualizer, launch
@@ -22,7 +23,7 @@ from visualizer.export import export
 from visualizer.log import RecordLog
 from visualizer.recordings import FOLDER, Recordings
 from visualizer.scenarios import Arrival
-from visualizer.sources import FUNCTIONS, ROOT, sources
+from visualizer.sources import FUNCTIONS, OF_MANAGER, ROOT, sources
 
 TOWN = "In a small town by the sea, there lived a girl named Anna. She had a red boat and"
 FORK = [Arrival(0, TOWN, n=4, max_tokens=24, seed=2), Arrival(0, "Once upon a time", max_tokens=30, seed=1)]
@@ -174,8 +175,10 @@ def test_swapping_flies_to_the_cpu_and_back(launching: Callable[..., Visualizer]
 
 
 def test_sources_name_the_line_that_defines_the_function() -> None:
-    told, files = sources()["functions"], sources()["files"]
-    for kind, function in FUNCTIONS.items():
+    files = sources()["files"]
+    lists = [(sources()["functions"], FUNCTIONS)] + [(sources()["managers"][name], OF_MANAGER[name]) for name in OF_MANAGER]
+    assert {"paged", *OF_MANAGER} == set(MANAGERS)
+    for told, kind, function in ((told, *item) for told, functions in lists for item in functions.items()):
         assert files[told[kind]["file"]] == (ROOT / told[kind]["file"]).read_text(encoding="utf-8")
         lines = files[told[kind]["file"]].splitlines()[told[kind]["line"] - 1 : told[kind]["last"]]
         assert lines[0].strip().startswith(f"def {function.__name__}("), kind

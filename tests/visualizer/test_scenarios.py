@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
 from minipaged import LLM
-from minipaged.events import Event, State
+from minipaged.config import EngineConfig
+from minipaged.events import EngineStarted, Event, State
+from minipaged.memory.prefix_cache import LRU
 from visualizer.engine_thread import DEFAULT_RATE, EngineThread
 from visualizer.scenarios import SCENARIOS, Scenario, menu
 
 STEPS = int(20 * DEFAULT_RATE)  # what a viewer sees in twenty seconds
 # How many steps it takes to see the point, where that is less.
 ENOUGH = {"opening": 190, "samples": 20, "beams": 40, "prefix": 130, "recompute": 120, "swap": 120, "chunked": 32,
-          "burst": 90, "fragmentation": 30}  # fmt: skip
+          "burst": 90, "fragmentation": 90, "without-holes": 40}  # fmt: skip
 
 
 @dataclass
@@ -198,13 +200,70 @@ def test_a_burst_waits_in_order_and_nobody_for_the_whole_batch(run: Run) -> None
     assert not run.of("preempted")
 
 
+def free_pieces(state: State) -> list[int]:
+    """Lengths of the runs of free blocks."""
+    return [len(piece) for piece in "".join("x" if count else "." for count in state.ref_counts).split("x") if piece]
+
+
+def waits_of(run: Run, seq_id: int) -> list[tuple[int, int]]:
+    """For every step that the sequence spends waiting: free blocks, and the longest piece of them."""
+    assert run.state.config["memory"] == "orca-pow2"
+    state, waits = State(), []
+    state.apply(EngineStarted(**run.state.config))
+    for event in run.events:
+        state.apply(event)
+        if event.type == "step_finished" and state.seqs.get(seq_id) and state.seqs[seq_id].request_id in state.waiting:
+            pieces = free_pieces(state)
+            waits.append((sum(pieces), max(pieces, default=0)))
+    return waits
+
+
 @of("fragmentation")
-def test_lengths_are_mixed_and_all_run_at_once(run: Run) -> None:
+def test_a_request_waits_for_a_hole_although_enough_is_free(run: Run) -> None:
+    last = run.of("request_added")[-1]
+    (seq_id,) = last.seq_ids
+    waits = [(free, longest) for free, longest in waits_of(run, seq_id) if longest < 9]
+    assert len(waits) > 24, "two seconds at least"
+    # It asks for its prompt and 128 tokens: nine blocks or more; half of the pool is free, in pieces of eight.
+    assert len(last.prompt_token_ids) + 128 > 8 * 16
+    assert all(free >= 32 and longest == 8 for free, longest in waits)
+    (admitted,) = [event for event in run.of("admitted") if event.seq_id == seq_id]
+    table = [event.block for event in run.of("allocated") if event.seq_id == seq_id]
+    assert table == list(range(table[0], table[0] + 16)) and step_of(run, admitted) < STEPS
+    assert right(run) == "I waits" and not run.of("preempted") and not run.of("copied")
+
+
+@of("without-holes")
+def test_paging_serves_the_same_requests_without_waiting(run: Run) -> None:
+    last = run.of("request_added")[-1]
+    (seq_id,) = last.seq_ids
+    following = run.events[run.events.index(last) :]
+    admitted = next(event for event in following if event.type == "admitted")
+    assert admitted.seq_id == seq_id and [e.type for e in following].index("step_finished") > following.index(admitted)
     assert max(map(len, running_at_once(run))) == 8
-    lengths = [event.max_tokens for event in run.of("request_added")]
-    assert max(lengths) > 5 * min(lengths)
     assert right(run) == "1"
-    assert not run.of("preempted")
+
+
+def test_the_two_scenarios_about_holes_have_the_same_requests() -> None:
+    contiguous, paged = SCENARIOS["fragmentation"], SCENARIOS["without-holes"]
+    assert contiguous.arrivals == paged.arrivals
+    assert contiguous.settings["num_blocks"] == paged.settings["num_blocks"]
+
+
+@pytest.mark.parametrize("key", SCENARIOS)
+@pytest.mark.parametrize(
+    "home",
+    [
+        {"memory": "orca-max", "batching": "static"},
+        {"preemption": "swap", "swap_blocks": 8, "enable_prefix_caching": True},
+        {"enable_prefix_caching": False},
+        {"eviction_policy": LRU},
+    ],
+    ids=["contiguous", "swap", "no cache", "policy"],
+)
+def test_a_scenario_brings_what_it_is_about(key: str, home: dict[str, Any]) -> None:
+    config = replace(EngineConfig(**home), **SCENARIOS[key].settings)
+    assert config.batching == "continuous" and (config.memory == "paged") == (key != "fragmentation")
 
 
 @pytest.mark.parametrize("run", SCENARIOS, indirect=True)

@@ -2,7 +2,7 @@
 // minipaged/memory/waste.py, where the terms are explained. The page keeps these books itself, since a recording or an
 // exported page has no server to ask. Both are tested on the same recordings and must agree exactly.
 
-import { State } from "./reducer.js";
+import { State, reservesAhead } from "./reducer.js";
 
 export const MANAGERS = ["orca-max", "orca-pow2", "orca-oracle", "vattention", "paged"];
 export const PAGE_TOKENS = 64; // of vAttention's page-groups
@@ -99,7 +99,9 @@ export class Accounts {
   look({ full, filled, open }, id, seq) {
     const size = this.state.config.block_size;
     const count = Math.floor(seq.num_computed / size);
-    seq.table.forEach((block, logical) => {
+    // Of a chunk that is there from the start, paging would hold what is in use.
+    const end = reservesAhead(this.state) ? Math.ceil(seq.num_computed / size) : seq.table.length;
+    seq.table.slice(0, end).forEach((block, logical) => {
       if (logical < count) return full.add(block);
       const start = logical * size;
       filled.set(block, Math.max(filled.get(block) ?? 0, seq.num_computed - start));

@@ -14,7 +14,7 @@ import { Playback } from "./playback.js";
 import { Player } from "./player.js";
 import { Pool } from "./pool.js";
 import { Recordings } from "./recording.js";
-import { check } from "./reducer.js";
+import { check, reservesAhead } from "./reducer.js";
 import { Role } from "./role.js";
 import { Sequences } from "./sequences.js";
 import { Settings } from "./settings.js";
@@ -55,7 +55,7 @@ class Page {
     // An engine may be running behind a recording, but what is shown is not its.
     const send = async (command) => (this.recording ? NO_ENGINE : this.role.send(command));
     this.controls = new Controls(root, send);
-    this.settings = new Settings(root, send);
+    this.settings = new Settings(root, send, more.choices);
     this.controls.extras = () => this.settings.sampling();
     this.controls.refused = (answer) => this.settings.refused(answer);
     this.guide = new Guide(root, (command) => this.controls.ask(command), more.scenarios ?? [],
@@ -204,6 +204,7 @@ class Page {
     this.root.dataset.step = state.step;
     this.root.dataset.mode = this.player.mode;
     this.root.dataset.sub = this.player.sub;
+    this.root.toggleAttribute("data-ahead", reservesAhead(state));
     this.pool.render(state, lit);
     this.pool.land(this.player);
     this.inspector.render(this.player, this.pinned, lit);
@@ -228,7 +229,7 @@ class Page {
     setText(this.narration.querySelector("b"), told?.kind ?? "ready");
     setText(this.narration.querySelector("span"), told?.text ?? (this.recording ? "The recording begins here: press Play."
       : this.root.dataset.role === "viewer" ? "Nothing has happened yet." : "Nothing has happened yet: pick a prompt."));
-    this.sources.render(told);
+    this.sources.render(told, this.player.state.config.memory);
   }
 
   renderBanner() {

@@ -2,6 +2,7 @@
 
 import { describe } from "./telling.js";
 import { letter, list, plural } from "./names.js";
+import { reservesAhead } from "./reducer.js";
 
 // Most telling first.
 const ORDER = [
@@ -70,6 +71,10 @@ const TELL = {
   admitted(e, record, state) {
     const seq = state.seqs[e.seq_id];
     if (!seq) return null;
+    if (reservesAhead(state) && seq.table.length) {
+      return ["admit", `${letter(e.seq_id)} joins the batch: ${plural(seq.table.length, "neighbouring block")} are set aside for ` +
+        `all it may ever write, ${seq.table[0]} to ${seq.table.at(-1)}.`];
+    }
     return isBack(seq)
       ? ["resume", `There is room again: ${letter(e.seq_id)} comes back and recomputes its KV, up to where it was.`]
       : ["admit", `${letter(e.seq_id)} joins the batch: its ${plural(seq.num_prompt, "prompt token")} fill their blocks first.`];

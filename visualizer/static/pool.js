@@ -2,7 +2,7 @@
 
 import { colour, element, ink, letter, list, plural, setText, stripes, text } from "./names.js";
 import { rovingCells } from "./parts.js";
-import { filled, owners } from "./reducer.js";
+import { filled, owners, reservesAhead } from "./reducer.js";
 
 const CALM = 60; // milliseconds between steps from which on tokens are seen to land
 const [SMALLEST, LARGEST] = [10, 68]; // pixels, of a cell
@@ -84,6 +84,7 @@ export class Pool {
     this.owners = owners(state);
     let used = 0;
     let cached = 0;
+    this.ahead = reservesAhead(state);
     for (let block = 0; block < this.cells.length; block += 1) {
       const own = this.owners.get(block) ?? [];
       if (own.length) used += 1;
@@ -93,14 +94,17 @@ export class Pool {
       this.cells[block].cell.classList.toggle("mp-lit", Boolean(lit) && lit.block === block);
     }
     const free = this.cells.length - used - cached;
-    setText(this.count, `${used} in use · ${cached} cached · ${free} free`);
+    const empty = this.ahead && this.cells.filter(({ cell }) => cell.dataset.kind === "reserved").length;
+    setText(this.count, this.ahead ? `${state.config.memory}: ${used} taken, ${empty} of them empty · ${free} free`
+      : `${used} in use · ${cached} cached · ${free} free`);
     this.renderInspect(state, lit);
   }
 
   renderCell(state, block, own) {
     const size = state.config.block_size;
     const fill = fillOf(state, block, own);
-    const kind = own.length > 1 ? "shared" : own.length ? "owned" : block in state.cached ? "cached" : "free";
+    const taken = this.ahead && !fill ? "reserved" : "owned";
+    const kind = own.length > 1 ? "shared" : own.length ? taken : block in state.cached ? "cached" : "free";
     const key = `${kind} ${own} ${fill}`;
     if (key === this.last[block]) return;
     const before = this.last[block]?.split(" ", 1)[0];

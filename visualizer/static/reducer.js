@@ -192,6 +192,9 @@ export function owners(state, name = "table") {
   return result;
 }
 
+// Whether memory is contiguous: set aside, for all that a text may ever write, when it begins.
+export const reservesAhead = (state) => String(state.config.memory).startsWith("orca-");
+
 // Slots of a sequence's logical block whose keys and values are in place.
 export function filled(state, seq, logical) {
   const size = state.config.block_size;

@@ -165,6 +165,7 @@ export class Sequences {
       chip.fill.style.width = `${(100 * fill) / state.config.block_size}%`;
       chip.fill.style.background = sharers.length > 1 ? stripes(sharers, 5) : "";
       chip.node.classList.toggle("mp-shared", sharers.length > 1);
+      chip.node.classList.toggle("mp-empty-chip", !fill);
     });
   }
 

@@ -3,14 +3,16 @@
 
 import { element, setText } from "./names.js";
 
-// A field is a number unless `kind` says otherwise, or `options` to choose from.
+// A field is a number unless `kind` says otherwise, or the server has `options` to choose from.
 const ENGINE = [
   { name: "model", label: "Model", kind: "text", hint: "tiny, a directory, or a hub id such as HuggingFaceTB/SmolLM2-135M" },
-  { name: "block_size", label: "Block size", hint: "tokens in a KV block" },
+  { name: "memory", label: "Memory", options: true, hint: "who decides which slots a text gets; orca-…: neighbouring blocks, set aside ahead" },
+  { name: "batching", label: "Batching", options: true, hint: "static: nobody begins before all have ended" },
+  { name: "block_size", label: "Block size", hint: "tokens in a KV block; empty: what suits the memory manager" },
   { name: "num_blocks", label: "Blocks", hint: "physical blocks in the pool" },
   { name: "max_num_seqs", label: "Sequences", hint: "that may run at once" },
   { name: "max_num_batched_tokens", label: "Token budget", hint: "tokens computed in one step" },
-  { name: "preemption", label: "Out of blocks", options: ["recompute", "swap"], hint: "what the last to come loses" },
+  { name: "preemption", label: "Out of blocks", options: true, hint: "what the last to come loses" },
   { name: "swap_blocks", label: "Swap blocks", hint: "on the CPU; empty: as many as the pool has" },
   { name: "enable_prefix_caching", label: "Prefix cache", kind: "checkbox", hint: "share what begins alike" },
 ];
@@ -27,7 +29,7 @@ const SAMPLING = [
 ];
 
 export class Settings {
-  constructor(root, send) {
+  constructor(root, send, choices = {}) {
     const part = (name) => root.querySelector(`[data-part=${name}]`);
     this.send = send;
     this.drawer = part("settings");
@@ -35,11 +37,12 @@ export class Settings {
     this.message = part("engine-message");
     this.apply = this.form.querySelector("[type=submit]");
     this.refining = part("sampling-form");
-    for (const field of ENGINE) build(part("engine-fields"), field);
+    for (const field of ENGINE) build(part("engine-fields"), { ...field, options: field.options && (choices[field.name] ?? []) });
     for (const field of SAMPLING) build(part("sampling-fields"), field);
     root.querySelector("[data-do=settings]").addEventListener("click", () => this.open());
     this.form.addEventListener("submit", (event) => this.submit(event));
-    this.form.elements.preemption.addEventListener("change", () => this.showSwap());
+    this.form.elements.preemption.addEventListener("change", () => this.suit());
+    this.form.elements.memory.addEventListener("change", () => this.suit());
     this.refining.addEventListener("submit", (event) => event.preventDefault());
     this.refining.addEventListener("change", () => this.check());
     this.drawer.addEventListener("click", (event) => {
@@ -67,16 +70,23 @@ export class Settings {
 
   // The running engine's values.
   fill() {
+    this.form.elements.enable_prefix_caching.disabled = this.config.memory.startsWith("orca-");
     for (const { name, kind } of ENGINE) {
       const input = this.form.elements[name];
       if (kind === "checkbox") input.checked = this.config[name];
       else input.value = this.config[name] ?? "";
     }
-    this.showSwap();
+    this.suit();
   }
 
-  showSwap() {
-    const { preemption, swap_blocks } = this.form.elements;
+  // Contiguous memory neither preempts nor shares prefixes, and only who swaps has a swap space: what does not apply
+  // cannot be set.
+  suit() {
+    const { memory, preemption, swap_blocks, enable_prefix_caching: cache } = this.form.elements;
+    const ahead = memory.value.startsWith("orca-");
+    if (ahead) preemption.value = "recompute";
+    if (ahead !== cache.disabled) cache.checked = !ahead; // as it is by default
+    preemption.disabled = cache.disabled = ahead;
     swap_blocks.disabled = preemption.value !== "swap";
     if (swap_blocks.disabled) swap_blocks.value = "";
   }
@@ -86,7 +96,8 @@ export class Settings {
     const command = { do: "configure" };
     for (const { name, kind, options } of ENGINE) {
       const input = this.form.elements[name];
-      if (kind === "checkbox") command[name] = input.checked;
+      if (kind === "checkbox") command[name] = input.disabled ? null : input.checked;
+      else if (name === "block_size" && input.value === "") command[name] = null;
       else if (kind || options) command[name] = input.value;
       else if (input.value !== "" || name !== "swap_blocks") command[name] = number(input.value);
     }

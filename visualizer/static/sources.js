@@ -6,20 +6,23 @@ import { element, setText } from "./names.js";
 export class Sources {
   constructor(root, sources) {
     this.functions = sources?.functions ?? {};
+    this.managers = sources?.managers ?? {};
     this.files = sources?.files ?? {};
     this.link = root.querySelector("[data-part=source]");
     this.panel = root.querySelector("[data-part=source-panel]");
-    this.link.addEventListener("click", () => this.open(this.functions[this.link.dataset.source]));
+    this.link.addEventListener("click", () => this.open(this.source));
     this.link.addEventListener("keydown", (event) => event.stopPropagation()); // space is not the timeline's here
     this.elsewhere = this.panel.querySelector("a");
     this.panel.querySelector("button").addEventListener("click", () => this.panel.close());
     this.panel.addEventListener("keydown", (event) => event.stopPropagation()); // its keys are not the timeline's
   }
 
-  render(told) {
-    const source = this.functions[told?.type];
+  // `memory` names the manager that runs: some things it does itself.
+  render(told, memory) {
+    const source = this.managers[memory]?.[told?.type] ?? this.functions[told?.type];
     this.link.hidden = !source;
-    if (!source || this.link.dataset.source === told.type) return;
+    if (!source || this.source === source) return;
+    this.source = source;
     this.link.dataset.source = told.type;
     setText(this.link, `${source.name} · ${source.file.split("/").at(-1)}:${source.line}`);
     this.link.title = `${source.file}, line ${source.line}: the function that did it`;

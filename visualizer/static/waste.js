@@ -15,7 +15,7 @@ const MANAGERS = {
   "orca-pow2": ["Orca Pow2", "Sets aside the prompt and the output's length rounded up to a power of two"],
   "orca-oracle": ["Orca Oracle", "Knows how long each text will be, and sets aside exactly that"],
   vattention: ["vAttention", `Maps pages of the GPU's own memory as a text grows; here ${PAGE_TOKENS} tokens a page`],
-  paged: ["paged", "What you see above: blocks on demand, shared where texts begin alike"],
+  paged: ["paged", "Hands out blocks on demand, and shares them where texts begin alike"],
 };
 const NAMES = Object.keys(MANAGERS); // in the order of the books
 
@@ -57,14 +57,14 @@ export class Waste extends PlotlyChart {
 
   buildBar(name) {
     const [title, meaning] = MANAGERS[name];
-    const row = element("div", "mp-w-row", this.table, { role: "row", "data-manager": name, title: meaning });
+    const row = element("div", "mp-w-row", this.table, { role: "row", "data-manager": name });
     const head = element("span", "mp-w-name", row, { role: "rowheader" });
     head.textContent = title;
     const track = element("div", "mp-w-track", row, { role: "cell" });
     const parts = CLASSES.map((kind) => element("i", `mp-w-${kind}`, track));
     const words = element("span", "mp-w-words", row, { role: "cell" });
     const fit = element("span", "mp-w-fit", row, { role: "cell" });
-    return { row, track, parts, words, fit };
+    return { row, track, parts, words, fit, meaning };
   }
 
   render(player) {
@@ -86,7 +86,11 @@ export class Waste extends PlotlyChart {
     const totals = held.map((parts) => parts.reduce((a, b) => a + b));
     const scale = Math.max(slots, Math.min(SCALE * slots, Math.max(...totals)));
     this.table.style.setProperty("--pool", `${(100 * slots) / scale}%`);
+    const { memory } = player.state.config;
     this.bars.forEach((bar, i) => {
+      const seen = NAMES[i] === (memory === "vattention" ? "paged" : memory); // its page-groups are the pool's blocks
+      bar.row.classList.toggle("mp-w-seen", seen);
+      bar.row.title = seen ? `${bar.meaning}. This is what you see above, by ${memory}` : bar.meaning;
       bar.parts.forEach((part, kind) => (part.style.width = `${(100 * held[i][kind]) / scale}%`));
       const detail = CLASSES.map((kind, k) => `${held[i][k]} ${kind}`).join(", ");
       bar.track.setAttribute("aria-label", detail);
@@ -96,7 +100,7 @@ export class Waste extends PlotlyChart {
       setText(bar.fit, row?.[2] ? `${row[7 + 5 * i]} of ${row[2]} fit` : "");
       bar.fit.title = "How many of the running texts a pool of this size could serve at once, first come, first served";
     });
-    setText(this.sentence, row ? sentence(row, totals) : "Nothing has happened yet, so nobody holds anything.");
+    setText(this.sentence, row ? sentence(row, totals, memory) : "Nothing has happened yet, so nobody holds anything.");
   }
 
   // --- over time ---
@@ -119,7 +123,7 @@ export class Waste extends PlotlyChart {
 }
 
 // For the manager that wastes most. `row` and `totals` as above.
-function sentence(row, totals) {
+function sentence(row, totals, memory) {
   const [, , running] = row;
   const paged = totals.at(-1);
   if (!paged) return "Nothing is running, so nobody holds anything; rewind to compare.";
@@ -128,5 +132,6 @@ function sentence(row, totals) {
   const fits = row[7] >= running
     ? running === 1 ? "it would fit" : `all ${running} would still fit`
     : `${row[7]} of these ${running} would fit`;
-  return `For ${texts} Orca Max would hold ${times}× what paging holds: ${fits}.`;
+  const holds = (yes) => (yes ? "holds" : "would hold");
+  return `For ${texts} Orca Max ${holds(memory === "orca-max")} ${times}× what paging ${holds(!memory.startsWith("orca-"))}: ${fits}.`;
 }
