@@ -7,7 +7,7 @@ seconds at a time, and after each ten the heap once garbage is collected. Frames
 machine does (``busy`` in the result); the heap does not.
 
 A page keeps 1,200 records to rewind to, a minute at this rate, so the heap is compared from when that history is full.
-From then on it goes up and down: texts that have ended stay in the engine's state until there are 48 of them, then a new
+From then on it goes up and down: texts that have ended stay in the engine's state until there are 48, then a new
 run begins without the oldest. ``flat`` says whether the peak stayed within ``BOUND`` of the full history. Writes
 results/painting.json.
 """
