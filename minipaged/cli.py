@@ -44,14 +44,19 @@ DEFAULT = EngineConfig()
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0, 2 for what the user can mend (one line says what), 130 after Ctrl-C."""
+    """Entry point. Exit codes: 0; 1 for what went wrong while running; 2 for what the user can mend; 130 after Ctrl-C.
+
+    With 1 and 2 one line says what.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that knows no emoji shows "?" rather than a traceback
             stream.reconfigure(errors="replace")
     try:
         app(prog_name="minipaged")
     except MinipagedError as error:
-        sys.exit(_fail(str(error)))
+        # Those that a user can cause are values or a port; a failed step or broken bookkeeping is nobody's typing.
+        _fail(str(error))
+        sys.exit(2 if isinstance(error, ValueError | OSError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -90,6 +95,10 @@ def visualize(
     classroom: Annotated[
         bool, typer.Option("--classroom", help="Others may watch; only who has the printed address controls.")
     ] = False,
+    share: Annotated[
+        bool,
+        typer.Option("--share", help="A public link, through Gradio's servers. Whoever opens it may only watch."),
+    ] = False,
     replay: Annotated[Path | None, typer.Option(help="Show this recording; no model is loaded.")] = None,
 ) -> None:
     """Watch the engine's memory while it runs, in the browser."""
@@ -100,7 +109,7 @@ def visualize(
     if replay is not None:
         launch = _visualizer()
         try:
-            launch(host=host, port=port, open_browser=open_browser, replay=replay)
+            launch(host=host, port=port, open_browser=open_browser, replay=replay, share=share)
         except (ValueError, OSError) as error:
             raise typer.Exit(_fail(str(error))) from None
         raise typer.Exit(130)
@@ -120,7 +129,7 @@ def visualize(
     launch = _visualizer()
     launch(
         lambda: _load(model, **settings), host=host, port=port, open_browser=open_browser, classroom=classroom,
-        recordings_will_do=model == DEFAULT.model,
+        share=share, recordings_will_do=model == DEFAULT.model,
     )  # fmt: skip
     raise typer.Exit(130)  # gradio returns on Ctrl-C, and on nothing else
 
