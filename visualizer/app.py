@@ -225,7 +225,7 @@ def _tell(visualizer: Visualizer, share: bool) -> None:
     if visualizer.public_url:
         print(f"for everybody who knows it, to watch: {visualizer.public_url}", flush=True)
     elif share:
-        print("no public link could be made (is there a way to the internet?); the page above works all the same", flush=True)
+        print("no public link could be made (is the internet there?); the page above works all the same", flush=True)
     if visualizer.presenter:
         print(f"for the presenter only: {visualizer.url}/?presenter={visualizer.presenter}", flush=True)
 

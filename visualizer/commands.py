@@ -32,8 +32,8 @@ LIMITS = {
 }
 # Of an arrival's sampling parameters, those that a viewer refines rarely and that may be left out.
 REFINED = (
-    "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "min_tokens", "seed",
-    "beam_width",
+    "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "min_tokens",
+    "seed", "beam_width",
 )  # fmt: skip
 TIMEOUT = 30.0  # seconds for the engine's thread to get round to a command
 

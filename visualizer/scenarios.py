@@ -169,7 +169,9 @@ BEAMS = Scenario(
     "Beam search",
     (
         Arrival(0, "The robot opened the door and", max_tokens=60, min_tokens=60, seed=2),
-        Arrival(10, "Once upon a time, there was a little", max_tokens=56, ignore_eos=True, temperature=0, beam_width=4),
+        Arrival(
+            10, "Once upon a time, there was a little", max_tokens=56, temperature=0, beam_width=4, ignore_eos=True
+        ),
     ),
     key="beams",
     watch=(

@@ -210,7 +210,8 @@ def test_the_source_opens_in_a_panel(
         function = sources()["functions"][kind]
         marked = page.text_content("[data-testid=source-lines]").splitlines()
         assert len(marked) == function["last"] - function["line"] + 1
-        assert marked[0].split(maxsplit=1)[0] == str(function["line"]) and f"def {FUNCTIONS[kind].__name__}(" in marked[0]
+        assert marked[0].split(maxsplit=1)[0] == str(function["line"])
+        assert f"def {FUNCTIONS[kind].__name__}(" in marked[0]
         top = page.evaluate("""() => { const pre = document.querySelector("[data-testid=source-panel] pre");
             return pre.querySelector("mark").getBoundingClientRect().top - pre.getBoundingClientRect().top; }""")
         assert 0 <= top < 200, "it is in view"

@@ -1,4 +1,4 @@
-"""A public link, with a fake in place of Gradio's tunnel: who comes through it may watch, and a page without it works."""
+"""A public link, with a fake in place of Gradio's tunnel: who comes through it may watch; without it the page works."""
 
 from __future__ import annotations
 

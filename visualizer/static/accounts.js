@@ -2,7 +2,7 @@
 // minipaged/memory/waste.py, where the terms are explained. The page keeps these books itself, since a recording or an
 // exported page has no server to ask. Both are tested on the same recordings and must agree exactly.
 
-import { State, reservesAhead } from "./reducer.js";
+import { State } from "./reducer.js";
 
 export const MANAGERS = ["orca-max", "orca-pow2", "orca-oracle", "vattention", "paged"];
 export const PAGE_TOKENS = 64; // of vAttention's page-groups
@@ -72,11 +72,14 @@ export class Accounts {
 
   // What a sequence means to contiguous managers, which decide once: slots asked for, and slots given.
   agree(prompt, final) {
-    const { longest } = this;
-    const pow2 = Math.min(prompt + nextPowerOfTwo(final - prompt), longest);
-    const asked = [longest, pow2, final].map((slots) => Math.max(slots, final));
+    const { longest, state: { config: { block_size: size } } } = this;
+    const output = Math.max(0, final + 1 - prompt); // the last token's KV is never computed
+    const needed = prompt + output - 1;
+    const pow2 = Math.min(prompt + nextPowerOfTwo(output), longest);
+    const asked = [longest, pow2, needed].map((slots) => Math.max(slots, needed, final));
+    const [max, ...buddies] = asked.map((slots) => Math.ceil(slots / size));
     // Max asks for the same size every time, so its pool is cut into exact pieces.
-    return { final, asked, chunk: [asked[0], nextPowerOfTwo(asked[1]), nextPowerOfTwo(asked[2])] };
+    return { final, asked, chunk: [max, ...buddies.map(nextPowerOfTwo)].map((blocks) => blocks * size) };
   }
 
   // What a row is computed from, again and again, as final lengths become known.
@@ -97,11 +100,12 @@ export class Accounts {
   }
 
   look({ full, filled, open }, id, seq) {
-    const size = this.state.config.block_size;
+    const { block_size: size, memory } = this.state.config;
     const count = Math.floor(seq.num_computed / size);
     // Of a chunk that is there from the start, paging would hold what is in use.
-    const end = reservesAhead(this.state) ? Math.ceil(seq.num_computed / size) : seq.table.length;
-    seq.table.slice(0, end).forEach((block, logical) => {
+    const ahead = MANAGERS.slice(0, AHEAD).includes(memory);
+    const table = ahead ? seq.table.slice(0, Math.ceil(seq.num_computed / size)) : seq.table;
+    table.forEach((block, logical) => {
       if (logical < count) return full.add(block);
       const start = logical * size;
       filled.set(block, Math.max(filled.get(block) ?? 0, seq.num_computed - start));

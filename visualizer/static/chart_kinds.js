@@ -120,12 +120,13 @@ export class LatencyChart extends PlotlyChart {
     const steps = points.map(({ step }) => step);
     const [from, to] = [history.at(first + 1).step, history.at(end).step];
     const range = [from - 1 - (to - from) / 40, to + 1]; // one for both charts, with room for a letter at the left
+    const others = [undefined, undefined, undefined];
     window.Plotly.update(this.plot, {
       x: [dots.map(({ step }) => step), steps, steps, steps],
       y: [dots.map(({ ms }) => ms), ...["p50", "p95", "p99"].map((name) => points.map((point) => point[name]))],
+      text: [dots.map(({ seq }) => letter(seq)), ...others],
+      "marker.color": [dots.map(({ seq }) => colour(seq)), ...others],
     }, { "xaxis.range": range, "xaxis2.range": range });
-    const names = dots.map(({ seq }) => letter(seq));
-    window.Plotly.restyle(this.plot, { text: [names], "marker.color": [dots.map(({ seq }) => colour(seq))] }, [0]);
   }
 }
 

@@ -208,8 +208,7 @@ class Page {
     this.pool.render(state, lit);
     this.pool.land(this.player);
     this.inspector.render(this.player, this.pinned, lit);
-    const { found } = this.player;
-    this.sequences.render(state, lit, (id) => found.get(id) ?? 0);
+    this.sequences.render(state, lit);
     this.swap.render(state, lit);
     this.arrows.render(lit, this.sequences, this.pool, this.swap, this.player);
     this.flights.render(this.player);
