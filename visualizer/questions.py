@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
 
-from minipaged.events import Admitted, Copied, Event, Finished, Forked, Preempted, Scheduled, State, SwappedOut
-from minipaged.memory.waste import AHEAD, Moment, fitting, longest_reservation, reservation
+from minipaged.events import Admitted, Allocated, Copied, Event, Finished, Forked, Preempted, Scheduled, State, SwappedOut
+from minipaged.memory.waste import AHEAD, longest_reservation, next_power_of_two, reservation
 
 E = TypeVar("E", bound=Event)
 CHOICES = 4
-CROWD = 8  # texts at once that make a point about how many fit
 
 
 @dataclass(frozen=True)
@@ -189,22 +188,20 @@ def _admitted(state: State, events: list[Event]) -> Question | None:
     )
 
 
-def _fitting(state: State, events: list[Event]) -> Question | None:
-    running = [*state.running, *(event.request_id for event in _of(Admitted, events))]
-    if not _of(Admitted, events) or len(running) < CROWD:
+def _first_blocks(state: State, events: list[Event]) -> Question | None:
+    admitted = _of(Admitted, events)
+    if not admitted or not state.finished:
         return None
-    size, longest = state.config["block_size"], state.config["max_model_len"]
-    slots = state.config["num_blocks"] * size
-    seqs = [(i, state.seqs[i]) for request in running for i in _live(state, request)]
-    moments = [Moment(i, seq.num_prompt, seq.num_computed, len(seq.tokens)) for i, seq in seqs]
-    fit = fitting("orca-max", moments, slots, longest, size)
+    seq, name, size = state.seqs[admitted[0].seq_id], letter(admitted[0].seq_id), state.config["block_size"]
+    taken = sum(event.seq_id == admitted[0].seq_id for event in _of(Allocated, events))
+    whole = -(-seq.limit // size)
     return _number(
-        f"{len(seqs)} texts run in {slots:,} slots. If each reserved its longest possible length, {longest:,} tokens "
-        "in one piece, how many would fit?",
-        fit,
-        (len(seqs), len(seqs) // 2, 2, 1),
-        f"Each would take {longest:,} of the {slots:,} slots. In blocks, all {len(seqs)} together hold "
-        f"{sum(count > 0 for count in state.ref_counts) * size:,}.",
+        f"{name} has {seq.num_prompt} tokens and may write {seq.limit - seq.num_prompt} more. How many blocks of {size} "
+        "does it take in the next step?",
+        taken,
+        (whole, next_power_of_two(whole), 0, whole // 2),
+        f"{seq.num_prompt} tokens need no more. It gets another block when it has filled what it has, wherever one is "
+        "free; nothing is set aside, so nothing has to lie side by side.",
     )
 
 
@@ -246,6 +243,6 @@ QUESTIONS: dict[str, Callable[[State, list[Event]], Question | None]] = {
     "moved": _moved,
     "chunk": _chunk,
     "admitted": _admitted,
-    "fitting": _fitting,
+    "first_blocks": _first_blocks,
     "holes": _holes,
 }

@@ -300,22 +300,37 @@ BURST = Scenario(
     tab="sequences",
 )
 
-# In pieces of eight blocks, four texts that end soon between four that go on; then one that asks for sixteen.
+# Pieces of eight blocks, of which every other one is free again soon; then a request that asks for sixteen.
 HOLES = (
-    Arrival(0, "Once upon a time, in a small town by the sea, there lived a girl named Anna. She had a red boat and a little "
-               "dog. One morning", max_tokens=20, min_tokens=20, seed=1),
+    Arrival(
+        0,
+        "Once upon a time, in a small town by the sea, there lived a girl named Anna. "
+        "She had a red boat and a little dog. One morning, when the sun was up,",
+        max_tokens=20,
+        min_tokens=20,
+        seed=1,
+    ),
     Arrival(1, "The robot opened the door and", max_tokens=64, min_tokens=64, seed=2),
-    Arrival(2, "One day, a fox met an owl. The owl was old and very wise, and the fox was hungry. They sat down under a big "
-               "tree and", max_tokens=20, min_tokens=20, seed=3),
+    Arrival(
+        2,
+        "One day, a fox met an owl. The owl was old and very wise, and the fox was hungry. "
+        "They sat down under a big tree in the forest. The fox said to the owl:",
+        max_tokens=20,
+        min_tokens=20,
+        seed=3,
+    ),
     Arrival(3, "It was a cold night and", max_tokens=64, min_tokens=64, seed=4),
-    Arrival(4, "The king had a big secret: at night he went to the kitchen, where he baked bread for the people of the town. "
-               "But", max_tokens=20, min_tokens=20, seed=5),
+    Arrival(
+        4,
+        "The king had a big secret. At night he went down to the kitchen, and there he baked bread "
+        "for all the people of the town. Nobody knew it. But one night",
+        max_tokens=20,
+        min_tokens=20,
+        seed=5,
+    ),
     Arrival(5, "In a small town by the sea,", max_tokens=64, min_tokens=64, seed=6),
-    Arrival(6, "A mouse found a golden key in the garden, behind the old wall. She did not know what it was for, and so she "
-               "asked", max_tokens=20, min_tokens=20, seed=7),
-    Arrival(7, "There was a little red boat", max_tokens=64, min_tokens=64, seed=8),
-    Arrival(32, "Tell me a story about a brave mouse.", max_tokens=80, min_tokens=80, seed=9, chat=True),
-)  # fmt: skip
+    Arrival(30, "Tell me a story about a brave mouse.", max_tokens=80, min_tokens=80, seed=9, chat=True),
+)
 
 FRAGMENTATION = Scenario(
     "Holes in contiguous memory",
@@ -323,13 +338,13 @@ FRAGMENTATION = Scenario(
     key="fragmentation",
     watch=(
         "As before paging: each text gets one piece of neighbouring blocks when it begins, for all it may ever write, "
-        "rounded up to a power of two; pale blocks are set aside, and empty. When A, C, E and G end, they leave four "
-        "holes. I needs a piece that is longer than any: it waits, although half the pool is free. "
+        "rounded up to a power of two; pale blocks are set aside, and empty. When A, C and E end, they leave three "
+        "holes. G needs a piece that is longer than any: it waits, although half of the pool is free. "
         "The next scenario pages the same requests."
     ),
     settings=PAGED
     | UNCACHED
-    | {"num_blocks": 64, "memory": "orca-pow2", "preemption": "recompute", "swap_blocks": None},
+    | {"num_blocks": 48, "memory": "orca-pow2", "preemption": "recompute", "swap_blocks": None},
     question="holes",
     tab="waste",
 )
@@ -340,11 +355,11 @@ WITHOUT_HOLES = Scenario(
     key="without-holes",
     watch=(
         "The requests of the scenario before, on as many blocks. A text holds the blocks it has filled and the one it "
-        "is filling, wherever they are. So there is no hole that is too small: I begins the moment it comes, and most "
+        "is filling, wherever they are. So there is no hole that is too small: G begins the moment it comes, and half "
         "of the pool is never touched. The tab Waste below the pool shows what each manager would hold."
     ),
-    settings=PAGED | {"num_blocks": 64},
-    question="fitting",
+    settings=PAGED | {"num_blocks": 48},
+    question="first_blocks",
     tab="waste",
 )
 

@@ -61,9 +61,12 @@ export class Pool {
     const count = this.cells.length;
     if (!count || !width) return;
     const gap = count > 200 ? 2 : 4;
+    // Pieces of memory begin at multiples of powers of two: so must the rows, for them to be seen.
+    const suits = (columns) => !this.ahead || Number.isInteger(Math.log2(columns));
     // Too many to fit: the smallest cells, and the panel scrolls.
     let best = { score: 0, size: SMALLEST, columns: Math.floor((width + gap) / (SMALLEST + gap)) };
     for (let columns = 4; columns <= count; columns += 1) {
+      if (!suits(columns)) continue;
       const rows = Math.ceil(count / columns);
       const size = Math.floor(Math.min((width + gap) / columns, (height + gap) / rows) - gap);
       const score = Math.min(size, LARGEST) * (count % columns ? 0.9 : 1);
@@ -80,11 +83,14 @@ export class Pool {
 
   render(state, lit) {
     this.size = state.config.block_size ?? 1;
-    if (this.cells.length !== state.ref_counts.length) this.build(state.ref_counts.length);
+    const ahead = reservesAhead(state);
+    if (this.cells.length !== state.ref_counts.length || ahead !== this.ahead) {
+      this.ahead = ahead;
+      this.build(state.ref_counts.length);
+    }
     this.owners = owners(state);
     let used = 0;
     let cached = 0;
-    this.ahead = reservesAhead(state);
     for (let block = 0; block < this.cells.length; block += 1) {
       const own = this.owners.get(block) ?? [];
       if (own.length) used += 1;

@@ -132,6 +132,5 @@ function sentence(row, totals, memory) {
   const fits = row[7] >= running
     ? running === 1 ? "it would fit" : `all ${running} would still fit`
     : `${row[7]} of these ${running} would fit`;
-  const holds = (yes) => (yes ? "holds" : "would hold");
-  return `For ${texts} Orca Max ${holds(memory === "orca-max")} ${times}× what paging ${holds(!memory.startsWith("orca-"))}: ${fits}.`;
+  return `For ${texts} Orca Max ${memory === "orca-max" ? "holds" : "would hold"} ${times}× what paging ${memory.startsWith("orca-") ? "would" : "holds"}: ${fits}.`;
 }
