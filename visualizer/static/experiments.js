@@ -23,8 +23,9 @@ export class Experiments {
     this.parts.quick.addEventListener("click", () => this.ask({ do: "experiment-run", name: this.chosen.name, quick: true }));
     this.parts.full.addEventListener("click", () => this.ask({ do: "experiment-run", name: this.chosen.name }));
     this.parts.cancel.addEventListener("click", () => this.ask({ do: "experiment-cancel" }));
-    root.querySelector("[data-part=nav]").addEventListener("click", () => this.open());
-    root.querySelector("[data-part=nav] [data-view=experiments]").hidden = !catalogue.length;
+    const nav = root.querySelector("[data-part=nav]");
+    nav.addEventListener("click", () => this.open());
+    nav.hidden = !catalogue.length; // an exported page can only be watched
     new ResizeObserver(() => this.figure.resize()).observe(this.parts.plot);
     if (catalogue.length) this.choose(catalogue[0].name);
   }
@@ -154,7 +155,7 @@ export class Experiments {
     parts.none.hidden = Boolean(view);
     setText(parts.none.firstChild, this.state?.running?.name === this.chosen.name ? "Being measured" : "Not measured yet");
     parts.body.hidden = !view;
-    sync(parts.which, views, (one) => views.indexOf(one), (one) => {
+    sync(parts.which, views, (one) => one.here, (one) => {
       const button = element("button", "", null, { type: "button", "data-testid": `exp-${one.here ? "here" : "earlier"}` });
       button.addEventListener("click", () => {
         this.looked = [...parts.which.children].indexOf(button);

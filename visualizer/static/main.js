@@ -249,6 +249,7 @@ class Page {
       dump: () => JSON.parse(JSON.stringify(this.player.state)),
       check: () => check(this.player.state),
       player: this.player,
+      send: (command) => this.role.send(command),
       charts: this.charts,
       inspector: this.inspector,
     };
