@@ -164,7 +164,13 @@ def _page(functions: list[Callable[..., Any]], more: dict[str, Any]) -> gr.Block
             scripts=[path.as_posix() for path in STATIC.glob("*.js")],
             plotly=PLOTLY.as_posix(),
             figures=figures_as_json(),
-            more={"sources": sources(), "scenarios": menu(), "experiments": experiments_menu(), "choices": CHOICES} | more,
+            more={
+                "sources": sources(),
+                "scenarios": menu(),
+                "experiments": experiments_menu(),
+                "choices": CHOICES,
+            }
+            | more,
         )
     return blocks
 

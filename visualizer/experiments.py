@@ -76,9 +76,11 @@ class Experiments:
                 case "experiment":
                     return {"ok": True, "result": self.results(_name(payload))}
                 case "experiment-run":
-                    return {"ok": True, "result": self.start(_name(payload), payload.get("quick") is True)}
+                    self.start(_name(payload), payload.get("quick") is True)
+                    return {"ok": True, "result": None}
                 case "experiment-cancel":
-                    return {"ok": True, "result": self.cancel()}
+                    self.cancel()
+                    return {"ok": True, "result": None}
                 case other:
                     raise BadRequest(f"There is no command {str(other)[:40]!r}.")
         except MinipagedError as error:
@@ -113,7 +115,7 @@ class Experiments:
         """Starts the experiment. `BadRequest` while another one runs."""
         with self._lock:
             if self._run:
-                raise BadRequest(f"“{self._run.name}” is being measured; one at a time, or they would disturb each other.")
+                raise BadRequest(f"“{self._run.name}” is being measured; one at a time, for the sake of both.")
             command = [*self._worker, name, *(["--quick"] if quick else [])]
             try:
                 process = subprocess.Popen(
@@ -231,7 +233,11 @@ def main(arguments: list[str]) -> None:
     # What an experiment prints must not come between the lines that the server reads.
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    _measure(arguments[0], "--quick" in arguments[1:], lambda **message: print(json.dumps(message), file=lines, flush=True))
+
+    def tell(**message: Any) -> None:
+        print(json.dumps(message), file=lines, flush=True)
+
+    _measure(arguments[0], "--quick" in arguments[1:], tell)
 
 
 if __name__ == "__main__":

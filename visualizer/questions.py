@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
 
-from minipaged.events import Admitted, Allocated, Copied, Event, Finished, Forked, Preempted, Scheduled, State, SwappedOut
+from minipaged.events import (
+    Admitted,
+    Allocated,
+    Copied,
+    Event,
+    Finished,
+    Forked,
+    Preempted,
+    Scheduled,
+    State,
+    SwappedOut,
+)
 from minipaged.memory.waste import AHEAD, longest_reservation, next_power_of_two, reservation
 
 E = TypeVar("E", bound=Event)
@@ -196,8 +207,8 @@ def _first_blocks(state: State, events: list[Event]) -> Question | None:
     taken = sum(event.seq_id == admitted[0].seq_id for event in _of(Allocated, events))
     whole = -(-seq.limit // size)
     return _number(
-        f"{name} has {seq.num_prompt} tokens and may write {seq.limit - seq.num_prompt} more. How many blocks of {size} "
-        "does it take in the next step?",
+        f"{name} has {seq.num_prompt} tokens and may write {seq.limit - seq.num_prompt} more. "
+        f"How many blocks of {size} does it take in the next step?",
         taken,
         (whole, next_power_of_two(whole), 0, whole // 2),
         f"{seq.num_prompt} tokens need no more. It gets another block when it has filled what it has, wherever one is "
@@ -217,8 +228,8 @@ def _holes(state: State, events: list[Event]) -> Question | None:
         return None
     begins = bool(_of(Admitted, events))
     why = (
-        f"No hole is longer than {max(pieces)} blocks, and a text needs neighbours. It waits until two holes become one. "
-        "With paging, any blocks would do."
+        f"No hole is longer than {max(pieces)} blocks, and a text needs neighbours. It waits until two holes become "
+        "one. With paging, any blocks would do."
     )
     victim = _names(_live(state, list(state.running)[-1]))
     return Question(

@@ -17,8 +17,8 @@ from visualizer.classroom import Guard
 from visualizer.experiments import LOOKING, Experiments, menu
 
 NAMES = [entry.name for entry in catalogue()]
-FIGURE = {"data": [{"type": "bar", "x": ["a"], "y": [1]}], "layout": {"title": {"text": "T"}, "template": "plotly_white"}}
-MACHINE = {"cpu": "abacus", "cores": 2, "memory_gib": 1, "system": "Linux", "python": "3", "torch": "none", "date": "now"}
+FIGURE = {"data": [{"type": "bar", "x": ["a"], "y": [1]}], "layout": {"title": {"text": "T"}}}
+MACHINE = dict(cpu="abacus", cores=2, memory_gib=1, system="Linux", python="3", torch="none", date="now")
 
 
 def result(name: str, quick: bool = False) -> Result:
@@ -127,7 +127,8 @@ def test_earlier_results_are_shown_beside_new_ones(make: Any, tmp_path: Path) ->
     result("waste").write(tmp_path)
     (tmp_path / "latency.json").write_text("{}")
     (tmp_path / "mapping.json").write_text("not json")
-    (tmp_path / "chatbot.json").write_text(json.dumps({"rows": [{"what": "x", "ours": 1.0, "spread": None}], "figure": {}}))
+    nameless = {"rows": [{"what": "x", "ours": 1.0, "spread": None}], "figure": {}}
+    (tmp_path / "chatbot.json").write_text(json.dumps(nameless))
     experiments = make(saying(result("waste", quick=True)))
     assert experiments.state()["results"] == {"waste": 0}, "what cannot be read is left out"
     assert [view["here"] for view in experiments.results("waste")] == [False]

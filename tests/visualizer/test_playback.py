@@ -176,7 +176,8 @@ def test_swapping_flies_to_the_cpu_and_back(launching: Callable[..., Visualizer]
 
 def test_sources_name_the_line_that_defines_the_function() -> None:
     files = sources()["files"]
-    lists = [(sources()["functions"], FUNCTIONS)] + [(sources()["managers"][name], OF_MANAGER[name]) for name in OF_MANAGER]
+    managers = sources()["managers"]
+    lists = [(sources()["functions"], FUNCTIONS), *((managers[name], own) for name, own in OF_MANAGER.items())]
     assert {"paged", *OF_MANAGER} == set(MANAGERS)
     for told, kind, function in ((told, *item) for told, functions in lists for item in functions.items()):
         assert files[told[kind]["file"]] == (ROOT / told[kind]["file"]).read_text(encoding="utf-8")
