@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_DTYPES = ("auto", "int8")
+ATTENTIONS = ("auto", "triton", "torch")
 PREEMPTIONS = ("recompute", "swap")
 
 
@@ -37,6 +39,10 @@ class EngineConfig:
         model: ``"tiny"`` (the embedded model), a directory in Hugging Face format, or a hub id.
         device: ``"auto"`` takes CUDA where there is one, else the CPU.
         dtype: of weights and KV cache. ``"auto"``: float32 on a CPU, the checkpoint's own elsewhere.
+        kv_dtype: of the KV cache. ``"auto"``: as the weights. ``"int8"``: quantized, a scale for each token and head, so
+            that the same memory holds about twice as many 16-bit tokens; results change a little.
+        attention: what computes it. ``"triton"``: kernels that follow the block tables, on CUDA. ``"torch"``: plain
+            torch, anywhere. ``"auto"``: Triton where there are both CUDA and Triton, else torch.
         block_size: tokens a KV block holds (paper §4.1; 16 is the paper's default).
         num_blocks: physical blocks in the pool. ``None``: as many as fit in free memory, but never more than
             ``max_num_seqs`` sequences of ``max_model_len`` tokens could fill.
@@ -55,6 +61,8 @@ class EngineConfig:
     model: str = "tiny"
     device: str = "auto"
     dtype: str = "auto"
+    kv_dtype: str = "auto"
+    attention: str = "auto"
     block_size: int = 16
     num_blocks: int | None = None
     max_num_seqs: int = 64
@@ -69,7 +77,14 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise InvalidConfig(f"model must be 'tiny', a directory or a hub id, not {self.model!r}")
-        for name, allowed in (("device", DEVICES), ("dtype", DTYPES), ("preemption", PREEMPTIONS)):
+        choices = {
+            "device": DEVICES,
+            "dtype": DTYPES,
+            "kv_dtype": KV_DTYPES,
+            "attention": ATTENTIONS,
+            "preemption": PREEMPTIONS,
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InvalidConfig(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
