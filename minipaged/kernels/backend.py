@@ -58,6 +58,14 @@ def kernels_for(attention: str, device: torch.device) -> Kernels:
     return {"torch": lambda: TORCH, "triton": _triton}[name]()
 
 
+def require_compiler() -> None:
+    """Raises `InvalidConfig` where kernels cannot be compiled ahead of time."""
+    if missing := _no_triton():
+        raise InvalidConfig(missing)
+    if _interpreted():
+        raise InvalidConfig("TRITON_INTERPRET=1 interprets the kernels instead of compiling them; unset it")
+
+
 def _triton() -> Kernels:
     # Nobody else pays for importing triton, or needs to have it.
     from minipaged.kernels import copy_blocks, fused, paged_decode, paged_prefill, store_kv, swap

@@ -120,7 +120,7 @@ def paged_prefill(
     T, H, D = q.shape
     S, KH = k_cache.shape[1:3]
     keys, dims = tile_of(D, q.itemsize)
-    rows = max(rows_of(dims, q.itemsize), triton.next_power_of_2(H // KH))
+    rows = max(rows_of(dims, q.itemsize, k_scale is not None), triton.next_power_of_2(H // KH))
     tiles = _tiles(tuple(context_lens), tuple(query_lens), rows // (H // KH), q.device)
     out = q.new_empty(T, H, D)
     _prefill_kernel[(len(tiles) * KH,)](
@@ -132,9 +132,12 @@ def paged_prefill(
     return out
 
 
-def rows_of(dims: int, itemsize: int) -> int:
-    """Rows of a tile of queries: as many as the registers of eight warps hold; see ``tile_of`` about float32."""
-    return min(128, max(16, 16384 // dims)) if itemsize == 2 else 16
+def rows_of(dims: int, itemsize: int, quantized: bool) -> int:
+    """Rows of a tile of queries: as many as the registers of eight warps hold without spilling.
+
+    Quantized keys and values go through registers on their way to the tensor cores; for float32 see ``tile_of``.
+    """
+    return min(64 if quantized else 128, max(16, 16384 // dims)) if itemsize == 2 else 16
 
 
 @lru_cache(maxsize=8)  # the layers of a step ask with the same lengths: one copy to the GPU serves them all

@@ -79,6 +79,10 @@ class Compiled:
     ptx: str
     sass: str
 
+    @property
+    def short_name(self) -> str:
+        return self.kernel.strip("_").removesuffix("_kernel")
+
 
 class Recorder:
     """Stands in for a kernel and keeps what it is launched with."""
@@ -234,7 +238,7 @@ def _compile(variant: Variant, launch: Launch, capability: int) -> Compiled:
         registers,
         stack,
         kernel.metadata.shared,
-        len(re.findall(r"\bH?[IG]?G?MMA\.", sass)),
+        len(re.findall(r"\b(?:HMMA|IMMA|HGMMA|IGMMA)\.", sass)),
         len(re.findall(r"\bLDGSTS\b", sass)),
         variant.main,
         ptx,
@@ -246,3 +250,18 @@ def _tool(option: str, file: Path) -> str:
     """The output of cuobjdump, which Triton's package brings along."""
     path = triton.knobs.nvidia.cuobjdump.path
     return subprocess.run([path, option, str(file)], check=True, capture_output=True, text=True).stdout
+
+
+LINE = "{:<26} {:<10} {:<6} {:>9} {:>7} {:>7} {:>7} {:>7}"
+HEADER = LINE.format("variant", "kernel", "target", "registers", "spilled", "shared", "mma", "async")
+LEGEND = (
+    "registers: of a thread, 255 at most. spilled: bytes of a thread that did not fit into them. shared: bytes of a "
+    "program.\nmma: tensor core instructions. async: loads straight into shared memory, while the program computes. "
+    "Counted in the machine code."
+)
+
+
+def line(c: Compiled) -> str:
+    """A line of the report, under `HEADER`."""
+    counts = (c.registers, c.spilled, c.shared, c.tensor_cores, c.async_copies)
+    return LINE.format(c.variant, c.short_name, f"sm_{c.capability}", *counts)

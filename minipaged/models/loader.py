@@ -133,6 +133,7 @@ def resolve(model: str) -> Path:
 
 
 def device_of(name: str) -> torch.device:
+    """The device meant by ``EngineConfig.device``. Raises ModelError if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

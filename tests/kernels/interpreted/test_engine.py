@@ -21,8 +21,8 @@ def test_greedy_text_is_that_of_torch(kv_dtype):
 
 def test_copy_on_write_and_swapping_on_the_kernels():
     """Three beams in a pool that two requests outgrow: forks, copies, swaps in both directions."""
-    params = SamplingParams(temperature=0, beam_width=3, max_tokens=7)
-    settings = SETTINGS | {"num_blocks": 11, "preemption": "swap", "max_num_seqs": 6, "enable_prefix_caching": False}
+    params = SamplingParams(temperature=0, beam_width=3, max_tokens=4)
+    settings = SETTINGS | {"num_blocks": 7, "preemption": "swap", "max_num_seqs": 6, "enable_prefix_caching": False}
     found, kinds = {}, set()
     for attention in ("torch", "triton"):
         llm = LLM("tiny", device="cpu", attention=attention, **settings)

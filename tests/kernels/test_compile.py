@@ -1,0 +1,100 @@
+"""Every kernel compiled for GPUs that are not here: nothing may spill, and matrix products must be on tensor cores."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="there is no Triton but for Linux")
+
+from minipaged.kernels import report  # noqa: E402
+from minipaged.kernels.paged_decode import MAX_SPLITS, split_of  # noqa: E402
+from minipaged.kernels.paged_prefill import _tiles  # noqa: E402
+
+# Each branch of each kernel: windows, splits, quantized caches, head dimensions with and without padding, 16 and 32 bit.
+CHOSEN = [
+    "store bf16 llama",
+    "rope_store fp16 smol",
+    "decode bf16 llama",
+    "decode fp16 odd",
+    "decode split bf16 smol",
+    "decode split fp32 gpt2",
+    "prefill bf16 llama",
+    "prefill window fp16 odd",
+    "prefill fp32 gpt2",
+    "store int8 llama",
+    "decode int8 llama",
+    "prefill int8 llama",
+    "add_norm bf16",
+    "copy",
+]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    variants = {variant.name: variant for variant in report.variants()}
+    made = list(report.compile_all(variants[name] for name in CHOSEN))
+    print(report.HEADER, *map(report.line, made), sep="\n")
+    return made
+
+
+def test_every_kernel_compiles_for_both_targets_and_nothing_spills(compiled):
+    assert {(c.kernel, c.capability) for c in compiled} == {(k, sm) for k in report.KERNELS for sm in report.TARGETS}
+    assert not [f"{c.variant} {c.kernel} sm_{c.capability}: {c.spilled} bytes" for c in compiled if c.main and c.spilled]
+
+
+def test_products_of_16_bit_numbers_are_on_tensor_cores_and_loads_overlap_them(compiled):
+    attention = [c for c in compiled if c.kernel in ("_decode_kernel", "_prefill_kernel")]
+    assert {bool(c.tensor_cores) for c in attention if "fp32" not in c.variant} == {True}
+    assert all(c.async_copies for c in attention)
+    hopper = [c for c in attention if c.variant == "prefill bf16 llama" and c.capability == 90]
+    assert "wgmma" in hopper[0].ptx, "rows enough for Hopper's own instructions"
+
+
+def test_a_program_fits_into_shared_memory_and_registers(compiled):
+    assert all(c.shared <= 163 * 1024 for c in compiled), "what an A100 gives one program"
+    assert all(0 < c.registers <= 255 for c in compiled)
+
+
+def kernels_launched(name):
+    variant = next(variant for variant in report.variants() if variant.name == name)
+    return [(launch.source.name, launch.source.hash(), launch.options) for launch in report.launches(variant)]
+
+
+def test_nothing_compiles_anew_for_another_length():
+    """What changes from step to step must not be part of what a kernel is compiled for."""
+    decode, prefill = report.ATTENTION["decode"], report.ATTENTION["prefill"]
+    for launch in (decode, prefill):
+        keys = set()
+        for blocks in (1, 15, 16, 100):
+            with pytest.MonkeyPatch.context() as patch:
+                zeros = torch.zeros
+
+                def other(*shape, blocks=blocks, zeros=zeros, **named):
+                    return zeros(2, blocks, **named) if named.get("dtype") is torch.int64 else zeros(*shape, **named)
+
+                patch.setattr(torch, "zeros", other)
+                variant = report.Variant("", lambda launch=launch: launch(torch.float16, torch.float16, 8, 2, 64))
+                keys.add(tuple(found.source.hash() for found in report.launches(variant)))
+        assert len(keys) == 1
+
+
+@pytest.mark.parametrize("longest", [1, 15, 16, 17, 1000, 32768, 10**6])
+@pytest.mark.parametrize("programs", [1, 8, 100, 10**5])
+@pytest.mark.parametrize("keys", [16, 64, 128])
+def test_splits_cover_the_context_and_are_no_more_than_there_is_work(longest, programs, keys):
+    splits, length = split_of(longest, keys, programs, processors=132)
+    assert splits * length >= longest > (splits - 1) * length, "all of it, and no split that nobody reaches"
+    assert length % keys == 0 and splits <= MAX_SPLITS
+    if programs >= 4 * 132 or longest < 8 * keys:
+        assert splits == 1
+
+
+def test_one_long_sequence_fills_the_gpu():
+    splits, _ = split_of(32768, 64, programs=8, processors=132)
+    assert splits * 8 >= 4 * 132 * 0.9
+
+
+def test_tiles_of_queries_cover_every_query_once():
+    tiles = _tiles((7, 20, 33), (7, 5, 1), 3, torch.device("cpu")).tolist()
+    rows = [row + i for _, row, count, _ in tiles for i in range(count)]
+    assert rows == list(range(13))
+    assert [(seq, position) for seq, _, _, position in tiles] == [(0, 0), (0, 3), (0, 6), (1, 15), (1, 18), (2, 32)]
