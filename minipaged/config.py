@@ -39,8 +39,8 @@ class EngineConfig:
         model: ``"tiny"`` (the embedded model), a directory in Hugging Face format, or a hub id.
         device: ``"auto"`` takes CUDA where there is one, else the CPU.
         dtype: of weights and KV cache. ``"auto"``: float32 on a CPU, the checkpoint's own elsewhere.
-        kv_dtype: of the KV cache. ``"auto"``: as the weights. ``"int8"``: quantized, a scale for each token and head, so
-            that the same memory holds about twice as many 16-bit tokens; results change a little.
+        kv_dtype: of the KV cache. ``"auto"``: as the weights. ``"int8"``: quantized, with a scale for each token and
+            head; the memory of 16-bit numbers holds almost twice as many tokens then, and results change a little.
         attention: what computes it. ``"triton"``: kernels that follow the block tables, on CUDA. ``"torch"``: plain
             torch, anywhere. ``"auto"``: Triton where there are both CUDA and Triton, else torch.
         block_size: tokens a KV block holds (paper §4.1; 16 is the paper's default).

@@ -14,6 +14,7 @@ Blocks are copied as words of bytes, whatever numbers they hold: the widest that
 from __future__ import annotations
 
 from functools import lru_cache
+from math import gcd
 
 import torch
 import triton
@@ -65,12 +66,14 @@ def launch_copies(
     block_bytes = sources[0][0].nbytes
     strides = [caches[0].stride(0) * caches[0].itemsize for caches in (sources, targets)]
     addresses = [tuple(cache.data_ptr() for cache in caches) for caches in (sources, targets)]
-    word = next(w for w in WORD_TYPES if not any(n % w for n in (block_bytes, *strides, *addresses[0], *addresses[1])))
+    together = gcd(block_bytes, *strides, *addresses[0], *addresses[1])
+    word = next(word for word in WORD_TYPES if together % word == 0)
     words = block_bytes // word
     pairs = torch.stack((src, dst)).to(device, non_blocking=True)
     _copy_kernel[len(src), triton.cdiv(words, WORDS), len(sources)](
         _table(addresses[0], device), _table(addresses[1], device), pairs[0], pairs[1],
-        strides[0] // word, strides[1] // word, words, WORD=WORD_TYPES[word], WORDS=WORDS, num_warps=4, enable_fp_fusion=True,
+        strides[0] // word, strides[1] // word, words, WORD=WORD_TYPES[word], WORDS=WORDS, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -157,7 +157,8 @@ def paged_decode(
         q, k_cache, v_cache, k_scale, v_scale, block_tables, context_lens, parts, lse, scale * LOG2_E,
         *q.stride()[:2], *k_cache.stride()[:3], block_tables.stride(0), split_len, sliding_window or EVERYTHING,
         KV_HEADS=KH, GROUP=H // KH, HEAD_DIM=D, BLOCK_SIZE=S,
-        ROWS=max(16, triton.next_power_of_2(H // KH)), KEYS=keys, DIMS=dims, num_warps=4, num_stages=3, enable_fp_fusion=True,
+        ROWS=max(16, triton.next_power_of_2(H // KH)), KEYS=keys, DIMS=dims,
+        num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     if lse is not None:
         _merge_kernel[(B * H,)](

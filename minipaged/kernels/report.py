@@ -212,7 +212,7 @@ def launches(variant: Variant) -> list[Launch]:
 
 
 def compile_all(chosen: Iterable[Variant], targets: Iterable[int] = TARGETS) -> Iterator[Compiled]:
-    """Compiles each variant for each target, 80 meaning sm_80. Half a second a kernel, less if it is in Triton's cache."""
+    """Compiles each variant for each target, 80 meaning sm_80: half a second a kernel, less if Triton has cached it."""
     done = set()
     for variant in chosen:
         for launch in launches(variant):

@@ -94,3 +94,16 @@ def test_attention_can_be_looked_at():
     llm.engine.step()
     weights = attention(llm.engine, 0, 3)
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
+
+
+def test_logprobs_of_a_text_hardly_change():
+    """Measured over more text by benchmarks/int8_accuracy.py; here a bound that a wrong scale would break at once."""
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    text = "Once upon a time, there was a dragon who lived in a small town by the sea."
+    found = {}
+    for kv_dtype in ("auto", "int8"):
+        llm = LLM("tiny", device="cpu", kv_dtype=kv_dtype)
+        logprobs = llm.generate(text, params)[0].prompt_logprobs
+        found[kv_dtype] = torch.tensor([next(iter(step.values())) for step in logprobs[1:]])
+    difference = (found["int8"] - found["auto"]).abs()
+    assert 0 < difference.max() < 0.1 and difference.mean() < 0.02

@@ -70,7 +70,8 @@ def pages(lengths: list[int], block_size: int, kv_heads: int, dim: int, dtype: t
         for i in range(counts[b]):
             tables[b, i] = next(blocks)
         for position in range(n):
-            caches[:, tables[b, position // block_size], position % block_size] = torch.randn(2, kv_heads, dim).to(dtype)
+            block, offset = tables[b, position // block_size], position % block_size
+            caches[:, block, offset] = torch.randn(2, kv_heads, dim).to(dtype)
     return *caches, tables
 
 
@@ -160,7 +161,9 @@ def check_store(
         torch.testing.assert_close(ours, theirs, rtol=1e-6 if int8 else 0, atol=0)
 
 
-def check_copies(kernels: SimpleNamespace = TRITON, shape: tuple[int, ...] = (5, 3, 33), dtype: torch.dtype = torch.float16) -> None:
+def check_copies(
+    kernels: SimpleNamespace = TRITON, shape: tuple[int, ...] = (5, 3, 33), dtype: torch.dtype = torch.float16
+) -> None:
     torch.manual_seed(0)
     src, dst = torch.tensor([0, 0, 4]), torch.tensor([2, 5, 3])
     caches = [torch.randn(6, *shape).to(dtype) for _ in range(3)]

@@ -64,7 +64,9 @@ def test_add_norm_of_large_numbers_does_not_overflow():
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("heads, dim, dtype", [((4, 2), 8, F32), ((9, 3), 64, F16), ((3, 1), 34, F32), ((2, 2), 80, F16)])
+@pytest.mark.parametrize(
+    "heads, dim, dtype", [((4, 2), 8, F32), ((9, 3), 64, F16), ((3, 1), 34, F32), ((2, 2), 80, F16)]
+)
 def test_rope_store(heads, dim, dtype, int8):
     torch.manual_seed(0)
     (H, KH), T, S = heads, 5, 3
