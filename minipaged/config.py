@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "int8")
-ATTENTIONS = ("auto", "triton", "torch")
+ATTENTIONS = ("auto", "triton", "torch", "flex")
 PREEMPTIONS = ("recompute", "swap")
 
 
@@ -42,7 +42,8 @@ class EngineConfig:
         kv_dtype: of the KV cache. ``"auto"``: as the weights. ``"int8"``: quantized, with a scale for each token and
             head; the memory of 16-bit numbers holds almost twice as many tokens then, and results change a little.
         attention: what computes it. ``"triton"``: kernels that follow the block tables, on CUDA. ``"torch"``: plain
-            torch, anywhere. ``"auto"``: Triton where there are both CUDA and Triton, else torch.
+            torch, anywhere. ``"flex"``: torch's FlexAttention, on CUDA, with a block size that 16 divides.
+            ``"auto"``: Triton where there are both CUDA and Triton, else torch.
         block_size: tokens a KV block holds (paper §4.1; 16 is the paper's default).
         num_blocks: physical blocks in the pool. ``None``: as many as fit in free memory, but never more than
             ``max_num_seqs`` sequences of ``max_model_len`` tokens could fill.
@@ -97,6 +98,8 @@ class EngineConfig:
             raise InvalidConfig(f"enable_prefix_caching must be True or False, not {self.enable_prefix_caching!r}")
         if self.eviction_policy is not None and not (self.enable_prefix_caching and callable(self.eviction_policy)):
             raise InvalidConfig("eviction_policy must make a policy when called, and needs enable_prefix_caching=True")
+        if self.attention == "flex" and (self.block_size % 16 or self.kv_dtype != "auto"):
+            raise InvalidConfig('attention="flex" needs a block_size that 16 divides, and kv_dtype="auto"')
         if self.swap_blocks is not None and self.preemption != "swap":
             raise InvalidConfig('swap_blocks has no effect without preemption="swap"; set both or neither')
         if self.max_num_batched_tokens < self.max_num_seqs:

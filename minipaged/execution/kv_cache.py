@@ -16,10 +16,10 @@ class KVCache:
     """Keys and values of all layers, in blocks.
 
     ``k[layer]`` and ``v[layer]`` are [num_blocks, block_size, kv_heads, head_dim]. With ``dtype`` int8 they are
-    quantized, and ``k_scale[layer]`` and ``v_scale[layer]``, [num_blocks, block_size, kv_heads] in float32, go with them
-    wherever a block goes; else these are ``None``. The swap space on the CPU has the same layout with ``swap_blocks``
-    blocks. ``kernels`` are what reads and writes the cache. Which block belongs to whom is the business of
-    ``minipaged.memory``; here is only storage.
+    quantized, and ``k_scale[layer]`` and ``v_scale[layer]``, [num_blocks, block_size, kv_heads] in float32, go with
+    them wherever a block goes; else these are ``None``. The swap space on the CPU has the same layout with
+    ``swap_blocks`` blocks. ``kernels`` are what reads and writes the cache. Which block belongs to whom is the business
+    of ``minipaged.memory``; here is only storage.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class KVCache:
     def bytes_per_block(
         num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> int:
-        """2 (key and value) · layers · block size · heads · (head dimension · bytes of one number + bytes of a scale)."""
+        """2 (key and value) · layers · block size · heads · (head dimension · bytes of a number + bytes of a scale)."""
         scale = 4 if dtype is torch.int8 else 0
         return 2 * num_layers * block_size * num_kv_heads * (head_dim * dtype.itemsize + scale)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -49,13 +49,18 @@ def choose(attention: str, device: torch.device) -> tuple[str, str]:
                 f'attention="triton" needs CUDA, and this is {device.type}; choose "torch" or "auto" '
                 "(TRITON_INTERPRET=1 runs the kernels on a CPU, very slowly: for tests)"
             )
+    if attention == "flex" and device.type != "cuda":
+        raise InvalidConfig(
+            f'attention="flex" needs CUDA, and this is {device.type}, where torch takes minutes to compile it; '
+            'choose "torch" or "auto"'
+        )
     return attention, "chosen"
 
 
 def kernels_for(attention: str, device: torch.device) -> Kernels:
     """The backend for ``EngineConfig.attention``. Raises `InvalidConfig` where it cannot run."""
     name, _ = choose(attention, device)
-    return {"torch": lambda: TORCH, "triton": _triton}[name]()
+    return {"torch": lambda: TORCH, "triton": _triton, "flex": _flex}[name]()
 
 
 def require_compiler() -> None:
@@ -80,6 +85,12 @@ def _triton() -> Kernels:
         copy_blocks.copy_blocks,
         swap.swap_blocks,
     )
+
+
+def _flex() -> Kernels:
+    from minipaged.kernels import flex
+
+    return replace(TORCH, name="flex", paged_decode=flex.paged_decode, paged_prefill=flex.paged_prefill)
 
 
 def _interpreted() -> bool:

@@ -5,7 +5,11 @@ import torch
 
 pytest.importorskip("triton", reason="there is no Triton but for Linux")
 
-from minipaged.kernels import report  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from minipaged import cli  # noqa: E402
+from minipaged.errors import InvalidConfig  # noqa: E402
+from minipaged.kernels import backend, report  # noqa: E402
 from minipaged.kernels.paged_decode import MAX_SPLITS, split_of  # noqa: E402
 from minipaged.kernels.paged_prefill import _tiles  # noqa: E402
 
@@ -98,3 +102,26 @@ def test_tiles_of_queries_cover_every_query_once():
     rows = [row + i for _, row, count, _ in tiles for i in range(count)]
     assert rows == list(range(13))
     assert [(seq, position) for seq, _, _, position in tiles] == [(0, 0), (0, 3), (0, 6), (1, 15), (1, 18), (2, 32)]
+
+
+def run(*args):
+    result = CliRunner().invoke(cli.app, ["kernels", "report", *args])
+    return result.exit_code, result.output
+
+
+def test_the_command_shows_the_table_and_the_machine_code():
+    code, out = run("copy", "--ptx", "--sass")
+    assert code == 0, out
+    lines = [line.split()[:3] for line in out.splitlines()]
+    assert ["copy", "copy", "sm_80"] in lines and ["copy", "copy", "sm_90"] in lines
+    assert out.count(".visible .entry _copy_kernel") == 2 and "STG.E" in out
+
+
+def test_the_command_says_what_is_wrong(monkeypatch):
+    assert run("no such variant")[0] == 2
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(InvalidConfig, match="unset it"):
+        backend.require_compiler()
+    monkeypatch.setattr(backend, "find_spec", lambda _: None)
+    with pytest.raises(InvalidConfig, match="not installed"):
+        backend.require_compiler()
