@@ -27,7 +27,7 @@ WORD_TYPES = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 WORDS = 1024  # copied by one program
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["dst_ptr"])
 def _copy_kernel(
     source_ptr,  # [caches] int64: addresses of the caches to read
     target_ptr,  # [caches] int64: and of those to write

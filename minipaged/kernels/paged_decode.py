@@ -23,6 +23,8 @@ reach end at once.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -34,8 +36,11 @@ MAX_SPLITS = 128
 EVERYTHING = 2**31 - 1  # a sliding window that no context outgrows
 
 
-# What differs from step to step is not specialized: else each multiple of 16 and each 1 would compile anew.
-@triton.jit(do_not_specialize=["table_stride", "split_len", "window"])
+# What differs from step to step is not specialized: else a multiple of 16, a 1 or an address would compile it anew.
+@triton.jit(
+    do_not_specialize=["table_stride", "split_len", "window"],
+    do_not_specialize_on_alignment=["table_ptr", "len_ptr"],  # rows of a step's tables: their first may be anywhere
+)
 def _decode_kernel(
     q_ptr,  # [B, H, D]
     k_ptr,  # [N, S, KH, D], as v
@@ -148,7 +153,7 @@ def paged_decode(
     S, KH = k_cache.shape[1:3]
     keys, dims = tile_of(D, q.itemsize)
     longest = block_tables.shape[1] * S  # a bound that is known without asking the GPU for context_lens
-    splits, split_len = split_of(min(longest, sliding_window or longest), keys, B * KH, _num_processors(q))
+    splits, split_len = split_of(min(longest, sliding_window or longest), keys, B * KH, _num_processors(q.device))
     out = q.new_empty(B, H, D)
     parts, lse = out, None
     if splits > 1:
@@ -178,5 +183,6 @@ def split_of(longest: int, keys: int, programs: int, processors: int) -> tuple[i
     return triton.cdiv(longest, split_len), split_len
 
 
-def _num_processors(q: Tensor) -> int:
-    return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+@lru_cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

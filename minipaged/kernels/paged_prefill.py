@@ -29,7 +29,7 @@ from torch import Tensor
 from minipaged.kernels.tiles import EMPTY, LOG2_E, attend, offsets_of, tile_of
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"])
+@triton.jit(do_not_specialize=["table_stride", "window"], do_not_specialize_on_alignment=["table_ptr"])
 def _prefill_kernel(
     q_ptr,  # [T, H, D], as out
     k_ptr,  # [N, S, KH, D], as v
@@ -148,4 +148,5 @@ def _tiles(context_lens: tuple[int, ...], query_lens: tuple[int, ...], size: int
         for i in range(0, count, size):
             tiles.append((b, row + i, min(size, count - i), length - count + i))
         row += count
+    tiles.sort(key=lambda tile: -tile[3])  # most keys first, so that no long tile is left to run alone at the end
     return torch.tensor(tiles, dtype=torch.int64).to(device, non_blocking=True)

@@ -97,26 +97,25 @@ class Recorder:
     def _record(self, *args: Any, **named: Any) -> None:
         names = self.kernel.arg_names
         values = dict(zip(names, args, strict=False)) | {name: named.pop(name) for name in names if name in named}
-        plain = {p.name for p in self.kernel.params if p.do_not_specialize}
         signature, constants, attrs = {}, {}, {}
-        for i, (name, value) in enumerate((name, values[name]) for name in names):
-            signature[name], divisible = _type_of(value, name in plain, self.kernel.params[i].is_constexpr)
+        for i, (name, param) in enumerate(zip(names, self.kernel.params, strict=True)):
+            signature[name], divisible = _type_of(values[name], param)
             if signature[name] == "constexpr":
-                constants[(i,)] = value
-            elif divisible:
+                constants[(i,)] = values[name]
+            elif divisible and not param.do_not_specialize and not param.do_not_specialize_on_alignment:
                 attrs[(i,)] = [["tt.divisibility", 16]]
         self.launches.append(Launch(ASTSource(self.kernel, signature, constants, attrs), named))
 
 
-def _type_of(value: Any, plain: bool, constexpr: bool) -> tuple[str, bool]:
-    """Triton's name of an argument's type, and whether it may take it to be a multiple of 16: as the JIT does."""
-    if constexpr or value is None or (type(value) is int and value == 1 and not plain):
+def _type_of(value: Any, param: Any) -> tuple[str, bool]:
+    """Triton's name of an argument's type, and whether its value or address is a multiple of 16: as the JIT does."""
+    if param.is_constexpr or value is None or (type(value) is int and value == 1 and not param.do_not_specialize):
         return "constexpr", False
     if isinstance(value, Tensor):
-        return f"*{TYPES[value.dtype]}", True
+        return f"*{TYPES[value.dtype]}", value.data_ptr() % 16 == 0
     if isinstance(value, float):
         return "fp32", False
-    return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0 and not plain
+    return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
 
 
 def variants() -> Iterator[Variant]:

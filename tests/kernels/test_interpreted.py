@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.timeout(900)  # half a minute, but everything else on the machine may be as busy
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no Triton but for Linux")
 def test_kernels_equal_their_oracles_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted"]
