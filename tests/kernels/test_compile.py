@@ -13,6 +13,8 @@ from minipaged.kernels import backend, report  # noqa: E402
 from minipaged.kernels.paged_decode import MAX_SPLITS, split_of  # noqa: E402
 from minipaged.kernels.paged_prefill import _tiles  # noqa: E402
 
+pytestmark = pytest.mark.timeout(900)  # half a minute, but everything else on the machine may be as busy
+
 # Each branch of each kernel: windows, splits, quantized caches, head dimensions with and without padding, both widths.
 CHOSEN = [
     "store bf16 llama",
