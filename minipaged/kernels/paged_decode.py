@@ -17,8 +17,9 @@ and tensor cores multiply. They want 16 rows at least; the rest are padding.
                                      merge kernel: one program per query head
 
 One long sequence alone would leave most of a GPU idle; its splits fill it. With many sequences there is one split, and
-the result is written at once. Splits are as long for short sequences as for long ones: those that a sequence does not
-reach end at once.
+the result is written at once. The host fixes how many splits there are; how long they are, each sequence finds by its
+own length, which only the GPU has to know. So a CUDA graph recorded for the longest context serves short ones too:
+splits for which nothing is left end at once.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ from torch import Tensor
 from minipaged.kernels.tiles import EMPTY, LOG2_E, attend, offsets_of, tile_of
 
 MAX_SPLITS = 128
+LEAST_TILES = 4  # of a split: its result has to be written and read again
 EVERYTHING = 2**31 - 1  # a sliding window that no context outgrows
 
 
 # What differs from step to step is not specialized: else a multiple of 16, a 1 or an address would compile it anew.
 @triton.jit(
-    do_not_specialize=["table_stride", "split_len", "window"],
+    do_not_specialize=["table_stride", "window"],
     do_not_specialize_on_alignment=["table_ptr", "len_ptr"],  # rows of a step's tables: their first may be anywhere
 )
 def _decode_kernel(
@@ -58,7 +60,6 @@ def _decode_kernel(
     kv_token,
     kv_head,
     table_stride,
-    split_len,  # tokens, a multiple of KEYS
     window,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -67,6 +68,7 @@ def _decode_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     DIMS: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
 ):
     # Neighbouring programs take neighbouring heads, which lie side by side in memory.
     seq = (tl.program_id(0) // KV_HEADS).to(tl.int64)
@@ -74,7 +76,9 @@ def _decode_kernel(
     split, splits = tl.program_id(1), tl.num_programs(1)
 
     length = tl.load(len_ptr + seq).to(tl.int32)
-    begin = tl.maximum(length - window, 0) + split * split_len
+    oldest = tl.maximum(length - window, 0)
+    split_len = tl.maximum(tl.cdiv(tl.cdiv(length - oldest, splits), KEYS), LEAST_TILES) * KEYS
+    begin = oldest + split * split_len
     end = tl.minimum(begin + split_len, length)
 
     row, dim = tl.arange(0, ROWS), tl.arange(0, DIMS)
@@ -153,16 +157,16 @@ def paged_decode(
     S, KH = k_cache.shape[1:3]
     keys, dims = tile_of(D, q.itemsize)
     longest = block_tables.shape[1] * S  # a bound that is known without asking the GPU for context_lens
-    splits, split_len = split_of(min(longest, sliding_window or longest), keys, B * KH, _num_processors(q.device))
+    splits = splits_of(min(longest, sliding_window or longest), keys, B * KH, _num_processors(q.device))
     out = q.new_empty(B, H, D)
     parts, lse = out, None
     if splits > 1:
         parts, lse = q.new_empty(B, H, splits, D, dtype=torch.float32), q.new_empty(B, H, splits, dtype=torch.float32)
     _decode_kernel[B * KH, splits](
         q, k_cache, v_cache, k_scale, v_scale, block_tables, context_lens, parts, lse, scale * LOG2_E,
-        *q.stride()[:2], *k_cache.stride()[:3], block_tables.stride(0), split_len, sliding_window or EVERYTHING,
+        *q.stride()[:2], *k_cache.stride()[:3], block_tables.stride(0), sliding_window or EVERYTHING,
         KV_HEADS=KH, GROUP=H // KH, HEAD_DIM=D, BLOCK_SIZE=S,
-        ROWS=max(16, triton.next_power_of_2(H // KH)), KEYS=keys, DIMS=dims,
+        ROWS=max(16, triton.next_power_of_2(H // KH)), KEYS=keys, DIMS=dims, LEAST_TILES=LEAST_TILES,
         num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     if lse is not None:
@@ -172,15 +176,12 @@ def paged_decode(
     return out
 
 
-def split_of(longest: int, keys: int, programs: int, processors: int) -> tuple[int, int]:
-    """(number of splits, tokens of each) of a context of ``longest`` tokens.
+def splits_of(longest: int, keys: int, programs: int, processors: int) -> int:
+    """How many splits a batch gets whose contexts have ``longest`` tokens at most. ``programs``: what one split has.
 
-    As many as give each multiprocessor four programs to switch between, but with four tiles of work each: the parts
-    have to be written and read again. ``programs``: what one split has.
+    As many as give each multiprocessor four programs to switch between, if there is work for so many.
     """
-    wanted = min(4 * processors // programs, longest // (4 * keys), MAX_SPLITS)
-    split_len = triton.cdiv(triton.cdiv(longest, max(1, wanted)), keys) * keys
-    return triton.cdiv(longest, split_len), split_len
+    return max(1, min(4 * processors // programs, longest // (LEAST_TILES * keys), MAX_SPLITS))
 
 
 @lru_cache

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from minipaged.kernels import copy_blocks, fused, paged_decode, paged_prefill, reference, store_kv, swap
-from minipaged.kernels.tiles import tile_of
 
 MODULES = (store_kv, paged_decode, paged_prefill, copy_blocks, swap, fused)
 TRITON = SimpleNamespace(**{module.__name__.split(".")[-1]: module for module in MODULES})
@@ -102,9 +101,8 @@ def check_decode(
     q = torch.randn(len(lengths), 3, heads[0], dim, dtype=dtype)[:, 1]  # a view, as the models hand over
     k, v, scales = quantized(k_cache, v_cache) if int8 else (k_cache, v_cache, {})
     lens = torch.tensor(lengths)
-    assert splits == 1 or max(lengths) <= splits * tile_of(dim, dtype.itemsize)[0]
-    split_of = kernels.paged_decode.split_of if splits == 1 else lambda _, keys, *__: (splits, keys)  # a tile each
-    with fenced() as fences, patch.object(kernels.paged_decode, "split_of", split_of):
+    forced = {"splits_of": lambda *_: splits, "LEAST_TILES": 1}
+    with fenced() as fences, patch.multiple(kernels.paged_decode, **forced):
         args = [fences.around(x) for x in (k, v, tables, lens)]
         out = kernels.paged_decode.paged_decode(q, *args, 0.3, window, **scales)
     wide = [x if int8 else x.double() for x in (k, v)]

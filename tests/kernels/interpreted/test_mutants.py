@@ -48,7 +48,7 @@ def mutated(mutant: Mutant, folder: Path) -> Iterator[SimpleNamespace]:
     yield SimpleNamespace(**{name.split(".")[-1]: module for name, module in loaded.items()})
 
 
-SPLITS = partial(check_decode, dim=128, splits=4, lengths=[1, 15, 16, 17, 61])
+SPLITS = partial(check_decode, dim=128, splits=4, lengths=[1, 15, 16, 17, 65])
 WINDOW = partial(check_prefill, heads=(1, 1), dtype=torch.float16, window=2, chunks=[(130, 130)])
 MUTANTS = [
     Mutant(
@@ -112,6 +112,13 @@ MUTANTS = [
         "paged_decode",
         "tl.minimum(begin + split_len, length)",
         "length",
+        SPLITS,
+    ),
+    Mutant(
+        "splits leave out the end of the context",
+        "paged_decode",
+        "tl.cdiv(tl.cdiv(length - oldest, splits), KEYS)",
+        "(length - oldest) // splits // KEYS",
         SPLITS,
     ),
     Mutant(
