@@ -56,6 +56,8 @@ class EngineConfig:
         attention: what computes it. ``"triton"``: kernels that follow the block tables, on CUDA. ``"torch"``: plain
             torch, anywhere. ``"flex"``: torch's FlexAttention, on CUDA, with a block size that 16 divides.
             ``"auto"``: Triton where there are both CUDA and Triton, else torch.
+        cuda_graphs: launch the kernels of a decode step all at once, as a recorded graph. ``None``: where that can be,
+            which is with attention by Triton on CUDA.
         block_size: tokens a KV block holds (paper §4.1; 16 is the paper's default).
         num_blocks: physical blocks in the pool. ``None``: as many as fit in free memory, but never more than
             ``max_num_seqs`` sequences of ``max_model_len`` tokens could fill.
@@ -83,6 +85,7 @@ class EngineConfig:
     dtype: str = "auto"
     kv_dtype: str = "auto"
     attention: str = "auto"
+    cuda_graphs: bool | None = None
     block_size: int = 16
     num_blocks: int | None = None
     max_num_seqs: int = 64
@@ -108,6 +111,8 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _whole(getattr(self, name), name, least, InvalidConfig)
         _whole(self.seed, "seed", 0, InvalidConfig)
+        if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
+            raise InvalidConfig(f"cuda_graphs must be True, False or None, not {self.cuda_graphs!r}")
         if self.enable_prefix_caching is not None and not isinstance(self.enable_prefix_caching, bool):
             raise InvalidConfig(f"enable_prefix_caching must be True or False, not {self.enable_prefix_caching!r}")
         if self.memory in AHEAD and (self.enable_prefix_caching or self.preemption != "recompute"):

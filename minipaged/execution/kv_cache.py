@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -94,8 +93,11 @@ def blocks_that_fit(
     batch could ever fill. A CPU's memory also has to hold the ``swap_blocks``; ``None``: as many as the pool's.
     """
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what an earlier engine had counts as taken until then
         free, share = torch.cuda.mem_get_info(device)[0], 0.9
     else:
+        import psutil  # only here: an engine on a GPU does without it
+
         free, share = psutil.virtual_memory().available, 0.5
 
     def most(space: int) -> int:
