@@ -47,7 +47,7 @@ class LLM:
         except TypeError as error:
             raise InvalidConfig(f"{error}; see EngineConfig for what there is") from None
         device = device_of(config.device)
-        use_graphs(config.cuda_graphs, choose(config.attention, device)[0], device)  # complains now, not after loading
+        use_graphs(config, choose(config.attention, device)[0], device)  # complains now, not after loading
         loaded = load_model(config.model, config.device, config.dtype)
         self.tokenizer = loaded.tokenizer
         self._loaded = loaded
@@ -278,7 +278,7 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
     )
     config = replace(config, num_blocks=num_blocks, max_model_len=max_model_len)
     swap_blocks = config.swap_space(num_blocks)
-    graphs = use_graphs(config.cuda_graphs, kernels.name, loaded.device)
+    graphs = use_graphs(config, kernels.name, loaded.device)
     # With graphs one block more, which the block tables know nothing of.
     kv_cache = KVCache(spec.num_layers, num_blocks + int(graphs), *shape, dtype, loaded.device, swap_blocks, kernels)
     return Engine(

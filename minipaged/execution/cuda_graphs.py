@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from minipaged.config import EngineConfig
 from minipaged.errors import InvalidConfig
 from minipaged.execution.batch import Batch
 from minipaged.execution.kv_cache import KVCache
@@ -29,19 +30,21 @@ def batch_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
-def use_graphs(wanted: bool | None, attention: str, device: torch.device) -> bool:
+def use_graphs(config: EngineConfig, attention: str, device: torch.device) -> bool:
     """What ``EngineConfig.cuda_graphs`` means for a device and the backend that computes attention there.
 
     Raises `InvalidConfig` where they are wanted and cannot be. Plain torch gathers the blocks of as many tokens as the
-    longest sequence has; a graph knows no lengths, and would gather as if all were as long as can be.
+    longest sequence has; a graph knows no lengths, and would gather as if all were as long as can be. vAttention finds
+    a sequence at its own range of addresses, not through a block table, which is all that changes under a graph.
     """
-    possible = device.type == "cuda" and attention == "triton"
-    if wanted and not possible:
+    possible = device.type == "cuda" and attention == "triton" and config.memory != "vattention"
+    if config.cuda_graphs and not possible:
         raise InvalidConfig(
-            f"cuda_graphs=True needs CUDA and attention by Triton, but this is {device.type} with {attention}; "
-            'set device="cuda" and attention="triton", or leave cuda_graphs out'
+            f"cuda_graphs=True needs CUDA, attention by Triton and block tables, but this is {device.type} with "
+            f'attention={attention!r} and memory={config.memory!r}; set device="cuda", attention="triton" and '
+            'memory="paged", or leave cuda_graphs out'
         )
-    return possible if wanted is None else wanted
+    return possible if config.cuda_graphs is None else config.cuda_graphs
 
 
 class DecodeGraphs:

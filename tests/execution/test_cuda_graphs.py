@@ -1,5 +1,7 @@
 """Decode by graphs, on any machine: what is replayed here is a closure that reads the same memory as a graph would."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -98,12 +100,16 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_graphs_are_used_where_they_can_be():
-    assert use_graphs(None, "triton", CUDA) and use_graphs(True, "triton", CUDA)
-    for never in [(None, "torch", CUDA), (None, "torch", CPU), (None, "triton", CPU), (False, "triton", CUDA)]:
+    auto, on, off = (EngineConfig(cuda_graphs=wanted) for wanted in (None, True, False))
+    virtual = SimpleNamespace(cuda_graphs=None, memory="vattention")
+    assert use_graphs(auto, "triton", CUDA) and use_graphs(on, "triton", CUDA)
+    assert use_graphs(EngineConfig(memory="orca-max"), "triton", CUDA), "contiguous memory has block tables, too"
+    for never in [(auto, "torch", CUDA), (auto, "flex", CUDA), (auto, "triton", CPU), (off, "triton", CUDA)]:
         assert not use_graphs(*never)
+    assert not use_graphs(virtual, "triton", CUDA)
     for refused in [("torch", CUDA), ("triton", CPU), ("torch", CPU)]:
-        with pytest.raises(InvalidConfig, match=f"this is {refused[1].type} with {refused[0]}; set device"):
-            use_graphs(True, *refused)
+        with pytest.raises(InvalidConfig, match=f"{refused[1].type} with attention='{refused[0]}' .*; set device"):
+            use_graphs(on, *refused)
 
 
 def test_the_setting_is_checked_before_a_model_is_loaded():
