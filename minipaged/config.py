@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_DTYPES = ("auto", "int8")
+ATTENTIONS = ("auto", "triton", "torch", "flex")
 PREEMPTIONS = ("recompute", "swap")
 MANAGERS = ("paged", *AHEAD)
 BATCHINGS = ("continuous", "static")
 CHOICES = {
     "device": DEVICES,
     "dtype": DTYPES,
+    "kv_dtype": KV_DTYPES,
+    "attention": ATTENTIONS,
     "preemption": PREEMPTIONS,
     "memory": MANAGERS,
     "batching": BATCHINGS,
@@ -47,6 +51,13 @@ class EngineConfig:
         model: ``"tiny"`` (the embedded model), a directory in Hugging Face format, or a hub id.
         device: ``"auto"`` takes CUDA where there is one, else the CPU.
         dtype: of weights and KV cache. ``"auto"``: float32 on a CPU, the checkpoint's own elsewhere.
+        kv_dtype: of the KV cache. ``"auto"``: as the weights. ``"int8"``: quantized, with a scale for each token and
+            head; the memory of 16-bit numbers holds almost twice as many tokens then, and results change a little.
+        attention: what computes it. ``"triton"``: kernels that follow the block tables, on CUDA. ``"torch"``: plain
+            torch, anywhere. ``"flex"``: torch's FlexAttention, on CUDA, with a block size that 16 divides.
+            ``"auto"``: Triton where there are both CUDA and Triton, else torch.
+        cuda_graphs: launch the kernels of a decode step all at once, as a recorded graph. ``None``: where that can be,
+            which is with attention by Triton on CUDA.
         block_size: tokens a KV block holds (paper §4.1; 16 is the paper's default).
         num_blocks: physical blocks in the pool. ``None``: as many as fit in free memory, but never more than
             ``max_num_seqs`` sequences of ``max_model_len`` tokens could fill.
@@ -72,6 +83,9 @@ class EngineConfig:
     model: str = "tiny"
     device: str = "auto"
     dtype: str = "auto"
+    kv_dtype: str = "auto"
+    attention: str = "auto"
+    cuda_graphs: bool | None = None
     block_size: int = 16
     num_blocks: int | None = None
     max_num_seqs: int = 64
@@ -97,6 +111,8 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _whole(getattr(self, name), name, least, InvalidConfig)
         _whole(self.seed, "seed", 0, InvalidConfig)
+        if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
+            raise InvalidConfig(f"cuda_graphs must be True, False or None, not {self.cuda_graphs!r}")
         if self.enable_prefix_caching is not None and not isinstance(self.enable_prefix_caching, bool):
             raise InvalidConfig(f"enable_prefix_caching must be True or False, not {self.enable_prefix_caching!r}")
         if self.memory in AHEAD and (self.enable_prefix_caching or self.preemption != "recompute"):
@@ -106,6 +122,8 @@ class EngineConfig:
             )
         if self.eviction_policy is not None and not (self.caches_prefixes and callable(self.eviction_policy)):
             raise InvalidConfig("eviction_policy must make a policy when called, and needs enable_prefix_caching=True")
+        if self.attention == "flex" and (self.block_size % 16 or self.kv_dtype != "auto"):
+            raise InvalidConfig('attention="flex" needs a block_size that 16 divides, and kv_dtype="auto"')
         if self.swap_blocks is not None and self.preemption != "swap":
             raise InvalidConfig('swap_blocks has no effect without preemption="swap"; set both or neither')
         if self.max_num_batched_tokens < self.max_num_seqs:
