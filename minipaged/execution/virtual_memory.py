@@ -257,12 +257,12 @@ class VirtualKVCache(KVCache):
         """
         self.wait()
         self._apply(maps.unmaps, maps.maps)
-        if maps.ahead and maps.background:
-            self._thread = self._thread or ThreadPoolExecutor(1, "minipaged-map")
-            self._ahead = self._thread.submit(self._apply_ahead, maps)
-        elif maps.ahead:
+        if not maps.background:
             self._apply(maps.ahead_unmaps, maps.ahead)
         maps.done = True
+        if maps.background and maps.ahead:
+            self._thread = self._thread or ThreadPoolExecutor(1, "minipaged-map")
+            self._ahead = self._thread.submit(self._apply_ahead, maps)
 
     def wait(self) -> None:
         """Returns when nothing is being mapped in the background; raises what went wrong there."""
