@@ -16,11 +16,14 @@ from textwrap import dedent
 from types import ModuleType
 
 from hypothesis import Phase, settings
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from minipaged.engine import Engine
+from minipaged.events import EventLog
 from minipaged.execution.runner import ModelRunner
 from minipaged.kernels import reference
+from minipaged.memory.managers.buddy import BuddyPool
+from minipaged.memory.managers.contiguous import ContiguousTables
 from minipaged.memory.pool import BlockPool
 from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.table import BlockTables
@@ -28,7 +31,10 @@ from minipaged.request import Request
 from minipaged.scheduling.scheduler import Scheduler
 from tests import test_engine as engine
 from tests.execution import test_reference, test_runner
+from tests.memory import test_buddy as buddy
+from tests.memory import test_contiguous as contiguous
 from tests.memory import test_tables as tables
+from tests.memory.test_buddy import BuddyMachine
 from tests.memory.test_state_machine import FIXED, MemoryMachine
 from tests.scheduling import test_scheduler as scheduler
 from tests.test_fuzz import Trace
@@ -38,14 +44,28 @@ Check = Callable[[], object]
 
 def fuzz() -> None:
     """A few hundred of the fuzz's traces. A right engine needs 200 steps at most for one."""
-    for seed in range(300):
+    for seed in range(500):
         Trace(seed).run(max_steps=500)
 
 
 def machine() -> None:
     """A part of the state machine's examples, not simplified when they fail."""
-    few = settings(FIXED, max_examples=80, phases=[Phase.generate], report_multiple_bugs=False, print_blob=False)
-    run_state_machine_as_test(MemoryMachine, settings=few)
+    some_examples(MemoryMachine, 80)
+
+
+def chunks() -> None:
+    """The same of the buddy allocator's."""
+    some_examples(BuddyMachine, 40)
+
+
+def contiguous_machine() -> None:
+    """And of the contiguous managers' on top of it."""
+    some_examples(contiguous.ContiguousMachine, 80)
+
+
+def some_examples(machine: type[RuleBasedStateMachine], number: int) -> None:
+    few = settings(FIXED, max_examples=number, phases=[Phase.generate], report_multiple_bugs=False, print_blob=False)
+    run_state_machine_as_test(machine, settings=few)
 
 
 @dataclass(frozen=True)
@@ -376,7 +396,88 @@ MUTANTS = [
         "logits = self.runner.execute(plan) if plan.chunks else None",
         (engine.test_a_step_that_only_swaps_out_is_executed_too,),
     ),
+    # --- contiguous memory and static batches ---
+    Mutant(
+        "free buddies are not joined",
+        BuddyPool,
+        "free",
+        "while start ^ length in self._free.get(length, ()):",
+        "while False:",
+        (fuzz, chunks, buddy.test_a_chunk_is_cut_in_halves_and_joined_again),
+    ),
+    Mutant(
+        "a chunk is cut, and its other half lost",
+        BuddyPool,
+        "allocate",
+        "self._free[found].add(start + found)",
+        "pass",
+        (fuzz, chunks, buddy.test_a_chunk_is_cut_in_halves_and_joined_again),
+    ),
+    Mutant(
+        "a fork takes a chunk of its own and forgets to copy",
+        ContiguousTables,
+        "reserve",
+        "copies = self._move(seq_id)",
+        "self._move(seq_id)",
+        (fuzz, contiguous_machine, partial(contiguous.test_beams_are_the_same_and_copy_more, "orca-max")),
+    ),
+    Mutant(
+        "a fork writes into the chunk of its parent",
+        ContiguousTables,
+        "reserve",
+        "self._chunks[seq_id].owner not in (None, seq_id)",
+        "False",
+        (fuzz, contiguous_machine, contiguous.test_an_owner_writes_in_place_behind_what_others_read),
+    ),
+    Mutant(
+        "a request is admitted with a chunk for the first of its sequences only",
+        ContiguousTables,
+        "fits",
+        ">= len(demand.lengths)",
+        ">= 1",
+        (fuzz, contiguous_machine),
+    ),
+    Mutant(
+        "samples that have ended keep their chunks from others",
+        ContiguousTables,
+        "free",
+        "max(0, len(group.chunks) - len(group.members))",
+        "0 if group.members else None",
+        (contiguous.test_samples_that_end_give_their_chunks_back_and_beams_keep_theirs,),
+    ),
+    Mutant(
+        "a fork by hand counts on a chunk that others may take",
+        ContiguousTables,
+        "prepare_fork",
+        "self._grow(group)",
+        "pass",
+        (contiguous_machine, partial(contiguous.test_a_fork_by_hand_takes_a_chunk_or_is_refused, "orca-max")),
+    ),
+    Mutant(
+        "a static batch takes in whoever comes",
+        Scheduler,
+        "_admit",
+        "if self.static_batching and self.running:",
+        "if False:",
+        (fuzz, partial(scheduler.test_a_static_batch_ends_with_its_longest_request_before_anybody_joins, "paged")),
+    ),
+    Mutant(
+        "a static batch ends with its prompts' token budget",
+        Scheduler,
+        "_admit",
+        "(budget > 0 or self.static_batching)",
+        "budget > 0",
+        (scheduler.test_a_static_batch_is_as_large_as_memory_allows_whatever_the_token_budget,),
+    ),
     # --- endings ---
+    Mutant(
+        "a subscriber that raises breaks off the step",
+        EventLog,
+        "emit",
+        "except Exception as error:",
+        "except ZeroDivisionError as error:",
+        (engine.test_a_subscriber_that_raises_is_left_out_and_told_of_and_the_step_is_whole,),
+    ),
     Mutant(
         "an abort forgets to free",
         Scheduler,

@@ -103,6 +103,8 @@ print("SLOW", {"torch", "transformers", "gradio", "plotly"} & set(sys.modules))
         (["generate", "x", "--top-p", "0"], "top_p must be above 0"),
         (["generate", "x", "--stop", ""], "none of them empty"),
         (["generate", "x", "--device", "abacus"], "device must be one of"),
+        (["generate", "x", "--memory", "infinite"], "memory must be one of paged, orca-max"),
+        (["visualize", "--memory", "orca-max", "--preemption", "swap"], "neither shares prefixes nor preempts"),
         (["generate", "x", "--model", "/no/such/place"], "no directory"),
         (["chat", "--max-tokens", "0"], "max_tokens must be a whole number"),
         (["visualize", "--block-size", "0"], "block_size must be"),
@@ -145,6 +147,7 @@ def test_generate_streams_what_generate_returns(run, checkpoint):
     assert answer["prompt"] == "The quick" and answer["model"] == checkpoint
     (output,) = answer["outputs"]
     assert output["text"] + "\n" == streamed
+    assert run(*args, "--memory", "orca-pow2")[:2] == (0, streamed)
     assert len(output["token_ids"]) <= 12
     assert output["finish_reason"] in ("stop", "length")
     assert output["cumulative_logprob"] < 0
@@ -319,7 +322,7 @@ def test_no_command_starts_the_visualizer(run, launched):
 
 
 def test_visualize_hands_on_what_was_given(run, launched):
-    code, _, _ = run(*"visualize --model m --port 8000 --block-size 4 --num-blocks 32".split())
+    code, _, _ = run(*"visualize --model m --port 8000 --block-size 4 --num-blocks 32 --memory orca-max".split())
     assert code == 130  # as launch returns on Ctrl-C only
     assert (launched["model"], launched["port"]) == ("m", 8000)
     assert launched["settings"] == DEMO_SETTINGS | {
@@ -327,6 +330,7 @@ def test_visualize_hands_on_what_was_given(run, launched):
         "dtype": "auto",
         "block_size": 4,
         "num_blocks": 32,
+        "memory": "orca-max",
     }
 
 

@@ -71,6 +71,7 @@ BAD_CONFIG = [
     {"model": ""}, {"device": "tpu"}, {"dtype": "int4"}, {"block_size": 0}, {"block_size": 1.5}, {"num_blocks": 0},
     {"max_num_seqs": 0}, {"max_num_batched_tokens": 63}, {"max_model_len": 1}, {"seed": -1},
     {"enable_prefix_caching": "yes"}, {"preemption": "drop"}, {"swap_blocks": 4}, {"eviction_policy": "lru"},
+    {"memory": "orca"}, {"memory": None}, {"batching": "dynamic"},
 ]  # fmt: skip
 
 
@@ -341,3 +342,59 @@ def test_types_that_make_no_sense_are_refused_too(settings):
 def test_none_means_no_stop():
     params = SamplingParams(stop=None, stop_token_ids=None)
     assert params.stop == params.stop_token_ids == ()
+
+
+def test_a_subscriber_that_raises_is_left_out_and_told_of_and_the_step_is_whole():
+    engine, state = fake_engine(), State()
+    state.apply(engine.started_event())
+    calls = []
+
+    def broken(event):
+        calls.append(event.type)
+        if event.type == "allocated":
+            raise ValueError("my dashboard is down")
+
+    stop = engine.events.subscribe(broken)
+    engine.events.subscribe(state.apply)
+    engine.add_request("a", [1, 2, 3], PARAMS)
+    with pytest.warns(RuntimeWarning, match="(?s)a subscriber of events raised.*broken.*my dashboard is down"):
+        (output,) = engine.step()
+    assert len(output.outputs[0].token_ids) == 1, "the step's results are not lost"
+    engine.check()
+    assert calls[-1] == "allocated" and calls.count("allocated") == 1
+    assert run(engine)["a"].outputs[0].token_ids == unbatched([1, 2, 3], PARAMS, 0, 200)
+    assert state.finished == ["a"], "the others heard everything"
+    stop()
+
+
+@pytest.mark.parametrize("kind", ["request_added", "forked", "freed"])
+def test_a_subscriber_that_raises_between_steps_harms_nobody_either(kind):
+    engine = fake_engine()
+    act = {
+        "request_added": lambda: engine.add_request("b", [1], PARAMS),
+        "forked": lambda: engine.fork("a"),
+        "freed": lambda: engine.abort("a"),
+    }[kind]
+    engine.add_request("a", [1, 2, 3], PARAMS)
+    for _ in range(2):
+        engine.step()
+
+    def broken(event):
+        if event.type == kind:
+            raise ValueError("oh")
+
+    engine.events.subscribe(broken)
+    with pytest.warns(RuntimeWarning, match="a subscriber of events raised"):
+        act()
+    engine.check()
+    run(engine)
+    assert engine.memory.pool.num_free == engine.num_blocks
+
+
+def test_what_a_caller_does_to_its_output_does_not_reach_the_engine():
+    engine, params = fake_engine(enable_prefix_caching=False), SamplingParams(max_tokens=12, ignore_eos=True)
+    engine.add_request("a", [1, 2, 3], params)
+    (output,) = engine.step()
+    output.prompt_token_ids.clear()
+    (output,) = engine.step()
+    assert output.prompt_token_ids == [1, 2, 3]

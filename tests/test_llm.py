@@ -3,13 +3,17 @@
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from minipaged import LLM, EngineConfig, SamplingParams
+from minipaged.config import MANAGERS
 from minipaged.errors import InvalidConfig, InvalidRequest, MinipagedError, StepFailed
 from minipaged.events import Copied, Preempted, Shared, StepFinished
+from minipaged.execution.kv_cache import blocks_that_fit
 from tests.checkpoints import VOCAB, save_llama, transformers_greedy
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -64,6 +68,23 @@ def test_tokens_survive_preemption_and_chunked_prefill(checkpoint, prompts, trut
     llm.engine.events.subscribe(lambda e: preempted.append(e) if isinstance(e, Preempted) else None)
     assert tokens(llm.generate(prompts, GREEDY)) == truth
     assert preempted
+
+
+@pytest.mark.parametrize("batching", ["continuous", "static"])
+@pytest.mark.parametrize("memory", MANAGERS)
+def test_tokens_are_the_same_under_every_memory_manager(checkpoint, prompts, truth, memory, batching):
+    llm = small(checkpoint, memory=memory, batching=batching, block_size=4, max_model_len=64)
+    assert tokens(llm.generate(prompts, GREEDY)) == truth
+    assert llm.engine.memory.pool.num_free == 64
+    params = [
+        SamplingParams(n=3, seed=5, max_tokens=9, ignore_eos=True),
+        SamplingParams(temperature=0, beam_width=3, n=3, max_tokens=9),
+    ]
+    found, expected = (
+        [[out.token_ids for out in output.outputs] for output in some.generate([prompts[1]] * 2, params)]
+        for some in (llm, small(checkpoint, block_size=4, max_model_len=64))
+    )
+    assert found == expected
 
 
 def test_n_samples_share_the_prompt_and_each_equals_a_lone_run_of_its_branch(checkpoint, prompts):
@@ -231,6 +252,38 @@ def test_settings_that_do_not_fit_the_model_are_refused(checkpoint):
         small(checkpoint, num_blocks=10**12)
     with pytest.raises(InvalidConfig, match="swap_bytes"):
         LLM(str(checkpoint), swap_bytes=1)
+
+
+@pytest.mark.parametrize(
+    "swap_blocks, device, pool", [(0, "cpu", 50), (30, "cpu", 20), (None, "cpu", 25), (None, "cuda", 90)]
+)
+def test_a_swap_space_counts_where_it_takes_memory_from_the_pool(monkeypatch, swap_blocks, device, pool):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
+
+    def fit(wanted=None):
+        return blocks_that_fit(10, torch.device(device), wanted=wanted, useful=99, swap_blocks=swap_blocks)
+
+    assert fit() == pool  # half of a CPU's hundred, nine tenths of a GPU's
+    most = {"cuda": 100, "cpu": 100 // 2 if swap_blocks is None else 100 - swap_blocks}[device]
+    assert fit(most) == most
+    with pytest.raises(InvalidConfig, match=f"{most} blocks at most"):
+        fit(most + 1)
+
+
+def test_a_swap_space_that_leaves_nothing_for_the_pool_is_refused(monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(InvalidConfig, match="not even one"):
+        blocks_that_fit(10, torch.device("cpu"), wanted=None, useful=99, swap_blocks=50)
+
+
+def test_an_llm_counts_its_swap_space(checkpoint, monkeypatch):
+    plenty = small(checkpoint, num_blocks=None, preemption="swap").engine
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=40 * plenty.bytes_per_block))
+    engine = small(checkpoint, num_blocks=None, preemption="swap").engine
+    assert engine.num_blocks == engine.swap_blocks == 10
+    assert small(checkpoint, num_blocks=None, preemption="swap", swap_blocks=5).engine.num_blocks == 15
+    assert small(checkpoint, num_blocks=None).engine.num_blocks == 20
 
 
 def test_num_blocks_is_chosen_when_not_given(checkpoint):

@@ -99,7 +99,8 @@ def blocks_that_fit(
         wanted = min(useful, most(int(free * share)))
         if wanted == 0:
             raise InvalidConfig(
-                f"not even one KV block of {bytes_per_block} bytes fits into the memory of {device} beside the swap space"
+                f"not even one KV block of {bytes_per_block} bytes fits into the memory of {device}, "
+                f"swap space included"
             )
     elif wanted > most(free):
         raise InvalidConfig(

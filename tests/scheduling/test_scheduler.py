@@ -308,3 +308,38 @@ def test_draws_depend_on_neither_preemption_nor_neighbours_and_branches_differ(p
     assert any(plan.preempted for plan in seen) and tight == roomy
     assert all(tokens(100, name)[0][name] == roomy[name] for name in "abc")
     assert all(first != second for first, second in roomy.values())
+
+
+@pytest.mark.parametrize("memory", ["paged", "orca-max"])
+def test_a_static_batch_ends_with_its_longest_request_before_anybody_joins(memory):
+    engine = fake_engine(num_blocks=100, max_model_len=64, max_num_seqs=3, memory=memory, batching="static")
+    batches = []
+
+    def watch(event):
+        if event.type == "admitted":
+            batches.append((engine.scheduler.step, event.request_id))
+
+    engine.events.subscribe(watch)
+    for name, length in zip("abcd", (2, 9, 4, 3), strict=True):
+        engine.add_request(name, [1] * 5, SamplingParams(max_tokens=length, ignore_eos=True))
+    done = run(engine)
+    assert batches == [(0, "a"), (0, "b"), (0, "c"), (9, "d")], "b runs for nine steps"
+    for name, length in zip("abcd", (2, 9, 4, 3), strict=True):
+        params = SamplingParams(max_tokens=length, ignore_eos=True)
+        assert done[name].outputs[0].token_ids == unbatched([1] * 5, params, 0, 64)
+
+
+def test_a_static_batch_is_as_large_as_memory_allows_whatever_the_token_budget():
+    engine = fake_engine(
+        num_blocks=100, block_size=4, max_model_len=64, memory="orca-max", batching="static", max_num_batched_tokens=10
+    )
+    seen = plans(engine)
+    for i in range(8):
+        engine.add_request(f"r{i}", [i] * 20, SamplingParams(max_tokens=3, ignore_eos=True))
+    engine.step()
+    assert [r.request_id for r in engine.scheduler.running] == [f"r{i}" for i in range(6)]  # 6 · 16 of 100 blocks
+    done = run(engine)
+    assert all(plan.num_tokens <= 10 for plan in seen)
+    for i in range(8):
+        truth = unbatched([i] * 20, SamplingParams(max_tokens=3, ignore_eos=True), 0, 64)
+        assert done[f"r{i}"].outputs[0].token_ids == truth
