@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,7 @@ def make_memory(request, monkeypatch):
         return
     driver = FakeDriver(PAGE)
     monkeypatch.setattr(cuda_memory, "_driver", lambda: driver)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     yield lambda *sizes: CudaMemory(*sizes, CPU)
     gc.collect()
@@ -229,6 +231,21 @@ def test_what_fails_in_the_background_is_raised_before_the_next_maps():
     assert not plan.done and not following.done
     cache.remap(following)
     assert following.done
+
+
+def test_nothing_is_mapped_while_the_background_still_maps():
+    cache, _ = make_cache()
+    order = []
+
+    def slowly(*call):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.05)
+        order.append(call[0])
+
+    cache.memory.map = slowly
+    cache.remap(PageMaps(ahead=[PageMap(3, 0, 0)], background=True))
+    cache.remap(PageMaps(maps=[PageMap(0, 0, 0)]))
+    assert len(order) == 12 and sorted(order[6:]) == sorted(cache._place(tensor, 0, 0) for tensor in range(6))
 
 
 def test_pages_mapped_in_the_background_are_there_when_the_next_step_begins():
@@ -446,7 +463,7 @@ def test_a_step_whose_mapping_fails_takes_its_requests_along_and_the_engine_goes
 def test_on_the_fake_driver_an_engine_answers_as_on_the_cpu(llm, monkeypatch):
     driver = FakeDriver(PAGE)
     monkeypatch.setattr(cuda_memory, "_driver", lambda: driver)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, n=2)
     answers = []
