@@ -266,9 +266,13 @@ class VirtualKVCache(KVCache):
 
     def wait(self) -> None:
         """Returns when nothing is being mapped in the background; raises what went wrong there."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            ahead.result()
+        if self._ahead is None:
+            return
+        try:
+            self._ahead.result()
+        finally:
+            if self._ahead.done():  # not if Ctrl-C ended the waiting
+                self._ahead = None
 
     def _apply_ahead(self, maps: PageMaps) -> None:
         try:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -246,6 +247,22 @@ def test_nothing_is_mapped_while_the_background_still_maps():
     cache.remap(PageMaps(ahead=[PageMap(3, 0, 0)], background=True))
     cache.remap(PageMaps(maps=[PageMap(0, 0, 0)]))
     assert len(order) == 12 and sorted(order[6:]) == sorted(cache._place(tensor, 0, 0) for tensor in range(6))
+
+
+def test_an_interrupted_wait_does_not_let_the_next_step_begin():
+    cache, _ = make_cache()
+    gate, real = threading.Event(), cache.memory.map
+    cache.memory.map = lambda *call: (gate.wait(10), real(*call))
+    cache.remap(PageMaps(ahead=[PageMap(0, 0, 0)], background=True))
+    future = cache._ahead
+    cache._ahead = SimpleNamespace(result=lambda: signal.raise_signal(signal.SIGINT), done=future.done)
+    with pytest.raises(KeyboardInterrupt):
+        cache.remap(PageMaps())
+    assert cache._ahead is not None
+    cache._ahead = future
+    gate.set()
+    cache.remap(PageMaps())
+    assert len(cache.memory.mapped) == 6 and cache._ahead is None
 
 
 def test_pages_mapped_in_the_background_are_there_when_the_next_step_begins():
