@@ -145,7 +145,8 @@ def schedule_of(mapping, seed):
 @pytest.mark.parametrize("seed", range(40))
 def test_mapping_decides_nothing(seed):
     """Pages mapped ahead stay free: schedule and tokens are those of paging, however pages are mapped."""
-    assert schedule_of(None, seed) == schedule_of("sync", seed) == schedule_of("eager", seed) == schedule_of("async", seed)
+    paged = schedule_of(None, seed)
+    assert paged == schedule_of("sync", seed) == schedule_of("eager", seed) == schedule_of("async", seed)
 
 
 # --- the rules, one by one ---------------------------------------------------------------------------------------
