@@ -19,7 +19,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "int8")
 ATTENTIONS = ("auto", "triton", "torch", "flex")
 PREEMPTIONS = ("recompute", "swap")
-MANAGERS = ("paged", *AHEAD)
+MANAGERS = ("paged", *AHEAD, "vattention")
+MAPPINGS = ("sync", "eager", "async")
 BATCHINGS = ("continuous", "static")
 CHOICES = {
     "device": DEVICES,
@@ -58,7 +59,8 @@ class EngineConfig:
             ``"auto"``: Triton where there are both CUDA and Triton, else torch.
         cuda_graphs: launch the kernels of a decode step all at once, as a recorded graph. ``None``: where that can be,
             which is with attention by Triton on CUDA.
-        block_size: tokens a KV block holds (paper §4.1; 16 is the paper's default).
+        block_size: tokens a KV block holds (paper §4.1). ``None``: 16, the paper's default, unless vAttention needs
+            more to fill whole pages of memory.
         num_blocks: physical blocks in the pool. ``None``: as many as fit in free memory, but never more than
             ``max_num_seqs`` sequences of ``max_model_len`` tokens could fill.
         max_num_seqs: sequences that may be in the running batch at once. A request with ``n`` samples counts ``n``.
@@ -68,6 +70,11 @@ class EngineConfig:
             ``"orca-max"``, ``"orca-pow2"`` and ``"orca-oracle"`` set contiguous memory aside at admission, as before
             (paper §6.1): for the longest sequence there can be, for the prompt and ``max_tokens`` rounded up to a power
             of two, or for exactly the prompt and ``max_tokens``. They never preempt, and find nothing again.
+            ``"vattention"`` is paged, and maps blocks into virtual memory, one range of addresses for each sequence,
+            so that attention needs no block tables (Linux CPU and CUDA).
+        tensor_slicing: with vAttention, all layers share a tensor, and so a block: fewer tokens fill a page.
+        mapping: with vAttention, when blocks are mapped: ``"sync"``, as a step needs them; ``"eager"``, a step before;
+            ``"async"``, a step before and in the background. ``None``: in the background.
         batching: ``"continuous"`` admits requests whenever there is room, ``"static"`` only when all that ran together
             have ended (FasterTransformer's way, paper §6.1).
         enable_prefix_caching: keep full blocks of finished requests and share them with prompts that start alike.
@@ -86,12 +93,14 @@ class EngineConfig:
     kv_dtype: str = "auto"
     attention: str = "auto"
     cuda_graphs: bool | None = None
-    block_size: int = 16
+    block_size: int | None = None
     num_blocks: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024
     max_model_len: int | None = None
     memory: str = "paged"
+    tensor_slicing: bool = False
+    mapping: str | None = None
     batching: str = "continuous"
     enable_prefix_caching: bool | None = None
     eviction_policy: Callable[[], EvictionPolicy] | None = None
@@ -105,9 +114,11 @@ class EngineConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InvalidConfig(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+        if self.block_size is None and self.memory != "vattention":
+            object.__setattr__(self, "block_size", 16)
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
             _whole(getattr(self, name), name, 1, InvalidConfig)
-        for name, least in (("num_blocks", 1), ("max_model_len", 2), ("swap_blocks", 1)):
+        for name, least in (("block_size", 1), ("num_blocks", 1), ("max_model_len", 2), ("swap_blocks", 1)):
             if getattr(self, name) is not None:
                 _whole(getattr(self, name), name, least, InvalidConfig)
         _whole(self.seed, "seed", 0, InvalidConfig)
@@ -122,15 +133,29 @@ class EngineConfig:
             )
         if self.eviction_policy is not None and not (self.caches_prefixes and callable(self.eviction_policy)):
             raise InvalidConfig("eviction_policy must make a policy when called, and needs enable_prefix_caching=True")
-        if self.attention == "flex" and (self.block_size % 16 or self.kv_dtype != "auto"):
+        if self.attention == "flex" and ((self.block_size or 0) % 16 or self.kv_dtype != "auto"):
             raise InvalidConfig('attention="flex" needs a block_size that 16 divides, and kv_dtype="auto"')
         if self.swap_blocks is not None and self.preemption != "swap":
             raise InvalidConfig('swap_blocks has no effect without preemption="swap"; set both or neither')
+        self._check_virtual_memory()
         if self.max_num_batched_tokens < self.max_num_seqs:
             # Decodes come first: every running sequence must get its token in every step.
             raise InvalidConfig(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}), so that each running sequence can have its token in every step"
+            )
+
+    def _check_virtual_memory(self) -> None:
+        if not isinstance(self.tensor_slicing, bool):
+            raise InvalidConfig(f"tensor_slicing must be True or False, not {self.tensor_slicing!r}")
+        if self.mapping is not None and self.mapping not in MAPPINGS:
+            raise InvalidConfig(f"mapping must be one of {', '.join(MAPPINGS)}, not {self.mapping!r}")
+        if self.memory != "vattention" and (self.tensor_slicing or self.mapping is not None):
+            raise InvalidConfig('tensor_slicing and mapping have no effect without memory="vattention"')
+        if self.memory == "vattention" and (self.attention in ("triton", "flex") or self.kv_dtype != "auto"):
+            raise InvalidConfig(
+                'memory="vattention" attends with plain torch to keys and values as they are; '
+                "leave attention and kv_dtype out"
             )
 
     @property

@@ -209,7 +209,7 @@ class Engine:
         config = self.config
         return EngineStarted(
             config.model,
-            config.block_size,
+            self.memory.block_size,
             self.num_blocks,
             config.max_num_seqs,
             config.max_num_batched_tokens,

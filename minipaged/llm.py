@@ -23,6 +23,7 @@ from minipaged.execution.cuda_graphs import DecodeGraphs, use_graphs
 from minipaged.execution.kv_cache import KVCache, blocks_that_fit
 from minipaged.execution.runner import ModelRunner
 from minipaged.execution.sampler import sample
+from minipaged.execution.virtual_memory import Layout, VirtualKVCache
 from minipaged.kernels.backend import choose, kernels_for
 from minipaged.models.loader import LoadedModel, device_of, load_model
 from minipaged.outputs import CompletionOutput, Delta, RequestOutput
@@ -267,20 +268,33 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
     max_model_len = config.max_model_len or spec.max_model_len
     if max_model_len > spec.max_model_len:
         raise InvalidConfig(f"max_model_len is {max_model_len}, but {config.model} was made for {spec.max_model_len}")
-    kernels = kernels_for(config.attention, loaded.device)
-    shape = (config.block_size, spec.num_kv_heads, spec.head_dim)
+    virtual = config.memory == "vattention"
+    # Contiguous attention is torch's own, and so is what goes with it.
+    kernels = kernels_for("torch" if virtual else config.attention, loaded.device)
+    heads = (spec.num_kv_heads, spec.head_dim)
     dtype = torch.int8 if config.kv_dtype == "int8" else loaded.dtype
-    bytes_per_block = KVCache.bytes_per_block(spec.num_layers, *shape, dtype)
-    useful = config.max_num_seqs * -(-max_model_len // config.block_size)
+    layout = Layout(spec.num_layers, *heads, dtype, config.tensor_slicing)
+    block_size = config.block_size
+    if virtual:
+        block_size = layout.block_size(block_size, config.max_num_seqs, max_model_len, loaded.device)
+    assert block_size is not None
+    bytes_per_block = KVCache.bytes_per_block(spec.num_layers, block_size, *heads, dtype)
+    useful = config.max_num_seqs * -(-max_model_len // block_size)
     swap_blocks = config.swap_blocks if config.preemption == "swap" else 0
     num_blocks = blocks_that_fit(
         bytes_per_block, loaded.device, wanted=config.num_blocks, useful=useful, swap_blocks=swap_blocks
     )
-    config = replace(config, num_blocks=num_blocks, max_model_len=max_model_len)
+    config = replace(config, block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len)
     swap_blocks = config.swap_space(num_blocks)
     graphs = use_graphs(config, kernels.name, loaded.device)
-    # With graphs one block more, which the block tables know nothing of.
-    kv_cache = KVCache(spec.num_layers, num_blocks + int(graphs), *shape, dtype, loaded.device, swap_blocks, kernels)
+    kv_cache: KVCache
+    if virtual:
+        slots = {"max_num_seqs": config.max_num_seqs, "max_model_len": max_model_len}
+        kv_cache = VirtualKVCache(layout, num_blocks, block_size, loaded.device, swap_blocks, **slots)
+    else:
+        # With graphs one block more, which the block tables know nothing of.
+        sizes = (num_blocks + int(graphs), block_size)
+        kv_cache = KVCache(spec.num_layers, *sizes, *heads, dtype, loaded.device, swap_blocks, kernels)
     return Engine(
         config,
         ModelRunner(loaded.model, kv_cache, loaded.device, _graphs(config, loaded, kv_cache) if graphs else None),
@@ -294,7 +308,7 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
 
 def _graphs(config: EngineConfig, loaded: LoadedModel, kv_cache: KVCache) -> DecodeGraphs:
     """Graphs for any batch of this engine. Rows of padding write to the last block of the cache."""
-    assert config.num_blocks is not None and config.max_model_len is not None
+    assert config.num_blocks and config.max_model_len and config.block_size
     return DecodeGraphs(
         loaded.model,
         kv_cache,

@@ -150,7 +150,7 @@ class Trace:
         assert memory.pool.num_free == memory.pool.num_blocks and not memory.tables
         assert memory.swap_pool.num_free == memory.swap_pool.num_blocks and not memory.swapped
         assert self.done.keys() == self.asked.keys()
-        if self.engine.config.memory != "paged":
+        if self.engine.memory.reserves_ahead:
             assert not self.seen["preempted"] and not self.seen["outgrown"], "all was set aside at admission"
             self.seen.update({f"{self.engine.config.memory} copied": self.seen["copied"]})
         self.seen.update([self.engine.config.memory, self.engine.config.batching])

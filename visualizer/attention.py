@@ -29,7 +29,7 @@ def look(engine: Engine, seq_id: int, position: int) -> dict[str, Any]:
         "layers": layers,
         "heads": heads,
         "averaged": averaged,
-        "blocks": table[: position // engine.config.block_size + 1],
+        "blocks": table[: position // engine.memory.block_size + 1],
         "step": engine.scheduler.step,
         "weights": base64.b64encode(weights.contiguous().numpy().tobytes()).decode(),
     }

@@ -180,7 +180,7 @@ class Commands:
                 self._thread.set_loading("")
         await asyncio.wait_for(asyncio.wrap_future(self._thread.configure(config, llm)), TIMEOUT)
         engine = self._thread.engine
-        return f"Restarted with {engine.num_blocks} blocks of {config.block_size} tokens."
+        return f"Restarted with {engine.num_blocks} blocks of {engine.memory.block_size} tokens."
 
 
 def _config(payload: dict[str, Any], old: EngineConfig) -> EngineConfig:

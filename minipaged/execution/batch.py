@@ -28,6 +28,7 @@ class Batch:
     query_lens: list[int]  # [B], tokens of this step; sums to T
     context_lens_list: list[int]  # context_lens again, for host code that must not wait for the device
     num_decodes: int
+    slots: list[int] | None = None  # [B] under vAttention: where each sequence's context lies in one piece
     # For looking on (see execution/attention.py): `observe` is called in every layer with its index, the queries
     # [T, H, D], its key cache, the scale and the sliding window; `read_only` leaves the caches as they are.
     observe: Callable[[int, Tensor, Tensor, float, int | None], None] | None = None
@@ -67,4 +68,5 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
         query_lens=query_lens,
         context_lens_list=context_lens,
         num_decodes=num_decodes,
+        slots=[plan.maps.slots[chunk.seq.seq_id] for chunk in plan.chunks] if plan.maps else None,
     )

@@ -84,9 +84,13 @@ class DecodeGraphs:
 
     @staticmethod
     def covers(batch: Batch) -> bool:
-        """Whether the batch is one query per sequence, each to be sampled from, and nobody looks on."""
+        """Whether the batch is one query per sequence, each to be sampled from, and nobody looks on.
+
+        Not under vAttention, whose contexts change their addresses and shapes with every step.
+        """
         B = len(batch.query_lens)
-        return batch.num_decodes == B == len(batch.logit_rows) and batch.observe is None and not batch.read_only
+        plain = batch.observe is None and not batch.read_only and batch.slots is None
+        return batch.num_decodes == B == len(batch.logit_rows) and plain
 
     def run(self, batch: Batch) -> Tensor:
         """Logits [B, V] of a batch that `covers` accepts. They are overwritten by the next run."""

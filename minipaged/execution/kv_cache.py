@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minipaged.errors import InvalidConfig
 from minipaged.kernels.backend import TORCH, Kernels
+from minipaged.memory.managers.virtual import PageMaps
 
 
 class KVCache:
@@ -19,7 +20,12 @@ class KVCache:
     them wherever a block goes; else these are ``None``. The swap space on the CPU has the same layout with
     ``swap_blocks`` blocks. ``kernels`` are what reads and writes the cache. Which block belongs to whom is the business
     of ``minipaged.memory``; here is only storage.
+
+    Where memory can be mapped (`VirtualKVCache`), ``k_slots[layer]`` and ``v_slots[layer]`` show it in sequence order.
     """
+
+    k_slots: list[torch.Tensor]
+    v_slots: list[torch.Tensor]
 
     def __init__(
         self,
@@ -60,6 +66,10 @@ class KVCache:
         """2 (key and value) · layers · block size · heads · (head dimension · bytes of a number + bytes of a scale)."""
         scale = 4 if dtype is torch.int8 else 0
         return 2 * num_layers * block_size * num_kv_heads * (head_dim * dtype.itemsize + scale)
+
+    def remap(self, maps: PageMaps) -> None:
+        """Only virtual memory can be mapped."""
+        raise NotImplementedError
 
     def copy(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copies blocks (source, target) in all layers; reads before writes."""

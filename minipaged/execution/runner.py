@@ -23,10 +23,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor:
-        """Swap-out, swap-in, copy, forward: in this order a block may serve twice in one step.
+        """Map, swap-out, swap-in, copy, forward: in this order a block may serve twice in one step.
 
         Returns logits [R, vocab], ``num_rows`` rows for each chunk; no row if there is no chunk.
         """
+        if plan.maps is not None:
+            self.kv_cache.remap(plan.maps)
         self.kv_cache.swap_out(plan.swap_outs)
         self.kv_cache.swap_in(plan.swap_ins)
         self.kv_cache.copy(plan.copies)

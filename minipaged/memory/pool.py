@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
+from collections.abc import Iterable
 
 from minipaged.errors import BlockError, InvariantViolation, OutOfBlocks
 from minipaged.memory.prefix_cache import PrefixCache
@@ -18,7 +19,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, cache: PrefixCache | None = None) -> None:
         self.num_blocks = num_blocks
         self.ref_counts = [0] * num_blocks
-        self._free = deque(range(num_blocks))
+        self._free = OrderedDict.fromkeys(range(num_blocks))  # as a queue; a dict, to take any block out of it
         self._cache = cache
 
     @property
@@ -29,7 +30,7 @@ class BlockPool:
     def allocate(self) -> int:
         """A block with one owner. Takes cached ones only when nothing else is left."""
         if self._free:
-            block = self._free.popleft()
+            block = self._free.popitem(last=False)[0]
         elif self._cache and self._cache.evictable:
             block = self._cache.evict()
         else:
@@ -56,7 +57,32 @@ class BlockPool:
             if self._cache and block in self._cache:
                 self._cache.retire(block)
             else:
-                self._free.append(block)
+                self._free[block] = None
+
+    # --- choosing among free blocks, for managers to whom it matters which they get ---
+
+    @property
+    def free_blocks(self) -> Iterable[int]:
+        """Free blocks, in the order in which `allocate` hands them out."""
+        return self._free
+
+    def is_free(self, block: int) -> bool:
+        """Whether the block has neither owner nor content to be found again."""
+        return block in self._free
+
+    def take(self, block: int) -> int:
+        """Allocates this very block, which must be free."""
+        del self._free[block]
+        self.ref_counts[block] = 1
+        return block
+
+    def prefer(self, block: int) -> None:
+        """This free block is the next that `allocate` hands out."""
+        self._free.move_to_end(block, last=False)
+
+    def spare(self, block: int) -> None:
+        """This free block is the last that `allocate` hands out."""
+        self._free.move_to_end(block)
 
     def check(self) -> None:
         """Every block is in exactly one place. Raises `InvariantViolation`."""

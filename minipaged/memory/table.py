@@ -152,16 +152,20 @@ class BlockTables:
         for logical in range(start // self.block_size, len(table)):
             src = table[logical]
             if self.pool.ref_counts[src] > 1:
-                dst = self.pool.allocate()
+                dst = self._allocate(seq_id, logical)
                 self.pool.free(src)
                 table[logical] = dst
                 copies.append(Copy(src, dst))
                 self._events.emit(Copied, seq_id, logical, src, dst)
         while len(table) < self.blocks_for(end):
-            block = self.pool.allocate()
+            block = self._allocate(seq_id, len(table))
             self._events.emit(Allocated, seq_id, len(table), block)
             table.append(block)
         return copies
+
+    def _allocate(self, seq_id: int, logical: int) -> int:
+        """A block for this entry of the table. To paging one is as good as another."""
+        return self.pool.allocate()
 
     def computed(self, seq_id: int, tokens: Seq[int], num_computed: int) -> None:
         """Tells that the KV of the first ``num_computed`` tokens is in place: full blocks become findable.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minipaged.errors import ModelError
 from minipaged.execution.batch import Batch
 from minipaged.execution.kv_cache import KVCache
-from minipaged.kernels import reference
+from minipaged.kernels import contiguous, reference
 
 
 def paged_attention(
@@ -50,6 +50,10 @@ def paged_attention(
         q = kernels.rope_store(q, k, v, *rope, *caches, batch.slot_mapping, *scales)
     if batch.observe is not None:
         batch.observe(layer, q, caches[0], scale, sliding_window)
+    if batch.slots is not None:  # the context lies in one piece there
+        k_slots, v_slots = kv_cache.k_slots[layer], kv_cache.v_slots[layer]
+        lens = (batch.context_lens_list, batch.query_lens)
+        return contiguous.attention(q, k_slots, v_slots, batch.slots, *lens, scale, sliding_window)
     n, tables = batch.num_decodes, batch.block_tables
     outs = []
     if n:  # one query each, and all of them in one call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from minipaged.memory.managers.virtual import PageMaps
 from minipaged.memory.table import Copy
 from minipaged.request import Request, Sequence
 
@@ -37,13 +38,14 @@ class Chunk:
 
 @dataclass
 class StepPlan:
-    """One step. The runner executes swap-outs, swap-ins, copies, chunks, in that order; commit applies the results."""
+    """One step. The runner executes maps, swap-outs, swap-ins, copies, chunks, in this order; commit applies it all."""
 
     step: int
     chunks: list[Chunk] = field(default_factory=list)  # decodes first
     swap_outs: list[Copy] = field(default_factory=list)  # pool → swap space
     swap_ins: list[Copy] = field(default_factory=list)  # swap space → pool
     copies: list[Copy] = field(default_factory=list)
+    maps: PageMaps | None = None  # only under vAttention; before everything else
     preempted: list[Request] = field(default_factory=list)
     outgrown: list[Request] = field(default_factory=list)  # lost a sequence: not even the whole pool could hold it
 

@@ -4,6 +4,7 @@
     orca-max      the longest a sequence can be, at admission (`managers.contiguous`)
     orca-pow2     its prompt, and its output rounded up to a power of two
     orca-oracle   exactly what it will need
+    vattention    the same, mapped into virtual memory sequence by sequence (`virtual.VirtualTables`)
 
 All of them answer with block tables, so that the same model and kernels run on each.
 """
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from minipaged.events import EventLog
 from minipaged.memory.managers.contiguous import ContiguousTables
+from minipaged.memory.managers.virtual import VirtualTables
 from minipaged.memory.table import BlockTables, Copy, Demand, Hit, Write
 from minipaged.memory.waste import AHEAD, Held, Moment
 
@@ -127,14 +129,15 @@ class MemoryManager(Protocol):
 
 def make_manager(config: EngineConfig, events: EventLog) -> MemoryManager:
     """The manager that ``config.memory`` names. ``num_blocks`` and ``max_model_len`` must be numbers."""
-    assert config.num_blocks is not None and config.max_model_len is not None
+    num_blocks, block_size, max_model_len = config.num_blocks, config.block_size, config.max_model_len
+    assert num_blocks is not None and block_size is not None and max_model_len is not None
     if config.memory in AHEAD:
-        return ContiguousTables(config.memory, config.num_blocks, config.block_size, config.max_model_len, events)
-    return BlockTables(
-        config.num_blocks,
-        config.block_size,
-        events,
-        enable_prefix_caching=config.caches_prefixes,
-        policy=config.eviction_policy() if config.eviction_policy else None,
-        swap_blocks=config.swap_space(config.num_blocks),
-    )
+        return ContiguousTables(config.memory, num_blocks, block_size, max_model_len, events)
+    policy = config.eviction_policy() if config.eviction_policy else None
+    paged = (num_blocks, block_size, events, config.caches_prefixes, policy, config.swap_space(num_blocks))
+    if config.memory == "vattention":
+        mapping = config.mapping or "async"
+        return VirtualTables(
+            *paged, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, mapping=mapping
+        )
+    return BlockTables(*paged)
