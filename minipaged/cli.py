@@ -1,4 +1,4 @@
-"""The ``minipaged`` command: visualize, generate, chat, doctor, experiments.
+"""The ``minipaged`` command: visualize, generate, chat, doctor, experiments, kernels.
 
 torch, transformers and gradio take seconds to import, so each command imports what it needs when it runs, and
 ``--help`` stays quick. A model's text is printed as it is, never by rich, which reads ``[bold]`` as markup.
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(experiments, name="experiments")
+kernels = typer.Typer(help="Look into the Triton kernels.", no_args_is_help=True)
+app.add_typer(kernels, name="kernels")
 
 # Options that several commands share. One not given is None and left to EngineConfig or SamplingParams, which
 # know the defaults and limits.
@@ -236,6 +238,28 @@ def doctor() -> None:
     from minipaged.doctor import report
 
     raise typer.Exit(0 if report(Console(highlight=False)) else 1)
+
+
+@kernels.command("report")
+def kernels_report(
+    only: Annotated[str, typer.Argument(help="Variants with this in their name, e.g. 'decode bf16'.")] = "",
+    ptx: Annotated[bool, typer.Option("--ptx", help="Print NVIDIA's assembly language, too.")] = False,
+    sass: Annotated[bool, typer.Option("--sass", help="Print the GPU's machine code, too.")] = False,
+) -> None:
+    """Compile the Triton kernels for sm_80 and sm_90, and show what became of them: needs no GPU."""
+    from minipaged.kernels.backend import require_compiler
+
+    require_compiler()
+    from minipaged.kernels import report
+
+    chosen = [variant for variant in report.variants() if only in variant.name]
+    if not chosen:
+        raise typer.Exit(_fail(f"no variant has {only!r} in its name; without a name, all of them are listed"))
+    print(report.LEGEND, report.HEADER, sep="\n\n", flush=True)
+    for compiled in report.compile_all(chosen):
+        print(report.line(compiled), flush=True)
+        for code in (compiled.ptx if ptx else "", compiled.sass if sass else ""):
+            print(code, end="")
 
 
 def _answer(llm: LLM, messages: list[dict[str, str]], line: str, params: SamplingParams) -> None:

@@ -21,9 +21,12 @@ from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from minipaged.engine import Engine
 from minipaged.events import EventLog
 from minipaged.execution.runner import ModelRunner
+from minipaged.execution.virtual_memory import VirtualKVCache
+from minipaged.kernels import contiguous as contiguous_kernel
 from minipaged.kernels import reference
 from minipaged.memory.managers.buddy import BuddyPool
 from minipaged.memory.managers.contiguous import ContiguousTables
+from minipaged.memory.managers.virtual import VirtualTables
 from minipaged.memory.pool import BlockPool
 from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.table import BlockTables
@@ -31,9 +34,11 @@ from minipaged.request import Request
 from minipaged.scheduling.scheduler import Scheduler
 from tests import test_engine as engine
 from tests.execution import test_reference, test_runner
+from tests.execution import test_virtual_memory as virtual_memory
 from tests.memory import test_buddy as buddy
 from tests.memory import test_contiguous as contiguous
 from tests.memory import test_tables as tables
+from tests.memory import test_virtual as virtual
 from tests.memory.test_buddy import BuddyMachine
 from tests.memory.test_state_machine import FIXED, MemoryMachine
 from tests.scheduling import test_scheduler as scheduler
@@ -158,9 +163,9 @@ MUTANTS = [
     Mutant(
         "one copy of a step overwrites what another one still has to read",
         reference,
-        "copy_blocks",
-        "cache[dst] = cache[src]",
-        "[cache[d].copy_(cache[s]) for s, d in zip(src.tolist(), dst.tolist())]",
+        "swap_blocks",
+        "target[dst.to(target.device)] = source[src.to(source.device)].to(target.device)",
+        "[target[d].copy_(source[s]) for s, d in zip(src.tolist(), dst.tolist())]",
         (test_reference.test_copies_read_before_any_write,),
     ),
     # --- prefix cache ---
@@ -509,5 +514,73 @@ MUTANTS = [
         'self._finish(request, request.live[-1], "length")',
         '[self._finish(request, seq, "length") for seq in request.live]',
         (scheduler.test_of_branches_that_outgrow_the_pool_the_last_gives_way_to_the_others,),
+    ),
+    # --- virtual memory ---
+    Mutant(
+        "a slot goes on showing the page that was copied on write",
+        VirtualTables,
+        "seal",
+        "self.mapped[slot][: len(table)] != table",
+        "len(self.mapped[slot]) < len(table)",
+        (partial(virtual.test_mapping_decides_nothing, 3),),
+    ),
+    Mutant(
+        "a page is taken away from a slot that is read",
+        VirtualTables,
+        "_map",
+        "not self._is_read(*other)",
+        "True",
+        (virtual.test_a_prefix_hit_and_a_fork_show_one_page_in_two_slots,),
+    ),
+    Mutant(
+        "books are believed although a mapping failed",
+        VirtualTables,
+        "seal",
+        "not all(maps.done for maps in self._plans)",
+        "False",
+        (partial(virtual.test_after_a_failed_mapping_nobody_reads_what_was_not_mapped, "sync", 3),),
+    ),
+    Mutant(
+        "of the fitting slots the largest is reused",
+        VirtualTables,
+        "_settle",
+        "-len(mapped), -slot",
+        "len(mapped), -slot",
+        (virtual.test_of_the_idle_slots_the_best_fit_is_reused,),
+    ),
+    Mutant(
+        "a step does not wait for what the last began to map",
+        VirtualKVCache,
+        "remap",
+        "self.wait()",
+        "pass",
+        (
+            virtual_memory.test_nothing_is_mapped_while_the_background_still_maps,
+            virtual_memory.test_what_fails_in_the_background_is_raised_before_the_next_maps,
+        ),
+    ),
+    Mutant(
+        "a step is called done while its background may yet fail",
+        VirtualKVCache,
+        "_apply_ahead",
+        "maps.done = False",
+        "pass",
+        (virtual_memory.test_what_fails_in_the_background_is_raised_before_the_next_maps,),
+    ),
+    Mutant(
+        "a sliding window over slots is one token too long",
+        contiguous_kernel,
+        "attention",
+        "length - len(queries) + 1 - sliding_window",
+        "length - len(queries) - sliding_window",
+        (partial(virtual_memory.test_attention_on_slots_equals_attention_on_blocks, False, 5, 1),),
+    ),
+    Mutant(
+        "a prompt over slots sees what comes after it",
+        contiguous_kernel,
+        "_prefill",
+        "is_causal=visible is None",
+        "is_causal=False",
+        (partial(virtual_memory.test_attention_on_slots_equals_attention_on_blocks, False, None, 1),),
     ),
 ]
