@@ -65,7 +65,7 @@ def show(console: Console, result: Result) -> None:
         console.print("  The paper's numbers: * from a secondary source, the others read in the paper.")
     for sentence in result.assumed:
         console.print(f"  {sentence}")
-    console.print(f"  {_machine(result)}")
+    console.print(f"  {result.seconds:.0f} s on {machine_text(result)}.")
 
 
 def number_text(row: Row) -> str:
@@ -85,9 +85,10 @@ def _short(number: float) -> str:
     return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
-def _machine(result: Result) -> str:
+def machine_text(result: Result) -> str:
+    """Where it ran, and with what."""
     m = result.machine
     return (
-        f"{result.seconds:.0f} s on {m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB, {m['system']}, "
-        f"Python {m['python']}, torch {m['torch']}, {m['date']}."
+        f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB, {m['system']}, Python {m['python']}, "
+        f"torch {m['torch']}, {m['date']}"
     )

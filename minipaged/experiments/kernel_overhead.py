@@ -19,7 +19,7 @@ WHY = (
 
 def measure(quick: bool, progress: Progress) -> Result:
     """Latency of one decode step's attention, contiguous and paged, by batch, context and block size."""
-    rounds = 10 if quick else 40
+    rounds = 10 if quick else 25
     data: dict[str, dict[str, list[float]]] = {}
     series: dict[str, tuple[list[float], list[float]]] = {}
     rows = []

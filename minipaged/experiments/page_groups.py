@@ -13,7 +13,7 @@ MANAGERS = ("vattention", "paged")
 
 def measure(quick: bool, progress: Progress) -> Result:
     """Mean batch and share of slots with a token by tokens per page-group, beside paged blocks of the same size."""
-    traces = sharegpt_traces(quick)[: 1 if quick else 3]
+    traces = sharegpt_traces(quick)[: 1 if quick else 4]
     runs: dict[str, list[Saturated]] = {memory: [] for memory in MANAGERS}
     for index, size in enumerate(SIZES):
         for memory in MANAGERS:

@@ -36,7 +36,7 @@ def measure(quick: bool, progress: Progress) -> Result:
     """Output tokens a second and mean batch, while requests wait; the systems take turns."""
     from minipaged.llm import LLM
 
-    warm_up, slice_, rounds = (1000, 400, 3) if quick else (3000, 600, 9)
+    warm_up, slice_, rounds = (800, 300, 3) if quick else (2000, 400, 9)
     llm = LLM("tiny", num_blocks=1)
     requests = scaled(400 if quick else 1500)
     servers = {}
