@@ -1,4 +1,4 @@
-"""What mapping memory costs a step, and whether doing it in the background hides that (vAttention, §6.1): real time."""
+"""What mapping memory costs a step, and whether doing it in the background hides that (vAttention): real time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How finely memory is mapped decides how much of it is used (vAttention, §6.2 and §7.5 on page-group sizes)."""
+"""How finely memory is mapped decides how much of it is used (vAttention)."""
 
 from __future__ import annotations
 
