@@ -54,6 +54,7 @@ class Engine:
         assert config.num_blocks is not None and config.max_model_len is not None
         self.config, self.num_blocks, self.max_model_len = config, config.num_blocks, config.max_model_len
         self.swap_blocks = config.swap_space(config.num_blocks)
+        self.enable_prefix_caching = config.caches_prefixes
         self.runner, self.sampler, self.tokenizer = runner, sampler, tokenizer
         self.vocab_size, self.bytes_per_block, self.eos_token_ids = vocab_size, bytes_per_block, eos_token_ids
         self.events = EventLog()
@@ -213,7 +214,7 @@ class Engine:
             config.max_num_seqs,
             config.max_num_batched_tokens,
             self.max_model_len,
-            config.caches_prefixes,
+            self.enable_prefix_caching,
             config.preemption,
             self.swap_blocks,
             self.bytes_per_block,

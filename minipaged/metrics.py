@@ -32,7 +32,7 @@ class Usage:
     """What the pool's slots hold at one moment (a slot is room for one token's KV).
 
     ``tokens``: slots with KV that a live sequence reads, shared ones counted once. ``empty``: slots of used blocks not
-    yet filled; the only waste that paging leaves, below one block per sequence. ``cached``: slots of blocks without
+    yet filled; with paging the only waste, and below one block per sequence. ``cached``: slots of blocks without
     owner that the prefix cache keeps findable. ``free``: the rest. ``logical_blocks``: entries of all block tables, so
     that ``1 - used_blocks / logical_blocks`` is what sharing saves (paper §6.3).
     """

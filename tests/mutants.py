@@ -16,14 +16,17 @@ from textwrap import dedent
 from types import ModuleType
 
 from hypothesis import Phase, settings
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from minipaged.engine import Engine
 from minipaged.events import EventLog
 from minipaged.execution.runner import ModelRunner
+from minipaged.execution.virtual_memory import VirtualKVCache
+from minipaged.kernels import contiguous as contiguous_kernel
 from minipaged.kernels import reference
 from minipaged.memory.managers.buddy import BuddyPool
 from minipaged.memory.managers.contiguous import ContiguousTables
+from minipaged.memory.managers.virtual import VirtualTables
 from minipaged.memory.pool import BlockPool
 from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.table import BlockTables
@@ -31,9 +34,11 @@ from minipaged.request import Request
 from minipaged.scheduling.scheduler import Scheduler
 from tests import test_engine as engine
 from tests.execution import test_reference, test_runner
+from tests.execution import test_virtual_memory as virtual_memory
 from tests.memory import test_buddy as buddy
 from tests.memory import test_contiguous as contiguous
 from tests.memory import test_tables as tables
+from tests.memory import test_virtual as virtual
 from tests.memory.test_buddy import BuddyMachine
 from tests.memory.test_state_machine import FIXED, MemoryMachine
 from tests.scheduling import test_scheduler as scheduler
@@ -50,14 +55,22 @@ def fuzz() -> None:
 
 def machine() -> None:
     """A part of the state machine's examples, not simplified when they fail."""
-    few = settings(FIXED, max_examples=80, phases=[Phase.generate], report_multiple_bugs=False, print_blob=False)
-    run_state_machine_as_test(MemoryMachine, settings=few)
+    some_examples(MemoryMachine, 80)
 
 
 def chunks() -> None:
     """The same of the buddy allocator's."""
-    few = settings(FIXED, max_examples=40, phases=[Phase.generate], report_multiple_bugs=False, print_blob=False)
-    run_state_machine_as_test(BuddyMachine, settings=few)
+    some_examples(BuddyMachine, 40)
+
+
+def contiguous_machine() -> None:
+    """And of the contiguous managers' on top of it."""
+    some_examples(contiguous.ContiguousMachine, 80)
+
+
+def some_examples(machine: type[RuleBasedStateMachine], number: int) -> None:
+    few = settings(FIXED, max_examples=number, phases=[Phase.generate], report_multiple_bugs=False, print_blob=False)
+    run_state_machine_as_test(machine, settings=few)
 
 
 @dataclass(frozen=True)
@@ -411,7 +424,7 @@ MUTANTS = [
         "reserve",
         "copies = self._move(seq_id)",
         "self._move(seq_id)",
-        (fuzz, partial(contiguous.test_beams_are_the_same_and_copy_more, "orca-max")),
+        (fuzz, contiguous_machine, partial(contiguous.test_beams_are_the_same_and_copy_more, "orca-max")),
     ),
     Mutant(
         "a fork writes into the chunk of its parent",
@@ -419,7 +432,7 @@ MUTANTS = [
         "reserve",
         "self._chunks[seq_id].owner not in (None, seq_id)",
         "False",
-        (fuzz, contiguous.test_an_owner_writes_in_place_behind_what_others_read),
+        (fuzz, contiguous_machine, contiguous.test_an_owner_writes_in_place_behind_what_others_read),
     ),
     Mutant(
         "a request is admitted with a chunk for the first of its sequences only",
@@ -427,7 +440,7 @@ MUTANTS = [
         "fits",
         ">= len(demand.lengths)",
         ">= 1",
-        (fuzz,),
+        (fuzz, contiguous_machine),
     ),
     Mutant(
         "samples that have ended keep their chunks from others",
@@ -443,7 +456,7 @@ MUTANTS = [
         "prepare_fork",
         "self._grow(group)",
         "pass",
-        (partial(contiguous.test_a_fork_by_hand_takes_a_chunk_or_is_refused, "orca-max"),),
+        (contiguous_machine, partial(contiguous.test_a_fork_by_hand_takes_a_chunk_or_is_refused, "orca-max")),
     ),
     Mutant(
         "a static batch takes in whoever comes",
@@ -501,5 +514,73 @@ MUTANTS = [
         'self._finish(request, request.live[-1], "length")',
         '[self._finish(request, seq, "length") for seq in request.live]',
         (scheduler.test_of_branches_that_outgrow_the_pool_the_last_gives_way_to_the_others,),
+    ),
+    # --- virtual memory ---
+    Mutant(
+        "a slot goes on showing the page that was copied on write",
+        VirtualTables,
+        "seal",
+        "self.mapped[slot][: len(table)] != table",
+        "len(self.mapped[slot]) < len(table)",
+        (partial(virtual.test_mapping_decides_nothing, 3),),
+    ),
+    Mutant(
+        "a page is taken away from a slot that is read",
+        VirtualTables,
+        "_map",
+        "not self._is_read(*other)",
+        "True",
+        (virtual.test_a_prefix_hit_and_a_fork_show_one_page_in_two_slots,),
+    ),
+    Mutant(
+        "books are believed although a mapping failed",
+        VirtualTables,
+        "seal",
+        "not all(maps.done for maps in self._plans)",
+        "False",
+        (partial(virtual.test_after_a_failed_mapping_nobody_reads_what_was_not_mapped, "sync", 3),),
+    ),
+    Mutant(
+        "of the fitting slots the largest is reused",
+        VirtualTables,
+        "_settle",
+        "-len(mapped), -slot",
+        "len(mapped), -slot",
+        (virtual.test_of_the_idle_slots_the_best_fit_is_reused,),
+    ),
+    Mutant(
+        "a step does not wait for what the last began to map",
+        VirtualKVCache,
+        "remap",
+        "self.wait()",
+        "pass",
+        (
+            virtual_memory.test_nothing_is_mapped_while_the_background_still_maps,
+            virtual_memory.test_what_fails_in_the_background_is_raised_before_the_next_maps,
+        ),
+    ),
+    Mutant(
+        "a step is called done while its background may yet fail",
+        VirtualKVCache,
+        "_apply_ahead",
+        "maps.done = False",
+        "pass",
+        (virtual_memory.test_what_fails_in_the_background_is_raised_before_the_next_maps,),
+    ),
+    Mutant(
+        "a sliding window over slots is one token too long",
+        contiguous_kernel,
+        "attention",
+        "length - len(queries) + 1 - sliding_window",
+        "length - len(queries) - sliding_window",
+        (partial(virtual_memory.test_attention_on_slots_equals_attention_on_blocks, False, 5, 1),),
+    ),
+    Mutant(
+        "a prompt over slots sees what comes after it",
+        contiguous_kernel,
+        "_prefill",
+        "is_causal=visible is None",
+        "is_causal=False",
+        (partial(virtual_memory.test_attention_on_slots_equals_attention_on_blocks, False, None, 1),),
     ),
 ]

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.llm import _build_engine
+from minipaged.memory.waste import AHEAD
 from minipaged.models.loader import load_model
 from tests.checkpoints import save_llama
 
@@ -65,18 +66,23 @@ class Trace:
         self.prompts, self.truth = prompts, truth
         block_size = random.choice((1, 3, 4, 5, 8, 16, 24))
         max_num_seqs = random.randint(2, 5)
+        if random.random() < 0.2:  # contiguous memory; two of the longest fit at least
+            memory, slots = {"memory": random.choice(AHEAD)}, random.randint(260, 400)
+        else:
+            memory, slots = {"enable_prefix_caching": random.random() < 0.7}, random.randint(48, 130)
+            memory["preemption"] = random.choice(("recompute", "swap"))
         config = EngineConfig(
             block_size=block_size,
-            num_blocks=max(3, random.randint(48, 130) // block_size),
+            num_blocks=max(3, slots // block_size),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + random.randint(0, 24),
             max_model_len=100,
-            enable_prefix_caching=random.random() < 0.7,
-            preemption=random.choice(("recompute", "swap")),
+            batching=random.choice(("continuous", "continuous", "static")),
             device="cpu",
+            **memory,
         )
         self.engine = _build_engine(config, loaded)
-        self.seen = Counter()
+        self.seen = Counter([config.memory, config.batching])
         self.engine.events.subscribe(lambda event: self.seen.update([event.type]))
 
     def run(self):
@@ -128,7 +134,8 @@ def fuzz(directory, seeds):
 def test_random_traces_give_the_tokens_of_transformers(checkpoint):
     totals = fuzz(checkpoint, range(300))
     rare = ["preempted", "swapped_in", "copied", "forked", "cached", "shared", "evicted", "cut"]
-    assert not [name for name in rare if totals[name] < 20], totals
+    assert not [name for name in [*rare, "static"] if totals[name] < 20], totals
+    assert all(totals[memory] for memory in AHEAD), totals
 
 
 def test_random_traces_give_the_tokens_of_transformers_on_the_embedded_model():

@@ -184,7 +184,7 @@ PREFIX = Scenario(
         "full blocks in the prefix cache and start with them, so only the question itself is computed. D asks when all "
         "the others have gone: the dotted blocks are free, but they still know what they hold."
     ),
-    settings=DEMO_SETTINGS | {"num_blocks": 32, "enable_prefix_caching": True},
+    settings=DEMO_SETTINGS | {"memory": "paged", "num_blocks": 32, "enable_prefix_caching": True},
     question="cached",
     tab="prefix",
 )
@@ -205,7 +205,8 @@ RECOMPUTE = Scenario(
         "latest arrival loses all of its own and waits; its text is kept. When there is room again it comes back and "
         "computes the KV of its whole text once more, many tokens in one step: see the step's bar at the bottom."
     ),
-    settings=DEMO_SETTINGS | {"num_blocks": 20, "enable_prefix_caching": False, "preemption": "recompute"},
+    settings=DEMO_SETTINGS
+    | {"memory": "paged", "num_blocks": 20, "enable_prefix_caching": False, "preemption": "recompute"},
     question="victim",
 )
 
@@ -219,7 +220,7 @@ SWAP = Scenario(
         "twice, at the price of moving it. Note the new block numbers in its table: only the table has to know."
     ),
     settings=DEMO_SETTINGS
-    | {"num_blocks": 20, "enable_prefix_caching": False, "preemption": "swap", "swap_blocks": 20},
+    | {"memory": "paged", "num_blocks": 20, "enable_prefix_caching": False, "preemption": "swap", "swap_blocks": 20},
     question="moved",
 )
 

@@ -61,7 +61,7 @@ def attention(page: Any) -> None:
     page.click("[data-testid=engine-pause]")
     page.click("[data-testid=view-live]")
     page.click("[data-testid=tab-memory]")
-    page.click("[data-testid=sequence] .mp-line")
+    page.click("[data-testid=sequence] .mp-badge")
     page.wait_for_selector("[data-testid=runs] [data-go^='token:']")
     page.locator("[data-testid=runs] [data-go^='token:']").all()[-3].click()
     page.wait_for_selector("[data-testid=attention-block]", timeout=30_000)

@@ -79,7 +79,7 @@ class _CudaMapping:
         return address
 
     def map(self, address: int, page: Any) -> None:
-        torch.cuda.set_device(self._device)  # of this thread, which may be the one in the background
+        torch.cuda.set_device(self._device.index or 0)  # of this thread, which may be the one in the background
         _ask(self._driver.cuMemMap(address, self.page_bytes, 0, page, 0))
         self._mapped.add(address)
         _ask(self._driver.cuMemSetAccess(address, self.page_bytes, [self._access], 1))
@@ -108,6 +108,7 @@ def _driver() -> Any:
         raise InvalidConfig(
             'memory="vattention" on CUDA needs the driver\'s Python bindings: pip install cuda-bindings'
         ) from None
+    torch.cuda.init()
     return driver
 
 

@@ -257,18 +257,22 @@ class VirtualKVCache(KVCache):
         """
         self.wait()
         self._apply(maps.unmaps, maps.maps)
-        if maps.ahead and maps.background:
-            self._thread = self._thread or ThreadPoolExecutor(1, "minipaged-map")
-            self._ahead = self._thread.submit(self._apply_ahead, maps)
-        elif maps.ahead:
+        if not maps.background:
             self._apply(maps.ahead_unmaps, maps.ahead)
         maps.done = True
+        if maps.background and maps.ahead:
+            self._thread = self._thread or ThreadPoolExecutor(1, "minipaged-map")
+            self._ahead = self._thread.submit(self._apply_ahead, maps)
 
     def wait(self) -> None:
         """Returns when nothing is being mapped in the background; raises what went wrong there."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            ahead.result()
+        if self._ahead is None:
+            return
+        try:
+            self._ahead.result()
+        finally:
+            if self._ahead.done():  # not if Ctrl-C ended the waiting
+                self._ahead = None
 
     def _apply_ahead(self, maps: PageMaps) -> None:
         try:

@@ -4,13 +4,16 @@ from collections import Counter
 from random import Random
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.errors import BlockError, InvalidConfig, InvalidRequest
 from minipaged.events import Recorder, State
 from minipaged.memory.managers.contiguous import ContiguousTables
 from minipaged.memory.table import Demand, Write
-from minipaged.memory.waste import AHEAD, Held, timeline
+from minipaged.memory.waste import AHEAD, Held, Moment, timeline
 from tests.fake import fake_engine, unbatched, unbatched_beams
 
 EVERY = ("paged", *AHEAD)
@@ -347,3 +350,110 @@ def test_misuse_is_an_error_at_the_call():
     with pytest.raises(BlockError, match="twice"):
         tables.free(0)
     tables.check()
+
+
+# --- whatever the order of calls --------------------------------------------------------------------------------
+
+
+class ContiguousMachine(RuleBasedStateMachine):
+    """The model: ``tokens[seq_id]`` is what a sequence has computed, ``store[block]`` what lies in a block's slots.
+
+    A slot's content is the whole prefix that ends there, so that another sequence's is seen at once.
+    """
+
+    @initialize(policy=st.sampled_from(AHEAD), block_size=st.integers(1, 5), blocks=st.integers(8, 60))
+    def start(self, policy, block_size, blocks):
+        self.size = block_size
+        self.tables = ContiguousTables(policy, blocks, block_size, 24)
+        self.store = [[None] * block_size for _ in range(blocks)]
+        self.tokens: dict[int, list[int]] = {}
+        self.limits: dict[int, int] = {}
+        self.missing: dict[int, int] = {}  # by lead: forks that were counted at admission and have not been made
+        self.next_id = 0
+
+    @rule(prompt=st.integers(1, 9), output=st.integers(1, 9), width=st.integers(1, 3), filled=st.booleans())
+    def open(self, prompt, output, width, filled):
+        demand = Demand([prompt] * width, prompt, prompt, output)
+        free = self.tables.pool.num_free
+        if not self.tables.fits(demand):
+            assert self.tokens or self.tables.refusal(demand)
+            return
+        assert self.tables.refusal(demand) is None
+        seq_id = self._new([], prompt + output - 1)
+        self.tables.open(seq_id, [], demand)
+        assert free - self.tables.pool.num_free == self.tables.blocks_to_hold(demand)
+        self.missing[seq_id] = width - 1
+        if filled:
+            self._step([(seq_id, [0] * prompt)])
+
+    @precondition(lambda self: self.tokens)
+    @rule(picks=st.lists(st.integers(0, 99), min_size=1, max_size=4), new=st.lists(st.integers(0, 3), min_size=4))
+    def append(self, picks, new):
+        rows = {list(self.tokens)[pick % len(self.tokens)]: new[i : i + 1 + pick % 2] for i, pick in enumerate(picks)}
+        self._step([(s, row[: self.limits[s] - len(self.tokens[s])]) for s, row in rows.items()])
+
+    @precondition(lambda self: self.tokens)
+    @rule(pick=st.integers(0, 99))
+    def fork(self, pick):
+        parent = list(self.tokens)[pick % len(self.tokens)]
+        count = self.missing.pop(parent, 0)  # all those that admission knew of, or else one more
+        if not count and not self.tables.prepare_fork(parent):
+            return
+        free = self.tables.pool.num_free
+        for _ in range(max(1, count)):
+            child = self._new(self.tokens[parent], self.limits[parent])
+            self.tables.fork(parent, child)
+        assert self.tables.pool.num_free == free
+
+    @precondition(lambda self: self.tokens)
+    @rule(pick=st.integers(0, 99))
+    def free(self, pick):
+        seq_id = list(self.tokens)[pick % len(self.tokens)]
+        if self.missing.get(seq_id):
+            return  # the scheduler ends all of a request whose others are still to be forked
+        self.tables.free(seq_id)
+        del self.tokens[seq_id], self.limits[seq_id]
+
+    @invariant()
+    def every_sequence_reads_its_own_tokens(self):
+        self.tables.check({seq_id: len(tokens) for seq_id, tokens in self.tokens.items()})
+        for seq_id, tokens in self.tokens.items():
+            slots = [slot for block in self.tables.tables[seq_id] for slot in self.store[block]]
+            assert slots[: len(tokens)] == [tuple(tokens[: i + 1]) for i in range(len(tokens))], f"sequence {seq_id}"
+
+    @invariant()
+    def slots_add_up(self):
+        moments = [Moment(s, 0, len(tokens), self.limits[s]) for s, tokens in self.tokens.items()]
+        held = self.tables.held(moments)
+        assert min(held) >= 0
+        assert held.total == (len(self.store) - self.tables.pool.num_free) * self.size
+        if not self.tokens:
+            assert self.tables.pool.num_free == len(self.store)
+
+    def _new(self, tokens, limit):
+        self.next_id += 1
+        self.tokens[self.next_id], self.limits[self.next_id] = list(tokens), limit
+        return self.next_id
+
+    def _step(self, rows):
+        """Reserve for all, then copy for all, then write: as a step of the engine."""
+        writes = [(s, Write(s, len(self.tokens[s]), len(self.tokens[s]) + len(new)), new) for s, new in rows if new]
+        free = self.tables.pool.num_free
+        copies = [copy for _, write, _ in writes for copy in self.tables.reserve(write)]
+        assert self.tables.pool.num_free == free, "nobody takes anything after admission"
+        moved = [(copy.dst, list(self.store[copy.src])) for copy in copies]
+        assert len(dict(moved)) == len(moved), "two copies into one block"
+        for block, content in moved:
+            self.store[block] = content
+        for seq_id, write, new in writes:
+            self.tokens[seq_id] += new
+            for position in range(write.start, write.end):
+                block = self.tables.tables[seq_id][position // self.size]
+                self.store[block][position % self.size] = tuple(self.tokens[seq_id][: position + 1])
+            self.tables.computed(seq_id, self.tokens[seq_id], write.end)
+
+
+TestContiguous = ContiguousMachine.TestCase
+TestContiguous.settings = settings(
+    derandomize=True, deadline=None, database=None, max_examples=150, stateful_step_count=40
+)

@@ -145,10 +145,7 @@ def schedule_of(mapping, seed):
 @pytest.mark.parametrize("seed", range(40))
 def test_mapping_decides_nothing(seed):
     """Pages mapped ahead stay free: schedule and tokens are those of paging, however pages are mapped."""
-    try:
-        paged = schedule_of(None, seed)
-    except ValueError:
-        pytest.fail("every one of these traces fits its pool")
+    paged = schedule_of(None, seed)
     assert paged == schedule_of("sync", seed) == schedule_of("eager", seed) == schedule_of("async", seed)
 
 

@@ -35,7 +35,7 @@ def engine_sequence(visualizer: Visualizer, seq_id: int) -> Any:
 
 
 def open_row(page: Any, seq_id: int) -> None:
-    page.click(f"[data-testid=sequence][data-seq='{seq_id}'] .mp-line")
+    page.click(f"[data-testid=sequence][data-seq='{seq_id}'] .mp-badge")
     page.wait_for_selector("[data-testid=drawer]:not([hidden])")
 
 
@@ -204,7 +204,8 @@ def test_who_is_swapped_out_lives_on_the_cpu(swapping: Visualizer, pages: Any) -
     assert "1" in page.text_content("[data-testid=queue-swapped]")
     row.click()
     page.locator("[data-testid=place]").first.filter(has_text=f"0→CPU {table[0]}").wait_for()
-    assert page.locator("[data-testid=place]").first.is_disabled()
+    page.locator("[data-testid=place]").first.click()
+    page.wait_for_selector(f"[data-testid=drawer] h3:has-text('Block {table[0]} on the CPU')")
 
 
 def test_the_drawer_fits(paused: tuple[Visualizer, Any]) -> None:

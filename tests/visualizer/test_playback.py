@@ -285,7 +285,7 @@ def test_a_recording_does_not_control_the_engine_behind_it(serve: Callable[..., 
     page.evaluate("""() => { const { player } = minipaged;
         player.seek(player.records.findIndex((r) => r.mark === "forked")); }""")
     page.wait_for_function("!minipaged.player.changed")
-    page.click("[data-testid=sequence][data-state=running] .mp-line")
+    page.click("[data-testid=sequence][data-state=running] .mp-badge")
     page.wait_for_selector("[data-testid=sequence-kind]:text-is('running')")
     assert page.is_hidden("[data-testid=fork]") and page.is_hidden("[data-testid=abort]")
     shown = page.evaluate("minipaged.dump()")

@@ -3,7 +3,8 @@
 
 import { colour } from "./names.js";
 
-const NEWEST = 3; // arrows drawn when nothing is selected
+const NEWEST = 3; // arrows drawn when nothing is selected, and of all kinds
+const MOST = 8;
 const FADED = 10; // records after which they are gone
 
 const NS = "http://www.w3.org/2000/svg";
@@ -17,25 +18,28 @@ export class Arrows {
     scene.append(this.svg);
   }
 
-  render(lit, sequences, pool, player) {
-    const chips = lit ? sequences.chipsOf(lit.seq).map((chip) => ({ chip, seq: lit.seq })) : newest(player, sequences);
-    const paths = this.paths(chips, lit, sequences, pool);
+  render(lit, sequences, pool, swap, player) {
+    const chips = lit ? traced(lit, sequences) : newest(player, sequences);
+    const paths = this.paths(chips, lit, sequences, pool, swap);
     while (this.svg.children.length > paths.length) this.svg.lastChild.remove();
-    paths.forEach(({ d, hue, strong, opacity }, index) => {
+    paths.forEach(({ d, hue, strong, opacity, kind, block }, index) => {
       const path = this.svg.children[index] ?? this.svg.appendChild(document.createElementNS(NS, "path"));
       path.setAttribute("d", d);
       path.setAttribute("stroke", hue);
       path.setAttribute("class", strong ? "mp-strong" : "");
+      Object.assign(path.dataset, { kind, block });
       path.style.opacity = opacity ?? "";
     });
   }
 
-  paths(chips, lit, sequences, pool) {
+  paths(chips, lit, sequences, pool, swap) {
     const origin = this.scene.getBoundingClientRect();
     const visible = sequences.list.getBoundingClientRect();
     const paths = [];
-    for (const { chip, seq, opacity } of chips) {
-      const cell = pool.cellOf(Number(chip.dataset.chip));
+    for (const { chip, seq, opacity, kind = "traced" } of chips) {
+      const onCpu = chip.dataset.swap !== undefined;
+      const block = Number(onCpu ? chip.dataset.swap : chip.dataset.chip);
+      const cell = (onCpu ? swap : pool).cellOf(block);
       const from = chip.getBoundingClientRect();
       if (!cell || from.bottom < visible.top || from.top > visible.bottom) continue;
       const to = cell.getBoundingClientRect();
@@ -47,24 +51,39 @@ export class Arrows {
       paths.push({
         d: `M${x1},${y1} C${x1 + reach},${y1 + 14} ${x2 - reach},${y2} ${x2},${y2}`,
         hue: colour(seq),
-        strong: lit?.block === Number(chip.dataset.chip),
+        strong: (onCpu ? lit?.swap : lit?.block) === block,
         opacity,
+        kind,
+        block,
       });
     }
     return paths;
   }
 }
 
-// The chips of the latest allocations and copies, as long as they are news.
+// All blocks of a sequence that is lit; of a block that is, its place in every table that names it.
+function traced(lit, sequences) {
+  const chips = [...lit.seqs].flatMap((seq) =>
+    [...sequences.chipsOf(seq), ...sequences.swapChipsOf(seq)].map((chip) => ({ chip, seq })));
+  if (lit.seq !== undefined) return chips;
+  const block = ({ chip: { dataset } }) => (lit.swap === undefined ? dataset.chip : dataset.swap);
+  return chips.filter((entry) => block(entry) === String(lit.swap ?? lit.block));
+}
+
+const NEWS = (event) => ["allocated", "copied"].includes(event.type) || event.reason === "prefix";
+
+// The chips of the latest allocations, copies and finds in the prefix cache, as long as they are news.
 function newest(player, sequences) {
   const chips = [];
   const last = player.position - player.first - 1;
   for (let age = 0; age < Math.min(FADED, last + 1); age += 1) {
-    for (const event of player.records[last - age].events.toReversed()) {
-      if (event.type !== "allocated" && event.type !== "copied") continue;
+    const events = age === 0 ? player.latest : player.records[last - age].events;
+    for (const event of events.filter(NEWS).toReversed()) {
       const chip = sequences.chipsOf(event.seq_id)[event.logical];
-      if (chip) chips.push({ chip, seq: event.seq_id, opacity: (0.75 * (FADED - age)) / FADED });
-      if (chips.length === NEWEST) return chips;
+      // A prompt that is found is found in several blocks: all of them are the news.
+      const kind = event.reason === "prefix" ? "found" : event.type;
+      if (chip) chips.push({ chip, seq: event.seq_id, kind, opacity: (0.75 * (FADED - age)) / FADED });
+      if (chips.filter((entry) => entry.kind !== "found").length === NEWEST || chips.length === MOST) return chips;
     }
   }
   return chips;

@@ -4,6 +4,8 @@
 import { letter, plural } from "./names.js";
 import { State } from "./reducer.js";
 
+export const cpu = (block) => `cpu-${block}`; // the name under which a block of the CPU's has its story
+
 export class History {
   follow(player) {
     const lost = this.run !== player.run || player.position < this.position || this.position < player.first;
@@ -117,22 +119,24 @@ const READ = {
     history.tell(e.block, "evicted", "evicted from the prefix cache, to be used anew");
     history.contents.delete(e.block);
   },
-  freed(history, e, { seqs, ref_counts }) {
-    if (seqs[e.seq_id].swap_table.length) return; // the CPU's blocks have no story
+  freed(history, e, { seqs, ref_counts, swap_ref_counts }) {
+    const onCpu = seqs[e.seq_id].swap_table.length > 0;
     for (const block of e.blocks) {
-      const left = ref_counts[block] - 1;
+      const left = (onCpu ? swap_ref_counts : ref_counts)[block] - 1;
       const rest = left ? `; ${left} still name${left === 1 ? "s" : ""} it` : "";
-      history.tell(block, "freed", `given back by ${letter(e.seq_id)}${rest}`);
+      history.tell(onCpu ? cpu(block) : block, "freed", `given back by ${letter(e.seq_id)}${rest}`);
     }
   },
   swapped_out(history, e) {
     e.blocks.forEach((block, i) => {
       history.tell(block, "swapped", `${letter(e.seq_id)} moves to the CPU, block ${e.swap_blocks[i]} there`);
+      history.tell(cpu(e.swap_blocks[i]), "swapped", `takes what ${letter(e.seq_id)} had in block ${block}`);
     });
   },
   swapped_in(history, e) {
     e.blocks.forEach((block, logical) => {
       history.tell(block, "swapped", `${letter(e.seq_id)} comes back from the CPU`);
+      history.tell(cpu(e.swap_blocks[logical]), "swapped", `${letter(e.seq_id)} goes back to the pool, to block ${block}`);
       history.contents.set(block, { seq: e.seq_id, logical });
     });
   },

@@ -22,6 +22,7 @@ export class Guide {
     this.text = part("quiz-text");
     this.choices = part("choices");
     this.skip = part("skip");
+    this.empty = part("empty");
     element("option", "", this.menu, { value: "", disabled: "", hidden: "" }).textContent = "choose…";
     for (const { key, name } of scenarios) element("option", "", this.menu, { value: key }).textContent = name;
     this.menu.addEventListener("change", () => send({ do: "play", scenario: this.menu.value }));
@@ -32,10 +33,15 @@ export class Guide {
     });
     this.skip.addEventListener("click", () => (this.open ? this.answer(null) : this.hide()));
     document.addEventListener("keydown", (event) => this.key(event));
+    this.lede.addEventListener("click", () => this.lede.classList.toggle("mp-whole")); // on a phone it is cut
     setInterval(() => this.tick(), 500);
   }
 
-  render(status, player) {
+  // `recording` is what is shown instead of the engine's run, if anything: then nothing that is live is said.
+  render(status, player, recording) {
+    this.sayEmpty(recording);
+    if (recording) return this.aside(recording);
+    if (this.paused) this.resume();
     if (!status) return;
     const scenario = this.scenarios.get(status.scenario);
     if (this.shownScenario !== status.scenario) {
@@ -43,15 +49,41 @@ export class Guide {
       if (scenario && !(first && scenario.tab === "memory")) this.show(scenario.tab);
       this.shownScenario = status.scenario;
       this.menu.value = scenario ? scenario.key : "";
-      this.lede.innerHTML = scenario ? "" : this.general;
-      if (scenario) {
-        element("b", "", this.lede).textContent = `${scenario.name}. `;
-        this.lede.append(scenario.watch);
-      }
+      if (scenario) this.say(scenario.name, scenario.watch);
+      else this.lede.innerHTML = this.general;
     }
     this.asks.disabled = !scenario;
     this.asks.checked = status.asks;
     this.follow(status, player);
+  }
+
+  say(name, words) {
+    this.lede.replaceChildren();
+    element("b", "", this.lede).textContent = `${name}. `;
+    this.lede.append(words);
+  }
+
+  aside({ name }) {
+    if (this.paused === name) return;
+    this.paused = name;
+    this.shownScenario = null;
+    this.menu.value = "";
+    this.say(name, "A recorded run of the engine: what its KV cache held in every step, block by block. Nothing is computed " +
+      "now; the marks on the timeline are the moments worth a look.");
+    this.hide();
+  }
+
+  // Back to the engine: a question that nobody has answered meanwhile is still put.
+  resume() {
+    this.paused = null;
+    this.quiz.hidden = !this.open;
+  }
+
+  sayEmpty(recording) {
+    const viewer = this.root.dataset.role === "viewer";
+    setText(this.empty, recording ? "Nothing is being written at this moment of the recording."
+      : viewer ? "Nothing is being written yet. The presenter decides what comes next."
+      : "Nothing is being written. Pick a prompt above, or press Play again.");
   }
 
   // A question waits until the view has caught up with what it is about; a verdict is for those who saw the question.
@@ -68,7 +100,7 @@ export class Guide {
   }
 
   get open() {
-    return Boolean(this.asked) && !this.told;
+    return Boolean(this.asked) && !this.told && !this.paused;
   }
 
   put(question) {

@@ -1,10 +1,13 @@
-// A block, opened: what is in its slots, who names it, what the prefix cache calls it, what has happened to it.
+// A block of the pool or of the CPU's swap space, opened: what is in its slots, who names it, what the prefix cache calls
+// it, what has happened to it.
 
+import { cpu } from "./block_history.js";
 import { colour, element, list, letter, plural, setText } from "./names.js";
 import { filled, owners } from "./reducer.js";
 import { badge, facts, heading, renderToken, roving, setAttribute, sync, token, visible } from "./parts.js";
 
 const STORY = 40; // sentences of a block's history
+const LINKS = 24; // of the chain of names
 
 export class BlockView {
   constructor(body) {
@@ -13,6 +16,9 @@ export class BlockView {
     this.kind = element("span", "mp-kind", title, { "data-testid": "block-kind" });
     this.owners = element("p", "mp-owners", body, { "data-testid": "block-owners" });
     this.facts = element("dl", "mp-facts", body);
+    this.chainTitle = heading(body, "Its name in the prefix cache");
+    this.chainTitle.title = "A name stands for all tokens up to the block's end: its hash is made of the parent's name and these tokens";
+    this.chain = element("p", "mp-chain", body, { "data-testid": "chain" });
     heading(body, "Its slots");
     this.slots = element("div", "mp-slots", body, { "data-testid": "slots" });
     roving(this.slots);
@@ -21,21 +27,22 @@ export class BlockView {
     this.story = element("ol", "mp-story", body, { "data-testid": "story" });
   }
 
-  render(state, history, { block }) {
-    const own = owners(state).get(block) ?? [];
-    const prefix = state.cached[block];
+  render(state, history, what) {
+    const swapped = what.swap !== undefined;
+    const block = swapped ? what.swap : what.block;
+    const table = swapped ? "swap_table" : "table";
+    const own = owners(state, table).get(block) ?? [];
+    const prefix = swapped ? undefined : state.cached[block];
     const kind = own.length > 1 ? `shared ×${own.length}` : own.length ? "owned" : prefix !== undefined ? "cached" : "free";
-    setText(this.title, `Block ${block}`);
+    setText(this.title, swapped ? `Block ${block} on the CPU` : `Block ${block}`);
     setText(this.kind, kind);
-    this.renderOwners(state, own, block);
-    const parent = history.parents.get(prefix);
-    facts(this.facts, [
-      ["references", state.ref_counts[block]],
-      ["prefix cache", prefix === undefined ? undefined : `prefix ${prefix}` + (
-        parent === undefined ? "" : parent === 0 ? ", where a text begins" : `, after prefix ${parent}`)],
-    ]);
-    this.renderSlots(state, history, own, block, prefix !== undefined);
-    const told = (history.blocks.get(block) ?? []).slice(-STORY).reverse();
+    const places = own.map((seq) => ({ seq, logical: state.seqs[seq][table].indexOf(block) }));
+    this.renderOwners(places, prefix !== undefined);
+    facts(this.facts, [["references", (swapped ? state.swap_ref_counts : state.ref_counts)[block]]]);
+    this.renderChain(state, history, prefix);
+    const source = this.renderSlots(state, history, places, block, prefix !== undefined, swapped);
+    setText(this.note, this.noteOf(state, source, own, prefix !== undefined, swapped));
+    const told = (history.blocks.get(swapped ? cpu(block) : block) ?? []).slice(-STORY).reverse();
     if (!told.length || !history.complete) {
       told.push({ number: "start", words: history.complete ? "Never used so far." : "What came before is not in these records." });
     }
@@ -51,21 +58,41 @@ export class BlockView {
     });
   }
 
-  renderOwners(state, own, block) {
-    sync(this.owners, ["words", ...own], (id) => id, (id) => (id === "words" ? element("span", "") : badge(id)));
-    const places = new Set(own.map((id) => state.seqs[id].table.indexOf(block)));
-    setText(this.owners.firstChild, own.length
-      ? `logical block ${list([...places].map(String))} of`
-      : state.cached[block] === undefined ? "Nobody needs what is in it."
-      : "No text needs it now; one that begins alike can take it over.");
+  renderOwners(places, isCached) {
+    const ids = places.map(({ seq }) => seq);
+    sync(this.owners, ["words", ...ids], (id) => id, (id) => (id === "words" ? element("span", "") : badge(id)));
+    const logical = new Set(places.map((place) => String(place.logical)));
+    setText(this.owners.firstChild, ids.length ? `logical block ${list([...logical])} of`
+      : isCached ? "No text needs it now; one that begins alike can take it over." : "Nobody needs what is in it.");
+  }
+
+  // The block's name, its parent's, and so on to where a text begins; each leads to its block if that is in the pool.
+  renderChain(state, history, prefix) {
+    const blockOf = new Map(Object.entries(state.cached).map(([block, name]) => [name, Number(block)]));
+    const links = [];
+    for (let name = prefix; name && links.length < LINKS; name = history.parents.get(name)) {
+      links.push({ name, block: blockOf.get(name), parent: history.parents.get(name) });
+    }
+    this.chain.hidden = this.chainTitle.hidden = !links.length;
+    const oldest = links.at(-1)?.parent;
+    const end = oldest === 0 ? "a text begins" : oldest === undefined ? "not in these records" : "…";
+    const parts = [...links, { name: "end", words: end }];
+    sync(this.chain, parts, ({ name, block }) => `${name} ${block}`, ({ name, block, words }) => {
+      if (words) return element("span", "");
+      const node = element("button", "mp-link", null, { type: "button", "data-name": name });
+      element("b", "", node).textContent = `#${name}`;
+      if (block === undefined) node.disabled = true;
+      else Object.assign(node.dataset, { go: `block:${block}`, near: block });
+      element("small", "", node).textContent = block === undefined ? "evicted" : `block ${block}`;
+      return node;
+    }, (node, { words }) => words && setText(node, words));
   }
 
   // The slots' tokens, from the owner that has written most, or from whoever wrote them before the block was cached.
-  renderSlots(state, history, own, block, isCached) {
+  renderSlots(state, history, places, block, isCached, swapped) {
     const size = state.config.block_size;
-    const writers = own.map((id) => ({ seq: id, logical: state.seqs[id].table.indexOf(block) }));
     const fill = ({ seq, logical }) => filled(state, state.seqs[seq], logical);
-    const owner = writers.sort((a, b) => fill(b) - fill(a))[0];
+    const owner = [...places].sort((a, b) => fill(b) - fill(a))[0];
     const source = owner ?? (isCached ? history.contents.get(block) : undefined);
     const seq = state.seqs[source?.seq];
     const count = !seq ? 0 : owner ? fill(owner) : size;
@@ -84,7 +111,7 @@ export class BlockView {
       setAttribute(node, "aria-hidden", String(!full));
       if (full) {
         setAttribute(node, "role", "button");
-        renderToken(node, source.seq, position, visible(seq.pieces[position]), `${block}:${offset}`);
+        renderToken(node, source.seq, position, visible(seq.pieces[position]), swapped ? null : `${block}:${offset}`);
         setAttribute(node, "data-token-id", String(seq.tokens[position]));
         setAttribute(node, "aria-label", `slot ${offset}: token ${visible(seq.pieces[position])}, position ${position}`);
         node.tabIndex = offset === 0 ? 0 : -1;
@@ -94,9 +121,14 @@ export class BlockView {
         node.tabIndex = -1;
       }
     });
-    const left = own.length ? size - count : 0;
-    setText(this.note, isCached && !seq ? "What is in it was written before these records begin."
-      : !own.length && seq ? `Written by ${letter(source.seq)}, which has given it back.`
-      : left ? `${plural(left, "slot")} reserved, not filled yet: the only waste that paging leaves.` : "");
+    return { seq: seq && source.seq, count };
+  }
+
+  noteOf(state, { seq, count }, own, isCached, swapped) {
+    if (swapped) return own.length ? "Its KV waits here, untouched, until the pool has room again." : "";
+    if (isCached && seq === undefined) return "What is in it was written before these records begin.";
+    if (!own.length && seq !== undefined) return `Written by ${letter(seq)}, which has given it back.`;
+    const left = own.length ? state.config.block_size - count : 0;
+    return left ? `${plural(left, "slot")} reserved, not filled yet: the only waste that paging leaves.` : "";
   }
 }

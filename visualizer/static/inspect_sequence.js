@@ -93,9 +93,9 @@ export class SequenceView {
       const swap = seq.swap_table[logical];
       const chip = line.firstChild;
       setText(chip.lastChild, block !== undefined ? String(block) : swap !== undefined ? `CPU ${swap}` : "–");
-      chip.disabled = block === undefined;
-      setAttribute(chip, "data-go", block === undefined ? "" : `block:${block}`);
-      const place = block === undefined ? "in no physical block" : `physical block ${block}`;
+      chip.disabled = block === undefined && swap === undefined;
+      setAttribute(chip, "data-go", block !== undefined ? `block:${block}` : swap !== undefined ? `cpu:${swap}` : "");
+      const place = block !== undefined ? `physical block ${block}` : swap !== undefined ? `block ${swap} on the CPU` : "in no block";
       setAttribute(chip, "aria-label", `logical block ${logical}, ${place}`);
       const end = Math.min(seq.tokens.length, (logical + 1) * size);
       const positions = Array.from({ length: end - logical * size }, (_, i) => logical * size + i);

@@ -37,11 +37,9 @@ export class Inspector {
       const what = goal(event.target.closest("[data-go]")?.dataset.go, this.what);
       if (what) select(what, "go");
     });
-    drawer.addEventListener("pointerover", (event) => this.hover(event.target.closest("[data-slot]")));
-    drawer.addEventListener("focusin", (event) => this.hover(event.target.closest("[data-slot]")));
+    drawer.addEventListener("pointerover", (event) => this.hover(event.target.closest("[data-slot], [data-near]")));
+    drawer.addEventListener("focusin", (event) => this.hover(event.target.closest("[data-slot], [data-near]")));
     drawer.addEventListener("pointerleave", () => this.hover(null));
-    this.pool.grid.addEventListener("pointermove", (event) => this.hoverCell(event));
-    this.pool.grid.addEventListener("pointerleave", () => this.mark(null));
     document.addEventListener("keydown", (event) => {
       this.byKeyboard = true;
       if (event.key === "Escape" && this.what && this.root.isConnected) select(null, "go");
@@ -49,26 +47,19 @@ export class Inspector {
     document.addEventListener("pointerdown", () => (this.byKeyboard = false), true);
   }
 
-  // A token or slot in the drawer is pointed at: its place in the pool lights up, and the arrow that leads there.
+  // A token, a slot or a block's name in the drawer is pointed at: its place in the pool lights up, and the arrow that
+  // leads there.
   hover(node) {
-    const slot = node?.dataset.slot;
-    this.mark(slot || null);
-    if (slot && this.what?.seq !== undefined) this.select({ seq: this.what.seq, block: Number(slot.split(":")[0]) }, "hover");
+    const place = node && (node.dataset.slot ?? node.dataset.near);
+    const [block, offset] = place ? place.split(":").map(Number) : [];
+    if (place) this.select({ seq: this.what?.seq, block, offset }, "hover");
     else if (this.hovering) this.select(null, "hover");
-    this.hovering = Boolean(slot);
+    this.hovering = Boolean(place);
   }
 
-  // The other way round: which slot of a cell is under the pointer follows from where in the cell that is.
-  hoverCell(event) {
-    const cell = event.target.closest?.("[data-block]");
-    if (!cell || !this.what) return this.mark(null);
-    const box = cell.getBoundingClientRect();
-    const offset = Math.floor(((event.clientX - box.left) / box.width) * this.size);
-    this.mark(`${cell.dataset.block}:${Math.max(0, Math.min(this.size - 1, offset))}`);
-  }
-
+  // The lit slot, in its cell and wherever the drawer shows it.
   mark(slot) {
-    if (slot === this.marked) return;
+    if (slot === this.marked && (!slot || this.marker.isConnected)) return;
     this.marked = slot;
     for (const node of this.drawer.querySelectorAll(".mp-marked")) node.classList.remove("mp-marked");
     this.marker.remove();
@@ -83,7 +74,7 @@ export class Inspector {
     cell.append(this.marker);
   }
 
-  render(player, pinned) {
+  render(player, pinned, lit) {
     const { state } = player;
     this.size = state.config.block_size ?? 1;
     const what = exists(state, pinned) ? pinned : null;
@@ -91,6 +82,7 @@ export class Inspector {
     this.what = what;
     const kind = what && kindOf(what);
     if (kind !== "token") this.views.token.view.hide();
+    this.mark(lit?.block === undefined || lit.offset === undefined ? null : `${lit.block}:${lit.offset}`);
     if (!what) return;
     this.history.follow(player);
     for (const [name, { body }] of Object.entries(this.views)) body.hidden = name !== kind;
@@ -123,6 +115,7 @@ export class Inspector {
     const block = what.token === undefined ? what.block : slot?.block;
     if (what.seq !== undefined) steps.push({ go: `seq:${what.seq}`, words: `sequence ${letter(what.seq)}` });
     if (block !== undefined) steps.push({ go: `block:${block}`, words: `block ${block}` });
+    if (what.swap !== undefined) steps.push({ go: `cpu:${what.swap}`, words: `CPU block ${what.swap}` });
     if (what.token !== undefined) steps.push({ go: `token:${what.seq}:${what.token}`, words: `token ${what.token}` });
     sync(this.trail, steps, (step) => step.go, (step) => {
       const node = element("button", "", null, { type: "button", "data-go": step.go });
@@ -134,7 +127,7 @@ export class Inspector {
 
 function kindOf(what) {
   if (what.token !== undefined) return "token";
-  return what.block !== undefined ? "block" : "seq";
+  return what.block !== undefined || what.swap !== undefined ? "block" : "seq";
 }
 
 function exists(state, what) {
@@ -142,6 +135,7 @@ function exists(state, what) {
   const seq = state.seqs[what.seq];
   if (what.seq !== undefined && !seq) return false;
   if (what.token !== undefined) return what.token < seq.tokens.length;
+  if (what.swap !== undefined) return what.swap < state.swap_ref_counts.length;
   return what.block === undefined || what.block < state.ref_counts.length;
 }
 
@@ -151,6 +145,7 @@ function goal(go, from) {
   const [kind, ...numbers] = go.split(":");
   const [first, second] = numbers.map(Number);
   if (kind === "seq") return { seq: first };
+  if (kind === "cpu") return from?.seq === undefined ? { swap: first } : { seq: from.seq, swap: first };
   if (kind === "block") return from?.seq === undefined ? { block: first } : { seq: from.seq, block: first };
   return { seq: first, token: second };
 }

@@ -18,6 +18,7 @@ import { Role } from "./role.js";
 import { Sequences } from "./sequences.js";
 import { Settings } from "./settings.js";
 import { Sources } from "./sources.js";
+import { spotlight } from "./spotlight.js";
 import { SwapSpace } from "./swap.js";
 import { Timeline } from "./timeline.js";
 
@@ -61,7 +62,7 @@ class Page {
     this.inspector = new Inspector(root, this.pool, select, send, () => (this.player.changed = true));
     this.playback = new Playback(root, this.player);
     this.sources = new Sources(root, more.sources);
-    this.swap = new SwapSpace(root);
+    this.swap = new SwapSpace(root, select);
     this.flights = new Flights(root.querySelector("[data-part=scene]"), this.pool, this.swap);
     this.recordings = new Recordings(root, server, more.recordings ?? [], {
       load: (name, text, records) => this.showRecording(name, text, records),
@@ -109,6 +110,7 @@ class Page {
         this.player.run = null; // whatever it was: begin again from a keyframe
       }
       this.gone = answer ? 0 : this.gone + 1;
+      if (answer) this.served = false;
       if (this.gone) {
         this.player.changed = true;
         await new Promise((resolve) => setTimeout(resolve, RETRY));
@@ -121,7 +123,9 @@ class Page {
   async reloadIfReplaced() {
     if (this.gone < 3 || !this.statusVersion) return; // never connected: reloading would not help
     const answer = await fetch(document.baseURI, { method: "HEAD" }).catch(() => null);
-    if (answer?.ok) location.reload();
+    // It may have come up since the pull was lost: what tells is a pull that fails although pages are served.
+    if (answer?.ok && this.served) location.reload();
+    this.served = Boolean(answer?.ok);
   }
 
   // --- recordings instead ---
@@ -161,24 +165,19 @@ class Page {
   // --- what is looked at ---
 
   select(what, how) {
+    const same = (other) => JSON.stringify(what) === JSON.stringify(other);
+    if (how === "hover" && same(this.hovered)) return; // the pointer moves often
     if (how === "hover") this.hovered = what;
     else if (how === "go") this.pinned = what;
-    else this.pinned = JSON.stringify(what) === JSON.stringify(this.pinned) ? null : what;
+    else this.pinned = same(this.pinned) ? null : what;
     this.player.changed = true;
   }
 
   // Which sequences and blocks to keep bright while the others are dimmed; null for no selection.
   lit() {
-    const what = this.hovered ?? this.pinned;
-    const { seqs } = this.player.state;
-    if (!what) return null;
-    if (what.seq !== undefined) {
-      const seq = seqs[what.seq];
-      if (!seq) return null;
-      return { ...what, open: this.pinned?.seq, seqs: new Set([what.seq]), blocks: new Set(seq.table) };
-    }
-    const sharers = Object.keys(seqs).map(Number).filter((id) => seqs[id].table.includes(what.block));
-    return { block: what.block, open: this.pinned?.seq, seqs: new Set(sharers), blocks: new Set([what.block]) };
+    const { state } = this.player;
+    const lit = spotlight(this.hovered, state) ?? spotlight(this.pinned, state);
+    return lit && { ...lit, hovered: Boolean(this.hovered), open: this.pinned?.seq };
   }
 
   // --- drawing ---
@@ -200,17 +199,19 @@ class Page {
     this.root.dataset.step = state.step;
     this.root.dataset.mode = this.player.mode;
     this.root.dataset.sub = this.player.sub;
-    this.inspector.render(this.player, this.pinned);
     this.pool.render(state, lit);
-    this.sequences.render(state, lit);
-    this.swap.render(state);
-    this.arrows.render(lit, this.sequences, this.pool, this.player);
+    this.pool.land(this.player);
+    this.inspector.render(this.player, this.pinned, lit);
+    const { found } = this.player;
+    this.sequences.render(state, lit, (id) => found.get(id) ?? 0);
+    this.swap.render(state, lit);
+    this.arrows.render(lit, this.sequences, this.pool, this.swap, this.player);
     this.flights.render(this.player);
     this.timeline.render();
     this.playback.render();
     this.controls.render(this.status);
     this.settings.render(this.status, this.player.head);
-    this.guide.render(this.status, this.player);
+    this.guide.render(this.status, this.player, this.recording);
     if (!this.recording) this.chat.render(this.player); // its requests may have the same names
     this.renderNarration();
     this.renderBanner();
@@ -221,7 +222,8 @@ class Page {
     this.narration.setAttribute("aria-live", this.player.mode === "frozen" ? "polite" : "off");
     this.narration.dataset.kind = told?.kind ?? "";
     setText(this.narration.querySelector("b"), told?.kind ?? "ready");
-    setText(this.narration.querySelector("span"), told?.text ?? "Nothing has happened yet: pick a prompt.");
+    setText(this.narration.querySelector("span"), told?.text ?? (this.recording ? "The recording begins here: press Play."
+      : this.root.dataset.role === "viewer" ? "Nothing has happened yet." : "Nothing has happened yet: pick a prompt."));
     this.sources.render(told);
   }
 

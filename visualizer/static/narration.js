@@ -62,8 +62,9 @@ const TELL = {
       return ["resume", `${letter(e.seq_id)} comes back, and ${plural(count, "block")} of its KV ` +
         `${count === 1 ? "was" : "were"} still cached: only the rest is computed again.`];
     }
-    return ["prefix cache", `${letter(e.seq_id)} begins like something seen before: ${plural(count, "block")} ` +
-      `of its KV ${count === 1 ? "is" : "are"} found in the cache, not computed.`];
+    const tokens = count * state.config.block_size;
+    return ["prefix cache", `${letter(e.seq_id)} begins like something seen before: ${plural(tokens, "token")} from the cache, ` +
+      `in ${plural(count, "block")} that ${count === 1 ? "is" : "are"} found, not computed.`];
   },
 
   admitted(e, record, state) {

@@ -94,3 +94,25 @@ export function roving(list) {
     event.stopPropagation(); // elsewhere the arrows move through time
   });
 }
+
+// The same for a grid of cells that are buttons: up and down, too. `focused(cell)` hears which one has the focus, or null.
+export function rovingCells(grid, focused) {
+  const move = (from, to) => {
+    if (!to) return;
+    from.tabIndex = -1;
+    to.tabIndex = 0;
+    to.focus();
+  };
+  grid.addEventListener("keydown", (event) => {
+    const cells = [...grid.children];
+    const at = cells.indexOf(event.target);
+    const columns = cells.filter((cell) => cell.offsetTop === cells[0].offsetTop).length;
+    const by = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns }[event.key];
+    if (!by || at < 0) return;
+    move(event.target, cells[at + by]);
+    event.preventDefault();
+    event.stopPropagation();
+  });
+  grid.addEventListener("focusin", (event) => event.target.matches(":focus-visible") && focused(event.target));
+  grid.addEventListener("focusout", () => focused(null));
+}

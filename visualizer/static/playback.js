@@ -1,15 +1,12 @@
 // The finer controls of the view: event by event, the speed of replaying, what the timeline's marks mean, and the list
 // of what happened lately, each of which is a place to go to.
 
+import { happened, told } from "./marks.js";
 import { element, setText } from "./names.js";
 
 const LISTED = 30; // entries
 const NEAR = 5; // pixels: a mark this close to the pointer is meant
 const TOO_COMMON = ["allocate", "write"];
-const NAMES = {
-  engine_error: "an error", swapped_out: "swap out", preempted: "preemption", swapped_in: "swap in",
-  copied: "copy-on-write", forked: "fork", finished: "finish",
-};
 
 export class Playback {
   constructor(root, player) {
@@ -44,7 +41,7 @@ export class Playback {
     if (!open && this.panel.contains(document.activeElement)) this.toggle.focus();
   }
 
-  // What the mark under the pointer stands for, with all the colours' meanings under it.
+  // What the marks under the pointer stand for, with all the colours' meanings under it.
   point(event, scrub) {
     const { player } = this;
     const box = scrub.getBoundingClientRect();
@@ -59,7 +56,11 @@ export class Playback {
     const number = Math.max(0, Math.min(player.records.length - 1, Math.round(index) - 1));
     const record = near?.record ?? player.records[number];
     if (!record) return;
-    setText(this.tip.querySelector("b"), `step ${record.metrics.step}${near ? ` · ${NAMES[record.mark]}` : ""}`);
+    const found = happened(record);
+    setText(this.tip.querySelector("b"), `step ${record.metrics.step}${found.length ? ` · ${told(found)}` : ""}`);
+    for (const lane of this.marks.children) {
+      lane.classList.toggle("mp-here", found.some(({ name }) => name === lane.dataset.lane));
+    }
     this.tip.hidden = false;
     const half = this.tip.offsetWidth / 2;
     const room = document.documentElement.clientWidth - half - 8;

@@ -1,6 +1,7 @@
 // The viewer's own copy of what happened: records, keyframes, and the state at the moment being looked at.
 // Following live, freezing, stepping and seeking are this object's business; the engine notices none of it.
 
+import { marksOf } from "./marks.js";
 import { tell } from "./narration.js";
 import { State, measure } from "./reducer.js";
 
@@ -9,10 +10,8 @@ const MAX_RECORDS = 60 * KEYFRAME_EVERY;
 const REPLAY_RATE = 12; // records per second when playing what is past
 // Some moments last one step and are the point of the whole page: while following live, the view rests on them
 // (milliseconds), then catches up. Not on every one of a series: what repeats at once has been seen.
-const REST = { forked: 1100, copied: 1100, preempted: 1400, swapped_out: 1400, swapped_in: 1100 };
+const REST = { forked: 1100, copied: 1100, hit: 1100, preempted: 1400, swapped_out: 1400, swapped_in: 1100 };
 const RESTED = 6000;
-// For the timeline, most telling first. A request that is swapped out is preempted too.
-const MARKS = ["engine_error", "swapped_out", "preempted", "swapped_in", "copied", "forked", "finished"];
 
 export class Player {
   constructor() {
@@ -25,7 +24,8 @@ export class Player {
   begin(run, first, state) {
     this.run = run;
     this.first = first; // number of the oldest record kept
-    this.records = []; // {events, mark, metrics, told}
+    this.records = []; // {events, marks, mark, metrics, told}
+    this.admissions = []; // {seq, tokens, at}: how many of its tokens came from the prefix cache, and when
     this.keyframes = new Map([[first, JSON.stringify(state)]]); // number -> state before that record
     this.head = State.from(state); // after the newest record
     this.state = State.from(state); // at the position looked at
@@ -53,6 +53,12 @@ export class Player {
     return this.records[this.position - this.first - 1];
   }
 
+  // Sequence -> the tokens that the prefix cache gave it when it last joined the batch, as of the moment looked at.
+  get found() {
+    const past = ({ at: [number, index] }) => number < this.position || (number === this.position && index < this.sub);
+    return new Map(this.admissions.filter(past).map(({ seq, tokens }) => [seq, tokens]));
+  }
+
   // Takes the answer to a pull. A run or a cursor that is not ours: start over from its keyframe.
   receive(answer) {
     if (answer.keyframe) {
@@ -67,8 +73,13 @@ export class Player {
 
   ingest(events) {
     for (const event of events) this.head.apply(event);
-    const mark = MARKS.find((type) => events.some((event) => event.type === type));
-    this.records.push({ events, mark, metrics: measure(this.head), told: tell({ events }, this.head) });
+    events.forEach((event, index) => {
+      if (event.type !== "admitted") return;
+      this.admissions.push({ seq: event.seq_id, tokens: event.num_cached, at: [this.end, index] });
+    });
+    const marks = marksOf(events);
+    const [mark] = marks; // the most telling of them
+    this.records.push({ events, marks, mark, metrics: measure(this.head), told: tell({ events }, this.head) });
     if (this.end % KEYFRAME_EVERY === 0) this.keyframes.set(this.end, JSON.stringify(this.head));
     if (this.records.length > MAX_RECORDS && !this.recording) this.forgetOldest();
   }
@@ -184,12 +195,11 @@ export class Player {
     const backlog = this.end - this.position;
     if (backlog > 300) return this.seekTo(this.end);
     for (let budget = Math.ceil(backlog / 10); budget > 0; budget -= 1) {
-      const { mark } = this.applyNext();
-      if (mark in REST && backlog < 100 && now - (this.restedAt[mark] ?? -RESTED) >= RESTED) {
-        this.restedAt[mark] = now;
-        this.restUntil = now + REST[mark];
-        return;
-      }
+      const due = this.applyNext().marks.filter((mark) => mark in REST && now - (this.restedAt[mark] ?? -RESTED) >= RESTED);
+      if (!due.length || backlog >= 100) continue;
+      for (const mark of due) this.restedAt[mark] = now;
+      this.restUntil = now + Math.max(...due.map((mark) => REST[mark]));
+      return;
     }
   }
 }

@@ -1,8 +1,10 @@
 // The physical pool: one cell per block, showing who owns it, how full it is, whether it is shared, cached or free.
 
 import { colour, element, ink, letter, list, plural, setText, stripes, text } from "./names.js";
+import { rovingCells } from "./parts.js";
 import { filled, owners } from "./reducer.js";
 
+const CALM = 60; // milliseconds between steps from which on tokens are seen to land
 const [SMALLEST, LARGEST] = [10, 68]; // pixels, of a cell
 
 export class Pool {
@@ -19,19 +21,30 @@ export class Pool {
       const block = blockOf(event);
       if (block !== undefined) select({ block: Number(block) }, "click");
     });
-    this.grid.addEventListener("pointerover", (event) => {
+    this.grid.addEventListener("pointermove", (event) => {
       const block = blockOf(event);
-      select(block === undefined ? null : { block: Number(block) }, "hover");
+      select(block === undefined ? null : { block: Number(block), offset: this.slotAt(event) }, "hover");
     });
     this.grid.addEventListener("pointerleave", () => select(null, "hover"));
+    rovingCells(this.grid, (cell) => select(cell && { block: Number(cell.dataset.block) }, "hover"));
+    this.landedAt = -CALM;
+    this.landed = new Map(); // block -> the mark on the slots that were written last
+  }
+
+  // Which slot of a cell is under the pointer follows from where in the cell that is.
+  slotAt(event) {
+    const box = event.target.closest("[data-block]").getBoundingClientRect();
+    const offset = Math.floor(((event.clientX - box.left) / box.width) * this.size);
+    return Math.max(0, Math.min(this.size - 1, offset));
   }
 
   build(count) {
     this.grid.replaceChildren();
     this.last = [];
+    this.landed.clear();
     this.cells = Array.from({ length: count }, (_, block) => {
       const cell = element("button", "mp-cell", this.grid, {
-        type: "button", tabindex: "-1", "data-testid": "block", "data-block": block,
+        type: "button", tabindex: block ? "-1" : "0", "data-testid": "block", "data-block": block,
       });
       const ink = element("span", "mp-ink", cell);
       const id = element("span", "mp-id", cell);
@@ -60,11 +73,13 @@ export class Pool {
     this.grid.style.setProperty("--cell", `${size}px`);
     this.grid.style.setProperty("--columns", best.columns);
     this.grid.style.setProperty("--gap", `${gap}px`);
+    this.grid.classList.toggle("mp-mid", size < 36 && size >= 30);
     this.grid.classList.toggle("mp-small", size < 30);
     this.grid.classList.toggle("mp-tiny", size < 19);
   }
 
   render(state, lit) {
+    this.size = state.config.block_size ?? 1;
     if (this.cells.length !== state.ref_counts.length) this.build(state.ref_counts.length);
     this.owners = owners(state);
     let used = 0;
@@ -105,6 +120,30 @@ export class Pool {
     if (before === "free" || before === "cached") flash(cell);
   }
 
+  // The newest tokens arrive in their slots: a mark there, which CSS lets fall in.
+  land(player, now = performance.now()) {
+    const moment = `${player.run} ${player.position} ${player.sub}`;
+    if (moment === this.moment) return;
+    const calm = now - this.landedAt > CALM; // faster ones would only flicker
+    Object.assign(this, { moment, landedAt: now });
+    const slots = landings(player.latest, player.state);
+    for (const [block, node] of this.landed) {
+      if (slots.has(block)) continue;
+      node.remove();
+      this.landed.delete(block);
+    }
+    for (const [block, [start, end]] of slots) {
+      if (!this.landed.has(block)) this.landed.set(block, element("span", "mp-landed", this.cells[block].cell));
+      const node = this.landed.get(block);
+      node.dataset.slots = `${start}-${end}`;
+      // Another animation of the same looks starts anew.
+      if (calm) node.dataset.turn = node.dataset.turn === "1" ? "0" : "1";
+      else delete node.dataset.turn;
+      node.style.left = `${(100 * start) / this.size}%`;
+      node.style.width = `${(100 * (end - start)) / this.size}%`;
+    }
+  }
+
   // The line under the pool: the block that is looked at, or else the legend.
   renderInspect(state, lit) {
     const block = lit?.block;
@@ -130,6 +169,23 @@ export class Pool {
   cellOf(block) {
     return this.cells[block]?.cell;
   }
+}
+
+// block -> the slots [start, end) of it that these events filled.
+function landings(events, state) {
+  const size = state.config.block_size;
+  const slots = new Map();
+  for (const event of events) {
+    if (event.type !== "filled") continue;
+    const end = event.start + event.num_tokens;
+    for (let logical = Math.floor(event.start / size); logical * size < end; logical += 1) {
+      const block = state.seqs[event.seq_id].table[logical];
+      const from = logical * size;
+      // Who has ended in this very step has given its blocks back.
+      if (block !== undefined) slots.set(block, [Math.max(0, event.start - from), Math.min(size, end - from)]);
+    }
+  }
+  return slots;
 }
 
 // The fullest owner's view: all owners of a block agree on what they have both written.

@@ -180,11 +180,11 @@ const HANDLERS = {
 
 // --- what views ask of a state ---------------------------------------------------------------------------------
 
-// block -> the ids of the sequences whose tables name it, in order.
-export function owners(state) {
+// block -> the ids of the sequences whose tables name it, in order; on the CPU with "swap_table".
+export function owners(state, name = "table") {
   const result = new Map();
   for (const [id, seq] of Object.entries(state.seqs)) {
-    for (const block of seq.table) {
+    for (const block of seq[name]) {
       if (!result.has(block)) result.set(block, []);
       result.get(block).push(Number(id));
     }

@@ -1,10 +1,15 @@
-// One row per sequence: letter, what it is doing, its text as it grows, its block table (logical → physical).
+// One row per sequence: whose child it is, what it is doing, its text as it grows, its block table (logical → physical).
 // Above them the queues and the step's token budget.
 
+import { familyRows } from "./families.js";
 import { colour, element, ink, letter, plural, setText, stripes, text } from "./names.js";
+import { sync } from "./parts.js";
 import { filled, owners } from "./reducer.js";
+import { paint, rangeOf, tokenAt } from "./row_text.js";
+import { tokensIn } from "./spotlight.js";
 
-const SHOW_FINISHED = 12; // rows
+const DEEPEST = 72; // pixels that the tree may take from the text
+const INDENT = 18; // pixels for a generation, as long as there is room
 const CROWDED = 11; // table entries; from here on chips leave out the logical number
 
 export class Sequences {
@@ -17,23 +22,36 @@ export class Sequences {
     this.rows = new Map(); // seq id -> row
     this.select = select;
     this.list.addEventListener("click", (event) => this.pointed(event, "click"));
-    this.list.addEventListener("pointerover", (event) => this.pointed(event, "hover"));
+    this.list.addEventListener("pointermove", (event) => this.pointed(event, "hover"));
     this.list.addEventListener("pointerleave", () => select(null, "hover"));
     this.list.addEventListener("keydown", (event) => {
       if (event.key === "Enter") this.pointed(event, "click");
     });
   }
 
+  // A row, or what of it is under the pointer: an entry of the block table, or a token of the text.
   pointed(event, how) {
-    const block = event.target.closest("[data-chip]")?.dataset.chip;
-    const seq = event.target.closest("[data-seq]")?.dataset.seq;
-    if (seq !== undefined) {
-      this.select({ seq: Number(seq), block: block === undefined ? undefined : Number(block) }, how);
-    }
+    const node = event.target.closest("[data-seq]");
+    if (!node) return how === "hover" && this.select(null, how);
+    const seq = Number(node.dataset.seq);
+    const { chip, swap } = event.target.closest("[data-chip], [data-swap]")?.dataset ?? {};
+    if (chip !== undefined) return this.select({ seq, block: Number(chip) }, how);
+    if (swap !== undefined) return this.select({ seq, swap: Number(swap) }, how);
+    const inText = event.type !== "keydown" && event.target.closest(".mp-line");
+    const token = inText ? tokenAt(this.rows.get(seq), this.state.seqs[seq], event.clientX, event.clientY) : undefined;
+    this.select(token === undefined ? { seq } : { seq, token }, how);
   }
 
-  render(state, lit) {
-    const ids = shown(state);
+  // `cached(id)` says how many tokens of a sequence came from the prefix cache.
+  render(state, lit, cached) {
+    this.state = state;
+    const tree = familyRows(state);
+    const ids = tree.map(({ id }) => id);
+    const deepest = Math.max(1, ...tree.map(({ depth }) => depth));
+    if (deepest !== this.deepest) {
+      this.deepest = deepest;
+      this.list.style.setProperty("--indent", `${Math.min(INDENT, Math.floor(DEEPEST / deepest))}px`);
+    }
     this.empty.hidden = ids.length > 0;
     for (const [id, row] of this.rows) {
       if (!ids.includes(id)) {
@@ -42,32 +60,65 @@ export class Sequences {
       }
     }
     const own = owners(state);
-    ids.forEach((id, index) => {
+    tree.forEach((place, index) => {
+      const { id } = place;
       if (!this.rows.has(id)) this.rows.set(id, this.build(id));
       const row = this.rows.get(id);
       if (this.list.children[index] !== row.node) this.list.insertBefore(row.node, this.list.children[index] ?? null);
+      renderPlace(row, place);
       this.renderRow(state, id, row, own, lit);
+      renderHit(state, id, row, cached(id));
     });
-    this.showNewest(state, ids);
+    const spots = this.renderText(state, ids, lit);
+    this.showNewest(state, ids, spots);
     this.renderQueues(state);
     this.renderBudget(state);
   }
 
-  // While a text grows, its newest words are what to read. In one pass after all writing, so that the browser
-  // computes the layout once and not for every row.
-  showNewest(state, ids) {
+  // The words that lie in the lit block, and the one in the lit slot: row -> the range to bring into view.
+  renderText(state, ids, lit) {
+    const [blocks, slots, spots] = [[], [], new Map()];
+    const size = state.config.block_size;
+    for (const id of lit ? ids : []) {
+      const [row, seq] = [this.rows.get(id), state.seqs[id]];
+      const span = lit.seqs.has(id) && tokensIn(lit, seq, size);
+      const words = span && rangeOf(row, seq, ...span);
+      if (words) blocks.push(words);
+      const token = lit.token ?? (span && lit.offset !== undefined ? span[0] + lit.offset : undefined);
+      const word = lit.seqs.has(id) && token !== undefined && (!span || token < span[1]) && rangeOf(row, seq, token, token + 1);
+      if (word) slots.push(word);
+      if (words ?? word) spots.set(id, lit.hovered && lit.token !== undefined ? "still" : word || words);
+    }
+    paint("mp-block", blocks);
+    paint("mp-slot", slots);
+    return spots;
+  }
+
+  // While a text grows, its newest words are what to read, or else those that are pointed at elsewhere; under the pointer
+  // it stands still. In one pass after all writing, so that the browser computes the layout once and not for every row.
+  showNewest(state, ids, spots) {
     const lines = ids.map((id) => this.rows.get(id).line);
-    const hidden = lines.map((line) => line.scrollWidth - line.clientWidth);
-    ids.forEach((id, i) => {
-      const growing = !state.seqs[id].finish_reason;
-      lines[i].classList.toggle("mp-cut", growing && hidden[i] > 0);
-      lines[i].scrollLeft = growing ? hidden[i] : 0;
+    const at = lines.map((line) => line.scrollLeft);
+    const wanted = lines.map((line, i) => {
+      const hidden = line.scrollWidth - line.clientWidth;
+      const spot = spots.get(ids[i]);
+      const growing = !state.seqs[ids[i]].finish_reason;
+      if (spot === "still") return at[i];
+      if (!spot) return growing ? hidden : 0;
+      const [word, box] = [spot.getBoundingClientRect(), line.getBoundingClientRect()];
+      if (word.left >= box.left + 28 && word.right <= box.right) return at[i];
+      return Math.max(0, Math.min(hidden, at[i] + word.left - box.left - 40));
+    });
+    lines.forEach((line, i) => {
+      line.classList.toggle("mp-cut", wanted[i] > 0);
+      if (at[i] !== wanted[i]) line.scrollLeft = wanted[i];
     });
   }
 
   build(id) {
     const node = element("article", "mp-row", null, { "data-testid": "sequence", "data-seq": id, tabindex: "0" });
     node.style.setProperty("--hue", colour(id));
+    const rails = element("span", "mp-rails", node, { "aria-hidden": "true" });
     const badge = element("span", "mp-badge", node);
     badge.textContent = letter(id);
     badge.style.color = ink(id);
@@ -77,7 +128,8 @@ export class Sequences {
     const meta = element("span", "mp-meta", node);
     const state = element("span", "mp-state", node, { "data-testid": "state" });
     const table = element("div", "mp-table", node, { "data-testid": "table" });
-    return { node, line, prompt, output, meta, state, table, chips: [] };
+    const hit = element("span", "mp-hit", node, { "data-testid": "hit", hidden: "" });
+    return { node, rails, line, prompt, output, meta, state, table, hit, chips: [] };
   }
 
   renderRow(state, id, row, own, lit) {
@@ -93,7 +145,7 @@ export class Sequences {
     setText(row.meta, `${plural(seq.tokens.length, "token")} · ${plural(seq.table.length || seq.swap_table.length, "block")}`);
     row.table.classList.toggle("mp-crowded", seq.table.length >= CROWDED);
     this.renderTable(state, seq, row, own, lit);
-    renderSwapped(row, seq);
+    renderSwapped(row, seq, lit);
   }
 
   renderTable(state, seq, row, own, lit) {
@@ -167,6 +219,10 @@ export class Sequences {
   chipsOf(id) {
     return this.rows.get(id)?.chips.map((chip) => chip.node) ?? [];
   }
+
+  swapChipsOf(id) {
+    return [...(this.rows.get(id)?.table.querySelectorAll(".mp-on-cpu") ?? [])];
+  }
 }
 
 // A decode computes the one token that was sampled last; everything else reads what is known already.
@@ -181,26 +237,46 @@ function buildChip(table, logical) {
 }
 
 // A sequence that lives on the CPU for a while: its blocks there.
-function renderSwapped(row, seq) {
-  const key = seq.swap_table.join();
-  if (key === (row.swapped ?? "")) return;
-  row.swapped = key;
-  for (const node of row.table.querySelectorAll(".mp-on-cpu")) node.remove();
-  seq.swap_table.forEach((block, logical) => {
-    const node = element("span", "mp-chip mp-on-cpu", row.table, {
+function renderSwapped(row, seq, lit) {
+  sync(row.table, seq.swap_table.map((block, logical) => ({ block, logical })), ({ block }) => block, ({ block, logical }) => {
+    const node = element("span", "mp-chip mp-on-cpu", null, {
       "data-swap": block, title: `logical block ${logical} → block ${block} on the CPU`,
     });
     element("small", "", node).textContent = logical;
     element("b", "", node).textContent = `CPU ${block}`;
-  });
+    return node;
+  }, (node, { block }) => node.classList.toggle("mp-lit", lit?.swap === block));
 }
 
-// Live ones in order of arrival, then those that ended, the latest first.
-function shown(state) {
-  const ids = Object.keys(state.seqs).map(Number);
-  const live = ids.filter((id) => !state.seqs[id].finish_reason);
-  const done = ids.filter((id) => state.seqs[id].finish_reason).reverse();
-  return [...live, ...done.slice(0, SHOW_FINISHED)];
+// Where a row stands in its family's tree, and the lines that lead there.
+function renderPlace(row, { id, parent, depth, skipped, rails }) {
+  const key = JSON.stringify([parent, depth, skipped, rails]);
+  if (key === row.place) return;
+  row.place = key;
+  const { node } = row;
+  node.dataset.depth = depth;
+  node.style.setProperty("--depth", depth);
+  node.dataset.parent = parent ?? "";
+  const by = parent === null ? "" : `, a child of ${letter(parent)}` +
+    (skipped ? `, ${plural(skipped, "generation")} that have ended between` : "");
+  node.setAttribute("aria-label", `sequence ${letter(id)}${by}`);
+  row.rails.title = by.slice(2);
+  row.rails.replaceChildren(...rails.map(({ kind, of }, level) => {
+    const rail = element("i", skipped && level === depth - 1 ? "mp-skips" : "", null, { "data-rail": kind });
+    rail.style.setProperty("--level", level);
+    rail.style.setProperty("--from", colour(of));
+    return rail;
+  }));
+}
+
+// What the prefix cache has given: said in words, and marked on the entries of the table.
+function renderHit(state, id, row, tokens) {
+  const { table } = state.seqs[id];
+  row.hit.hidden = !tokens || !table.length;
+  if (!row.hit.hidden) setText(row.hit, `${plural(tokens, "token")} from the cache`);
+  row.chips.forEach(({ node }, logical) => {
+    node.classList.toggle("mp-found", (logical + 1) * state.config.block_size <= tokens);
+  });
 }
 
 function statusOf(state, seq) {

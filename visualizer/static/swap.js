@@ -1,55 +1,78 @@
 // The CPU's swap space under the pool: where the KV of swapped-out sequences waits. Only there if the engine has one.
 
-import { colour, element, ink, letter, list, setText, stripes } from "./names.js";
+import { colour, element, ink, letter, list, plural, setText, stripes } from "./names.js";
+import { rovingCells } from "./parts.js";
+import { filled, owners } from "./reducer.js";
+
+const MANY = 40; // cells; from here on they are smaller
 
 export class SwapSpace {
-  constructor(root) {
+  constructor(root, select) {
     this.node = root.querySelector("[data-part=swap]");
     this.grid = root.querySelector("[data-part=swap-grid]");
     this.count = root.querySelector("[data-part=swap-count]");
     this.cells = [];
     this.last = [];
+    const blockOf = (event) => event.target.closest?.("[data-swap-block]")?.dataset.swapBlock;
+    this.grid.addEventListener("click", (event) => {
+      const block = blockOf(event);
+      if (block !== undefined) select({ swap: Number(block) }, "click");
+    });
+    this.grid.addEventListener("pointermove", (event) => {
+      const block = blockOf(event);
+      select(block === undefined ? null : { swap: Number(block) }, "hover");
+    });
+    this.grid.addEventListener("pointerleave", () => select(null, "hover"));
+    rovingCells(this.grid, (cell) => select(cell && { swap: Number(cell.dataset.swapBlock) }, "hover"));
   }
 
-  render(state) {
+  render(state, lit) {
     const size = state.swap_ref_counts.length;
     this.node.hidden = size === 0;
     if (this.cells.length !== size) this.build(size);
     if (!size) return;
-    const owners = ownersOf(state);
-    this.cells.forEach((cell, block) => this.renderCell(cell, block, owners.get(block) ?? []));
-    setText(this.count, `${owners.size} of ${size} in use`);
+    const own = owners(state, "swap_table");
+    this.cells.forEach((cell, block) => {
+      this.renderCell(state, cell, block, own.get(block) ?? []);
+      cell.node.classList.toggle("mp-dim", Boolean(lit) && !lit.swaps.has(block));
+      cell.node.classList.toggle("mp-lit", Boolean(lit) && lit.swap === block);
+    });
+    setText(this.count, `${own.size} of ${size} in use`);
   }
 
   build(size) {
     this.last = [];
-    this.cells = Array.from({ length: size }, () => element("i", "mp-swapcell", null, { "data-testid": "swap-block" }));
-    this.grid.replaceChildren(...this.cells);
+    this.cells = Array.from({ length: size }, (_, block) => {
+      const node = element("button", "mp-swapcell", null, {
+        type: "button", tabindex: block ? "-1" : "0", "data-testid": "swap-block", "data-swap-block": block,
+      });
+      return { node, fill: element("span", "mp-ink", node), who: element("b", "", node) };
+    });
+    this.grid.classList.toggle("mp-many", size > MANY);
+    this.grid.replaceChildren(...this.cells.map(({ node }) => node));
   }
 
-  renderCell(cell, block, own) {
-    const key = own.join();
+  renderCell(state, { node, fill, who }, block, own) {
+    const size = state.config.block_size;
+    const slots = Math.max(0, ...own.map((id) => filled(state, state.seqs[id], state.seqs[id].swap_table.indexOf(block))));
+    const key = `${own} ${slots}`;
     if (this.last[block] === key) return;
     this.last[block] = key;
-    cell.dataset.refs = own.length;
-    cell.title = own.length ? `CPU block ${block}: ${list(own.map(letter))}` : `CPU block ${block} is free`;
-    cell.style.background = own.length > 1 ? stripes(own, 4) : own.length ? colour(own[0]) : "";
-    cell.style.color = own.length ? ink(own[0]) : "";
-    setText(cell, own.length ? letter(own[0]) : "");
+    const [first] = own;
+    node.dataset.refs = own.length;
+    node.dataset.fill = slots;
+    node.title = own.length
+      ? `CPU block ${block}: ${list(own.map(letter))}, ${slots} of ${plural(size, "slot")} filled` : `CPU block ${block} is free`;
+    node.setAttribute("aria-label", node.title);
+    node.style.setProperty("--hue", own.length ? colour(first) : "transparent");
+    fill.style.width = `${(100 * slots) / size}%`;
+    fill.style.backgroundImage = own.length > 1 ? stripes(own, 4) : "";
+    who.style.background = own.length ? colour(first) : "";
+    who.style.color = own.length ? ink(first) : "";
+    setText(who, own.length ? letter(first) + (own.length > 1 ? `×${own.length}` : "") : "");
   }
 
   cellOf(block) {
-    return this.cells[block];
+    return this.cells[block]?.node;
   }
-}
-
-function ownersOf(state) {
-  const owners = new Map();
-  for (const [id, seq] of Object.entries(state.seqs)) {
-    for (const block of seq.swap_table) {
-      if (!owners.has(block)) owners.set(block, []);
-      owners.get(block).push(Number(id));
-    }
-  }
-  return owners;
 }

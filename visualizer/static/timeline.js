@@ -1,15 +1,14 @@
 // The view's own controls: freeze, step, replay, seek, back to live. They move what is looked at, never the engine.
 
-const TICK = {
-  preempted: "--mp-red", copied: "--mp-orange", forked: "--mp-blue", engine_error: "--mp-red",
-  swapped_out: "--mp-purple", swapped_in: "--mp-purple", finished: "--mp-green",
-};
+import { happened, lanesOf, told } from "./marks.js";
+import { element } from "./names.js";
 
 export class Timeline {
   constructor(root, player) {
     this.player = player;
     this.scrub = root.querySelector("[data-part=scrub]");
     this.ticks = root.querySelector("[data-part=ticks]");
+    this.legend = root.querySelector("[data-part=marks]");
     this.where = root.querySelector("[data-part=where]");
     this.freezeButton = root.querySelector("[data-do=freeze]");
     this.liveButton = root.querySelector("[data-do=live]");
@@ -61,31 +60,58 @@ export class Timeline {
     this.freezeButton.title = player.mode === "frozen"
       ? "Play on from here (space)" : "Freeze what you see; the engine goes on (space)";
     this.liveButton.classList.toggle("mp-on", player.mode === "live");
+    const { current } = player;
+    const marks = current ? told(happened(current)) : "";
+    const words = `step ${player.state.step}${marks && `: ${marks}`}`;
+    if (scrub.getAttribute("aria-valuetext") !== words) scrub.setAttribute("aria-valuetext", words);
     const behind = player.end - player.position;
     this.where.textContent = `step ${player.state.step}`;
     this.where.title = player.mode === "live" ? "following live" : `${behind} records behind live`;
     this.drawTicks();
   }
 
-  // Coloured marks that invite a jump: forks, copies, preemptions.
+  // Coloured marks that invite a jump: every kind that happened, each in a lane of its own.
   drawTicks() {
     const { player, ticks } = this;
     const width = ticks.clientWidth;
-    const key = `${player.run} ${player.first} ${player.end} ${width}`;
+    const dark = Boolean(ticks.closest(".dark"));
+    const key = `${player.run} ${player.first} ${player.end} ${width} ${dark}`;
     if (key === this.drawn || !width) return;
     this.drawn = key;
     const scale = window.devicePixelRatio || 1;
-    ticks.width = width * scale;
-    ticks.height = ticks.clientHeight * scale;
+    [ticks.width, ticks.height] = [width * scale, ticks.clientHeight * scale];
     const pen = ticks.getContext("2d");
     const style = getComputedStyle(ticks);
+    const lanes = lanesOf(player.head.config);
     const span = Math.max(1, player.end - player.first);
-    player.records.forEach((record, index) => {
-      if (!TICK[record.mark]) return;
-      pen.fillStyle = style.getPropertyValue(TICK[record.mark]);
-      // There are many finishes, and little to see in them: half as tall.
-      const top = record.mark === "finished" ? ticks.height / 2 : 0;
-      pen.fillRect(Math.round(((index + 1) / span) * (ticks.width - 14 * scale) + 6 * scale), top, 3 * scale, ticks.height - top);
+    const place = (index) => Math.round(((index + 1) / span) * (ticks.width - 14 * scale) + 6 * scale);
+    const draw = (marks, hue, top, height) => {
+      pen.fillStyle = style.getPropertyValue(hue);
+      let last = -1;
+      player.records.forEach((record, index) => {
+        if (!record.marks.some((mark) => marks.includes(mark))) return;
+        const x = place(index);
+        if (x !== last) pen.fillRect(x, top, 3 * scale, height); // many records fall on one pixel
+        last = x;
+      });
+    };
+    draw(["engine_error"], "--mp-red", 0, ticks.height);
+    lanes.forEach(({ marks, hue }, lane) => {
+      const [top, bottom] = [lane, lane + 1].map((at) => Math.round((at * ticks.height) / lanes.length));
+      draw(marks, hue, top, bottom - top - Math.min(1, scale));
     });
+    this.drawLegend(lanes);
+  }
+
+  drawLegend(lanes) {
+    const names = lanes.map(({ name }) => name).join();
+    if (this.legend.dataset.lanes === names) return;
+    this.legend.dataset.lanes = names;
+    this.legend.replaceChildren(...lanes.map(({ name, hue }) => {
+      const item = element("span", "", null, { "data-lane": name });
+      element("i", "", item).style.background = `var(${hue})`;
+      item.append(name);
+      return item;
+    }));
   }
 }

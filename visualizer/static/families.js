@@ -1,0 +1,90 @@
+// Which sequences get a row, and how they hang together: a child of a fork, of parallel sampling or of a beam search
+// stands under its parent. It follows from the state alone, so a seek shows what playing showed.
+
+const FINISHED = 12; // rows for families that have ended
+const ENDED = 3; // rows for members that have ended in a family that goes on
+
+// [{id, depth, parent, skipped, rails}]: families in order of arrival, those that have ended last, the latest first.
+// `parent` is the nearest ancestor with a row, `skipped` counts the generations between. `rails` says what is drawn left
+// of the row for every ancestor: {kind, of}, `of` being the ancestor that the line comes from.
+export function familyRows(state) {
+  const families = [...familiesOf(state)].map(([root, members]) => ({ root, members }));
+  const goesOn = ({ members }) => members.some((id) => !state.seqs[id].finish_reason);
+  const alive = families.filter(goesOn);
+  const over = families.filter((family) => !goesOn(family)).reverse();
+  const rows = alive.flatMap(({ members }) => treeOf(state, kept(state, members)));
+  let room = FINISHED;
+  for (const { members } of over) {
+    if (!room) break;
+    const ended = members.filter((id) => state.seqs[id].finish_reason !== "pruned");
+    const chosen = (ended.length ? ended : members).slice(-room);
+    rows.push(...treeOf(state, new Set(chosen)));
+    room -= chosen.length;
+  }
+  return rows;
+}
+
+function parentOf(state, id) {
+  const { parent } = state.seqs[id];
+  return parent === null || !state.seqs[parent] ? null : parent;
+}
+
+// root -> the ids of all that descend from it, and its own. A parent's id is always smaller than its children's.
+function familiesOf(state) {
+  const roots = new Map();
+  const families = new Map();
+  for (const id of Object.keys(state.seqs).map(Number).sort((a, b) => a - b)) {
+    const parent = parentOf(state, id);
+    const root = parent === null ? id : roots.get(parent);
+    roots.set(id, root);
+    if (!families.has(root)) families.set(root, []);
+    families.get(root).push(id);
+  }
+  return families;
+}
+
+// A beam search forks hundreds of times. Of a family that goes on: who writes, the parents of those, where their lines
+// parted, and the last few that have ended by themselves.
+function kept(state, members) {
+  const live = members.filter((id) => !state.seqs[id].finish_reason);
+  const chosen = new Set(live);
+  const branches = new Map(); // ancestor -> its children that lead to a live one
+  for (const id of live) {
+    if (parentOf(state, id) !== null) chosen.add(parentOf(state, id));
+    for (let child = id, at = parentOf(state, id); at !== null; child = at, at = parentOf(state, at)) {
+      if (!branches.has(at)) branches.set(at, new Set());
+      if (branches.get(at).has(child)) break; // the rest of the way up is known
+      branches.get(at).add(child);
+    }
+  }
+  for (const [id, children] of branches) if (children.size > 1) chosen.add(id);
+  const ended = members.filter((id) => !["pruned", null].includes(state.seqs[id].finish_reason));
+  for (const id of ended.slice(-ENDED)) chosen.add(id);
+  return chosen;
+}
+
+function treeOf(state, chosen) {
+  const children = new Map([[null, []]]);
+  const skipped = new Map();
+  for (const id of [...chosen].sort((a, b) => a - b)) {
+    let parent = parentOf(state, id);
+    let between = 0;
+    for (; parent !== null && !chosen.has(parent); between += 1) parent = parentOf(state, parent);
+    skipped.set(id, between);
+    if (!children.has(parent)) children.set(parent, []);
+    children.get(parent).push(id);
+  }
+  const rows = [];
+  const visit = (parent, above) => {
+    const siblings = children.get(parent) ?? [];
+    siblings.forEach((id, index) => {
+      const last = index === siblings.length - 1;
+      const rails = parent === null ? [] : [...above, { kind: last ? "end" : "tee", of: parent }];
+      const stem = children.has(id) ? [{ kind: "stem", of: id }] : [];
+      rows.push({ id, parent, depth: rails.length, skipped: skipped.get(id), rails: [...rails, ...stem] });
+      visit(id, parent === null ? [] : [...above, { kind: last ? "none" : "pass", of: parent }]);
+    });
+  };
+  visit(null, []);
+  return rows;
+}

@@ -1,0 +1,37 @@
+// What the timeline marks: the kinds of things that happened in a record, each with a lane and a colour of its own.
+
+// Most telling first. A request that is swapped out is preempted too; a hit is an admission with tokens from the cache.
+export const MARKS = [
+  "engine_error", "swapped_out", "preempted", "swapped_in", "copied", "forked", "hit", "finished",
+];
+
+const HIT = (event) => event.type === "admitted" && event.num_cached > 0;
+
+// The marks of a record's events, most telling first.
+export function marksOf(events) {
+  const types = new Set(events.map((event) => (HIT(event) ? "hit" : event.type)));
+  return MARKS.filter((mark) => types.has(mark));
+}
+
+// From top to bottom. `there` says whether an engine with this configuration can have such marks at all.
+export const LANES = [
+  { name: "fork", marks: ["forked"], hue: "--mp-blue", there: () => true },
+  { name: "copy-on-write", marks: ["copied"], hue: "--mp-orange", there: () => true },
+  { name: "cache hit", marks: ["hit"], hue: "--mp-green", there: (config) => config.enable_prefix_caching },
+  { name: "preemption", marks: ["preempted"], hue: "--mp-red", there: () => true },
+  { name: "swap", marks: ["swapped_out", "swapped_in"], hue: "--mp-purple", there: (config) => config.swap_blocks > 0 },
+  { name: "finish", marks: ["finished"], hue: "--mp-soft", there: () => true },
+];
+
+export const lanesOf = (config) => LANES.filter(({ there }) => there(config));
+
+// How often a lane's kind happened in a record: {name, count}, for those that did.
+export function happened({ events, marks }) {
+  const found = LANES.filter((lane) => lane.marks.some((mark) => marks.includes(mark))).map((lane) => ({
+    name: lane.name,
+    count: events.filter((event) => lane.marks.includes(HIT(event) ? "hit" : event.type)).length,
+  }));
+  return marks.includes("engine_error") ? [{ name: "an error", count: 1 }, ...found] : found;
+}
+
+export const told = (found) => found.map(({ name, count }) => (count > 1 ? `${name} ×${count}` : name)).join(", ");

@@ -1,0 +1,42 @@
+// What is kept bright while the rest is dimmed: what is pointed at or was clicked, with everything that belongs to it.
+
+import { slotOf } from "./parts.js";
+
+// `what` is {seq}, {block}, {swap} (a block on the CPU) or {seq, token}, some of them together, perhaps with the `offset` of a
+// slot. Answers null if there is no such thing now; else the same, with the sets of sequences, blocks and swap blocks.
+export function spotlight(what, state) {
+  if (!what) return null;
+  const { seqs } = state;
+  const seq = seqs[what.seq];
+  if (what.seq !== undefined && !seq) return null;
+  if (!seq) {
+    const name = what.swap === undefined ? "table" : "swap_table";
+    const block = what.swap ?? what.block;
+    const sharers = Object.keys(seqs).map(Number).filter((id) => seqs[id][name].includes(block));
+    return { ...what, seqs: new Set(sharers), ...only(what) };
+  }
+  return {
+    ...what, ...placeOf(state, seq, what),
+    seqs: new Set([what.seq]), blocks: new Set(seq.table), swaps: new Set(seq.swap_table),
+  };
+}
+
+const only = ({ block, swap }) => ({
+  blocks: new Set(block === undefined ? [] : [block]),
+  swaps: new Set(swap === undefined ? [] : [swap]),
+});
+
+// Where a token's KV lies, in the pool or on the CPU.
+function placeOf(state, seq, { token }) {
+  if (token === undefined) return {};
+  const size = state.config.block_size;
+  const swap = token < seq.num_computed ? seq.swap_table[Math.floor(token / size)] : undefined;
+  return swap === undefined ? slotOf(state, seq, token) ?? {} : { swap, offset: token % size };
+}
+
+// The tokens [start, end) of a sequence that lie in what is lit; null if none does.
+export function tokensIn(lit, seq, size) {
+  const logical = lit.swap === undefined ? seq.table.indexOf(lit.block) : seq.swap_table.indexOf(lit.swap);
+  const end = Math.min((logical + 1) * size, seq.num_computed);
+  return logical < 0 || end <= logical * size ? null : [logical * size, end];
+}
