@@ -6,17 +6,20 @@ PORT ?= 7860
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+PYTHON ?= python3
+GPU_CHECK_ARGS ?=
 
 VENV := .venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check \
 	--constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test check clean
+.PHONY: help demo test check gpu-check clean
 
 help:
 	@echo "make demo    install into .venv if need be and start the visualizer on http://127.0.0.1:$(PORT)"
 	@echo "make test    the whole test suite"
 	@echo "make check   ruff and mypy"
+	@echo "make gpu-check  on a machine with a GPU: kernels, parity, benchmarks (no .venv; PYTHON=python3)"
 	@echo "make clean   remove .venv and everything else that was made"
 	@echo "Variables: PORT=7860, TORCH_INDEX=https://download.pytorch.org/whl/cpu (small torch for Linux)"
 
@@ -30,6 +33,10 @@ test: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
+
+# Needs only torch, triton, transformers and pytest, from whatever Python there is: such machines bring their own.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK_ARGS)
 
 # The stamps are newer than what they depend on once pip has succeeded.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python

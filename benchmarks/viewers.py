@@ -1,9 +1,10 @@
 """What viewers cost the engine: steps per second with none of them, and with 30 who watch.
 
-    python benchmarks/viewers.py [--viewers 30] [--seconds 8]
+    python -m benchmarks.viewers [--viewers 30] [--seconds 8]
 
 The viewers are a process of their own that pulls as a page does: one after the other, from where it has got to. The
-two rates are measured in turns, so that a machine that is busy otherwise is unfair to both.
+two rates are measured in turns, so that a machine that is busy otherwise is unfair to both; what counts is their ratio.
+Writes results/viewers.json.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from urllib.request import urlopen
 
 import httpx
 
+from benchmarks.report import write
 from minipaged import LLM
 from visualizer.app import Visualizer, launch
 from visualizer.scenarios import Arrival
@@ -46,7 +48,8 @@ def main() -> None:
     alone, watched = [], []
     for _ in range(ROUNDS):
         alone.append(rate(visualizer, options.seconds))
-        command = [sys.executable, __file__, "--watch", visualizer.url, "--viewers", str(options.viewers)]
+        command = [sys.executable, "-m", "benchmarks.viewers", "--watch", visualizer.url]
+        command += ["--viewers", str(options.viewers)]
         viewers = subprocess.Popen(command)
         time.sleep(3)  # until all have arrived
         watched.append(rate(visualizer, options.seconds))
@@ -54,11 +57,17 @@ def main() -> None:
         viewers.wait()
     visualizer.close()
     # By the clock is what users feel; by the process's CPU time is what can be told on a busy machine.
-    for unit, name in enumerate(("second", "CPU second of the server")):
-        ratio = median(w[unit] / a[unit] for a, w in zip(alone, watched, strict=True))
-        print(f"steps per {name}, alone: {', '.join(f'{r[unit]:.1f}' for r in alone)}")
-        print(f"    with {options.viewers} viewers: {', '.join(f'{r[unit]:.1f}' for r in watched)}")
-        print(f"    ratio: {ratio:.3f} (the viewers cost {100 * (1 - ratio):.0f} %)")
+    result: dict[str, Any] = {"viewers": options.viewers, "rounds": ROUNDS, "seconds": options.seconds}
+    for unit, name in enumerate(("second", "cpu_second_of_the_server")):
+        ratios = sorted(round(w[unit] / a[unit], 3) for a, w in zip(alone, watched, strict=True))
+        result[f"steps_per_{name}"] = {
+            "alone": [round(told[unit], 1) for told in alone],
+            "watched": [round(told[unit], 1) for told in watched],
+            "ratios": ratios,
+            "cost_percent": round(100 * (1 - median(ratios)), 1),
+        }
+    print(json.dumps(result, indent=1))
+    write("viewers", result, f"python -m benchmarks.viewers --viewers {options.viewers} --seconds {options.seconds:g}")
 
 
 def rate(visualizer: Visualizer, seconds: float) -> tuple[float, float]:

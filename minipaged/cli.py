@@ -1,4 +1,4 @@
-"""The ``minipaged`` command: visualize, generate, chat, doctor, experiments.
+"""The ``minipaged`` command: visualize, generate, chat, doctor, experiments, kernels.
 
 torch, transformers and gradio take seconds to import, so each command imports what it needs when it runs, and
 ``--help`` stays quick. A model's text is printed as it is, never by rich, which reads ``[bold]`` as markup.
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(experiments, name="experiments")
+kernels = typer.Typer(help="Look into the Triton kernels.", no_args_is_help=True)
+app.add_typer(kernels, name="kernels")
 
 # Options that several commands share. One not given is None and left to EngineConfig or SamplingParams, which
 # know the defaults and limits.
@@ -46,14 +48,19 @@ DEFAULT = EngineConfig()
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0, 2 for what the user can mend (one line says what), 130 after Ctrl-C."""
+    """Entry point. Exit codes: 0; 1 for what went wrong while running; 2 for what the user can mend; 130 after Ctrl-C.
+
+    With 1 and 2 one line says what.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that knows no emoji shows "?" rather than a traceback
             stream.reconfigure(errors="replace")
     try:
         app(prog_name="minipaged")
     except MinipagedError as error:
-        sys.exit(_fail(str(error)))
+        # Those that a user can cause are values or a port; a failed step or broken bookkeeping is nobody's typing.
+        _fail(str(error))
+        sys.exit(2 if isinstance(error, ValueError | OSError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -92,6 +99,10 @@ def visualize(
     classroom: Annotated[
         bool, typer.Option("--classroom", help="Others may watch; only who has the printed address controls.")
     ] = False,
+    share: Annotated[
+        bool,
+        typer.Option("--share", help="A public link, through Gradio's servers. Whoever opens it may only watch."),
+    ] = False,
     replay: Annotated[Path | None, typer.Option(help="Show this recording; no model is loaded.")] = None,
 ) -> None:
     """Watch the engine's memory while it runs, in the browser."""
@@ -102,7 +113,7 @@ def visualize(
     if replay is not None:
         launch = _visualizer()
         try:
-            launch(host=host, port=port, open_browser=open_browser, replay=replay)
+            launch(host=host, port=port, open_browser=open_browser, replay=replay, share=share)
         except (ValueError, OSError) as error:
             raise typer.Exit(_fail(str(error))) from None
         raise typer.Exit(130)
@@ -122,7 +133,7 @@ def visualize(
     launch = _visualizer()
     launch(
         lambda: _load(model, **settings), host=host, port=port, open_browser=open_browser, classroom=classroom,
-        recordings_will_do=model == DEFAULT.model,
+        share=share, recordings_will_do=model == DEFAULT.model,
     )  # fmt: skip
     raise typer.Exit(130)  # gradio returns on Ctrl-C, and on nothing else
 
@@ -227,6 +238,28 @@ def doctor() -> None:
     from minipaged.doctor import report
 
     raise typer.Exit(0 if report(Console(highlight=False)) else 1)
+
+
+@kernels.command("report")
+def kernels_report(
+    only: Annotated[str, typer.Argument(help="Variants with this in their name, e.g. 'decode bf16'.")] = "",
+    ptx: Annotated[bool, typer.Option("--ptx", help="Print NVIDIA's assembly language, too.")] = False,
+    sass: Annotated[bool, typer.Option("--sass", help="Print the GPU's machine code, too.")] = False,
+) -> None:
+    """Compile the Triton kernels for sm_80 and sm_90, and show what became of them: needs no GPU."""
+    from minipaged.kernels.backend import require_compiler
+
+    require_compiler()
+    from minipaged.kernels import report
+
+    chosen = [variant for variant in report.variants() if only in variant.name]
+    if not chosen:
+        raise typer.Exit(_fail(f"no variant has {only!r} in its name; without a name, all of them are listed"))
+    print(report.LEGEND, report.HEADER, sep="\n\n", flush=True)
+    for compiled in report.compile_all(chosen):
+        print(report.line(compiled), flush=True)
+        for code in (compiled.ptx if ptx else "", compiled.sass if sass else ""):
+            print(code, end="")
 
 
 def _answer(llm: LLM, messages: list[dict[str, str]], line: str, params: SamplingParams) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_DTYPES = ("auto", "int8")
+ATTENTIONS = ("auto", "triton", "torch", "flex")
 PREEMPTIONS = ("recompute", "swap")
 MANAGERS = ("paged", *AHEAD, "vattention")
 MAPPINGS = ("sync", "eager", "async")
@@ -23,6 +25,8 @@ BATCHINGS = ("continuous", "static")
 CHOICES = {
     "device": DEVICES,
     "dtype": DTYPES,
+    "kv_dtype": KV_DTYPES,
+    "attention": ATTENTIONS,
     "preemption": PREEMPTIONS,
     "memory": MANAGERS,
     "batching": BATCHINGS,
@@ -48,6 +52,13 @@ class EngineConfig:
         model: ``"tiny"`` (the embedded model), a directory in Hugging Face format, or a hub id.
         device: ``"auto"`` takes CUDA where there is one, else the CPU.
         dtype: of weights and KV cache. ``"auto"``: float32 on a CPU, the checkpoint's own elsewhere.
+        kv_dtype: of the KV cache. ``"auto"``: as the weights. ``"int8"``: quantized, with a scale for each token and
+            head; the memory of 16-bit numbers holds almost twice as many tokens then, and results change a little.
+        attention: what computes it. ``"triton"``: kernels that follow the block tables, on CUDA. ``"torch"``: plain
+            torch, anywhere. ``"flex"``: torch's FlexAttention, on CUDA, with a block size that 16 divides.
+            ``"auto"``: Triton where there are both CUDA and Triton, else torch.
+        cuda_graphs: launch the kernels of a decode step all at once, as a recorded graph. ``None``: where that can be,
+            which is with attention by Triton on CUDA.
         block_size: tokens a KV block holds (paper §4.1). ``None``: 16, the paper's default, unless vAttention needs
             more to fill whole pages of memory.
         num_blocks: physical blocks in the pool. ``None``: as many as fit in free memory, but never more than
@@ -79,6 +90,9 @@ class EngineConfig:
     model: str = "tiny"
     device: str = "auto"
     dtype: str = "auto"
+    kv_dtype: str = "auto"
+    attention: str = "auto"
+    cuda_graphs: bool | None = None
     block_size: int | None = None
     num_blocks: int | None = None
     max_num_seqs: int = 64
@@ -108,6 +122,8 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _whole(getattr(self, name), name, least, InvalidConfig)
         _whole(self.seed, "seed", 0, InvalidConfig)
+        if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
+            raise InvalidConfig(f"cuda_graphs must be True, False or None, not {self.cuda_graphs!r}")
         if self.enable_prefix_caching is not None and not isinstance(self.enable_prefix_caching, bool):
             raise InvalidConfig(f"enable_prefix_caching must be True or False, not {self.enable_prefix_caching!r}")
         if self.memory in AHEAD and (self.enable_prefix_caching or self.preemption != "recompute"):
@@ -117,6 +133,8 @@ class EngineConfig:
             )
         if self.eviction_policy is not None and not (self.caches_prefixes and callable(self.eviction_policy)):
             raise InvalidConfig("eviction_policy must make a policy when called, and needs enable_prefix_caching=True")
+        if self.attention == "flex" and ((self.block_size or 0) % 16 or self.kv_dtype != "auto"):
+            raise InvalidConfig('attention="flex" needs a block_size that 16 divides, and kv_dtype="auto"')
         if self.swap_blocks is not None and self.preemption != "swap":
             raise InvalidConfig('swap_blocks has no effect without preemption="swap"; set both or neither')
         self._check_virtual_memory()
@@ -134,6 +152,11 @@ class EngineConfig:
             raise InvalidConfig(f"mapping must be one of {', '.join(MAPPINGS)}, not {self.mapping!r}")
         if self.memory != "vattention" and (self.tensor_slicing or self.mapping is not None):
             raise InvalidConfig('tensor_slicing and mapping have no effect without memory="vattention"')
+        if self.memory == "vattention" and (self.attention in ("triton", "flex") or self.kv_dtype != "auto"):
+            raise InvalidConfig(
+                'memory="vattention" attends with plain torch to keys and values as they are; '
+                "leave attention and kv_dtype out"
+            )
 
     @property
     def caches_prefixes(self) -> bool:

@@ -19,7 +19,7 @@ PACKAGES = {
     "torch": "nothing runs without it",
     "safetensors": "no weights can be read",
     "transformers": "text cannot be turned into tokens",
-    "triton": "not needed yet: attention runs in plain torch",
+    "triton": "no kernels for CUDA: attention runs in plain torch (there is none but for Linux)",
     "gradio": "`minipaged visualize` cannot start: pip install gradio",
     "plotly": "`minipaged visualize` cannot start: pip install plotly",
 }
@@ -56,6 +56,7 @@ def checks() -> Iterator[Check]:
         yield _package(package, without)
     yield _cpu()
     yield from _accelerators()
+    yield _attention()
     yield _chromium()
     yield _embedded_model()
 
@@ -100,6 +101,18 @@ def _accelerators() -> Iterator[Check]:
         yield Check("mps", True, "Apple GPU; choose it with --device mps")
     elif not torch.cuda.device_count():
         yield Check("gpu", False, "everything runs on the CPU, which is enough for the embedded model")
+
+
+def _attention() -> Check:
+    """What ``attention="auto"`` means here."""
+    try:
+        from minipaged.kernels.backend import choose
+        from minipaged.models.loader import device_of
+
+        name, why = choose("auto", device_of("auto"))
+    except Exception as error:  # torch is broken; the line above says how
+        return Check("attention", False, f"cannot run: {error}")
+    return Check("attention", True, f"{name}: {why}")
 
 
 def _chromium() -> Check:

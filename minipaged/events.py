@@ -323,6 +323,7 @@ class SeqState:
     pieces: list[str]
     logprobs: list[float | None]
     num_computed: int = 0
+    num_cached: int = 0  # of these, found in the prefix cache when it last joined the batch
     table: list[int] = field(default_factory=list)
     swap_table: list[int] = field(default_factory=list)
     parent: int | None = None
@@ -392,7 +393,8 @@ class State:
     def _admitted(self, e: Admitted) -> None:
         self.waiting.remove(e.request_id)
         self._queue(self.running, e.request_id)
-        self.seqs[e.seq_id].num_computed = e.num_cached
+        seq = self.seqs[e.seq_id]
+        seq.num_computed = seq.num_cached = e.num_cached
 
     def _allocated(self, e: Allocated | Shared) -> None:
         table = self.seqs[e.seq_id].table

@@ -14,14 +14,18 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
+import torch
+
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.engine import Engine
 from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
+from minipaged.execution.cuda_graphs import DecodeGraphs, use_graphs
 from minipaged.execution.kv_cache import KVCache, blocks_that_fit
 from minipaged.execution.runner import ModelRunner
 from minipaged.execution.sampler import sample
 from minipaged.execution.virtual_memory import Layout, VirtualKVCache
-from minipaged.models.loader import LoadedModel, load_model
+from minipaged.kernels.backend import choose, kernels_for
+from minipaged.models.loader import LoadedModel, device_of, load_model
 from minipaged.outputs import CompletionOutput, Delta, RequestOutput
 
 Prompt = str | list[int]
@@ -43,6 +47,8 @@ class LLM:
             config = EngineConfig(model=model, **settings)
         except TypeError as error:
             raise InvalidConfig(f"{error}; see EngineConfig for what there is") from None
+        device = device_of(config.device)
+        use_graphs(config, choose(config.attention, device)[0], device)  # complains now, not after loading
         loaded = load_model(config.model, config.device, config.dtype)
         self.tokenizer = loaded.tokenizer
         self._loaded = loaded
@@ -262,13 +268,17 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
     max_model_len = config.max_model_len or spec.max_model_len
     if max_model_len > spec.max_model_len:
         raise InvalidConfig(f"max_model_len is {max_model_len}, but {config.model} was made for {spec.max_model_len}")
+    virtual = config.memory == "vattention"
+    # Contiguous attention is torch's own, and so is what goes with it.
+    kernels = kernels_for("torch" if virtual else config.attention, loaded.device)
     heads = (spec.num_kv_heads, spec.head_dim)
-    layout = Layout(spec.num_layers, *heads, loaded.dtype, config.tensor_slicing)
+    dtype = torch.int8 if config.kv_dtype == "int8" else loaded.dtype
+    layout = Layout(spec.num_layers, *heads, dtype, config.tensor_slicing)
     block_size = config.block_size
-    if config.memory == "vattention":
+    if virtual:
         block_size = layout.block_size(block_size, config.max_num_seqs, max_model_len, loaded.device)
     assert block_size is not None
-    bytes_per_block = KVCache.bytes_per_block(spec.num_layers, block_size, *heads, loaded.dtype)
+    bytes_per_block = KVCache.bytes_per_block(spec.num_layers, block_size, *heads, dtype)
     useful = config.max_num_seqs * -(-max_model_len // block_size)
     swap_blocks = config.swap_blocks if config.preemption == "swap" else 0
     num_blocks = blocks_that_fit(
@@ -276,21 +286,36 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
     )
     config = replace(config, block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len)
     swap_blocks = config.swap_space(num_blocks)
-    sizes = (num_blocks, block_size)
+    graphs = use_graphs(config, kernels.name, loaded.device)
     kv_cache: KVCache
-    if config.memory == "vattention":
+    if virtual:
         slots = {"max_num_seqs": config.max_num_seqs, "max_model_len": max_model_len}
-        kv_cache = VirtualKVCache(layout, *sizes, loaded.device, swap_blocks, **slots)
+        kv_cache = VirtualKVCache(layout, num_blocks, block_size, loaded.device, swap_blocks, **slots)
     else:
-        kv_cache = KVCache(spec.num_layers, *sizes, *heads, loaded.dtype, loaded.device, swap_blocks)
+        # With graphs one block more, which the block tables know nothing of.
+        sizes = (num_blocks + int(graphs), block_size)
+        kv_cache = KVCache(spec.num_layers, *sizes, *heads, dtype, loaded.device, swap_blocks, kernels)
     return Engine(
         config,
-        ModelRunner(loaded.model, kv_cache, loaded.device),
+        ModelRunner(loaded.model, kv_cache, loaded.device, _graphs(config, loaded, kv_cache) if graphs else None),
         sample,
         vocab_size=spec.vocab_size,
         eos_token_ids=spec.eos_token_ids,
         tokenizer=loaded.tokenizer,
         bytes_per_block=bytes_per_block,
+    )
+
+
+def _graphs(config: EngineConfig, loaded: LoadedModel, kv_cache: KVCache) -> DecodeGraphs:
+    """Graphs for any batch of this engine. Rows of padding write to the last block of the cache."""
+    assert config.num_blocks and config.max_model_len and config.block_size
+    return DecodeGraphs(
+        loaded.model,
+        kv_cache,
+        loaded.device,
+        max_num_seqs=config.max_num_seqs,
+        max_blocks=-(-config.max_model_len // config.block_size),
+        scratch_block=config.num_blocks,
     )
 
 

@@ -163,9 +163,9 @@ MUTANTS = [
     Mutant(
         "one copy of a step overwrites what another one still has to read",
         reference,
-        "copy_blocks",
-        "cache[dst] = cache[src]",
-        "[cache[d].copy_(cache[s]) for s, d in zip(src.tolist(), dst.tolist())]",
+        "swap_blocks",
+        "target[dst.to(target.device)] = source[src.to(source.device)].to(target.device)",
+        "[target[d].copy_(source[s]) for s, d in zip(src.tolist(), dst.tolist())]",
         (test_reference.test_copies_read_before_any_write,),
     ),
     # --- prefix cache ---

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from minipaged import cli, doctor
+from minipaged.errors import InvariantViolation, StepFailed
 from minipaged.outputs import CompletionOutput, Delta
 from tests.checkpoints import save_llama
 from tests.text.tokenizers_for_tests import byte_level
@@ -121,6 +122,16 @@ def test_wrong_usage_is_exit_code_2(run, args):
     code, out, err = run(*args)
     assert (code, out) == (2, "")
     assert "Usage" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("error", [StepFailed("the step failed: out of memory", []), InvariantViolation("block 3")])
+def test_what_went_wrong_while_running_is_one_line_and_exit_code_1(monkeypatch, run, error):
+    def stream(*args):
+        raise error
+
+    monkeypatch.setattr(cli, "_load", lambda *args, **given: SimpleNamespace(stream=stream))
+    code, out, err = run("generate", "x")
+    assert (code, out.strip(), err) == (1, "", f"minipaged: {error}\n")
 
 
 # --- generate ---------------------------------------------------------------------------------------------
@@ -319,6 +330,13 @@ def test_no_command_starts_the_visualizer(run, launched):
     run()
     assert launched["model"] == "tiny"
     assert (launched["host"], launched["port"]) == ("127.0.0.1", 7860)
+
+
+def test_sharing_is_asked_for(run, launched):
+    run("visualize")
+    assert launched["share"] is False
+    run("visualize", "--share")
+    assert launched["share"] is True and launched["host"] == "127.0.0.1"
 
 
 def test_visualize_hands_on_what_was_given(run, launched):

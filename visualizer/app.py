@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -15,23 +14,20 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr  # noqa: E402
-import plotly  # noqa: E402
 from fastapi import Response  # noqa: E402
 
 from minipaged.errors import MinipagedError  # noqa: E402
 from visualizer.classroom import Guard  # noqa: E402
 from visualizer.commands import Commands  # noqa: E402
 from visualizer.engine_thread import DEFAULT_RATE, EngineThread  # noqa: E402
-from visualizer.export import stylesheets  # noqa: E402
-from visualizer.figures import figures  # noqa: E402
+from visualizer.export import PLOTLY, stylesheets  # noqa: E402
+from visualizer.figures import figures_as_json  # noqa: E402
 from visualizer.log import RecordLog  # noqa: E402
 from visualizer.recordings import Recordings  # noqa: E402
 from visualizer.scenarios import DEMO_SETTINGS, OPENING, Scenario, menu  # noqa: E402
 from visualizer.sources import sources  # noqa: E402
-from visualizer.waste_rows import WasteRows  # noqa: E402
 
 STATIC = Path(__file__).resolve().parent / "static"
-PLOTLY = Path(plotly.__file__).resolve().parent / "package_data" / "plotly.min.js"
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -60,6 +56,7 @@ class Visualizer:
     thread: Any  # EngineThread, or None
     log: RecordLog
     url: str = ""
+    public_url: str = ""  # through Gradio's servers, if asked for and possible
     presenter: str = ""  # in a classroom, the token without which nobody controls the engine
 
     def close(self) -> None:
@@ -89,7 +86,6 @@ def build(
     thread = EngineThread(llm, log, rate)
     guard = Guard(Commands(thread, scenario or OPENING, load), classroom)
     recordings = Recordings(log)
-    rows = WasteRows(log)
     # Emptied by the first viewer, in a classroom by the presenter; on the engine with the sizes it was started with.
     unseen = [replace(scenario, settings={})] if scenario else []
 
@@ -108,10 +104,7 @@ def build(
             begin()
         return await guard(payload)
 
-    async def waste(request: Any) -> Response:
-        return Response(await rows(request), media_type="application/json")
-
-    functions = [pull, command, waste, recordings.recording, recordings.template]
+    functions = [pull, command, recordings.recording, recordings.template]
     thread.start()
     blocks = _page(functions, {"recordings": recordings.shipped, "classroom": classroom})
     return Visualizer(blocks, thread, log, presenter=guard.token if classroom else "")
@@ -150,7 +143,7 @@ def _page(functions: list[Callable[..., Any]], more: dict[str, Any]) -> gr.Block
             main=(STATIC / "main.js").as_posix(),
             scripts=[path.as_posix() for path in STATIC.glob("*.js")],
             plotly=PLOTLY.as_posix(),
-            figures={name: json.loads(figure.to_json()) for name, figure in figures().items()},
+            figures=figures_as_json(),
             more={"sources": sources(), "scenarios": menu()} | more,
         )
     return blocks
@@ -166,6 +159,7 @@ def launch(
     block: bool = True,
     open_browser: bool = False,
     classroom: bool = False,
+    share: bool = False,
     replay: Path | None = None,
     recordings_will_do: bool = False,
 ) -> Visualizer:
@@ -174,33 +168,56 @@ def launch(
     ``llm`` is an `LLM`, a function that makes one (called once the port is known to be free), or ``None`` for
     the embedded model with a pool small enough to run full. If it cannot be loaded and ``recordings_will_do``, the
     recordings that minipaged comes with are shown. ``replay`` shows a recording instead of an engine; ``ValueError``
-    if it is none. In a ``classroom`` viewers watch, and only the presenter controls. Raises `PortInUse`.
+    if it is none. In a ``classroom`` viewers watch, and only the presenter controls. ``share`` makes a public link
+    through Gradio's servers, and a classroom of whoever opens it; without the internet the local page goes on alone.
+    Raises `PortInUse`.
     """
     _check_port(host, port)
+    classroom = classroom or share
     if replay is not None:
         visualizer = build_replay(replay)
     else:
-        load = _load if host in LOOPBACK else None  # whoever is on the network may not make this machine load things
+        # Whoever is on the network may not make this machine load things.
+        load = _load if host in LOOPBACK and not share else None
         visualizer = _with_engine(llm or _tiny, scenario, rate, classroom, load, recordings_will_do)
     try:
         visualizer.blocks.launch(
-            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
+            server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True,
             inbrowser=open_browser, footer_links=[], run_history=False, ssr_mode=False,
             css_paths=stylesheets(), theme=_theme(), favicon_path=STATIC / "favicon.svg",
         )  # fmt: skip
     except OSError:
         visualizer.close()
         raise _port_in_use(port) from None
-    visualizer.url = f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}"
+    visualizer.url = f"http://{_own_address() if host == '0.0.0.0' else host}:{port}"
+    visualizer.public_url = visualizer.blocks.share_url or "" if share else ""
     if visualizer.thread and host not in LOOPBACK and not classroom:
         print("anybody who can reach this machine can control the engine; --classroom keeps that to you", flush=True)
-    print(f"minipaged visualizer: {visualizer.url}", flush=True)
-    if visualizer.presenter:
-        print(f"for the presenter only: {visualizer.url}/?presenter={visualizer.presenter}", flush=True)
+    _tell(visualizer, share)
     if block:
         _until_interrupted()
         visualizer.close()
     return visualizer
+
+
+def _tell(visualizer: Visualizer, share: bool) -> None:
+    print(f"minipaged visualizer: {visualizer.url}", flush=True)
+    if visualizer.public_url:
+        print(f"for everybody who knows it, to watch: {visualizer.public_url}", flush=True)
+    elif share:
+        print("no public link could be made (is the internet there?); the page above works all the same", flush=True)
+    if visualizer.presenter:
+        print(f"for the presenter only: {visualizer.url}/?presenter={visualizer.presenter}", flush=True)
+
+
+def _own_address() -> str:
+    """This machine's address in its network. Its name would often be known to itself alone."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # an address for documentation; connecting a datagram socket sends nothing
+            return probe.getsockname()[0]
+        except OSError:  # no network at all
+            return "127.0.0.1"
 
 
 def _with_engine(

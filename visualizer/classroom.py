@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-READING = ("attention",)  # commands that change nothing: anybody may
+READING = ("attention", "check")  # commands that change nothing: anybody may
 REFUSED = "Only the presenter controls this engine; you can freeze, rewind and step what you see."
 
 

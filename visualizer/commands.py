@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from dataclasses import fields, replace
 from typing import Any
 
-from minipaged.config import EngineConfig
-from minipaged.errors import MinipagedError
+from minipaged.config import EngineConfig, SamplingParams
+from minipaged.errors import InvalidRequest, MinipagedError
 from visualizer.attention import look
 from visualizer.engine_thread import EngineThread
 from visualizer.scenarios import SCENARIOS, Arrival, Scenario
@@ -18,6 +18,7 @@ from visualizer.scenarios import SCENARIOS, Arrival, Scenario
 MAX_CHARACTERS = 20_000
 MAX_SAMPLES = 4
 MAX_TEMPERATURE = 2.0
+MAX_STOPS = 20
 MAX_RATE = 200.0  # steps per second
 MAX_MESSAGES = 100  # of a conversation
 # What a viewer may set, and the most of each: the page draws every block, and a wish must not take the machine down.
@@ -28,11 +29,23 @@ LIMITS = {
     "max_num_batched_tokens": 16384,
     "swap_blocks": 4096,
 }
+# Of an arrival's sampling parameters, those that a viewer refines rarely and that may be left out.
+REFINED = (
+    "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "min_tokens",
+    "seed", "beam_width",
+)  # fmt: skip
 TIMEOUT = 30.0  # seconds for the engine's thread to get round to a command
 
 
 class BadCommand(MinipagedError, ValueError):
-    """A payload that makes no sense, or a value out of range; the message says which."""
+    """A payload that makes no sense, or a value out of range; the message says which.
+
+    ``field`` is the payload's that alone is to blame, for the page to show the message beside it.
+    """
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class Commands:
@@ -46,14 +59,20 @@ class Commands:
         self._loading = False
 
     async def __call__(self, payload: Any) -> dict[str, Any]:
-        """``{"ok": True, "result": …}``, or ``{"ok": False, "message": …}`` with words for the user."""
+        """``{"ok": True, "result": …}``, or ``{"ok": False, "message": …}`` with words for the user.
+
+        Where one field of the payload is wrong, ``"field"`` names it.
+        """
         try:
             if isinstance(payload, dict) and payload.get("do") == "configure":
                 return {"ok": True, "result": await self._configure(payload)}
+            if isinstance(payload, dict) and payload.get("do") == "check":
+                return {"ok": True, "result": sorted(_sampling(payload))}  # names of what will count
             future = self._dispatch(payload)
             return {"ok": True, "result": await asyncio.wait_for(asyncio.wrap_future(future), TIMEOUT)}
         except MinipagedError as error:
-            return {"ok": False, "message": _sentence(str(error))}
+            field = getattr(error, "field", "")
+            return {"ok": False, "message": _sentence(str(error))} | ({"field": field} if field else {})
         except TimeoutError:
             return {"ok": False, "message": "The engine is busy with a long step; try again in a moment."}
         except Exception as error:
@@ -185,19 +204,29 @@ def _config(payload: dict[str, Any], old: EngineConfig) -> EngineConfig:
 
 
 def _sampling(payload: dict[str, Any]) -> dict[str, Any]:
-    """What is refined rarely, and may be left out."""
-    names = ("top_k", "top_p", "min_p", "seed", "beam_width")
-    return {name: payload[name] for name in names if payload.get(name) is not None}
+    """What is refined. Raises `BadCommand` with the name of a field that makes no sense by itself."""
+    given = {name: payload[name] for name in REFINED if payload.get(name) is not None}
+    stop = given.get("stop")
+    if stop is not None:
+        if not isinstance(stop, list) or len(stop) > MAX_STOPS:
+            raise BadCommand(f"stop must be a list of at most {MAX_STOPS} strings", "stop")
+        given["stop"] = tuple(_text({"stop": text}, "stop", 200) for text in stop)
+    for name, value in given.items():
+        try:  # each alone, to know which it is; a beam search is checked with the rest, which it forbids
+            SamplingParams(max_tokens=None, **({name: value} if name != "beam_width" else {}))
+        except InvalidRequest as error:
+            raise BadCommand(str(error), name) from None
+    return given
 
 
 def _text(payload: dict[str, Any], name: str, limit: int) -> str:
     value = payload.get(name)
     if not isinstance(value, str):
-        raise BadCommand(f"the {name} must be text")
+        raise BadCommand(f"the {name} must be text", name)
     if len(value) > limit:
-        raise BadCommand(f"The {name} has {len(value):,} characters; {limit:,} is the most this page takes.")
+        raise BadCommand(f"The {name} has {len(value):,} characters; {limit:,} is the most this page takes.", name)
     if any("\ud800" <= char <= "\udfff" for char in value):
-        raise BadCommand(f"the {name} contains half a character (a lone surrogate); please retype it")
+        raise BadCommand(f"the {name} contains half a character (a lone surrogate); please retype it", name)
     return value
 
 
@@ -207,7 +236,7 @@ def _number(payload: dict[str, Any], name: str, label: str, low: float, high: fl
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         if low <= value <= high and (not whole or value == int(value)):
             return value
-    raise BadCommand(f"{label} must be {kind} between {low:g} and {high:g}.")
+    raise BadCommand(f"{label} must be {kind} between {low:g} and {high:g}.", name)
 
 
 def _rate(value: Any) -> float | None:

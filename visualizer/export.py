@@ -1,18 +1,26 @@
 """The page as one file that needs no server: scripts and styles inline, and a recording for it to play.
 
-Modules cannot import one another from file://, so each becomes a ``data:`` address that an import map names.
+Modules cannot import one another from file://, so each becomes a ``data:`` address that an import map names. The charts
+come with plotly, the same that the live page has: packed it is 2 MB instead of 4.8, which still fits into a mail, and
+its smaller builds would be one more file to ship.
 """
 
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import re
+from functools import cache
 from pathlib import Path
 
+import plotly
+
+from visualizer.figures import figures_as_json
 from visualizer.sources import sources
 
 STATIC = Path(__file__).resolve().parent / "static"
+PLOTLY = Path(plotly.__file__).resolve().parent / "package_data" / "plotly.min.js"
 GAP = "THE RECORDING"  # as a JSON string, where the recording's text goes
 
 # What Gradio provides on the live page: colours for light and dark, and controls without the browser's own looks.
@@ -30,12 +38,18 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 const follow = () => document.body.classList.toggle("dark", dark.matches);
 dark.addEventListener("change", follow);
 follow();
-const text = JSON.parse(document.getElementById("recording").textContent);
-const sources = JSON.parse(document.getElementById("sources").textContent);
+const given = (name) => document.getElementById(name).textContent;
+// Packed with gzip, and base64 around it. A browser too old to unpack it shows everything but the charts.
+const unpack = async (packed) => {
+  const stream = new Blob([Uint8Array.from(atob(packed), (char) => char.charCodeAt(0))]).stream();
+  return URL.createObjectURL(await new Response(stream.pipeThrough(new DecompressionStream("gzip"))).blob());
+};
+const text = JSON.parse(given("recording"));
+const plotly = await unpack(given("plotly")).catch(() => null);
 const server = new Proxy({}, { get: () => async () => ({}) }); // nobody answers
 const { start } = await import("minipaged/main.js");
-start({ element: document.body, server, figures: null, plotly: null,
-  more: { sources, exported: true, replay: { name: "an exported run", text } } });
+start({ element: document.body, server, plotly, figures: plotly && JSON.parse(given("figures")),
+  more: { sources: JSON.parse(given("sources")), exported: true, replay: { name: "an exported run", text } } });
 """
 
 
@@ -52,6 +66,8 @@ def page() -> str:
 <script type="importmap">{_json({"imports": scripts})}</script></head>
 <body><main>{body}</main>
 <script type="application/json" id="sources">{_json(sources())}</script>
+<script type="application/json" id="figures">{_json(figures_as_json())}</script>
+<script type="text/plain" id="plotly">{_packed_plotly()}</script>
 <script type="application/json" id="recording">{json.dumps(GAP)}</script>
 <script type="module">{BOOT}</script></body></html>
 """
@@ -60,6 +76,11 @@ def page() -> str:
 def export(recording: str) -> str:
     """The page with a recording's text in it."""
     return page().replace(json.dumps(GAP), _json(recording))
+
+
+@cache
+def _packed_plotly() -> str:
+    return base64.b64encode(gzip.compress(PLOTLY.read_bytes(), mtime=0)).decode()
 
 
 def _module(path: Path) -> str:

@@ -74,7 +74,6 @@ class RecordLog:
         self.run = secrets.token_hex(4)
         self.state = state
         self._records: list[str] = []
-        self._events: list[list[Event]] = []  # the same, for those who reckon on the server
         self._first = 0  # number of the oldest record kept
         self._keyframes = {0: encode(state.to_dict())}
 
@@ -95,7 +94,6 @@ class RecordLog:
             for event in events:
                 self.state.apply(event)
             self._records.append(encode_events(events))
-            self._events.append(events)
             self._keep(self._records[-1])
             if self.end % KEYFRAME_EVERY == 0:
                 self._keyframes[self.end] = encode(self.state.to_dict())
@@ -132,7 +130,6 @@ class RecordLog:
 
     def _forget_oldest(self) -> None:
         del self._records[:KEYFRAME_EVERY]
-        del self._events[:KEYFRAME_EVERY]
         del self._keyframes[self._first]
         self._first += KEYFRAME_EVERY
 
@@ -179,21 +176,6 @@ class RecordLog:
                 "status_version": self._status_version,
             }
         return f'{encode(head)[:-1]},"keyframe":{keyframe},"records":[{records}]}}'
-
-    def events_since(self, run: Any, cursor: int) -> tuple[str, int, State | None, list[list[Event]]]:
-        """The run, the number of the first record that follows, the state before it unless the caller must have
-        that already, and the records' events."""
-        with self._lock:
-            known = run == self.run and self._first <= cursor <= self.end
-            first = cursor if known else self._first
-            keyframe = None if known else self._keyframes[first]
-            run, events = self.run, self._events[first - self._first :]
-        return run, first, State.from_dict(json.loads(keyframe)) if keyframe else None, events
-
-    @property
-    def first(self) -> int:
-        """The number of the oldest record kept."""
-        return self._first
 
     def _late_start(self) -> int:
         """The newest keyframe that leaves some history to rewind."""

@@ -16,15 +16,16 @@ DEMO_SETTINGS: dict[str, Any] = {
     "max_num_batched_tokens": 64,
 }
 
-
 NUM_ALTERNATIVES = 5  # likeliest tokens that the page can show beside each sampled one
+
 
 @dataclass(frozen=True)
 class Arrival:
     """One request: what is asked for, and at which step of the scenario it comes in.
 
     ``chat`` lays the prompt out as a user's message, after ``system`` if given; ``messages`` is a whole conversation
-    instead. No text ends before ``min_tokens``, so that a script's point does not hang on how a story goes.
+    instead. The rest is `SamplingParams`'; scripts use ``min_tokens``, or ``ignore_eos`` for a search, so that their
+    point does not hang on how a story goes.
     """
 
     at_step: int
@@ -40,7 +41,12 @@ class Arrival:
     top_p: float = 1.0
     min_p: float = 0.0
     beam_width: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
     min_tokens: int = 0
+    ignore_eos: bool = False
 
     def conversation(self) -> list[dict[str, str]] | None:
         """The messages to render, or ``None`` for a prompt that is continued as it stands."""
@@ -62,10 +68,13 @@ class Arrival:
             top_p=self.top_p,
             min_p=self.min_p,
             beam_width=self.beam_width,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            stop=self.stop,
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
             logprobs=NUM_ALTERNATIVES,
-            # A search takes no min_tokens, so there the end-of-text token is ignored instead.
-            ignore_eos=self.min_tokens > 0 and self.beam_width is not None,
-            min_tokens=self.min_tokens if self.beam_width is None else 0,
         )
 
 
@@ -150,7 +159,9 @@ BEAMS = Scenario(
     "Beam search",
     (
         Arrival(0, "The robot opened the door and", max_tokens=60, min_tokens=60, seed=2),
-        Arrival(10, "Once upon a time, there was a little", max_tokens=56, min_tokens=56, temperature=0, beam_width=4),
+        Arrival(
+            10, "Once upon a time, there was a little", max_tokens=56, temperature=0, beam_width=4, ignore_eos=True
+        ),
     ),
     key="beams",
     watch=(

@@ -1,4 +1,7 @@
-"""Which function of the engine did what an event tells: its name, file, line and text, read from the running code."""
+"""Which function of the engine did what an event tells: its name, file and lines, read from the running code.
+
+The files go along with the page, so that a click leads to the code without a network, and to this version of it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import minipaged
@@ -47,9 +49,14 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 @cache
-def sources() -> dict[str, dict[str, Any]]:
-    """``{event type: {"name", "file", "line", "text", "url"}}``; no ``url`` without a project address."""
-    return {kind: _describe(function) for kind, function in FUNCTIONS.items()}
+def sources() -> dict[str, Any]:
+    """``{"functions": {event type: {"name", "file", "line", "last", "url"}}, "files": {file: text}}``.
+
+    ``line`` is the one with ``def``. No ``url`` without a project address.
+    """
+    functions = {kind: _describe(function) for kind, function in FUNCTIONS.items()}
+    files = sorted({function["file"] for function in functions.values()})
+    return {"functions": functions, "files": {file: (ROOT / file).read_text(encoding="utf-8") for file in files}}
 
 
 def _describe(function: Callable[..., Any]) -> dict[str, Any]:
@@ -61,7 +68,7 @@ def _describe(function: Callable[..., Any]) -> dict[str, Any]:
         "name": function.__qualname__,
         "file": file,
         "line": line,
-        "text": dedent("".join(lines[line - first :])).rstrip(),
+        "last": first + len(lines) - 1,
         "url": f"{home}/blob/main/{file}#L{line}" if home else None,
     }
 

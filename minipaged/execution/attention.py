@@ -55,7 +55,8 @@ def _forward(runner: Any, token_id: int, position: int, table: list[int]) -> Ten
     rows: list[Tensor] = []
 
     def observe(layer: int, q: Tensor, k_cache: Tensor, scale: float, sliding_window: int | None) -> None:
-        weights = reference.attention_weights(q[0], k_cache, block_table, position + 1, scale, sliding_window)
+        k_scale = runner.kv_cache.k_scale[layer]
+        weights = reference.attention_weights(q[0], k_cache, block_table, position + 1, scale, sliding_window, k_scale)
         rows.append(weights.cpu())
 
     def tensor(data: list) -> Tensor:

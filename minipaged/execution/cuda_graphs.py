@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from minipaged.config import EngineConfig
+from minipaged.errors import InvalidConfig
 from minipaged.execution.batch import Batch
 from minipaged.execution.kv_cache import KVCache
 
@@ -26,6 +28,23 @@ def batch_sizes(max_num_seqs: int) -> list[int]:
     """
     sizes = [1, 2, 4, *range(8, 256, 8), *range(256, max_num_seqs, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+def use_graphs(config: EngineConfig, attention: str, device: torch.device) -> bool:
+    """What ``EngineConfig.cuda_graphs`` means for a device and the backend that computes attention there.
+
+    Raises `InvalidConfig` where they are wanted and cannot be. Plain torch gathers the blocks of as many tokens as the
+    longest sequence has; a graph knows no lengths, and would gather as if all were as long as can be. vAttention finds
+    a sequence at its own range of addresses, not through a block table, which is all that changes under a graph.
+    """
+    possible = device.type == "cuda" and attention == "triton" and config.memory != "vattention"
+    if config.cuda_graphs and not possible:
+        raise InvalidConfig(
+            f"cuda_graphs=True needs CUDA, attention by Triton and block tables, but this is {device.type} with "
+            f'attention={attention!r} and memory={config.memory!r}; set device="cuda", attention="triton" and '
+            'memory="paged", or leave cuda_graphs out'
+        )
+    return possible if config.cuda_graphs is None else config.cuda_graphs
 
 
 class DecodeGraphs:
@@ -106,17 +125,17 @@ class DecodeGraphs:
 
 def recorder() -> Record:
     """Records on the current CUDA device. All graphs share one memory pool: only one of them runs at a time."""
-    pool = torch.cuda.graph_pool_handle()
+    pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def record(forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        # Once for real first, on a stream of its own: libraries allocate workspaces then, and Triton compiles.
-        side = torch.cuda.Stream()
+        # Once for real first, on another stream: libraries allocate workspaces then, and Triton compiles.
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             forward()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Only this thread is watched for what cannot be recorded: others may run engines of their own.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             logits = forward()
         return graph.replay, logits
 

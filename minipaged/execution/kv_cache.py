@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-import psutil
 import torch
+from torch import Tensor
 
 from minipaged.errors import InvalidConfig
-from minipaged.kernels import reference
+from minipaged.kernels.backend import TORCH, Kernels
 from minipaged.memory.managers.virtual import PageMaps
 
 
 class KVCache:
     """Keys and values of all layers, in blocks.
 
-    ``k[layer]`` and ``v[layer]`` are [num_blocks, block_size, kv_heads, head_dim]. The swap space on the CPU has the
-    same layout with ``swap_blocks`` blocks. Which block belongs to whom is the
-    business of ``minipaged.memory``; here is only storage.
+    ``k[layer]`` and ``v[layer]`` are [num_blocks, block_size, kv_heads, head_dim]. With ``dtype`` int8 they are
+    quantized, and ``k_scale[layer]`` and ``v_scale[layer]``, [num_blocks, block_size, kv_heads] in float32, go with
+    them wherever a block goes; else these are ``None``. The swap space on the CPU has the same layout with
+    ``swap_blocks`` blocks. ``kernels`` are what reads and writes the cache. Which block belongs to whom is the business
+    of ``minipaged.memory``; here is only storage.
 
     Where memory can be mapped (`VirtualKVCache`), ``k_slots[layer]`` and ``v_slots[layer]`` show it in sequence order.
     """
@@ -35,19 +37,35 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         swap_blocks: int = 0,
+        kernels: Kernels = TORCH,
     ) -> None:
         shape = (block_size, num_kv_heads, head_dim)
-        self.k = [torch.zeros(num_blocks, *shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.v = [torch.zeros(num_blocks, *shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self._swap = [torch.zeros(swap_blocks, *shape, dtype=dtype) for _ in range(2 * num_layers)]
-        self.num_blocks, self.block_size = num_blocks, block_size
+
+        def tensors(*shape: int, dtype: torch.dtype = dtype) -> list[Tensor]:
+            return [torch.zeros(num_blocks, *shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+        self.k, self.v = tensors(*shape), tensors(*shape)
+        self.k_scale: Seq[Tensor | None] = [None] * num_layers
+        self.v_scale: Seq[Tensor | None] = [None] * num_layers
+        self._stores = [self.k + self.v]  # lists of tensors of one shape, which are copied and swapped alike
+        if dtype is torch.int8:
+            k_scale, v_scale = (tensors(*shape[:2], dtype=torch.float32) for _ in range(2))
+            self.k_scale, self.v_scale = k_scale, v_scale
+            self._stores.append(k_scale + v_scale)
+        pinned = device.type == "cuda"  # the GPU reaches pinned memory by itself, and nobody waits
+        self._swap = [
+            [torch.zeros(swap_blocks, *t.shape[1:], dtype=t.dtype, pin_memory=pinned) for t in store]
+            for store in self._stores
+        ]
+        self.num_blocks, self.block_size, self.kernels = num_blocks, block_size, kernels
 
     @staticmethod
     def bytes_per_block(
         num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> int:
-        """2 (key and value) · layers · block size · heads · head dimension · bytes of one number."""
-        return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
+        """2 (key and value) · layers · block size · heads · (head dimension · bytes of a number + bytes of a scale)."""
+        scale = 4 if dtype is torch.int8 else 0
+        return 2 * num_layers * block_size * num_kv_heads * (head_dim * dtype.itemsize + scale)
 
     def remap(self, maps: PageMaps) -> None:
         """Only virtual memory can be mapped."""
@@ -56,23 +74,23 @@ class KVCache:
     def copy(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copies blocks (source, target) in all layers; reads before writes."""
         if pairs:
-            src, dst = torch.tensor(pairs, device=self.k[0].device).unbind(dim=1)
-            reference.copy_blocks(self.k + self.v, src, dst)
+            src, dst = torch.tensor(pairs).unbind(dim=1)
+            for caches in self._stores:
+                self.kernels.copy_blocks(caches, src, dst)
 
     def swap_out(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copies blocks (source in the pool, target in the swap space) in all layers."""
-        self._transfer(pairs, self.k + self.v, self._swap)
+        self._transfer(pairs, self._stores, self._swap)
 
     def swap_in(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copies blocks (source in the swap space, target in the pool) in all layers."""
-        self._transfer(pairs, self._swap, self.k + self.v)
+        self._transfer(pairs, self._swap, self._stores)
 
-    @staticmethod
-    def _transfer(pairs: Seq[tuple[int, int]], sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+    def _transfer(self, pairs: Seq[tuple[int, int]], sources: list[list[Tensor]], targets: list[list[Tensor]]) -> None:
         if pairs:
             src, dst = torch.tensor(pairs).unbind(dim=1)
             for source, target in zip(sources, targets, strict=True):
-                target[dst.to(target.device)] = source[src.to(source.device)].to(target.device)
+                self.kernels.swap_blocks(source, target, src, dst)
 
 
 def blocks_that_fit(
@@ -85,8 +103,11 @@ def blocks_that_fit(
     batch could ever fill. A CPU's memory also has to hold the ``swap_blocks``; ``None``: as many as the pool's.
     """
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what an earlier engine had counts as taken until then
         free, share = torch.cuda.mem_get_info(device)[0], 0.9
     else:
+        import psutil  # only here: an engine on a GPU does without it
+
         free, share = psutil.virtual_memory().available, 0.5
 
     def most(space: int) -> int:

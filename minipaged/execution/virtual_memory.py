@@ -241,6 +241,7 @@ class VirtualKVCache(KVCache):
         space = self.memory.space.view(layout.dtype)
         space = space.view(tensors, max_num_seqs, self._width * block_size, -1, *heads)
         self.k, self.v = _by_layer(pool)
+        self._stores = [self.k + self.v]
         self.k_slots, self.v_slots = _by_layer(space)
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: Future | None = None

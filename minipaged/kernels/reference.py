@@ -9,6 +9,11 @@ Letters used in shapes:
 
 Dead slots (the unfilled tail of a last block, and the padding of short block tables) may hold anything, NaN too, left
 there by an earlier owner. No function here lets them reach a result.
+
+A quantized cache is int8, with a float32 scale for each slot and key/value head beside it: ``k_scale`` and ``v_scale``,
+[N, S, KH]; they are ``None`` for a cache that is not. A scale of its own for each slot is what lets a block be filled
+token by token: one for a whole block would have to grow with a later token, and all that is in the block be rounded
+anew. It costs 4 bytes for D.
 """
 
 from __future__ import annotations
@@ -18,13 +23,80 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def store_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
     """Scatters this step's keys and values into their slots (paper §4.3, "fused reshape and block write").
 
-    k, v: [T, KH, D]; caches: [N, S, KH, D], changed in place; slot_mapping: [T], slot = block · S + offset.
+    k, v: [T, KH, D]; caches: [N, S, KH, D], changed in place, as are their scales; slot_mapping: [T],
+    slot = block · S + offset.
     """
-    k_cache.flatten(0, 1)[slot_mapping] = k
-    v_cache.flatten(0, 1)[slot_mapping] = v
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        if scale is not None:
+            x, scale.flatten(0, 1)[slot_mapping] = quantize(x)
+        cache.flatten(0, 1)[slot_mapping] = x
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns channels i and i + D/2 as a pair: the layout of Hugging Face checkpoints.
+
+    x: [T, H, D]; cos, sin: [T, 1, D], of angles that both channels of a pair share.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def rope_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """Turns queries and keys by their positions and stores keys and values: `rotate`, then `store_kv`.
+
+    Keys are cached turned: a token's position never changes, so its block can be shared. Returns the turned queries.
+    """
+    store_kv(rotate(k, cos, sin), v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    return rotate(q, cos, sin)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Scales vectors to a root mean square of one, then channels by a learned weight. [..., C] → [..., C]."""
+    # In float32: squares overflow float16, and bfloat16 drops the small terms of a long sum.
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """A residual sum and the norm that reads it: x + delta, `rms_norm` of that. x, delta: [T, C]; weight: [C]."""
+    x = x + delta
+    return x, rms_norm(x, weight, eps)
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers → int8 and scales, such that number ≈ int8 · scale: [..., D] → [..., D] and [...] float32."""
+    x = x.float()
+    scale = x.abs().amax(dim=-1) / 127
+    divisor = scale.where(scale != 0, 1)  # a vector of zeros has scale 0
+    return (x / divisor[..., None] + 0.5).floor().to(torch.int8), scale
+
+
+def dequantize(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The numbers again, of ``dtype``; ``x`` itself if it is not quantized. x: [..., D]; scale: [...]."""
+    return x if scale is None else (x.float() * scale[..., None]).to(dtype)
 
 
 def paged_decode(
@@ -35,6 +107,8 @@ def paged_decode(
     context_lens: Tensor,
     scale: float,
     sliding_window: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query per sequence over its blocks, the whole batch at once (paper §4.1, equation 4).
 
@@ -51,14 +125,19 @@ def paged_decode(
     alive = slot < context_lens[:, None]  # [B, M · S]
     visible = alive if sliding_window is None else alive & (slot >= context_lens[:, None] - sliding_window)
 
-    def gather(cache: Tensor) -> Tensor:
-        context = cache[block_tables].view(B, length, KH, D)
+    def gather(cache: Tensor, cache_scale: Tensor | None) -> Tensor:
+        block_scale = None if cache_scale is None else cache_scale[block_tables]
+        context = dequantize(cache[block_tables], block_scale, q.dtype).view(B, length, KH, D)
         # 0 · NaN is NaN: masking the scores alone would let a dead value through the weighted sum.
         return context.masked_fill_(~alive[:, :, None, None], 0).transpose(1, 2)  # [B, KH, M · S, D]
 
     # The H/KH query heads that share a key/value head become rows of one small matrix: no key is ever repeated.
     out = F.scaled_dot_product_attention(
-        q.view(B, KH, H // KH, D), gather(k_cache), gather(v_cache), attn_mask=visible[:, None, None], scale=scale
+        q.reshape(B, KH, H // KH, D),
+        gather(k_cache, k_scale),
+        gather(v_cache, v_scale),
+        attn_mask=visible[:, None, None],
+        scale=scale,
     )
     return out.reshape(B, H, D)
 
@@ -70,6 +149,7 @@ def attention_weights(
     context_len: int,
     scale: float,
     sliding_window: int | None = None,
+    k_scale: Tensor | None = None,
 ) -> Tensor:
     """What one query makes of its context: the softmax inside `paged_decode`, one row per query head.
 
@@ -78,7 +158,8 @@ def attention_weights(
     """
     S, KH = k_cache.shape[1:3]
     blocks = block_table[: -(-context_len // S)]
-    k = k_cache[blocks].flatten(0, 1)[:context_len].float()  # [context_len, KH, D]
+    k = dequantize(k_cache[blocks], None if k_scale is None else k_scale[blocks], torch.float32)
+    k = k.flatten(0, 1)[:context_len].float()  # [context_len, KH, D]
     k = k.repeat_interleave(q.shape[0] // KH, dim=1)  # a key head serves H / KH query heads
     scores = scale * torch.einsum("hd,lhd->hl", q.float(), k)
     if sliding_window is not None:
@@ -95,6 +176,8 @@ def paged_prefill(
     query_lens: list[int],
     scale: float,
     sliding_window: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of several queries per sequence: prompts, and chunks of prompts with earlier context.
 
@@ -106,8 +189,9 @@ def paged_prefill(
     for b, queries in enumerate(q.split(query_lens)):
         length, count = context_lens[b], query_lens[b]
         blocks = block_tables[b, : -(-length // S)]
-        k = k_cache[blocks].flatten(0, 1)[:length]  # [length, KH, D]
-        v = v_cache[blocks].flatten(0, 1)[:length]
+        k = dequantize(k_cache[blocks], None if k_scale is None else k_scale[blocks], q.dtype)
+        v = dequantize(v_cache[blocks], None if v_scale is None else v_scale[blocks], q.dtype)
+        k, v = k.flatten(0, 1)[:length], v.flatten(0, 1)[:length]  # [length, KH, D]
         position = torch.arange(length - count, length, device=q.device)[:, None]
         key = torch.arange(length, device=q.device)
         visible = key <= position  # [count, length]
@@ -125,5 +209,13 @@ def copy_blocks(caches: list[Tensor], src: Tensor, dst: Tensor) -> None:
     All reads happen before any write, so a block that is freed and handed out again as a target within the same step
     still serves as a source. caches: each [N, S, KH, D]; src, dst: [number of copies].
     """
-    for cache in caches:
-        cache[dst] = cache[src]
+    swap_blocks(caches, caches, src, dst)
+
+
+def swap_blocks(sources: list[Tensor], targets: list[Tensor], src: Tensor, dst: Tensor) -> None:
+    """Copies blocks src[i] of each source to blocks dst[i] of its target (swapping, paper §4.5).
+
+    The devices may differ. sources, targets: each [some number of blocks, S, KH, D]; src, dst: [number of copies].
+    """
+    for source, target in zip(sources, targets, strict=True):
+        target[dst.to(target.device)] = source[src.to(source.device)].to(target.device)

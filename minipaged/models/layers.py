@@ -31,18 +31,25 @@ def paged_attention(
     layer: int,
     scale: float,
     sliding_window: int | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Caches this step's keys and values, then lets every token attend to the pages of its own sequence.
 
     q: [T, H, D]; k, v: [T, KH, D]. Returns [T, H, D]. ``sliding_window``: a token sees itself and the
-    ``sliding_window - 1`` tokens before it; ``None`` means all of them.
+    ``sliding_window - 1`` tokens before it; ``None`` means all of them. ``rope``: cosines and sines, [T, 1, D] each,
+    that queries and keys are turned by first.
     """
-    k_cache, v_cache = kv_cache.k[layer], kv_cache.v[layer]
+    kernels, caches = kv_cache.kernels, (kv_cache.k[layer], kv_cache.v[layer])
+    scales = (kv_cache.k_scale[layer], kv_cache.v_scale[layer])
     # Store first: now a token finds itself, its chunk and its past in one place, and no case is special.
-    if not batch.read_only:
-        reference.store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
+    if batch.read_only:
+        q = q if rope is None else reference.rotate(q, *rope)
+    elif rope is None:
+        kernels.store_kv(k, v, *caches, batch.slot_mapping, *scales)
+    else:
+        q = kernels.rope_store(q, k, v, *rope, *caches, batch.slot_mapping, *scales)
     if batch.observe is not None:
-        batch.observe(layer, q, k_cache, scale, sliding_window)
+        batch.observe(layer, q, caches[0], scale, sliding_window)
     if batch.slots is not None:  # the context lies in one piece there
         k_slots, v_slots = kv_cache.k_slots[layer], kv_cache.v_slots[layer]
         lens = (batch.context_lens_list, batch.query_lens)
@@ -51,18 +58,18 @@ def paged_attention(
     outs = []
     if n:  # one query each, and all of them in one call
         outs.append(
-            reference.paged_decode(
-                q[:n], k_cache, v_cache, tables[:n], batch.context_lens[:n], scale, sliding_window
+            kernels.paged_decode(
+                q[:n], *caches, tables[:n], batch.context_lens[:n], scale, sliding_window, *scales
             )
         )
     if n < len(batch.query_lens):  # prompts and chunks of prompts
         context_lens, query_lens = batch.context_lens_list[n:], batch.query_lens[n:]
         outs.append(
-            reference.paged_prefill(
-                q[n:], k_cache, v_cache, tables[n:], context_lens, query_lens, scale, sliding_window
+            kernels.paged_prefill(
+                q[n:], *caches, tables[n:], context_lens, query_lens, scale, sliding_window, *scales
             )
         )
-    return torch.cat(outs)
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def embedding(rows: int, size: int) -> nn.Embedding:
@@ -79,10 +86,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # In float32: squares overflow float16, and bfloat16 drops the small terms of a long sum.
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return reference.rms_norm(x, self.weight, self.eps)
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ class Rope:
 
 
 class RotaryEmbedding(nn.Module):
-    """Positions → the cosines and sines that `rotate` turns queries and keys by, once for all layers."""
+    """Positions → the cosines and sines that `reference.rotate` turns queries and keys by, once for all layers."""
 
     frequencies: Tensor
 
@@ -157,12 +161,6 @@ class RotaryEmbedding(nn.Module):
         angles = positions.float()[:, None] * self.frequencies  # [T, D/2]
         angles = torch.cat((angles, angles), dim=-1)[:, None]  # [T, 1, D]
         return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns channels i and i + D/2 as a pair: the layout of Hugging Face checkpoints. x: [T, H, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def need(

@@ -27,7 +27,6 @@ from minipaged.models.layers import (
     need,
     paged_attention,
     require_plain,
-    rotate,
 )
 
 
@@ -132,9 +131,8 @@ class Attention(nn.Module):
         q = q.unflatten(-1, (-1, self.head_dim))  # [T, H·D] → [T, H, D]
         k = k.unflatten(-1, (-1, self.head_dim))  # [T, KH·D] → [T, KH, D]
         v = v.unflatten(-1, (-1, self.head_dim))  # [T, KH·D] → [T, KH, D]
-        # Keys are cached already turned: a token's position never changes, so its block can be shared.
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        out = paged_attention(q, k, v, batch, kv_cache, self.layer, self.scale, self.window)
+        q, k = self.q_norm(q), self.k_norm(k)
+        out = paged_attention(q, k, v, batch, kv_cache, self.layer, self.scale, self.window, rope=(cos, sin))
         return self.o_proj(out.flatten(1))  # [T, H, D] → [T, H·D] → [T, C]
 
 
@@ -162,8 +160,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, batch, kv_cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        delta = self.self_attn(self.input_layernorm(x), cos, sin, batch, kv_cache)
+        norm = self.post_attention_layernorm
+        x, normed = kv_cache.kernels.add_norm(x, delta, norm.weight, norm.eps)
+        return x + self.mlp(normed)
 
 
 class Llama(nn.Module):

@@ -83,7 +83,7 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
 
     Raises ModelError, with what to do about it, for whatever cannot be found, read or supported.
     """
-    where = _device(device)
+    where = device_of(device)
     directory = resolve(model)
     config = _read_json(directory / "config.json")
     architecture, network_class, config_class = _architecture(config, directory)
@@ -132,7 +132,8 @@ def resolve(model: str) -> Path:
         ) from error
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device meant by ``EngineConfig.device``. Raises ModelError if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

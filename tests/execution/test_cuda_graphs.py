@@ -1,11 +1,15 @@
 """Decode by graphs, on any machine: what is replayed here is a closure that reads the same memory as a graph would."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from minipaged import LLM, SamplingParams
+from minipaged import LLM, EngineConfig, SamplingParams
+from minipaged.errors import InvalidConfig
+from minipaged.execution import cuda_graphs
 from minipaged.execution.batch import Batch
-from minipaged.execution.cuda_graphs import DecodeGraphs, batch_sizes
+from minipaged.execution.cuda_graphs import DecodeGraphs, batch_sizes, use_graphs
 from minipaged.execution.kv_cache import KVCache
 from minipaged.execution.runner import ModelRunner
 
@@ -90,3 +94,45 @@ def test_only_plain_decode_steps_are_replayed():
     assert not DecodeGraphs.covers(batch([1, 1], 1))  # a chunk of one prompt token that samples nothing
     assert not DecodeGraphs.covers(batch([1, 1], 2, read_only=True))
     assert not DecodeGraphs.covers(batch([1, 1], 2, observe=print))
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_graphs_are_used_where_they_can_be():
+    auto, on, off = (EngineConfig(cuda_graphs=wanted) for wanted in (None, True, False))
+    virtual = SimpleNamespace(cuda_graphs=None, memory="vattention")
+    assert use_graphs(auto, "triton", CUDA) and use_graphs(on, "triton", CUDA)
+    assert use_graphs(EngineConfig(memory="orca-max"), "triton", CUDA), "contiguous memory has block tables, too"
+    for never in [(auto, "torch", CUDA), (auto, "flex", CUDA), (auto, "triton", CPU), (off, "triton", CUDA)]:
+        assert not use_graphs(*never)
+    assert not use_graphs(virtual, "triton", CUDA)
+    for refused in [("torch", CUDA), ("triton", CPU), ("torch", CPU)]:
+        with pytest.raises(InvalidConfig, match=f"{refused[1].type} with attention='{refused[0]}' .*; set device"):
+            use_graphs(on, *refused)
+
+
+def test_the_setting_is_checked_before_a_model_is_loaded():
+    with pytest.raises(InvalidConfig, match="cuda_graphs must be True, False or None"):
+        EngineConfig(cuda_graphs=1)
+    with pytest.raises(InvalidConfig, match="cuda_graphs=True needs CUDA"):
+        LLM("/no/such/model", device="cpu", cuda_graphs=True)
+    assert LLM("tiny", num_blocks=8, device="cpu").engine.runner.graphs is None
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_an_engine_with_graphs_has_a_block_more_than_its_tables_know_of(monkeypatch, preemption):
+    settings = {"max_num_seqs": 5, "num_blocks": 9, "preemption": preemption, "max_model_len": 100, "device": "cpu"}
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    plain, recorded, kinds = LLM("tiny", **settings), [], set()
+    monkeypatch.setattr("minipaged.llm.use_graphs", lambda *_: True)
+    monkeypatch.setattr(cuda_graphs, "recorder", lambda: replaying(recorded))
+    graphed = LLM("tiny", **settings)
+    graphed.engine.events.subscribe(lambda event: kinds.add(event.type))
+    for _ in range(2):  # the second time prompts are found in the prefix cache
+        texts = [[out.outputs[0].token_ids for out in llm.generate(PROMPTS, params)] for llm in (plain, graphed)]
+        assert texts[0] == texts[1]
+    kv_cache = graphed.engine.runner.kv_cache
+    assert graphed.engine.num_blocks == plain.engine.num_blocks == 9 and len(kv_cache.k[0]) == len(kv_cache.v[0]) == 10
+    assert recorded and kv_cache.k[0][9].any(), "no step with padding was replayed"
+    assert "preempted" in kinds and ("swapped_in" in kinds) == (preemption == "swap")

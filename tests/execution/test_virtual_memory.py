@@ -399,6 +399,8 @@ def test_cuda_without_the_bindings_says_what_to_install(monkeypatch):
         {"memory": "vattention", "mapping": "lazy"},
         {"memory": "vattention", "tensor_slicing": 1},
         {"memory": "vattention", "block_size": 0},
+        {"memory": "vattention", "attention": "flex"},
+        {"memory": "vattention", "kv_dtype": "int8"},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings):

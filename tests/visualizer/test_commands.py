@@ -119,6 +119,20 @@ def test_another_model_is_loaded_beside_the_engine_and_only_where_allowed(thread
         (SUBMIT | {"top_k": 1.5}, "top_k"),
         (SUBMIT | {"min_p": "?"}, "min_p"),
         (SUBMIT | {"seed": -1}, "seed"),
+        (SUBMIT | {"repetition_penalty": 0}, "repetition_penalty"),
+        (SUBMIT | {"presence_penalty": "?"}, "presence_penalty"),
+        (SUBMIT | {"frequency_penalty": True}, "frequency_penalty"),
+        (SUBMIT | {"min_tokens": 1.5}, "min_tokens"),
+        (SUBMIT | {"min_tokens": 6}, "min_tokens (6) is above max_tokens (5)"),
+        (SUBMIT | {"stop": "the"}, "list"),
+        (SUBMIT | {"stop": ["the", ""]}, "none of them empty"),
+        (SUBMIT | {"stop": [3]}, "text"),
+        (SUBMIT | {"stop": ["x" * 201]}, "200"),
+        (SUBMIT | {"stop": ["x"] * 21}, "20"),
+        (SUBMIT | {"beam_width": 2, "temperature": 0, "min_tokens": 2}, "beam search"),
+        (SUBMIT | {"beam_width": 2, "temperature": 0, "stop": ["the"]}, "beam search"),
+        (SUBMIT | {"beam_width": 2, "temperature": 0, "presence_penalty": 1}, "beam search"),
+        ({"do": "check", "top_p": 3}, "top_p"),
         (SUBMIT | {"beam_width": 2}, "temperature=0"),
         (SUBMIT | {"beam_width": 9, "temperature": 0}, "beams"),
         (SUBMIT | {"beam_width": 2, "n": 3, "temperature": 0}, "above beam_width"),
@@ -139,6 +153,61 @@ def test_what_makes_no_sense_is_refused_in_words(thread: EngineThread, payload: 
     answer = ask(thread, payload)
     assert not answer["ok"] and words in answer["message"].lower(), answer
     assert not thread._sink.state.requests
+
+
+REFINED_VALUES = {
+    "top_k": 7, "top_p": 0.5, "min_p": 0.01, "repetition_penalty": 1.5, "presence_penalty": 0.5,
+    "frequency_penalty": -0.5, "stop": ["\n", "the end"], "min_tokens": 3, "seed": 11,
+}  # fmt: skip
+
+
+def test_all_that_is_refined_reaches_the_engine(thread: EngineThread) -> None:
+    thread.pause().result(5)
+    request_id = ask(thread, SUBMIT | REFINED_VALUES)["result"]
+    chat = SAY | {"messages": [{"role": "user", "content": "Hello"}]}
+    for name in (request_id, ask(thread, chat | REFINED_VALUES)["result"]):
+        params = next(group for group in thread.engine.scheduler.waiting if group.request_id == name).params
+        for field, value in REFINED_VALUES.items():
+            assert getattr(params, field) == (tuple(value) if field == "stop" else value), field
+    assert ask(thread, {"do": "check"} | REFINED_VALUES) == {"ok": True, "result": sorted(REFINED_VALUES)}
+
+
+def test_min_tokens_and_stop_do_what_they_say(thread: EngineThread) -> None:
+    story = SUBMIT | {"max_tokens": 60, "seed": 3}
+    texts = {}
+    for name, change in {"free": {}, "stopped": {"stop": ["."]}, "long": {"min_tokens": 60}}.items():
+        request_id = ask(thread, story | change)["result"]
+        until(lambda: not thread.call(thread._has_work).result(5))
+        (seq_id,) = thread._sink.state.requests[request_id]
+        seq = thread._sink.state.seqs[seq_id]
+        texts[name] = "".join(seq.pieces[seq.num_prompt :])
+        if name == "long":
+            assert len(seq.tokens) - seq.num_prompt == 60 and seq.finish_reason == "length"
+        if name == "stopped":
+            assert seq.finish_reason == "stop"
+    assert "." in texts["free"] and texts["free"].startswith(texts["stopped"].partition(".")[0])
+    assert texts["stopped"].count(".") <= 1 and len(texts["stopped"]) < len(texts["free"])
+
+
+@pytest.mark.parametrize(
+    "payload, field",
+    [
+        ({"do": "check", "top_k": -1}, "top_k"),
+        ({"do": "check", "top_k": "abc"}, "top_k"),
+        ({"do": "check", "min_tokens": 500, "stop": [""]}, "stop"),
+        ({"do": "check", "repetition_penalty": -1}, "repetition_penalty"),
+        (SUBMIT | {"max_tokens": 0}, "max_tokens"),
+        ({"do": "configure", "num_blocks": "many"}, "num_blocks"),
+        ({"do": "configure", "model": 3}, "model"),
+    ],
+)
+def test_the_field_that_is_wrong_is_named(thread: EngineThread, payload: dict, field: str) -> None:
+    assert ask(thread, payload)["field"] == field
+
+
+def test_what_two_fields_make_wrong_together_is_neithers_fault(thread: EngineThread) -> None:
+    assert "field" not in ask(thread, SUBMIT | {"min_tokens": 6})
+    assert ask(thread, {"do": "check", "min_tokens": 500})["ok"], "only the prompt's max_tokens makes that wrong"
 
 
 def test_a_question_holds_a_step_back_until_it_is_answered_or_time_is_up(

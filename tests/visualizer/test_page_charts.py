@@ -1,17 +1,27 @@
-"""The panel of charts in a real browser: tabs, the numbers of the moment looked at, and the same as the server's."""
+"""The panel of charts in a real browser: tabs, the numbers of the moment looked at, and the same as Python's books.
+
+Live, in a recording, and in an exported page, which has no server to ask.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from minipaged.memory.waste import MANAGERS
+import pytest
+
+from minipaged.events import Event, event_from_dict, load_recording
+from minipaged.memory.waste import MANAGERS, Accounts
 from minipaged.metrics import Metrics
 from tests.visualizer.test_page import STORIES, caught_up, finish, steps, submit
+from tests.visualizer.test_playback import GOLDEN, launching
 from visualizer.app import Visualizer
-from visualizer.waste_rows import WasteRows
+from visualizer.export import export
+
+__all__ = ["launching"]
 
 # What the table of bars says, manager by manager.
 TABLE = """() => [...document.querySelectorAll("[data-manager]")].map((row) => [
@@ -27,10 +37,32 @@ def expected(row: list[int]) -> list[list[str]]:
     ]
 
 
+def flat(number: int, row: Any) -> list[int]:
+    """``[number, step, running, [token, reserved, internal, external, fit] for each manager]``, as the page has it."""
+    return [number, row.step, row.running, *(n for name in MANAGERS for n in (*row.held[name], row.fit[name]))]
+
+
+def rows_after(records: list[list[Event]]) -> list[list[int]]:
+    """What each manager holds after each record, as Python reckons it."""
+    accounts = Accounts()
+    for events in records:
+        for event in events:
+            accounts.apply(event)
+        accounts.close()
+    accounts.update()
+    return [flat(number, row) for number, row in accounts.rows.items()]
+
+
 def rows_of(visualizer: Visualizer) -> list[list[int]]:
-    rows = WasteRows(visualizer.log)
-    rows.catch_up()
-    return json.loads(rows.answer({}))["rows"]
+    return rows_after(events_of(visualizer))
+
+
+def events_of(visualizer: Visualizer) -> list[list[Event]]:
+    """The run's records. It must be short enough for the log to have all of them."""
+    start = visualizer.thread.call(visualizer.thread.engine.started_event).result(20)
+    answer = json.loads(visualizer.log.news(visualizer.log.run, 0, None) or "")
+    first, *others = [[event_from_dict(event) for event in record] for record in answer["records"]]
+    return [[start, *first], *others]
 
 
 def looks_at(page: Any, number: int) -> None:
@@ -89,7 +121,7 @@ def test_tabs_enlarging_and_what_each_chart_draws(serve: Callable[..., Visualize
 
     page.focus("[data-testid=tab-memory]")
     position = page.evaluate("minipaged.player.position")
-    for name in ("waste", "throughput", "sequences", "prefix", "memory", "waste"):
+    for name in ("waste", "throughput", "latency", "sequences", "prefix", "memory", "waste"):
         page.keyboard.press("ArrowRight")
         assert page.get_attribute(f"[data-testid=tab-{name}]", "aria-selected") == "true"
         assert page.locator("[role=tabpanel]:visible").get_attribute("data-chart") == name
@@ -99,7 +131,7 @@ def test_tabs_enlarging_and_what_each_chart_draws(serve: Callable[..., Visualize
     page.click("[data-testid=tab-throughput]")
     drawn = "document.querySelector('[data-testid=chart-throughput]').data"
     page.wait_for_function(f"{drawn}?.[0].x.length === {records}")
-    events = [event for record in visualizer.log._events for event in record]
+    events = [event for record in events_of(visualizer) for event in record]
     batches = [event.num_tokens for event in events if event.type == "step_finished"]
     decode, prefill, ms, _ = page.evaluate(f"{drawn}.map((trace) => [...trace.y])")
     # Records between two steps, such as that of a request, computed nothing.
@@ -136,3 +168,71 @@ def test_tabs_enlarging_and_what_each_chart_draws(serve: Callable[..., Visualize
     caught_up(page, visualizer)
     page.wait_for_function(f"({LENGTHS})('chart')[0] === {visualizer.log.end}")
     assert page.evaluate(f"{shape}.visible") is False
+
+
+ROWS = """() => {
+    const { player, charts } = minipaged;
+    charts.views.waste.accounts.follow(player);
+    return [charts.views.waste.accounts.rows, player.records.map((record) => record.events)];
+}"""
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=[path.stem for path in GOLDEN])
+def test_the_books_agree_on_what_is_shipped(
+    path: Path, launching: Callable[..., Visualizer], pages: Any, tmp_path: Path
+) -> None:
+    """Python's and JavaScript's, after every record of a recording; and in an exported page, which draws charts too."""
+    visualizer = launching(replay=path)
+    file = tmp_path / "replay.html"
+    file.write_text(export(path.read_text(encoding="utf-8")), encoding="utf-8")
+    assert file.stat().st_size < 3_000_000, "a file for a mail"
+    events = load_recording(path)
+    for page in (pages.open(visualizer), pages.file(file)):
+        rows, records = page.evaluate(ROWS)
+        assert sum(map(len, records)) == len(events)
+        assert rows == rows_after([[event_from_dict(event) for event in record] for record in records])
+        assert max(row[2] for row in rows) >= 4
+
+        page.click("[data-testid=tab-waste]")
+        busiest = max(range(len(rows)), key=lambda number: rows[number][2])
+        looks_at(page, busiest)
+        assert page.evaluate(TABLE) == expected(rows[busiest])
+        page.click("[data-testid=waste-toggle]")
+        page.wait_for_function("document.querySelector('[data-testid=waste-line]').data?.[0].x.length > 10")
+        for name in ("memory", "throughput", "latency", "sequences", "prefix"):
+            page.click(f"[data-testid=tab-{name}]")
+            panel = "chart" if name == "memory" else f"chart-{name}"
+            page.wait_for_function(
+                "id => document.querySelector(`[data-testid=${id}]`).data?.some((trace) => trace.x.length)", arg=panel
+            )
+            assert page.locator(f"[data-testid={panel}] svg.main-svg").first.is_visible()
+
+
+def test_the_books_follow_a_run_whose_beginning_is_forgotten(
+    serve: Callable[..., Visualizer], pages: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes late begins with a keyframe, in the middle of texts; what the page has forgotten has no row."""
+    monkeypatch.setattr("visualizer.log.HISTORY", 10)
+    visualizer = serve()
+    early = pages.open(visualizer)
+    visualizer.thread.pause().result(20)
+    submit(visualizer, STORIES[:1] + STORIES[2:])
+    steps(visualizer, 70)
+    late = pages.open(visualizer)
+    for page in (early, late):
+        caught_up(page, visualizer)
+    steps(visualizer, 5)
+    (everything, _), (rest, _) = [
+        (caught_up(page, visualizer), page.evaluate(ROWS))[1] for page in (early, late)
+    ]
+    first = late.evaluate("minipaged.player.first")
+    assert first >= 40 and rest == everything[first:] and everything == rows_of(visualizer)
+    # As when the page forgets: a window that moves on.
+    early.evaluate("""() => { const { player } = minipaged;
+        player.seek(40);
+        player.keyframes.set(40, JSON.stringify(player.state));
+        player.forgetOldest(); }""")
+    steps(visualizer, 1)
+    caught_up(early, visualizer)
+    rows, _ = early.evaluate(ROWS)
+    assert [row[0] for row in rows] == list(range(40, visualizer.log.end)) and rows[: len(rest)] == rest

@@ -11,7 +11,7 @@ import pytest
 from minipaged import LLM, EngineConfig
 from visualizer.app import Visualizer
 from visualizer.scenarios import DEMO_SETTINGS as SETTINGS
-from visualizer.scenarios import SCENARIOS
+from visualizer.scenarios import SCENARIOS, Arrival
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,38 @@ def test_settings_are_the_engines(serve: Callable[..., Visualizer], pages: Any) 
     page.fill("[data-testid=prompt]", "Once upon a time")
     page.click("[data-testid=generate]")
     page.locator("[data-testid=message]").filter(has_text="seed").wait_for()
+    # Beside the field, too: on leaving it, and when a prompt is refused for it.
+    assert "Seed must be" in page.text_content("[data-testid=bad-seed]")
+    assert page.get_attribute("[data-testid=set-seed]", "aria-invalid") == "true"
+    page.click("[data-testid=settings]")
+    for name, wrong, words in (
+        ("top_k", "lots", "top_k must be a whole number of at least 0, not 'lots'"),
+        ("repetition_penalty", "0", "repetition_penalty must be a number between 0.01 and 100, not 0"),
+        ("presence_penalty", "1e", "presence_penalty must be a number between -100 and 100, not '1e'"),
+        ("frequency_penalty", "1000", "frequency_penalty must be a number"),
+        ("min_tokens", "2.5", "min_tokens must be a whole number of at least 0, not 2.5"),
+        ("stop", "x" * 201, "201 characters"),
+    ):
+        page.fill("[data-testid=set-seed]", "")
+        page.fill(f"[data-testid=set-{name}]", wrong)
+        page.press(f"[data-testid=set-{name}]", "Tab")
+        page.locator(f"[data-testid=bad-{name}]").filter(has_text=words).wait_for()
+        page.fill(f"[data-testid=set-{name}]", "")
+        page.press(f"[data-testid=set-{name}]", "Tab")
+        page.locator(f"[data-testid=bad-{name}]").wait_for(state="hidden")
+    page.fill("[data-testid=set-stop]", "the end\n\\n\\n")
+    page.fill("[data-testid=set-num_blocks]", "1e")
+    page.click("[data-testid=apply]")
+    page.locator("[data-testid=bad-num_blocks]").filter(has_text="Num blocks must be").wait_for()
+    page.keyboard.press("Escape")
+    sent = visualizer.thread.submit
+    visualizer.thread.submit = lambda arrival: arrivals.append(arrival) or sent(arrival)
+    arrivals: list[Arrival] = []
+    page.click("[data-testid=generate]")
+    page.wait_for_function("Object.keys(minipaged.dump().seqs).length > 0")
+    assert arrivals[0].stop == ("the end", "\n\n") and arrivals[0].seed is None
+    page.evaluate("document.querySelector('[data-testid=set-stop]').value = ''")
+    page.fill("[data-testid=prompt]", "Once upon a time")
     page.evaluate("document.querySelector('[data-testid=set-seed]').value = '7'")
     page.select_option("[data-testid=beams]", "3")
     page.click("[data-testid=generate]")

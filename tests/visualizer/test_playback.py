@@ -1,5 +1,6 @@
 """Walking, flying, naming, saving and replaying: the view's own tools, in a real browser."""
 
+import ast
 import asyncio
 import json
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -172,29 +174,48 @@ def test_swapping_flies_to_the_cpu_and_back(launching: Callable[..., Visualizer]
 
 
 def test_sources_name_the_line_that_defines_the_function() -> None:
-    told = sources()
+    told, files = sources()["functions"], sources()["files"]
     for kind, function in FUNCTIONS.items():
-        line = (ROOT / told[kind]["file"]).read_text(encoding="utf-8").splitlines()[told[kind]["line"] - 1]
-        assert line.strip().startswith(f"def {function.__name__}("), kind
-        assert told[kind]["text"].splitlines()[0] == line.strip()
+        assert files[told[kind]["file"]] == (ROOT / told[kind]["file"]).read_text(encoding="utf-8")
+        lines = files[told[kind]["file"]].splitlines()[told[kind]["line"] - 1 : told[kind]["last"]]
+        assert lines[0].strip().startswith(f"def {function.__name__}("), kind
+        assert ast.parse(dedent("\n".join(lines))).body[0].name == function.__name__ and lines[-1].strip()
         assert told[kind]["url"] is None or told[kind]["url"].startswith("https://github.com/")
+    assert len(json.dumps(files)) < 100_000, "it goes along with every page"
 
 
-def test_the_source_opens_in_a_panel(serve: Callable[..., Visualizer], pages: Any, monkeypatch: Any) -> None:
-    told = {kind: source | {"url": None} for kind, source in sources().items()}
-    monkeypatch.setattr("visualizer.app.sources", lambda: told)
+@pytest.mark.parametrize("home", [None, "https://github.com/somebody/minipaged"])
+def test_the_source_opens_in_a_panel(
+    home: str | None, serve: Callable[..., Visualizer], pages: Any, monkeypatch: Any
+) -> None:
+    """The same with a project's address and without: the code is there when the network is not."""
+    monkeypatch.setattr("visualizer.sources._project_url", lambda: home)
+    sources.cache_clear()
     visualizer = serve()
+    sources.cache_clear()
     page = pages.open(visualizer)
     visualizer.thread.pause().result(20)
     submit(visualizer, FORK)
     steps(visualizer, 1)
     caught_up(page, visualizer)
-    page.focus("[data-testid=source]")
-    page.keyboard.press("Enter")
     panel = page.locator("[data-testid=source-panel]")
-    panel.filter(has_text="def ").wait_for()
-    page.keyboard.press("Escape")
-    panel.wait_for(state="hidden")
+    for key in ("Enter", "Space"):
+        page.focus("[data-testid=source]")
+        page.keyboard.press(key)
+        panel.filter(has_text="def ").wait_for()
+        kind = page.get_attribute("[data-testid=source]", "data-source")
+        function = sources()["functions"][kind]
+        marked = page.text_content("[data-testid=source-lines]").splitlines()
+        assert len(marked) == function["last"] - function["line"] + 1
+        assert marked[0].split(maxsplit=1)[0] == str(function["line"])
+        assert f"def {FUNCTIONS[kind].__name__}(" in marked[0]
+        top = page.evaluate("""() => { const pre = document.querySelector("[data-testid=source-panel] pre");
+            return pre.querySelector("mark").getBoundingClientRect().top - pre.getBoundingClientRect().top; }""")
+        assert 0 <= top < 200, "it is in view"
+        assert page.locator("[data-testid=source-panel] a").is_visible() == bool(home)
+        page.keyboard.press("Escape")
+        panel.wait_for(state="hidden")
+        assert page.evaluate("minipaged.player.mode") == "live", "the keys were not the timeline's"
 
 
 # --- recordings -------------------------------------------------------------------------------------------------

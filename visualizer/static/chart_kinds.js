@@ -1,4 +1,4 @@
-// Charts that plotly draws: lines over the steps, and the Gantt chart of the sequences. Both know which part of the
+// Charts that plotly draws: lines over the steps, first tokens as dots, and the Gantt chart of the sequences. All know which part of the
 // history to show and mark the moment looked at when it is not the present.
 
 import { colour, letter, plural } from "./names.js";
@@ -80,7 +80,7 @@ export class LineChart extends PlotlyChart {
 
   draw(player, { first, end }) {
     const { drawn } = this;
-    const same = drawn.run === player.run;
+    const same = drawn.records === player.records;
     if (same && drawn.first === first && drawn.end === end) return;
     // Going on from what is drawn: add to it. Anything else (a seek, a new run): draw afresh.
     const goesOn = same && drawn.first <= first && drawn.end > first && drawn.end < end;
@@ -93,7 +93,40 @@ export class LineChart extends PlotlyChart {
     const y = traces.map((i) => rows.map((row) => row[i]));
     if (goesOn) window.Plotly.extendTraces(this.plot, { x, y }, traces, WINDOW);
     else window.Plotly.restyle(this.plot, { x, y }, traces);
-    this.drawn = { run: player.run, first, end };
+    this.drawn = { records: player.records, first, end };
+  }
+}
+
+// A dot for each request's first token, and the percentiles of what readers wait from one token to the next.
+export class LatencyChart extends PlotlyChart {
+  constructor(node, figure, history) {
+    super(node, figure);
+    this.history = history;
+  }
+
+  render(player) {
+    this.begin();
+    const { first, end } = windowOf(player);
+    const key = `${player.run} ${first} ${end}`;
+    if (key !== this.drawn && end > first) this.draw(first, end);
+    this.drawn = key;
+    this.decorate(player, player.state.step);
+  }
+
+  draw(first, end) {
+    const { history } = this;
+    const dots = history.latency.firsts.filter(({ number }) => number >= first && number < end);
+    const points = history.points.slice(first - history.first, end - history.first).filter(({ p50 }) => p50 !== null);
+    const steps = points.map(({ step }) => step);
+    const [from, to] = [history.at(first + 1).step, history.at(end).step];
+    const range = [from - 1 - (to - from) / 40, to + 1]; // one for both charts, with room for a letter at the left
+    const others = [undefined, undefined, undefined];
+    window.Plotly.update(this.plot, {
+      x: [dots.map(({ step }) => step), steps, steps, steps],
+      y: [dots.map(({ ms }) => ms), ...["p50", "p95", "p99"].map((name) => points.map((point) => point[name]))],
+      text: [dots.map(({ seq }) => letter(seq)), ...others],
+      "marker.color": [dots.map(({ seq }) => colour(seq)), ...others],
+    }, { "xaxis.range": range, "xaxis2.range": range });
   }
 }
 

@@ -2,7 +2,7 @@
 // scene. The figures were built in Python with plotly and arrive once as JSON; only their data changes here, four times
 // a second at most, and only in the tab that is looked at.
 
-import { GanttChart, LineChart } from "./chart_kinds.js";
+import { GanttChart, LatencyChart, LineChart } from "./chart_kinds.js";
 import { History } from "./history.js";
 import { element, plural, setText } from "./names.js";
 import { Waste } from "./waste.js";
@@ -10,8 +10,9 @@ import { Waste } from "./waste.js";
 const EVERY = 250; // milliseconds
 const WIDE = 900; // pixels; from here on there is room for two things beside each other
 const TABS = {
-  memory: "Memory", waste: "Waste", throughput: "Throughput", sequences: "Sequences", prefix: "Prefix cache",
+  memory: "Memory", waste: "Waste", throughput: "Throughput", latency: "Latency", sequences: "Sequences", prefix: "Prefix",
 };
+const time = (ms) => (ms < 1000 ? `${ms.toFixed(ms < 100 ? 1 : 0)} ms` : `${(ms / 1000).toFixed(2)} s`);
 const whole = (value) => Math.round(value).toLocaleString("en");
 
 // What each tab says about the moment looked at.
@@ -25,6 +26,12 @@ const SAY = {
     if (point.ms === null) return "nothing computed yet";
     const batch = `${point.decode} decode + ${point.prefill} prefill`;
     return `${batch} tokens in ${point.ms.toFixed(1)} ms · ${point.rate === null ? "–" : whole(point.rate)} tokens/s`;
+  },
+  latency({ point, history, position }) {
+    const { count, ms } = history.latency.median(position);
+    if (!count) return "no token has come yet";
+    const gaps = point.p50 === null ? "" : ` · the next after ${time(point.p50)} (p50), ${time(point.p95)} (p95), ${time(point.p99)} (p99)`;
+    return `first token after ${time(ms)} (median of ${count})${gaps}`;
   },
   sequences({ state }) {
     const count = (name) => state[name].flatMap((id) => state.requests[id]).filter((id) => !state.seqs[id].finish_reason);
@@ -40,19 +47,16 @@ const SAY = {
 };
 
 export class Charts {
-  constructor(root, figures, plotlyUrl, server) {
+  constructor(root, figures, plotlyUrl) {
     this.box = root.querySelector("[data-part=charts]");
     this.history = new History();
     this.nextAt = 0;
     this.views = {};
-    if (!figures) { // an exported recording carries no plotly with it
-      this.box.hidden = true;
-      return;
-    }
-    this.build(figures, server);
+    this.build(figures);
     this.show("memory");
     new ResizeObserver(() => this.resize()).observe(this.box);
     new MutationObserver(() => this.repaint()).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+    if (!plotlyUrl) return; // an exported page in a browser that could not unpack it
     // 4.8 MB: the page is alive long before the charts are.
     const script = document.createElement("script");
     script.src = plotlyUrl;
@@ -60,7 +64,7 @@ export class Charts {
     document.head.append(script);
   }
 
-  build(figures, server) {
+  build(figures) {
     const head = element("div", "mp-charts-head", this.box);
     const list = element("div", "mp-tabs", head, { role: "tablist", "aria-label": "Charts" });
     this.caption = element("output", "mp-chart-now", head, { "data-testid": "chart-now", "aria-live": "off" });
@@ -77,7 +81,7 @@ export class Charts {
         id: ids["aria-controls"], role: "tabpanel", "aria-labelledby": ids.id, "data-chart": name,
         "data-testid": name === "memory" ? "chart" : `chart-${name}`,
       });
-      this.views[name] = this.viewOf(name, panel, figures[name], server);
+      this.views[name] = this.viewOf(name, panel, figures[name]);
     }
     this.enlarge.before(this.views.waste.toggle);
     list.addEventListener("keydown", (event) => this.key(event));
@@ -90,8 +94,9 @@ export class Charts {
     this.setBig(false);
   }
 
-  viewOf(name, panel, figure, server) {
-    if (name === "waste") return new Waste(panel, figure, server);
+  viewOf(name, panel, figure) {
+    if (name === "waste") return new Waste(panel, figure);
+    if (name === "latency") return new LatencyChart(panel, figure, this.history);
     if (name === "sequences") return new GanttChart(panel, figure, this.history);
     return new LineChart(panel, figure, POINTS[name], this.history);
   }
@@ -107,7 +112,6 @@ export class Charts {
   }
 
   show(name) {
-    if (!this.tabs) return; // no charts here
     this.shown = name;
     for (const [other, tab] of Object.entries(this.tabs)) {
       tab.setAttribute("aria-selected", String(other === name));
@@ -151,12 +155,12 @@ export class Charts {
   }
 
   render(player, now) {
-    if (this.box.hidden || !player.state.config.num_blocks) return;
+    if (!player.state.config.num_blocks) return;
     this.say(player);
-    if (now < this.nextAt || !window.Plotly) return;
+    if (now < this.nextAt || !(window.Plotly || this.shown === "waste")) return; // its bars need no plotly
     this.nextAt = now + EVERY;
     if (this.shown !== "memory" && this.shown !== "waste") this.history.follow(player);
-    this.view.render(player, now);
+    this.view.render(player);
   }
 
   say(player) {
@@ -165,7 +169,8 @@ export class Charts {
     this.said = key;
     if (SAY[this.shown]) this.history.follow(player);
     const record = player.current;
-    const about = { record, state: player.state, point: this.history.at(player.position) };
+    const about = { record, state: player.state, point: this.history.at(player.position), history: this.history,
+      position: player.position };
     setText(this.caption, record && SAY[this.shown] ? SAY[this.shown](about) : "");
   }
 }

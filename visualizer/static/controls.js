@@ -57,7 +57,7 @@ export class Controls {
     if (done) prompt.value = "";
   }
 
-  // What chat turns take from the form, too; `extras` is set by whoever knows more.
+  // What chat turns take from the form, too; `extras` and `refused` are set by whoever knows more.
   sampling() {
     const { temperature, max_tokens } = this.form.elements;
     return {
@@ -69,6 +69,7 @@ export class Controls {
 
   async ask(command) {
     const answer = await this.send(command);
+    if (answer?.field) this.refused?.(answer);
     const problem = !answer ? "The server does not answer; is it still running?" : answer.ok ? "" : answer.message;
     setText(this.message, problem);
     this.message.hidden = !problem;

@@ -1,11 +1,13 @@
-// What the charts draw, gathered from the player's records one by one: a point per record (batch, time, prefix cache)
-// and the spans of time that each sequence spent waiting, in prefill, in decode or preempted.
+// What the charts draw, gathered from the player's records one by one: a point per record (batch, time, latency, prefix
+// cache) and the spans of time that each sequence spent waiting, in prefill, in decode or preempted.
+
+import { Latency } from "./latency.js";
 
 const SMOOTH = 12; // steps over which tokens per second are averaged
 
 export class History {
   constructor() {
-    this.run = null;
+    this.records = null; // the player's, of the run that this is about
     this.first = 0;
     this.points = [];
   }
@@ -21,23 +23,23 @@ export class History {
 
   // Takes what is new in the player's records; starts over when they are not a continuation.
   follow(player) {
-    if (this.run !== player.run || player.first > this.end || player.first < this.first || player.end < this.end) {
-      this.begin(player);
-    }
+    if (this.records !== player.records || player.first > this.end) this.begin(player);
     this.points.splice(0, player.first - this.first);
+    this.latency.forget(player.first);
     this.first = player.first;
     for (const record of player.records.slice(this.end - player.first)) this.points.push(this.read(record));
   }
 
   begin(player) {
     const state = JSON.parse(player.keyframes.get(player.first));
-    this.run = player.run;
+    this.records = player.records;
     this.first = player.first;
     this.points = [];
     this.seqs = new Map(); // id -> {request, prompt, length, spans}; of spans the last one is open until `ended`
     this.step = state.step - (Object.keys(state.seqs).length ? 0 : 1);
     this.now = { step: this.step, hit: 0, known: 0, evicted: 0, cached: Object.keys(state.cached).length };
     this.recent = [];
+    this.latency = new Latency();
     for (const [id, seq] of Object.entries(state.seqs)) {
       if (seq.finish_reason) continue;
       this.add(Number(id), seq.request_id, seq.num_prompt, seq.tokens.length);
@@ -51,6 +53,7 @@ export class History {
     const point = { ...this.now, prefill: 0, decode: 0, ms: null, rate: null, evictions: 0 };
     for (const event of events) READ[event.type]?.(this, event, point);
     point.step = this.step;
+    Object.assign(point, this.latency.read(events, this.end));
     point.rate ??= this.rate();
     const { step, hit, known, evicted, cached, ms, rate } = point;
     this.now = { step, hit, known, evicted, cached, ms, rate };

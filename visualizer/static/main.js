@@ -56,6 +56,7 @@ class Page {
     this.controls = new Controls(root, send);
     this.settings = new Settings(root, send);
     this.controls.extras = () => this.settings.sampling();
+    this.controls.refused = (answer) => this.settings.refused(answer);
     this.guide = new Guide(root, (command) => this.controls.ask(command), more.scenarios ?? [],
       (tab) => this.charts.show(tab));
     this.chat = new Chat(root, send, () => this.controls.sampling());
@@ -69,7 +70,7 @@ class Page {
       leave: () => this.leaveRecording(),
       text: () => this.recording?.text,
     });
-    this.charts = new Charts(root, figures, plotly, server);
+    this.charts = new Charts(root, figures, plotly);
     this.banner = root.querySelector("[data-part=banner]");
     this.banner.querySelector("[data-do=restart]").addEventListener("click", () => this.controls.ask({ do: "reset" }));
     this.banner.querySelector("[data-do=dismiss]").addEventListener("click", () => {
@@ -202,8 +203,7 @@ class Page {
     this.pool.render(state, lit);
     this.pool.land(this.player);
     this.inspector.render(this.player, this.pinned, lit);
-    const { found } = this.player;
-    this.sequences.render(state, lit, (id) => found.get(id) ?? 0);
+    this.sequences.render(state, lit);
     this.swap.render(state, lit);
     this.arrows.render(lit, this.sequences, this.pool, this.swap, this.player);
     this.flights.render(this.player);
@@ -245,6 +245,7 @@ class Page {
       dump: () => JSON.parse(JSON.stringify(this.player.state)),
       check: () => check(this.player.state),
       player: this.player,
+      charts: this.charts,
       inspector: this.inspector,
     };
   }

@@ -3,10 +3,11 @@
 
 import { marksOf } from "./marks.js";
 import { tell } from "./narration.js";
+import { Record } from "./record.js";
 import { State, measure } from "./reducer.js";
 
-const KEYFRAME_EVERY = 40; // records
-const MAX_RECORDS = 60 * KEYFRAME_EVERY;
+const KEYFRAME_EVERY = 200; // records: to apply so many takes some milliseconds, while a keyframe is up to half a megabyte
+const MAX_RECORDS = 6 * KEYFRAME_EVERY; // a minute at 20 steps a second; memory grows until then, and not beyond
 const REPLAY_RATE = 12; // records per second when playing what is past
 // Some moments last one step and are the point of the whole page: while following live, the view rests on them
 // (milliseconds), then catches up. Not on every one of a series: what repeats at once has been seen.
@@ -25,7 +26,6 @@ export class Player {
     this.run = run;
     this.first = first; // number of the oldest record kept
     this.records = []; // {events, marks, mark, metrics, told}
-    this.admissions = []; // {seq, tokens, at}: how many of its tokens came from the prefix cache, and when
     this.keyframes = new Map([[first, JSON.stringify(state)]]); // number -> state before that record
     this.head = State.from(state); // after the newest record
     this.state = State.from(state); // at the position looked at
@@ -53,12 +53,6 @@ export class Player {
     return this.records[this.position - this.first - 1];
   }
 
-  // Sequence -> the tokens that the prefix cache gave it when it last joined the batch, as of the moment looked at.
-  get found() {
-    const past = ({ at: [number, index] }) => number < this.position || (number === this.position && index < this.sub);
-    return new Map(this.admissions.filter(past).map(({ seq, tokens }) => [seq, tokens]));
-  }
-
   // Takes the answer to a pull. A run or a cursor that is not ours: start over from its keyframe.
   receive(answer) {
     if (answer.keyframe) {
@@ -73,13 +67,10 @@ export class Player {
 
   ingest(events) {
     for (const event of events) this.head.apply(event);
-    events.forEach((event, index) => {
-      if (event.type !== "admitted") return;
-      this.admissions.push({ seq: event.seq_id, tokens: event.num_cached, at: [this.end, index] });
-    });
     const marks = marksOf(events);
     const [mark] = marks; // the most telling of them
-    this.records.push({ events, marks, mark, metrics: measure(this.head), told: tell({ events }, this.head) });
+    const told = tell({ events }, this.head);
+    this.records.push(new Record({ events, marks, mark, metrics: measure(this.head), told }));
     if (this.end % KEYFRAME_EVERY === 0) this.keyframes.set(this.end, JSON.stringify(this.head));
     if (this.records.length > MAX_RECORDS && !this.recording) this.forgetOldest();
   }

@@ -76,6 +76,7 @@ const HANDLERS = {
         pieces: [...e.prompt_pieces],
         logprobs: e.prompt_token_ids.map(() => null),
         num_computed: 0,
+        num_cached: 0,
         table: [],
         swap_table: [],
         parent: null,
@@ -91,7 +92,7 @@ const HANDLERS = {
   admitted(state, e) {
     remove(state.waiting, e.request_id);
     queue(state, state.running, e.request_id);
-    state.seqs[e.seq_id].num_computed = e.num_cached;
+    Object.assign(state.seqs[e.seq_id], { num_computed: e.num_cached, num_cached: e.num_cached });
   },
   allocated,
   shared: allocated,
@@ -136,7 +137,7 @@ const HANDLERS = {
     const parent = state.seqs[e.parent];
     if (!(e.child in state.seqs)) { // a beam, or a fork that somebody asked for
       state.seqs[e.child] = {
-        ...structuredClone(parent), request_id: e.request_id, table: [], swap_table: [], finish_reason: null,
+        ...structuredClone(parent), request_id: e.request_id, num_cached: 0, table: [], swap_table: [], finish_reason: null,
       };
       const siblings = state.requests[e.request_id] ?? [];
       if (siblings.some((id) => state.seqs[id].finish_reason === null)) {

@@ -42,8 +42,7 @@ export class Sequences {
     this.select(token === undefined ? { seq } : { seq, token }, how);
   }
 
-  // `cached(id)` says how many tokens of a sequence came from the prefix cache.
-  render(state, lit, cached) {
+  render(state, lit) {
     this.state = state;
     const tree = familyRows(state);
     const ids = tree.map(({ id }) => id);
@@ -67,7 +66,7 @@ export class Sequences {
       if (this.list.children[index] !== row.node) this.list.insertBefore(row.node, this.list.children[index] ?? null);
       renderPlace(row, place);
       this.renderRow(state, id, row, own, lit);
-      renderHit(state, id, row, cached(id));
+      renderHit(state, id, row);
     });
     const spots = this.renderText(state, ids, lit);
     this.showNewest(state, ids, spots);
@@ -270,8 +269,8 @@ function renderPlace(row, { id, parent, depth, skipped, rails }) {
 }
 
 // What the prefix cache has given: said in words, and marked on the entries of the table.
-function renderHit(state, id, row, tokens) {
-  const { table } = state.seqs[id];
+function renderHit(state, id, row) {
+  const { table, num_cached: tokens } = state.seqs[id];
   row.hit.hidden = !tokens || !table.length;
   if (!row.hit.hidden) setText(row.hit, `${plural(tokens, "token")} from the cache`);
   row.chips.forEach(({ node }, logical) => {

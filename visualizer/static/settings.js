@@ -1,8 +1,9 @@
 // The drawer: how the engine is built, and how texts are sampled. The server checks the values; here they are only
-// collected, and its words shown.
+// collected, and its words shown, beside the field if it is one field's fault.
 
 import { element, setText } from "./names.js";
 
+// A field is a number unless `kind` says otherwise, or `options` to choose from.
 const ENGINE = [
   { name: "model", label: "Model", kind: "text", hint: "tiny, a directory, or a hub id such as HuggingFaceTB/SmolLM2-135M" },
   { name: "block_size", label: "Block size", hint: "tokens in a KV block" },
@@ -15,8 +16,13 @@ const ENGINE = [
 ];
 const SAMPLING = [
   { name: "top_k", label: "Top-k", hint: "keep the k likeliest tokens; 0 keeps all" },
-  { name: "top_p", label: "Top-p", step: "0.05", hint: "keep the likeliest that add up to p" },
-  { name: "min_p", label: "Min-p", step: "0.05", hint: "drop what is less likely than p × the likeliest" },
+  { name: "top_p", label: "Top-p", hint: "keep the likeliest that add up to p" },
+  { name: "min_p", label: "Min-p", hint: "drop what is less likely than p × the likeliest" },
+  { name: "repetition_penalty", label: "Repetition", hint: "above 1: less of what prompt and text contain" },
+  { name: "presence_penalty", label: "Presence", hint: "taken off the logits of tokens the text contains" },
+  { name: "frequency_penalty", label: "Frequency", hint: "the same, once for each time" },
+  { name: "stop", label: "Stop strings", kind: "lines", hint: "one a line; the text ends before them. \\n is a line's end" },
+  { name: "min_tokens", label: "Min tokens", hint: "no text ends before so many" },
   { name: "seed", label: "Seed", hint: "a whole number: the same text every time" },
 ];
 
@@ -35,6 +41,7 @@ export class Settings {
     this.form.addEventListener("submit", (event) => this.submit(event));
     this.form.elements.preemption.addEventListener("change", () => this.showSwap());
     this.refining.addEventListener("submit", (event) => event.preventDefault());
+    this.refining.addEventListener("change", () => this.check());
     this.drawer.addEventListener("click", (event) => {
       if (event.target === this.drawer) this.drawer.close(); // beside it
     });
@@ -43,7 +50,19 @@ export class Settings {
   open() {
     this.fill();
     this.tell("", "");
+    blame(this.form);
     this.drawer.showModal();
+  }
+
+  // Asks what the server thinks of the sampling fields, before a prompt is sent with them.
+  async check() {
+    const answer = await this.send({ do: "check", ...this.sampling() }).catch(() => null);
+    if (answer) blame(this.refining, answer.field, answer.message);
+  }
+
+  // A prompt was refused for a field of the drawer.
+  refused({ field, message }) {
+    if (SAMPLING.some(({ name }) => name === field)) blame(this.refining, field, message);
   }
 
   // The running engine's values.
@@ -69,10 +88,11 @@ export class Settings {
       const input = this.form.elements[name];
       if (kind === "checkbox") command[name] = input.checked;
       else if (kind || options) command[name] = input.value;
-      else if (input.value !== "" || name !== "swap_blocks") command[name] = number(input);
+      else if (input.value !== "" || name !== "swap_blocks") command[name] = number(input.value);
     }
     this.tell("busy", command.model === this.config.model ? "Restarting…" : `Loading ${command.model}…`);
     const answer = await this.send(command).catch(() => null);
+    blame(this.form, answer?.field, answer?.message);
     if (answer?.ok) this.tell("good", answer.result);
     else this.tell("bad", answer ? `${answer.message} The engine goes on as it was.` : "The server does not answer.");
   }
@@ -90,19 +110,39 @@ export class Settings {
 
   // What every prompt is sent with. A field that is no number is sent as it is, for the server to complain about.
   sampling() {
-    const filled = SAMPLING.filter(({ name }) => this.refining.elements[name].value !== "");
-    return Object.fromEntries(filled.map(({ name }) => [name, number(this.refining.elements[name])]));
+    const value = (name) => this.refining.elements[name].value;
+    const filled = SAMPLING.filter(({ name }) => value(name) !== "");
+    return Object.fromEntries(filled.map(({ name, kind }) => [name, kind === "lines" ? lines(value(name)) : number(value(name))]));
   }
 }
 
-const number = (input) => (input.value === "" ? "" : Number(input.value));
+// What is no number goes to the server as it was typed, for its complaint to quote it.
+const number = (text) => (text.trim() === "" || Number.isNaN(Number(text)) ? text : Number(text));
+const lines = (text) => text.split("\n").filter((line) => line !== "").map((line) => line.replaceAll("\\n", "\n"));
 
-function build(parent, { name, label, kind = "number", options, hint, step = "1" }) {
+function build(parent, { name, label, kind = "number", options, hint }) {
   const row = element("label", "mp-field", parent);
   element("span", "", row).textContent = label;
-  const input = options
-    ? element("select", "", row, { name, "data-testid": `set-${name}` })
-    : element("input", "", row, { name, type: kind, step, "data-testid": `set-${name}` });
-  for (const option of options ?? []) element("option", "", input).textContent = option;
-  element("small", "", row).textContent = hint;
+  const common = { name, "data-testid": `set-${name}`, "aria-describedby": `mp-hint-${name} mp-bad-${name}` };
+  if (options) {
+    const select = element("select", "", row, common);
+    for (const option of options) element("option", "", select).textContent = option;
+  } else if (kind === "lines") {
+    element("textarea", "", row, { rows: 2, spellcheck: "false", ...common });
+  } else {
+    // Not type="number": a browser tells nobody what was typed there if it is none, so it would be ignored.
+    element("input", "", row, kind === "number" ? { type: "text", inputmode: "decimal", ...common } : { type: kind, ...common });
+  }
+  element("small", "", row, { id: `mp-hint-${name}` }).textContent = hint;
+  element("em", "mp-bad", row, { id: `mp-bad-${name}`, "data-testid": `bad-${name}`, role: "status" });
+}
+
+// Marks the one field of a form that is wrong, and says why; without a name, none is.
+function blame(form, name = "", words = "") {
+  for (const note of form.querySelectorAll(".mp-bad")) {
+    const input = note.parentNode.querySelector("[name]");
+    const wrong = input.name === name;
+    setText(note, wrong ? words : "");
+    input.setAttribute("aria-invalid", String(wrong));
+  }
 }

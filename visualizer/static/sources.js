@@ -1,48 +1,43 @@
-// Who did it: the narration's link to the function in the engine's source, at GitHub or in a small panel of its own.
-// Names, files and lines come from the server, which looked them up in the running code.
+// Who did it: the narration's link to the function in the engine's source, in a panel that shows its file. The files came
+// with the page, from the running code, so this needs no network and shows no other version.
 
-import { setText } from "./names.js";
+import { element, setText } from "./names.js";
 
 export class Sources {
   constructor(root, sources) {
-    this.sources = sources ?? {};
+    this.functions = sources?.functions ?? {};
+    this.files = sources?.files ?? {};
     this.link = root.querySelector("[data-part=source]");
     this.panel = root.querySelector("[data-part=source-panel]");
-    this.link.addEventListener("click", (event) => {
-      if (this.link.hasAttribute("href")) return;
-      event.preventDefault();
-      this.open(this.sources[this.link.dataset.source]);
-    });
-    this.link.addEventListener("keydown", (event) => {
-      if (!["Enter", " "].includes(event.key) || this.link.hasAttribute("href")) return;
-      event.preventDefault(); // or the same key would press the panel's first button
-      event.stopPropagation();
-      this.link.click();
-    });
+    this.link.addEventListener("click", () => this.open(this.functions[this.link.dataset.source]));
+    this.link.addEventListener("keydown", (event) => event.stopPropagation()); // space is not the timeline's here
+    this.elsewhere = this.panel.querySelector("a");
     this.panel.querySelector("button").addEventListener("click", () => this.panel.close());
     this.panel.addEventListener("keydown", (event) => event.stopPropagation()); // its keys are not the timeline's
   }
 
   render(told) {
-    const source = this.sources[told?.type];
+    const source = this.functions[told?.type];
     this.link.hidden = !source;
     if (!source || this.link.dataset.source === told.type) return;
     this.link.dataset.source = told.type;
     setText(this.link, `${source.name} · ${source.file.split("/").at(-1)}:${source.line}`);
     this.link.title = `${source.file}, line ${source.line}: the function that did it`;
-    if (source.url) {
-      this.link.href = source.url;
-    } else {
-      this.link.tabIndex = 0;
-      this.link.setAttribute("role", "button");
-    }
   }
 
-  open({ name, file, line, text }) {
+  // The whole file, with the function's lines marked and in view.
+  open({ name, file, line, last, url }) {
     setText(this.panel.querySelector("h2"), name);
-    setText(this.panel.querySelector("small"), `${file}:${line}`);
-    const lines = text.split("\n").map((words, i) => `${String(line + i).padStart(4)}  ${words}`);
-    setText(this.panel.querySelector("pre"), lines.join("\n"));
+    setText(this.panel.querySelector("small"), `${file}, lines ${line} to ${last}`);
+    this.elsewhere.hidden = !url;
+    if (url) this.elsewhere.href = url;
+    const lines = this.files[file].split("\n").map((words, i) => `${String(i + 1).padStart(4)}  ${words}\n`);
+    const pre = this.panel.querySelector("pre");
+    pre.replaceChildren(lines.slice(0, line - 1).join(""));
+    const mark = element("mark", "", pre, { "data-testid": "source-lines" });
+    mark.textContent = lines.slice(line - 1, last).join("");
+    pre.append(lines.slice(last).join(""));
     this.panel.showModal();
+    pre.scrollTop = mark.offsetTop - 40;
   }
 }

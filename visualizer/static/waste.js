@@ -1,11 +1,10 @@
 // What other memory managers would hold for the very same texts: a table of bars for the moment looked at, one sentence
-// in plain words, and a line over time. The server keeps the books (waste_rows.py); this asks for what is new or has
-// changed, twice a second at most and only while somebody looks.
+// in plain words, and a line over time. The books are kept in accounts.js, from the moment that somebody looks.
 
+import { Accounts, PAGE_TOKENS } from "./accounts.js";
 import { PlotlyChart, windowOf } from "./chart_kinds.js";
 import { element, setText } from "./names.js";
 
-const EVERY = 500; // milliseconds between requests
 const SCALE = 2.5; // pools that a bar may be long; what is more is cut off, for the others to be readable
 const CLASSES = ["token", "reserved", "internal", "external"];
 const WORDS = {
@@ -15,20 +14,15 @@ const MANAGERS = {
   "orca-max": ["FT, Orca Max", "Sets aside the longest possible text for each, as FasterTransformer (FT) does"],
   "orca-pow2": ["Orca Pow2", "Sets aside the prompt and the output's length rounded up to a power of two"],
   "orca-oracle": ["Orca Oracle", "Knows how long each text will be, and sets aside exactly that"],
-  vattention: ["vAttention", "Maps pages of the GPU's own memory as a text grows"],
+  vattention: ["vAttention", `Maps pages of the GPU's own memory as a text grows; here ${PAGE_TOKENS} tokens a page`],
   paged: ["paged", "What you see above: blocks on demand, shared where texts begin alike"],
 };
-const NAMES = Object.keys(MANAGERS);
-const RECORDED = "What others would hold is worked out for live runs only: leave the recording to see it.";
+const NAMES = Object.keys(MANAGERS); // in the order of the books
 
 export class Waste extends PlotlyChart {
-  constructor(panel, figure, server) {
+  constructor(panel, figure) {
     super(panel, figure, element("div", "mp-waste-line", null, { "data-testid": "waste-line" }));
-    this.server = server;
-    this.rows = []; // by record number: [number, step, running, then token, reserved, internal, external, fit of each]
-    this.oldest = 0; // number of the oldest row kept
-    this.revision = -1;
-    this.nextAt = 0;
+    this.accounts = new Accounts();
     this.build(panel);
   }
 
@@ -73,47 +67,13 @@ export class Waste extends PlotlyChart {
     return { row, track, parts, words, fit };
   }
 
-  render(player, now) {
-    this.ask(player, now);
-    const row = this.rowAt(player);
-    const key = `${player.run} ${row?.[0]} ${this.revision} ${player.mode}`;
+  render(player) {
+    this.accounts.follow(player);
+    const row = this.accounts.at(player.position - 1);
+    const key = `${player.run} ${row?.[0]} ${this.accounts.revision}`;
     if (key !== this.told) this.tell(player, row);
     this.told = key;
-    if (this.plot.clientWidth) this.drawLine(player);
-  }
-
-  // The row of the moment looked at; live it may be half a second old.
-  rowAt(player) {
-    if (this.run !== player.run) return undefined;
-    const number = player.position - 1;
-    return this.rows[number] ?? (player.mode === "live" ? this.rows.slice(0, number).at(-1) : undefined);
-  }
-
-  // --- the server's books ---
-
-  async ask(player, now) {
-    if (player.recording) return; // the server keeps books of what is live only
-    const upToDate = this.run === player.run && this.rows.length >= player.end;
-    if (upToDate || this.asking || now < this.nextAt) return;
-    this.asking = true;
-    this.nextAt = now + EVERY;
-    try {
-      const { run, revision } = this;
-      const answer = await this.server.waste({ run, revision, first: player.first });
-      if (answer?.run) this.receive(answer, player.first);
-    } catch (error) {
-      console.warn(error); // the page's own pull notices a server that is gone
-    }
-    this.asking = false;
-  }
-
-  receive({ run, revision, rows, page_tokens: pageTokens }, oldest) {
-    if (run !== this.run) Object.assign(this, { rows: [], oldest: 0 });
-    while (this.oldest < oldest) delete this.rows[this.oldest++];
-    this.run = run;
-    this.revision = revision;
-    for (const row of rows) this.rows[row[0]] = row;
-    this.bars[3].row.title = `${MANAGERS.vattention[1]}; here ${pageTokens} tokens a page`;
+    if (this.plot.clientWidth && window.Plotly) this.drawLine(player);
   }
 
   // --- now ---
@@ -136,18 +96,17 @@ export class Waste extends PlotlyChart {
       setText(bar.fit, row?.[2] ? `${row[7 + 5 * i]} of ${row[2]} fit` : "");
       bar.fit.title = "How many of the running texts a pool of this size could serve at once, first come, first served";
     });
-    setText(this.sentence, row ? sentence(row, totals) : player.recording ? RECORDED : "Working out what others would hold…");
+    setText(this.sentence, row ? sentence(row, totals) : "Nothing has happened yet, so nobody holds anything.");
   }
 
   // --- over time ---
 
   drawLine(player) {
     const { first, end } = windowOf(player);
-    const key = `${this.run} ${this.revision} ${first} ${end}`;
-    if (this.run !== player.run) return;
+    const key = `${player.run} ${this.accounts.revision} ${first} ${end}`;
     this.begin();
     if (key !== this.drawn) {
-      const rows = this.rows.slice(first, end).filter(Boolean);
+      const rows = this.accounts.rows.slice(first - this.accounts.first, end - this.accounts.first);
       const traces = this.figure.data.map((_, i) => i);
       const x = rows.map((row) => row[1]);
       const total = (row, i) => row[3 + 5 * i] + row[4 + 5 * i] + row[5 + 5 * i] + row[6 + 5 * i];

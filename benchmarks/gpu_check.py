@@ -1,0 +1,169 @@
+"""One call that says whether this GPU computes what it should, and how fast: tests, parity, benchmarks, in 8 minutes.
+
+    make gpu-check                                     all of it; writes benchmarks/results/gpu.json
+    python3 -m benchmarks.gpu_check --only decode --out /tmp/decode.json
+    python3 -m benchmarks.gpu_check --smoke            tiny, on a CPU: tests this program, measures nothing
+
+Needs torch, triton, transformers and pytest, and no installation. Each section has a process and a time limit of its
+own: whatever happens in one, the others go on. Exit code: 0 if all that ran was right, 1 if something was wrong, 2 if
+there is no GPU. A target that is missed is reported, and no failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.report import judge, print_report
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "gpu.json"
+SECONDS = 460.0
+
+
+@dataclass(frozen=True)
+class Section:
+    """Part of the check: ``measure`` is a ``module:function`` that is called with a `Job`.
+
+    ``seconds``: when it is killed. ``needs``: with less time left than this it is not begun.
+    """
+
+    name: str
+    measure: str
+    seconds: float
+    needs: float
+
+
+# What is right comes before what is fast. The times add up to more than there is: few sections take all of theirs.
+SECTIONS = (
+    Section("machine", "benchmarks.gpu.machine:measure", 60, 5),
+    Section("kernels", "benchmarks.gpu.correctness:kernel_tests", 110, 20),
+    Section("parity", "benchmarks.gpu.correctness:parity", 90, 20),
+    Section("sanitizer", "benchmarks.gpu.correctness:sanitizer", 70, 20),
+    Section("decode", "benchmarks.gpu.attention:decode", 100, 20),
+    Section("prefill", "benchmarks.gpu.attention:prefill", 45, 15),
+    Section("end_to_end", "benchmarks.gpu.end_to_end:measure", 240, 30),
+    Section("flex", "benchmarks.gpu.correctness:flex", 90, 30),
+)
+
+
+def run_sections(sections: Sequence[Section], seconds: float, smoke: bool) -> dict[str, dict[str, Any]]:
+    """Runs the sections one after the other until the time is gone. Name → status, results, and what went wrong."""
+    deadline, done = time.monotonic() + seconds, {}
+    for section in sections:
+        left = deadline - time.monotonic()
+        if left < section.needs:
+            reason = f"{left:.0f} s of {seconds:.0f} s are left, and it needs {section.needs:.0f} s"
+            done[section.name] = {"status": "skipped", "reason": reason, "results": {}}
+            print(f"== {section.name}: skipped, {reason}", flush=True)
+            continue
+        print(f"== {section.name}", flush=True)
+        started = time.monotonic()
+        done[section.name] = _run(section, min(section.seconds, left), smoke)
+        done[section.name]["seconds"] = round(time.monotonic() - started, 1)
+        print(f"   {done[section.name]['status']} after {done[section.name]['seconds']} s", flush=True)
+        if section.name == "machine" and done[section.name]["status"] != "ok":
+            break  # nothing to test
+    return done
+
+
+def _run(section: Section, seconds: float, smoke: bool) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "benchmarks.gpu.job", section.measure, str(path)]
+        command += [f"--seconds={seconds}", *(["--smoke"] if smoke else [])]
+        # Nothing is to be fetched, by anybody: a machine with a GPU often has no way out, and would wait for it.
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+        try:
+            code, ended = process.wait(timeout=seconds), ""
+        except subprocess.TimeoutExpired:
+            code, ended = 1, f"killed after its {seconds:.0f} s"
+        finally:
+            _kill(process)  # with all that it started
+        if code < 0:
+            ended = f"died of signal {-code}"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"failures": [], "results": {}}
+    if ended or code and not found["failures"]:
+        found["failures"].append(ended or f"ended with exit code {code} and said nothing")
+    return found | {"status": "failed" if found["failures"] else "ok"}
+
+
+def _kill(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [section.name for section in SECTIONS]
+    parser.add_argument("--smoke", action="store_true", help="tiny and on a CPU")
+    parser.add_argument("--only", help=f"comma-separated sections beside 'machine': {', '.join(names[1:])}")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything together (%(default)s)")
+    parser.add_argument("--out", type=Path, help="where to write the result; default: benchmarks/results/gpu.json, "
+                        "but nowhere for a check that is not whole")  # fmt: skip
+    options = parser.parse_args(arguments)
+    only = options.only.split(",") if options.only else names
+    if unknown := set(only) - set(names):
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+
+    started = time.monotonic()
+    chosen = [section for section in SECTIONS if section.name in only or section.name == "machine"]
+    sections = run_sections(chosen, options.seconds, options.smoke)
+    if not options.smoke and sections["machine"]["status"] != "ok":
+        print("There is no GPU that torch can use here; --smoke tests this program without one.", file=sys.stderr)
+        return 2
+    result = {
+        "smoke": options.smoke,
+        "device": sections["machine"]["results"].get("device"),
+        "machine": sections["machine"]["results"],
+        "seconds": round(time.monotonic() - started, 1),
+        "time_limit": options.seconds,
+        "targets": judge(sections, options.smoke),
+        "sections": sections,
+    }
+    print_report(result)
+    whole = not options.smoke and not options.only
+    write(result, [options.out or (RESULT if whole else None), _collected()])
+    return int(any(section["status"] == "failed" for section in sections.values()))
+
+
+def _collected() -> Path | None:
+    """Where a job runner collects what its programs leave, if it says so."""
+    return Path(os.environ["OUT"]) / "gpu.json" if os.environ.get("OUT") else None
+
+
+def _finite(value: Any) -> Any:
+    """The same, with words for the numbers that JSON has not: what went wrong must be written all the more."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(result: dict[str, Any], paths: Sequence[Path | None]) -> None:
+    """Writes the result to each of the paths."""
+    text = json.dumps(_finite(result), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    for path in filter(None, paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(f"Written to {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

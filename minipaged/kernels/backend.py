@@ -1,0 +1,102 @@
+"""Which implementation of the kernels an engine runs, and why. Chosen once per engine, carried by its KV cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from minipaged.errors import InvalidConfig
+from minipaged.kernels import reference
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The functions that touch KV, each of the signature and meaning that it has in `reference`."""
+
+    name: str
+    store_kv: Callable[..., None] = reference.store_kv
+    rope_store: Callable[..., Tensor] = reference.rope_store
+    add_norm: Callable[..., tuple[Tensor, Tensor]] = reference.add_norm
+    paged_decode: Callable[..., Tensor] = reference.paged_decode
+    paged_prefill: Callable[..., Tensor] = reference.paged_prefill
+    copy_blocks: Callable[..., None] = reference.copy_blocks
+    swap_blocks: Callable[..., None] = reference.swap_blocks
+
+
+TORCH = Kernels("torch")
+
+
+def choose(attention: str, device: torch.device) -> tuple[str, str]:
+    """What ``EngineConfig.attention`` means on a device: the name of a backend, and the reason in words.
+
+    Raises `InvalidConfig`, saying what to do, for a backend that cannot run there.
+    """
+    if attention == "auto":
+        if device.type != "cuda":
+            return "torch", f"Triton's kernels need CUDA, and this is {device.type}"
+        missing = _no_triton()
+        return ("torch", missing) if missing else ("triton", "there is CUDA, and Triton is installed")
+    if attention == "triton":
+        if missing := _no_triton():
+            raise InvalidConfig(f'attention="triton": {missing}; choose "torch" or "auto"')
+        if device.type != "cuda" and not _interpreted():
+            raise InvalidConfig(
+                f'attention="triton" needs CUDA, and this is {device.type}; choose "torch" or "auto" '
+                "(TRITON_INTERPRET=1 runs the kernels on a CPU, very slowly: for tests)"
+            )
+    if attention == "flex" and device.type != "cuda":
+        raise InvalidConfig(
+            f'attention="flex" needs CUDA, and this is {device.type}, where torch takes minutes to compile it; '
+            'choose "torch" or "auto"'
+        )
+    return attention, "chosen"
+
+
+def kernels_for(attention: str, device: torch.device) -> Kernels:
+    """The backend for ``EngineConfig.attention``. Raises `InvalidConfig` where it cannot run."""
+    name, _ = choose(attention, device)
+    return {"torch": lambda: TORCH, "triton": _triton, "flex": _flex}[name]()
+
+
+def require_compiler() -> None:
+    """Raises `InvalidConfig` where kernels cannot be compiled ahead of time."""
+    if missing := _no_triton():
+        raise InvalidConfig(missing)
+    if _interpreted():
+        raise InvalidConfig("TRITON_INTERPRET=1 interprets the kernels instead of compiling them; unset it")
+
+
+def _triton() -> Kernels:
+    # Nobody else pays for importing triton, or needs to have it.
+    from minipaged.kernels import copy_blocks, fused, paged_decode, paged_prefill, store_kv, swap
+
+    return Kernels(
+        "triton",
+        store_kv.store_kv,
+        fused.rope_store,
+        fused.add_norm,
+        paged_decode.paged_decode,
+        paged_prefill.paged_prefill,
+        copy_blocks.copy_blocks,
+        swap.swap_blocks,
+    )
+
+
+def _flex() -> Kernels:
+    from minipaged.kernels import flex
+
+    return replace(TORCH, name="flex", paged_decode=flex.paged_decode, paged_prefill=flex.paged_prefill)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _no_triton() -> str:
+    """Why triton cannot be used; empty if it can."""
+    return "" if find_spec("triton") else "Triton is not installed (pip install triton; there is none but for Linux)"

@@ -1,0 +1,81 @@
+// How long readers wait: for the first token of a request, and from one token of a text to the next. In the engine's own
+// time, the sum of its steps' durations: waiting in the queue and being preempted count, the page's speed and pauses do
+// not. So a recording tells the same as the run did.
+
+const RECENT = 256; // gaps between tokens that the percentiles are taken from
+const PERCENTILES = { p50: 0.5, p95: 0.95, p99: 0.99 };
+
+export class Latency {
+  constructor() {
+    this.clock = 0; // milliseconds
+    this.asked = new Map(); // sequence -> its request's {at: the clock when it came, served}
+    this.last = new Map(); // sequence -> the clock when its newest token came
+    this.firsts = []; // {number, step, seq, ms} of the requests' first tokens
+    this.gaps = [];
+    this.ended = []; // sequences of which no more will be heard
+    this.batch = []; // sequences that got a token in the step that is not done yet
+    this.now = { p50: null, p95: null, p99: null };
+  }
+
+  // Takes a record's events; returns the percentiles after it, in milliseconds.
+  read(events, number) {
+    for (const event of events) READ[event.type]?.(this, event, number);
+    return this.now;
+  }
+
+  forget(before) {
+    if (this.firsts[0]?.number < before) this.firsts = this.firsts.filter(({ number }) => number >= before);
+  }
+
+  // The median time to the first token of the requests that had theirs before a record, and how many they are.
+  median(end) {
+    const known = this.firsts.filter(({ number }) => number < end).map(({ ms }) => ms).sort((a, b) => a - b);
+    return { count: known.length, ms: percentile(known, 0.5) };
+  }
+
+  // A token can be read when its step is done.
+  written(id, { step }, number) {
+    const request = this.asked.get(id);
+    if (request && !request.served) this.firsts.push({ number, step, seq: id, ms: this.clock - request.at });
+    if (request) request.served = true;
+    if (this.last.has(id)) this.gaps.push(this.clock - this.last.get(id));
+    this.last.set(id, this.clock);
+  }
+}
+
+const READ = {
+  step_started(latency) {
+    latency.batch = [];
+  },
+  request_added(latency, e) {
+    const request = { at: latency.clock, served: false };
+    for (const id of e.seq_ids) latency.asked.set(id, request);
+  },
+  forked(latency, e) {
+    if (latency.asked.has(e.parent)) latency.asked.set(e.child, latency.asked.get(e.parent));
+    if (latency.last.has(e.parent)) latency.last.set(e.child, latency.last.get(e.parent));
+  },
+  sampled(latency, e) {
+    latency.batch.push(e.seq_id);
+  },
+  step_finished(latency, e, number) {
+    latency.clock += 1000 * e.seconds;
+    for (const id of latency.batch) latency.written(id, e, number);
+    for (const id of latency.ended) {
+      latency.last.delete(id);
+      latency.asked.delete(id);
+    }
+    Object.assign(latency, { batch: [], ended: [] });
+    latency.gaps.splice(0, Math.max(0, latency.gaps.length - RECENT));
+    const sorted = [...latency.gaps].sort((a, b) => a - b);
+    latency.now = Object.fromEntries(Object.entries(PERCENTILES).map(([name, share]) => [name, percentile(sorted, share)]));
+  },
+  finished(latency, e) {
+    latency.ended.push(e.seq_id);
+  },
+};
+
+// The smallest of the sorted numbers that so many of them do not exceed.
+function percentile(sorted, share) {
+  return sorted.length ? sorted[Math.ceil(share * sorted.length) - 1] : null;
+}
