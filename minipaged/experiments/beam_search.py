@@ -25,25 +25,26 @@ def measure(quick: bool, progress: Progress) -> Result:
     from minipaged.llm import LLM
 
     llm = LLM("tiny", num_blocks=1024, max_num_seqs=48, enable_prefix_caching=False)
-    counts = (8, 2) if quick else (30, 8)
+    counts = (6, 2) if quick else (20, 6)
     workloads = {"Alpaca-like": (alpaca_like, counts[0]), "ShareGPT-like": (sharegpt_like, counts[1])}
-    saved: dict[str, list[float]] = {}
+    percent: dict[str, list[float]] = {}
     rows = []
     for name, (lengths, count) in workloads.items():
         requests = [r for r in trace(lengths(0), at_once(2 * count)) if r.num_prompt + r.num_output < LONGEST][:count]
         for kind in ("beams", "samples"):
             for width in WIDTHS:
-                progress(sum(map(len, saved.values())) / 12, f"{name}, {width} {kind}")
-                percent = _saved(llm, requests, width, kind == "beams")
-                saved.setdefault(f"{name}, {kind}", []).append(percent)
+                progress(sum(map(len, percent.values())) / 12, f"{name}, {width} {kind}")
+                value = saved(llm, requests, width, kind == "beams")
+                percent.setdefault(f"{name}, {kind}", []).append(value)
                 paper = (PAPER[name], READ, WHY) if kind == "beams" else (None, None, "")
-                rows.append(Row(f"{name}, {width} {kind}", percent, "%", paper[0], paper[1], why=paper[2]))
-    figure = bars("Blocks saved by sharing", WIDTHS, saved, "saved, % of blocks")
+                rows.append(Row(f"{name}, {width} {kind}", value, "%", paper[0], paper[1], why=paper[2]))
+    figure = bars("Blocks saved by sharing", WIDTHS, percent, "saved, % of blocks")
     assumed = [f"The embedded model tells stories from prompts of the drawn lengths; both together below {LONGEST}."]
-    return Result(rows, figure, assumed, {"saved": saved})
+    return Result(rows, figure, assumed, {"saved": percent})
 
 
-def _saved(llm: LLM, requests: list[TraceRequest], width: int, beams: bool) -> float:
+def saved(llm: LLM, requests: list[TraceRequest], width: int, beams: bool) -> float:
+    """Percent of the blocks saved by these requests as beam searches, or as so many samples."""
     engine = llm.engine
     for index, request in enumerate(requests):
         prompt = _story(llm, index, request.num_prompt)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from minipaged.errors import InvalidRequest
 from minipaged.experiments import Result, catalogue, run
 from minipaged.experiments.result import SECONDARY, Row
 
@@ -37,7 +38,10 @@ def run_(
     for one in names:
         result = _run(one, quick)
         show(console, result)
-        written = result.write(out)
+        try:
+            written = result.write(out)
+        except OSError as error:
+            raise InvalidRequest(f"the results cannot be written: {error}") from error
         console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
         if len(written) == 1:
             console.print("No HTML figure: plotly is not installed (pip install plotly). The JSON has its data.")
@@ -57,7 +61,7 @@ def show(console: Console, result: Result) -> None:
     reasons = list(dict.fromkeys(row.why for row in result.rows if row.why))
     marks = {why: f" \\[{number}]" for number, why in enumerate(reasons, start=1)}
     for row in result.rows:
-        table.add_row(row.what, paper_text(row), number_text(row) + marks.get(row.why, ""))
+        table.add_row(row.what, paper_text(row).replace("\\", ""), number_text(row) + marks.get(row.why, ""))
     console.print(table)
     for number, why in enumerate(reasons, start=1):
         console.print(f"  \\[{number}] Why they differ: {why}.")
@@ -75,10 +79,10 @@ def number_text(row: Row) -> str:
 
 
 def paper_text(row: Row) -> str:
-    """The paper's number; a star marks those from a secondary source."""
+    """The paper's number; a star, as Markdown wants it, marks those from a secondary source."""
     if row.paper is None:
         return "–"
-    return row.paper + ("*" if row.source == SECONDARY else "")
+    return row.paper + (r"\*" if row.source == SECONDARY else "")
 
 
 def _short(number: float) -> str:

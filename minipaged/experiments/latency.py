@@ -16,7 +16,7 @@ WHY = "the paper states neither its latency limit nor the kernels' share of the 
 
 def measure(quick: bool, progress: Progress) -> Result:
     """Mean normalized latency by request rate over one duration, and the rate at which it crosses the limit."""
-    duration = 40 if quick else 300
+    duration = 30 if quick else 300
 
     def requests(rate: float) -> list[TraceRequest]:
         return trace(sharegpt_like(0), poisson(rate, duration, seed=0))
@@ -24,7 +24,7 @@ def measure(quick: bool, progress: Progress) -> Result:
     curves: dict[str, Curve] = {}
     for system, start in START.items():
         progress(len(curves) / len(START), system)
-        curves[system] = sweep(requests, start * (5 if quick else 1), **SYSTEMS[system])
+        curves[system] = sweep(requests, start * (7 if quick else 1), **SYSTEMS[system])
     rate = {system: sustained(curve) for system, curve in curves.items()}
     rows = [Row(f"sustained rate, {system}", rate[system], "requests/s") for system in START]
     for system, paper in PAPER.items():

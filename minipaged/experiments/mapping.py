@@ -1,4 +1,4 @@
-"""What mapping memory costs a step, and whether doing it in the background hides that (vAttention, §6.1): real time."""
+"""What mapping memory costs a step, and whether doing it in the background hides that (vAttention): real time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def measure(quick: bool, progress: Progress) -> Result:
     """Step latencies of the embedded model when pages are mapped when needed, ahead, and in the background."""
     from minipaged.llm import LLM
 
-    rounds, steps = (3, 20) if quick else (12, 40)
+    rounds, steps = (3, 20) if quick else (8, 40)
     llm = LLM("tiny", num_blocks=1)
     servers = {mode: Server(llm, scaled(1500), **settings) for mode, settings in MODES.items()}
     for index, (mode, server) in enumerate(servers.items()):

@@ -1,4 +1,4 @@
-"""How finely memory is mapped decides how much of it is used (vAttention, §6.2 and §7.5 on page-group sizes)."""
+"""How finely memory is mapped decides how much of it is used (vAttention)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MANAGERS = ("vattention", "paged")
 
 def measure(quick: bool, progress: Progress) -> Result:
     """Mean batch and share of slots with a token by tokens per page-group, beside paged blocks of the same size."""
-    traces = sharegpt_traces(quick)[: 1 if quick else 3]
+    traces = sharegpt_traces(quick)[: 1 if quick else 4]
     runs: dict[str, list[Saturated]] = {memory: [] for memory in MANAGERS}
     for index, size in enumerate(SIZES):
         for memory in MANAGERS:

@@ -27,7 +27,7 @@ def measure(quick: bool, progress: Progress) -> Result:
     for index, size in enumerate(SIZES):
         for mode, values in latency.items():
             progress(index / (len(SIZES) + 1), f"blocks of {size}, {mode}")
-            requests = trace(sharegpt_like(0), poisson(RATE, 60 if quick else 240, seed=0))
+            requests = trace(sharegpt_like(0), poisson(RATE, 60 if quick else 150, seed=0))
             values.append(simulate(requests, block_size=size, preemption=mode).normalized_latency)
     rows = []
     for index, size in enumerate(SIZES):

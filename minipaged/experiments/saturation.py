@@ -47,7 +47,7 @@ def saturate(*traces: list[TraceRequest], **settings: Any) -> Saturated:
 
 def sharegpt_traces(quick: bool) -> list[list[TraceRequest]]:
     """Several short traces rather than a long one: a few huge requests can hold a pool for minutes."""
-    seeds, count = (4, 150) if quick else (8, 250)
+    seeds, count = (4, 100) if quick else (8, 160)
     return [trace(sharegpt_like(seed), at_once(count)) for seed in range(seeds)]
 
 

@@ -28,7 +28,7 @@ def measure(quick: bool, progress: Progress) -> Result:
     rates: dict[str, list[float]] = {system: [] for system in SYSTEMS}
     rows = []
     for tokens, paper in PAPER.items():
-        requests = shared_prefix(translation_like(0), at_once(1000 if quick else 4000), tokens)
+        requests = shared_prefix(translation_like(0), at_once(1000 if quick else 2500), tokens)
         for system, settings in SYSTEMS.items():
             progress(sum(map(len, rates.values())) / 6, f"prefix of {tokens} tokens, {system}")
             rates[system].append(saturate(requests, clock=LLAMA_13B, **settings).requests_per_second)

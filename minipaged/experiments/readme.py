@@ -1,0 +1,87 @@
+"""The README's table of measurements, from the committed results.
+
+python -m minipaged.experiments.readme            # prints the table
+python -m minipaged.experiments.readme --write    # puts it between the markers in README.md
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from minipaged.experiments import Result
+from minipaged.experiments.cli import machine_text, number_text, paper_text
+
+RESULTS = Path("benchmarks/results/experiments")
+BEGIN, END = "<!-- experiments:begin -->", "<!-- experiments:end -->"
+SELECTED = {  # experiment: what the row is called in the table -> what it is called in the result
+    "batch-size": {f"requests at once, {s}": s for s in ("Orca (Max)", "Orca (Pow2)", "Orca (Oracle)", "paged")},
+    "waste": {
+        "slots of the pool that hold a token, Orca (Max)": "Orca (Max): token",
+        "the same, Orca (Pow2)": "Orca (Pow2): token",
+        "the same, Orca (Oracle)": "Orca (Oracle): token",
+        "the same, paged": "paged: token",
+    },
+    "latency": {
+        f"sustained request rate, {row}": row
+        for row in ("paged / FasterTransformer", "paged / Orca (Max)", "paged / Orca (Oracle)")
+    },
+    "throughput": {
+        f"real engine, embedded model, throughput, {row}": row
+        for row in ("paged / FasterTransformer", "paged / Orca (Max)", "paged / Orca (Oracle)")
+    },
+    "parallel-sampling": {
+        f"memory saved, {n} samples, {data}": f"{data}, n = {n}"
+        for data in ("Alpaca-like", "ShareGPT-like")
+        for n in (2, 6)
+    },
+    "beam-search": {
+        f"memory saved, {n} beams, {data}": f"{data}, {n} beams"
+        for data in ("Alpaca-like", "ShareGPT-like")
+        for n in (2, 6)
+    },
+    "shared-prefix": {
+        f"throughput, {n} tokens shared, paged / Orca (Oracle)": f"prefix of {n} tokens, shared / Orca (Oracle)"
+        for n in (80, 341)
+    },
+    "chatbot": {"sustained request rate, chats, paged / Orca (Oracle)": "paged / Orca (Oracle)"},
+    "kernel-overhead": {
+        "paged attention, overhead (batch 32, context 256)": "overhead of paged attention, batch 32, context 256"
+    },
+}
+
+
+def table(directory: Path = RESULTS) -> str:
+    """Markdown: the paper's numbers beside ours; below it, why they differ."""
+    lines = ["| | paper | here |", "| --- | --- | --- |"]
+    reasons: list[str] = []
+    for name, selected in SELECTED.items():
+        result = Result.from_json((directory / f"{name}.json").read_text(encoding="utf-8"))
+        for title, what in selected.items():
+            row = result.row(what)
+            if row.why and row.why not in reasons:
+                reasons.append(row.why)
+            mark = f" <sup>{reasons.index(row.why) + 1}</sup>" if row.why else ""
+            lines.append(f"| {title} | {paper_text(row)} | {number_text(row)}{mark} |")
+    lines += ["", "Why they differ:", ""]
+    lines += [f"{number}. {why[0].upper()}{why[1:]}." for number, why in enumerate(reasons, start=1)]
+    lines += ["", "\\* from a secondary source; the other numbers were read in the paper. Beams, the real engine and"]
+    lines += [f"attention ran the embedded model or kernels on {machine_text(result)}; the rest is simulated."]
+    return "\n".join(lines)
+
+
+def with_table(text: str, new: str) -> str:
+    """``text`` with what is between the markers replaced. Raises `ValueError` if they are missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the text has no {BEGIN} … {END}")
+    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv:
+        readme = Path("README.md")
+        readme.write_text(with_table(readme.read_text(encoding="utf-8"), table()), encoding="utf-8")
+    else:
+        print(table())
