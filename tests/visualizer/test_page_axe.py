@@ -9,9 +9,11 @@ from typing import Any
 
 import axe_core_python.base as axe  # of the dev extra; without it these tests fail, not skip
 
+from tests.visualizer.test_experiments import SLEEPS
 from tests.visualizer.test_page import caught_up, steps, submit
 from tests.visualizer.test_playback import FORK, GOLDEN, launching
 from visualizer.app import Visualizer
+from visualizer.scenarios import SCENARIOS
 
 __all__ = ["launching"]
 
@@ -115,4 +117,29 @@ def test_a_recording(launching: Callable[..., Visualizer], pages: Any) -> None:
     page.evaluate("minipaged.player.seek(60)")
     page.click("[data-testid=recordings-toggle]")
     serious = check(page, "recording")
+    assert not serious, "\n".join(serious)
+
+
+def test_the_experiments(serve: Callable[..., Visualizer], pages: Any) -> None:
+    visualizer = serve()
+    page = pages.open(visualizer)
+    page.click("[data-testid=nav-experiments]")
+    page.wait_for_selector("[data-testid=exp-table] tr")
+    serious = check(page, "a result")
+    visualizer.experiments._worker = SLEEPS
+    page.click("[data-testid=exp-quick]")
+    page.wait_for_selector("[data-testid=exp-run]")
+    serious += check(page, "running")
+    assert not serious, "\n".join(serious)
+
+
+def test_memory_that_is_set_aside(serve: Callable[..., Visualizer], pages: Any) -> None:
+    visualizer = serve()
+    page = pages.open(visualizer)
+    visualizer.thread.reset(SCENARIOS["fragmentation"]).result(20)
+    page.wait_for_selector("[data-testid=block][data-kind=reserved]")
+    visualizer.thread.pause().result(20)
+    caught_up(page, visualizer)
+    serious = check(page, "contiguous memory")
+    visualizer.thread.reset(SCENARIOS["without-holes"]).result(20)  # paged again, for the other tests
     assert not serious, "\n".join(serious)
