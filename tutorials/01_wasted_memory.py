@@ -31,8 +31,8 @@ print(f"OPT-13B: {opt_13b:,} bytes = {opt_13b // 1024} KB for one token")
 print(f"tiny:    {tiny:,} bytes =   {tiny // 1024} KB for one token")
 
 # %% [markdown]
-# 800 KB for one token: that is the paper's own example (§3). A text of 2,048 tokens, the longest that OPT can read,
-# takes 1.6 GB. An A100 with 40 GB holds 26 GB of weights and has 12 GB left for the KV cache (paper, Table 1; a GB is
+# 800 KB for one token: that is the paper's own example. A text of 2,048 tokens, the longest that OPT can read, takes
+# 1.6 GB. An A100 with 40 GB holds 26 GB of weights and has 12 GB left for the KV cache (the paper's numbers; a GB is
 # 1024³ bytes here):
 
 # %%
@@ -43,8 +43,8 @@ print(f"{SLOTS:,} slots")
 # ## Conversations
 #
 # We need some. The generator below makes lengths *like* those of ShareGPT, the collection of real conversations that
-# the paper measures with (§6.1): long-tailed, 161 tokens of prompt and 338 of output on average. They are drawn at
-# random from two distributions, not taken from the collection.
+# the paper measures with: long-tailed, 161 tokens of prompt and 338 of output on average. They are drawn at random
+# from two distributions, not taken from the collection.
 
 # %%
 import random
@@ -131,7 +131,7 @@ print(f"{running} conversations; {left:,} slots left over, {100 * left / SLOTS:.
 
 # %% [markdown]
 # Seven. This needs no data at all: ⌊15,728 / 2,048⌋ = 7. It is the number that the paper measured for this way of
-# reserving, which it calls *Orca (Max)* (§6.2, Fig. 13).
+# reserving, which it calls *Orca (Max)*.
 # </details>
 #
 # ## Where the slots are
@@ -174,7 +174,7 @@ bars(
 )
 
 # %% [markdown]
-# The paper's names (§3.1, Fig. 2 and 3), which minipaged uses too:
+# The paper's names, which minipaged uses too:
 #
 # | class | meaning |
 # | --- | --- |
@@ -185,7 +185,7 @@ bars(
 #
 # ## Better guesses
 #
-# The paper compares three, on top of a system called Orca (§6.1):
+# The paper compares three, on top of a system called Orca:
 #
 # - **Max** reserves the longest possible length.
 # - **Pow2** reserves the prompt and the output rounded up to a power of two (it is told that much).
@@ -249,17 +249,17 @@ bars({name: shares for name, (_, shares) in served.items()}, "Shares of the pool
 # With Max, four fifths of the memory do nothing. Even the Oracle, which knows the future, leaves a third to *reserved*:
 # a text takes all of its final length on its first step, and fills it only on its last.
 #
-# The paper measured (mean number at once, token share): Max 7.00, 20.4 %; Pow2 9.81, 26.8 %; Oracle 13.62, 38.2 %
-# (§6.2, Fig. 2 and 13). Ours is the same for Max and *better* than the paper's for the other two. The reason is
-# external waste: Orca's pieces come from a *buddy allocator*, which hands out powers of two only. Exercise 2 does that.
+# The paper measured (mean number at once, token share): Max 7.00, 20.4 %; Pow2 9.81, 26.8 %; Oracle 13.62, 38.2 %.
+# Ours is the same for Max and *better* than the paper's for the other two. The reason is external waste: Orca's pieces
+# come from a *buddy allocator*, which hands out powers of two only. Exercise 2 does that.
 # </details>
 #
 # ## What would help
 #
 # Both *reserved* and *internal* come from deciding once, at the start. *External* comes from pieces of different sizes.
 # So: decide again and again, and make all pieces the same size. A piece of fixed size is a **block**. A text takes a
-# block when its last one is full, and not before (paper §4.1 and §4.2). How a text is put together from blocks that lie
-# anywhere is [tutorial 3](03_blocks_and_tables.md). Here we only count.
+# block when its last one is full, and not before. How a text is put together from blocks that lie anywhere is
+# [tutorial 3](03_blocks_and_tables.md). Here we only count.
 #
 # Blocks can run out in the midst of a text. Then the latest arrival gives all of its blocks back and starts over later.
 
@@ -302,17 +302,16 @@ print(f"blocks of 16: {mean_batch:.1f} at once, {share:.1f} % of the pool holds 
 
 # %% [markdown]
 # From 7 conversations to almost five times as many, in the same memory. The paper measured 30.4 at once, with requests
-# that arrive at a given rate, and 96.3 % token share (Fig. 2 and 13). Ours always has one more waiting, so a few more
-# fit.
+# that arrive at a given rate, and 96.3 % token share. Ours always has one more waiting, so a few more fit.
 #
-# What is left of the waste is the empty end of each text's last block: at most 15 slots of 16 (§4.2: less than one
-# block per sequence).
+# What is left of the waste is the empty end of each text's last block: at most 15 slots of 16 (the paper's bound, too:
+# less than one block per sequence).
 #
 # ## In the engine
 #
 # minipaged runs in blocks, and keeps the books of the other managers beside it: what *would* they hold for the very
 # same sequences? This is the function that does it for one sequence. Its terms are yours. (A *page-group* is
-# vAttention's unit; that is another tutorial's matter.)
+# vAttention's unit, and `block_size` lets Orca hand out whole blocks; both are another tutorial's matter.)
 
 # %%
 from show import source
@@ -425,7 +424,7 @@ for block_size in (1, 16, 128, 1024):
 # %% [markdown]
 # A block of 1 wastes nothing, but every token needs an entry in a table, and a kernel reads memory in tiny scattered
 # pieces: slow. A text's last block is half empty on average, so large blocks waste more; with 1,024 we are back at
-# reserving. The paper found 16 to 128 good for these lengths and took 16 as its default (§7.2).
+# reserving. The paper found 16 to 128 good for these lengths and took 16 as its default.
 # </details>
 #
 # **Next:** [2 · The KV cache](02_kv_cache.md)

@@ -174,7 +174,8 @@ print(f"{num_bytes:,} bytes for {len(text)} tokens = {num_bytes // len(text)} by
 print("2 · layers · width · 4 bytes =", 2 * len(LAYERS) * WIDTH * 4)
 
 # %% [markdown]
-# For OPT-13B the same formula gives 800 KB a token (paper §3; [tutorial 1](01_wasted_memory.md) works it out).
+# For OPT-13B the same formula gives 800 KB a token, the paper's example ([tutorial 1](01_wasted_memory.md) works it
+# out).
 #
 # **Predict.** In a decode step a GPU must read all weights, and the keys and values of the whole text. Which takes
 # longer: reading, or computing? Take OPT-13B: 13 billion weights of 2 bytes. Each weight takes part in one
@@ -197,13 +198,13 @@ for batch in (1, 7, 32):
 # Reading takes 140 times as long as computing when one text is written. The weights are read once per step, for however
 # many texts. So the way to be fast is to write *many texts in one step*, and how many is decided by how many KV caches
 # fit into memory. This is why a server's speed is a question of memory management, and why this repository exists.
-# (Paper §1 and Fig. 1.)
 # </details>
 #
 # ## In the engine
 #
 # The real model of this repository has 4 layers, and its 8 query heads share 4 KV heads of 32 numbers each. Its keys
-# and values have a place of their own, cut into blocks:
+# and values have a place of their own, cut into blocks. (Only a cache of 8-bit integers keeps a scale beside each of
+# them, to make real numbers of them again.)
 
 # %%
 from show import source

@@ -14,7 +14,7 @@
 # ## The idea
 #
 # An operating system gives a program memory in *pages* of one size. They lie anywhere. A *page table* says where, and
-# the program notices nothing. The paper does the same with a KV cache (§4.1 and §4.2):
+# the program notices nothing. The paper does the same with a KV cache:
 #
 # - The memory for keys and values is cut into **physical blocks**, each with slots for `BLOCK_SIZE` tokens.
 # - A text's tokens 0, 1, 2, … fill its **logical blocks** 0, 1, 2, … from left to right.
@@ -209,8 +209,8 @@ for length in range(1, 10):
     print(f"{length} tokens: {blocks} block(s), {blocks * BLOCK_SIZE - length} empty")
 
 # %% [markdown]
-# At most `BLOCK_SIZE − 1` per text (paper §4.2), and never more, however long the text gets. Compare: an allocator that
-# reserves ahead wasted three quarters of a piece in [tutorial 1](01_wasted_memory.md).
+# At most `BLOCK_SIZE − 1` per text (the paper's bound, too), and never more, however long the text gets. Compare: an
+# allocator that reserves ahead wasted three quarters of a piece in [tutorial 1](01_wasted_memory.md).
 #
 # The price is the table, and a look-up for every block that is read.
 # </details>
@@ -238,7 +238,7 @@ source(BlockTables.reserve)
 
 # %% [markdown]
 # And your `slot`? It is computed for a whole step at once, when the plan of a step becomes tensors: find the line that
-# says `slots +=`.
+# says `slots +=`. (The last field, `slots=`, is something else: vAttention's, and `None` with blocks.)
 
 # %%
 from minipaged.execution.batch import build_batch
@@ -345,7 +345,7 @@ for requests in ([("A", 8), ("B", 8)], [("A", 9), ("B", 8)], [("A", 9), ("B", 9)
 
 # %% [markdown]
 # The engine has it under the same name, `BlockTables.blocks_needed`, and counts copies too. What happens when the
-# answer is no is the scheduler's decision: somebody must give blocks back (paper §4.5).
+# answer is no is the scheduler's decision: somebody must give blocks back, by *preemption*.
 # </details>
 #
 # **3. Freed twice.** Call `pool.free(3)` twice on your `Pool`. Which harm does it do, and when would you notice? Then

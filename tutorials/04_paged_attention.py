@@ -198,8 +198,8 @@ print("equal to the truth:", torch.allclose(paged_attention(queries, tables, len
 # key is read, written elsewhere and read again. A kernel follows the table instead and never has more than one block in
 # its hands. But a softmax needs the sum over *all* scores. How can it begin before it has seen them?
 #
-# By carrying three things along (paper §4.1, equation 4, gives the sum block by block; the running maximum is known as
-# *online softmax*):
+# By carrying three things along (the paper gives the sum block by block; the running maximum is known as *online
+# softmax*):
 #
 # - `m`, the largest score so far,
 # - `s`, the sum of exp(score − m) so far,
@@ -236,7 +236,8 @@ print("equal to the truth:", torch.allclose(paged_attention_by_blocks(q, table, 
 # ## In the engine
 #
 # minipaged's attention in plain torch is the *oracle* that every faster kernel must equal. Look for the line with the
-# NaN. Instead of repeating the KV heads, it makes the query heads that share one into rows of a small matrix.
+# NaN. Instead of repeating the KV heads, it makes the query heads that share one into rows of a small matrix. The
+# scales are for a cache of 8-bit integers; without them `dequantize` gives back what it got.
 
 # %%
 from show import source
@@ -256,8 +257,8 @@ print("the engine's, with NaN in all dead slots, equals the truth:", torch.allcl
 source(reference.store_kv)
 
 # %% [markdown]
-# What does paging cost? The paper measured its kernel 20 to 26 % slower than attention over contiguous memory (§7.1). A
-# whole step also has its products with the weights, which do not care where keys lie. And many more texts run at once.
+# What does paging cost? The paper measured its kernel 20 to 26 % slower than attention over contiguous memory. A whole
+# step also has its products with the weights, which do not care where keys lie. And many more texts run at once.
 #
 # ## In the visualizer
 #

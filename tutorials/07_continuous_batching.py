@@ -24,7 +24,7 @@ SEATS = 3
 
 # %% [markdown]
 # The old way, **static batching**: take the first three, run until all of them have ended, take the next three. (The
-# paper's FasterTransformer baseline works so, §6.1.)
+# paper's FasterTransformer baseline works so.)
 
 
 # %%
@@ -241,9 +241,10 @@ for step in range(12):
 # ## When memory runs out
 #
 # Seats and rows are not the tightest resource: blocks are. All texts grow, and at some step there is no free block.
-# Then somebody must give blocks back: the *latest arrival* loses all of its own (paper §4.5: first come, first served;
-# all or nothing, because attention needs all keys of a text or none). It goes back to `waiting`, with `num_computed =
-# 0`. Its tokens are kept. When it is admitted again, prompt and output are computed like one long prompt.
+# Then somebody must give blocks back: the *latest arrival* loses all of its own (the paper's rules: first come, first
+# served; all or nothing, because attention needs all keys of a text or none). It goes back to `waiting`, with
+# `num_computed = 0`. Its tokens are kept. When it is admitted again, prompt and output are computed like one long
+# prompt.
 #
 # Your scheduler does that already, if you set that counter to 0. On the real engine, with a pool of 14 blocks, too
 # small for its four texts:
@@ -276,7 +277,7 @@ print("same tokens as with 64 blocks:", tight == roomy)
 
 # %% [markdown]
 # `llm-3` is the fourth of the four: the latest arrival. Same tokens, later: preemption is invisible except for time.
-# (The other way, swapping blocks to the CPU's memory and back, keeps the KV; the paper compares both in §7.3.)
+# (The other way, swapping blocks to the CPU's memory and back, keeps the KV; the paper compares both.)
 #
 # ## In the engine
 #
@@ -291,7 +292,7 @@ source(Engine.step)
 
 # %% [markdown]
 # `schedule` has a step more than yours: it makes room for the running ones, at the cost of later arrivals, before it
-# admits anybody.
+# admits anybody. (`seal` is for another kind of memory, vAttention's; with blocks it does nothing.)
 
 # %%
 from minipaged.scheduling import scheduler as engine_scheduler
@@ -355,7 +356,7 @@ for name, order in {"first come": OUTPUT, "longest first": longest_first, "short
 # %% [markdown]
 # Longest first fills the ragged end with short ones. Shortest first has the best average. A server can do neither,
 # since it does not know the lengths. If it did, shortest first would be unfair: as long as short requests come, a long
-# one never begins. First come, first served promises everybody a turn (paper §4.5).
+# one never begins. First come, first served promises everybody a turn.
 # </details>
 #
 # **2. Prompts first.** Change one line of your `Scheduler` so that prompts come before decodes. Every second step a new

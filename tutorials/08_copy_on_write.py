@@ -8,7 +8,7 @@
 # needs nothing else.
 #
 # *35 minutes. You need Python, and [tutorial 3](03_blocks_and_tables.md). "The paper" is
-# [PagedAttention](https://arxiv.org/abs/2309.06180) (Kwon et al., SOSP 2023), here §4.4.*
+# [PagedAttention](https://arxiv.org/abs/2309.06180) (Kwon et al., SOSP 2023).*
 
 # %% [markdown]
 # ## Sharing is easy
@@ -308,10 +308,10 @@ print(f"{types.count('forked')} forks, {types.count('copied')} copies")
 print(f"sharing saved {100 * (1 - used / entries):.0f} % of the blocks, on average over the steps")
 
 # %% [markdown]
-# Beams share their prompt and also a part of what they wrote, since they descend from each other. The paper measured
-# (§6.3, OPT-13B): parallel sampling saves 6.1 to 9.8 % of the blocks on Alpaca's short prompts and 16.2 to 30.5 % on
-# ShareGPT's; beam search saves 37.6 to 55.2 % and 44.3 to 66.3 %. Earlier systems had to copy large parts of the cache
-# from beam to beam (§4.4).
+# Beams share their prompt and also a part of what they wrote, since they descend from each other. The paper measured:
+# parallel sampling saves 6.1 to 9.8 % of the blocks on Alpaca's short prompts and 16.2 to 30.5 % on ShareGPT's; beam
+# search saves 37.6 to 55.2 % and 44.3 to 66.3 %. Earlier systems had to copy large parts of the cache from beam
+# to beam.
 #
 # ## In the visualizer
 #

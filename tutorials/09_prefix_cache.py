@@ -9,7 +9,7 @@
 #
 # *45 minutes. You need Python, and [tutorial 3](03_blocks_and_tables.md). The paper
 # ([PagedAttention](https://arxiv.org/abs/2309.06180), Kwon et al., SOSP 2023) shares prefixes that the operator names
-# beforehand (§4.4). Finding them automatically, in a chain of blocks, is how vLLM does it today.*
+# beforehand. Finding them automatically, in a chain of blocks, is how vLLM does it today.*
 
 # %% [markdown]
 # ## What a block depends on
