@@ -4,7 +4,7 @@ import pytest
 
 from tests.mutants import MUTANTS
 
-CHECKS = list({check for mutant in MUTANTS for check in mutant.killed_by})
+CHECKS = list(dict.fromkeys(check for mutant in MUTANTS for check in mutant.killed_by))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
