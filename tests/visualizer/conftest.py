@@ -1,7 +1,7 @@
 """A real engine, a real server and a real browser.
 
-Without Chromium or playwright the browser tests are skipped, and one loud line says so;
-``MINIPAGED_REQUIRE_BROWSER=1`` makes that a failure.
+Without Chromium or playwright the browser tests are skipped, and the summary says so; ``MINIPAGED_REQUIRE_BROWSER=1``
+makes that a failure.
 """
 
 from __future__ import annotations
@@ -24,13 +24,6 @@ ARGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
-
-_missing = ""  # why browser tests were skipped
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if _missing:
-        terminalreporter.write_line(f"THE PAGE WAS NOT TESTED IN A BROWSER: {_missing}", red=True, bold=True)
 
 
 @pytest.fixture(scope="session")
@@ -56,11 +49,9 @@ def browser() -> Iterator[Any]:
 
 
 def _give_up(why: str) -> None:
-    global _missing
     if os.environ.get("MINIPAGED_REQUIRE_BROWSER") == "1":
         pytest.fail(f"MINIPAGED_REQUIRE_BROWSER=1, but {why}")
-    _missing = why
-    pytest.skip(why)
+    pytest.skip(f"THE PAGE WAS NOT TESTED IN A BROWSER: {why}")
 
 
 @pytest.fixture(scope="session")
