@@ -196,7 +196,9 @@ def _read(folder: Path) -> dict[str, Result]:
 def _view(result: Result, here: bool) -> dict[str, Any]:
     """A result in words and numbers that are ready to be shown."""
     rows = [
-        {"what": row.what, "paper": paper_text(row), "ours": number_text(row), "why": row.why} for row in result.rows
+        # The star is written as Markdown wants it.
+        {"what": row.what, "paper": paper_text(row).replace("\\", ""), "ours": number_text(row), "why": row.why}
+        for row in result.rows
     ]
     return {
         "here": here,

@@ -60,14 +60,16 @@ function ours({ title, template, ...layout }) {
 export function table(node, rows) {
   node.replaceChildren();
   const head = element("tr", "", element("thead", "", node));
-  for (const words of ["", "paper", "here", "why they differ"]) element("th", "", head, { scope: "col" }).textContent = words;
+  const compared = rows.some((row) => row.why || row.paper !== "–");
+  const columns = compared ? ["", "paper", "here", "why they differ"] : ["", "here"];
+  for (const words of columns) element("th", "", head, { scope: "col" }).textContent = words;
   const body = element("tbody", "", node);
   rows.forEach(({ what, paper, ours: number, why }, i) => {
     const row = element("tr", "", body);
     element("th", "", row, { scope: "row" }).textContent = what;
-    element("td", "", row).textContent = paper;
-    element("td", "", row).textContent = number;
-    if (i && rows[i - 1].why === why) return;
+    if (compared) element("td", "mp-exp-paper", row).textContent = paper;
+    element("td", "mp-exp-ours", row).textContent = number;
+    if (!compared || (i && rows[i - 1].why === why)) return;
     row.className = i ? "mp-exp-group" : "";
     let span = 1;
     while (rows[i + span]?.why === why) span += 1;
