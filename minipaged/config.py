@@ -126,10 +126,11 @@ class EngineConfig:
             raise InvalidConfig(f"cuda_graphs must be True, False or None, not {self.cuda_graphs!r}")
         if self.enable_prefix_caching is not None and not isinstance(self.enable_prefix_caching, bool):
             raise InvalidConfig(f"enable_prefix_caching must be True or False, not {self.enable_prefix_caching!r}")
-        if self.memory in AHEAD and (self.enable_prefix_caching or self.preemption != "recompute"):
+        caching = self.enable_prefix_caching or self.eviction_policy is not None
+        if self.memory in AHEAD and (caching or self.preemption != "recompute"):
             raise InvalidConfig(
-                f"memory={self.memory!r} neither shares prefixes nor preempts anybody: leave enable_prefix_caching and "
-                "preemption as they are by default"
+                f"memory={self.memory!r} neither shares prefixes nor preempts anybody: leave enable_prefix_caching, "
+                "eviction_policy and preemption as they are by default"
             )
         if self.eviction_policy is not None and not (self.caches_prefixes and callable(self.eviction_policy)):
             raise InvalidConfig("eviction_policy must make a policy when called, and needs enable_prefix_caching=True")

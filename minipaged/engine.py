@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from itertools import count
 from numbers import Integral
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.errors import InvalidRequest, StepFailed
@@ -31,6 +32,27 @@ class Runner(Protocol):
 
         Returns logits [R, vocab], a row for each chunk that samples.
         """
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _undisturbed(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatenate[Engine, P], R]:
+    """Of what changes the engine one thing is done at a time: a subscriber that began another would corrupt both."""
+
+    @wraps(method)
+    def alone(self: Engine, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._busy:
+            raise RuntimeError("the engine is in the midst of a change; subscribers may watch, and act when it is over")
+        self._busy = True
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self._busy = False
+            self.events.warn_of_failures()
+
+    return alone
 
 
 class Engine:
@@ -69,36 +91,32 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._arrivals = count()
         self._forks = count(1)
-        self._stepping = False
+        self._busy = False
         self._random = Random(config.seed)
 
+    @_undisturbed
     def step(self) -> list[RequestOutput]:
         """Computes one step; returns the requests that got a token or ended in it.
 
         Raises `StepFailed` if the step itself raised. The requests it was computing are aborted then and their blocks
         free again; the others go on with the next step.
         """
-        self._must_rest()
         if not self.has_unfinished():
             return []
         started = time.perf_counter()
-        self._stepping = True
+        self.events.emit(StepStarted, self.scheduler.step)
+        plan = self.scheduler.schedule()
         try:
-            self.events.emit(StepStarted, self.scheduler.step)
-            plan = self.scheduler.schedule()
-            try:
-                logits = self.runner.execute(plan)  # without chunks too: a step may do nothing but swap out
-                tokens = self.sampler(logits, plan) if plan.chunks else []
-            except BaseException as error:
-                self._give_up(plan, error)
-                raise
-            requests = self.scheduler.commit(plan, tokens)
-            self.events.emit(StepFinished, plan.step, plan.num_tokens, time.perf_counter() - started)
-            return self._outputs(requests)
-        finally:
-            self._stepping = False
-            self.events.warn_of_failures()
+            logits = self.runner.execute(plan)  # without chunks too: a step may do nothing but swap out
+            tokens = self.sampler(logits, plan) if plan.chunks else []
+        except BaseException as error:
+            self._give_up(plan, error)
+            raise
+        requests = self.scheduler.commit(plan, tokens)
+        self.events.emit(StepFinished, plan.step, plan.num_tokens, time.perf_counter() - started)
+        return self._outputs(requests)
 
+    @_undisturbed
     def add_request(
         self,
         request_id: str,
@@ -111,7 +129,6 @@ class Engine:
 
         Raises `InvalidRequest` for one that can never be served; nothing has changed then.
         """
-        self._must_rest()
         params = params or SamplingParams()
         tokens = self._checked_tokens(request_id, prompt_token_ids, params)
         seqs = [
@@ -128,8 +145,8 @@ class Engine:
         if self.events.active:
             seq_ids = [seq.seq_id for seq in seqs]
             self.events.emit(RequestAdded, request_id, seq_ids, tokens, self._pieces(tokens), request.max_output)
-            self.events.warn_of_failures()
 
+    @_undisturbed
     def fork(self, request_id: str, new_id: str | None = None) -> str:
         """Lets a running request take a second way from here on: returns the id of its copy.
 
@@ -138,7 +155,6 @@ class Engine:
         sequence past its prompt, when ``max_num_seqs`` are running already, or when memory must be set aside for the
         copy and there is too little. Whoever forks steps the engine too: an `LLM` knows nothing of the copy.
         """
-        self._must_rest()
         parent = self._requests.get(request_id)
         if parent is None or parent.status is not Status.RUNNING or parent.beams or len(parent.live) != 1:
             raise InvalidRequest(f"{request_id!r} is not a running request with one sequence; only such can be forked")
@@ -160,21 +176,19 @@ class Engine:
             request.prompt_logprobs = list(parent.prompt_logprobs)
         self._requests[new_id] = request
         self.scheduler.fork(parent, request)
-        self.events.warn_of_failures()
         return new_id
 
+    @_undisturbed
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request in whatever state it is; its blocks are free when this returns.
 
         Returns its last output, or ``None`` for a request that is unknown or finished already: aborting twice is fine.
         """
-        self._must_rest()
         request = self._requests.get(request_id)
         if request is None:
             return None
         self.scheduler.abort(request)
         (output,) = self._outputs([request])
-        self.events.warn_of_failures()
         return output
 
     def has_unfinished(self) -> bool:
@@ -263,11 +277,6 @@ class Engine:
             raise InvalidRequest(f"request_id must be a string that is not empty, not {request_id!r}")
         if request_id in self._requests:
             raise InvalidRequest(f"a request {request_id!r} is running already; give each its own id")
-
-    def _must_rest(self) -> None:
-        """A subscriber that changes what a step is in the midst of would corrupt it."""
-        if self._stepping:
-            raise RuntimeError("the engine is in the midst of a step; subscribers may watch, and act when it is over")
 
     def _request(
         self, request_id: str, tokens: list[int], params: SamplingParams, seqs: list[Sequence], prompt: str | None

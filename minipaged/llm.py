@@ -23,7 +23,7 @@ from minipaged.execution.cuda_graphs import DecodeGraphs, use_graphs
 from minipaged.execution.kv_cache import KVCache, blocks_that_fit
 from minipaged.execution.runner import ModelRunner
 from minipaged.execution.sampler import sample
-from minipaged.execution.virtual_memory import Layout, VirtualKVCache
+from minipaged.execution.virtual_memory import Layout, VirtualKVCache, page_size
 from minipaged.kernels.backend import choose, kernels_for
 from minipaged.models.loader import LoadedModel, device_of, load_model
 from minipaged.outputs import CompletionOutput, Delta, RequestOutput
@@ -49,6 +49,8 @@ class LLM:
             raise InvalidConfig(f"{error}; see EngineConfig for what there is") from None
         device = device_of(config.device)
         use_graphs(config, choose(config.attention, device)[0], device)  # complains now, not after loading
+        if config.memory == "vattention":
+            page_size(device)  # so does this
         loaded = load_model(config.model, config.device, config.dtype)
         self.tokenizer = loaded.tokenizer
         self._loaded = loaded

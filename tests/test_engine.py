@@ -1,6 +1,7 @@
 """The engine as a caller meets it, on the fake model: bad input, aborts, and steps that fail."""
 
 import math
+import warnings
 
 import pytest
 
@@ -306,7 +307,7 @@ def test_subscribers_may_watch_but_not_act_in_the_midst_of_a_step():
     def act(event):
         if event.type == "filled":
             for action in (lambda: engine.abort("a"), engine.step, lambda: engine.add_request("b", [1])):
-                with pytest.raises(RuntimeError, match="midst of a step"):
+                with pytest.raises(RuntimeError, match="midst of a change"):
                     action()
                 refused.append(action)
 
@@ -315,6 +316,30 @@ def test_subscribers_may_watch_but_not_act_in_the_midst_of_a_step():
     stop()
     assert len(refused) == 3
     assert run(engine)["a"].outputs[0].token_ids == unbatched([1, 2, 3], PARAMS, 0, 200)
+
+
+@pytest.mark.parametrize("moment", ["request_added", "forked", "freed", "finished"])
+def test_subscribers_may_not_act_in_the_midst_of_an_abort_or_a_fork_either(moment):
+    """Such a request would end twice, or a fork share blocks that are just being given up."""
+    engine, refused = fake_engine(), []
+
+    def act(event):
+        if event.type == moment:
+            for action in (lambda: engine.abort("a"), lambda: engine.fork("a"), engine.step):
+                with pytest.raises(RuntimeError, match="midst of a change"):
+                    action()
+                refused.append(action)
+
+    engine.events.subscribe(act)
+    with warnings.catch_warnings(action="error"):  # a subscriber that raised would be told of by a warning
+        engine.add_request("a", [1, 2, 3], SamplingParams(max_tokens=20, ignore_eos=True))
+        engine.step()
+        engine.fork("a", "b")
+        assert engine.abort("a").finished
+    assert refused
+    engine.check()
+    engine.abort("b")
+    assert engine.memory.pool.num_free == engine.num_blocks and not engine.has_unfinished()
 
 
 def test_a_refused_request_changes_nothing_that_comes_later():

@@ -129,7 +129,8 @@ def adjust(logits: Tensor, requests: list[Request], seqs: list[Sequence]) -> Ten
 def _entries(entries: list[tuple[int, int, float]], device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """(row, token, value) → the index of these entries of a matrix, and their values."""
     rows, tokens, values = zip(*entries, strict=True)
-    return (torch.tensor(rows, device=device), torch.tensor(tokens, device=device)), torch.tensor(values, device=device)
+    amounts = torch.tensor([float(value) for value in values], device=device)  # users may give whole numbers
+    return (torch.tensor(rows, device=device), torch.tensor(tokens, device=device)), amounts
 
 
 # --- what is reported ---

@@ -121,7 +121,7 @@ def _rope_store_kernel(
 
 @triton.jit
 def turn(row_ptr, dim, cos, sin, live, HEAD_DIM: tl.constexpr):
-    """Loads a tile of heads and turns channels i and i + D/2 as a pair, as ``models.layers.rotate`` does."""
+    """Loads a tile of heads and turns channels i and i + D/2 as a pair, as `reference.rotate` does."""
     x = tl.load(row_ptr + dim, mask=live, other=0.0)
     first = dim < HEAD_DIM // 2
     partner = tl.load(row_ptr + tl.where(first, dim + HEAD_DIM // 2, dim - HEAD_DIM // 2), mask=live, other=0.0)

@@ -1,5 +1,6 @@
 """Filters against transformers' own logits processors, distributions by chi-square, and the exact edges."""
 
+from fractions import Fraction
 from random import Random
 
 import pytest
@@ -207,3 +208,22 @@ def test_extreme_but_accepted_values_do_not_fail_the_batch(settings):
     assert plain.token_id == logits[0].argmax()
     if "temperature" in settings:
         assert extreme.token_id == logits[0].argmax()
+
+
+def test_penalties_and_biases_may_be_whole_numbers_and_fractions():
+    """They are real numbers to `SamplingParams`, so they have to be to the sampler, alone in a batch too."""
+    def bent(**changes):
+        requests = [chunk.request for chunk in plan_for([SamplingParams(**changes)]).chunks]
+        seqs = [requests[0].seqs[0]]
+        seqs[0].tokens += [4, 4, 5]
+        return adjust(logits_of(0)[None].clone(), requests, seqs)
+
+    exact = [
+        ({"logit_bias": {5: 10}}, {"logit_bias": {5: 10.0}}),
+        ({"logit_bias": {5: Fraction(1, 2)}}, {"logit_bias": {5: 0.5}}),
+        ({"presence_penalty": 1, "frequency_penalty": 2}, {"presence_penalty": 1.0, "frequency_penalty": 2.0}),
+        ({"repetition_penalty": 2}, {"repetition_penalty": 2.0}),
+        ({"repetition_penalty": Fraction(3, 2)}, {"repetition_penalty": 1.5}),
+    ]
+    for given, meant in exact:
+        assert bent(**given).equal(bent(**meant)) and not bent(**given).equal(bent()), given

@@ -384,6 +384,12 @@ def test_other_systems_are_refused(monkeypatch, device, system):
         virtual_memory.page_size(torch.device(device))
 
 
+def test_an_llm_refuses_before_it_loads_a_model(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(InvalidConfig, match=r"works on Linux \(CPU\) and CUDA"):
+        LLM("no such model anywhere", device="cpu", memory="vattention")
+
+
 def test_cuda_without_the_bindings_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda", None)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)

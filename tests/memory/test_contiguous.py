@@ -203,7 +203,7 @@ def test_max_promises_no_more_than_the_pool_and_refuses_what_would_outgrow_it():
 )
 @pytest.mark.parametrize("memory", AHEAD)
 def test_what_contiguous_memory_cannot_do_is_refused(memory, settings):
-    with pytest.raises(InvalidConfig):
+    with pytest.raises(InvalidConfig, match="as they are by default"):  # and not: set enable_prefix_caching=True
         EngineConfig(memory=memory, **settings)
 
 
