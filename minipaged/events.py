@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TextIO
 
 FORMAT = "minipaged-recording/1"
+KEPT = 12  # requests that have ended and stay in a `State`
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +338,8 @@ class State:
 
     ``waiting``, ``running`` and ``swapped`` hold request ids in queue order. ``ref_counts[b]`` is how many block tables
     name block b, ``swap_ref_counts`` the same on the CPU; ``cached[b]`` the prefix cache's name for it. ``scheduled``
-    is this step's token budget, as spent so far.
+    is this step's token budget, as spent so far. Of requests that have ended only the last `KEPT` stay, so that a state
+    does not grow with the time that an engine runs; ``forgotten`` counts the sequences of the others.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -348,6 +350,7 @@ class State:
     running: list[str] = field(default_factory=list)
     swapped: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
+    forgotten: int = 0
     ref_counts: list[int] = field(default_factory=list)
     swap_ref_counts: list[int] = field(default_factory=list)
     cached: dict[int, int] = field(default_factory=dict)
@@ -378,6 +381,8 @@ class State:
         self.swap_ref_counts = [0] * e.swap_blocks
 
     def _request_added(self, e: RequestAdded) -> None:
+        if e.request_id in self.finished:  # an id that is used again
+            self._forget(e.request_id)
         self.requests[e.request_id] = list(e.seq_ids)
         self.waiting.append(e.request_id)
         for seq_id in e.seq_ids:
@@ -491,6 +496,14 @@ class State:
                 if seq.request_id in queue:
                     queue.remove(seq.request_id)
             self.finished.append(seq.request_id)
+            if len(self.finished) > KEPT:
+                self._forget(self.finished[0])
+
+    def _forget(self, request_id: str) -> None:
+        self.finished.remove(request_id)
+        for seq_id in self.requests.pop(request_id):
+            del self.seqs[seq_id]
+            self.forgotten += 1
 
     def _step_finished(self, e: StepFinished) -> None:
         pass  # its numbers are for charts; no state changes

@@ -13,7 +13,6 @@ import math
 import secrets
 import threading
 import time
-from dataclasses import replace
 from typing import Any
 
 from minipaged.events import EngineStarted, Event, State
@@ -21,8 +20,6 @@ from minipaged.events import EngineStarted, Event, State
 KEYFRAME_EVERY = 40  # records
 MAX_RECORDS = 60 * KEYFRAME_EVERY  # what is older is forgotten
 HISTORY = 400  # records that a late joiner gets to rewind
-MAX_FINISHED = 48  # requests; beyond that a new run begins without the oldest, so that the state stays small
-KEEP_FINISHED = 12
 MAX_SAVED = 32_000_000  # characters of a run that can still be saved
 LONG_POLL = 5.0  # seconds until a pull returns with nothing new
 FAST, CROWD = 0.05, 4  # seconds between looks, for up to so many viewers
@@ -43,17 +40,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def without_finished(state: State, keep: int) -> State:
-    """The same state, less all finished requests but the last ``keep``."""
-    gone = set(state.finished[: max(0, len(state.finished) - keep)])
-    return replace(
-        state,
-        requests={name: ids for name, ids in state.requests.items() if name not in gone},
-        seqs={seq_id: seq for seq_id, seq in state.seqs.items() if seq.request_id not in gone},
-        finished=[name for name in state.finished if name not in gone],
-    )
 
 
 class RecordLog:
@@ -89,8 +75,6 @@ class RecordLog:
 
     def publish(self, events: list[Event]) -> None:
         with self._lock:
-            if len(self.state.finished) > MAX_FINISHED:
-                self._begin(without_finished(self.state, KEEP_FINISHED))
             for event in events:
                 self.state.apply(event)
             self._records.append(encode_events(events))

@@ -25,6 +25,8 @@ ARGS = (
     "--disable-component-update --disable-sync"
 ).split()
 
+PATIENCE = 60_000  # milliseconds until something on a page counts as missing; a busy machine is slow, not wrong
+
 
 @pytest.fixture(scope="session")
 def llm() -> LLM:
@@ -91,7 +93,7 @@ class Pages:
 
     def open(self, visualizer: Visualizer, query: str = "") -> Any:
         page = self._context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(PATIENCE)
         page.on("console", lambda message: self._console(message))
         page.on("pageerror", lambda error: self.complaints.append(f"page error: {error}"))
         page.on("request", lambda request: self._request(request.url, visualizer.url))
@@ -102,7 +104,7 @@ class Pages:
     def file(self, path: Path) -> Any:
         """Opens an exported page. It may request nothing but itself."""
         page = self._context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(PATIENCE)
         page.on("console", lambda message: self._console(message))
         page.on("pageerror", lambda error: self.complaints.append(f"page error: {error}"))
         page.on("request", lambda request: self._request(request.url, path.as_uri()))

@@ -6,10 +6,10 @@ import json
 import pytest
 
 from minipaged.config import SamplingParams
-from minipaged.events import EngineError, Event, Sampled, State, event_from_dict
+from minipaged.events import KEPT, EngineError, Event, Sampled, State, event_from_dict
 from tests.fake import fake_engine
 from visualizer import log as module
-from visualizer.log import RecordLog, without_finished
+from visualizer.log import RecordLog
 
 
 def record_run(log: RecordLog, requests: int = 6) -> State:
@@ -99,24 +99,13 @@ def test_pull_answers_any_request(request_: object) -> None:
     assert json.loads(asyncio.run(log.pull(request_)))["keyframe"]
 
 
-def test_finished_requests_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_FINISHED", 8)
-    monkeypatch.setattr(module, "KEEP_FINISHED", 3)
+def test_finished_requests_do_not_pile_up() -> None:
     log = RecordLog()
     final = record_run(log, requests=40)
-    assert len(log.state.finished) <= 9
-    answer = json.loads(log.news(None, None, None) or "")
-    kept = rebuilt(answer)
-    assert kept.finished == final.finished[-len(kept.finished) :]
-    assert kept.ref_counts == final.ref_counts and kept.cached == final.cached
-
-
-def test_without_finished_keeps_what_lives() -> None:
-    log = RecordLog()
-    final = record_run(log)
-    pruned = without_finished(final, 2)
-    assert list(pruned.requests) == final.finished[-2:]
-    assert {seq.request_id for seq in pruned.seqs.values()} == set(pruned.requests)
+    answer = json.loads(log.news(log.run, 0, -1) or "")
+    assert answer["first"] == 0 and answer["keyframe"] is None, "all of it is one run"
+    assert log.state == final == rebuilt(json.loads(log.news(None, None, None) or ""))
+    assert len(final.finished) == KEPT == len(final.requests) < final.forgotten
 
 
 def test_numbers_that_json_lacks_become_null() -> None:

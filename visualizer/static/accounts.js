@@ -34,6 +34,7 @@ export class Accounts {
     this.rows.splice(0, gone);
     this.shots.splice(0, gone);
     this.first = player.first;
+    if (gone) this.forget();
     let stale = this.end;
     for (const { events } of player.records.slice(this.end - player.first)) {
       for (const event of events) stale = Math.min(stale, this.apply(event));
@@ -42,6 +43,16 @@ export class Accounts {
     }
     for (let number = Math.max(stale, this.first); number < this.end; number += 1) {
       this.rows[number - this.first] = [number, ...this.row(this.shots[number - this.first])];
+    }
+  }
+
+  // Only what runs, or is running in a row that is kept, is asked for again.
+  forget() {
+    const needed = new Set(this.shots.flatMap(({ running }) => running.map(([id]) => id)));
+    for (const id of this.terms.keys()) {
+      if (needed.has(id) || this.state.seqs[id]?.finish_reason === null) continue;
+      this.terms.delete(id);
+      this.since.delete(id);
     }
   }
 

@@ -1,15 +1,18 @@
 // What the records say about the past of a block, a sequence or a token. Only the inspector asks, so nothing is read
-// before it opens; from then on only what is new. A seek backwards starts over from the oldest keyframe.
+// before it opens; from then on only what is new. A seek backwards starts over from the oldest keyframe, and so does a
+// drawer that stays open while the player forgets.
 
 import { letter, plural } from "./names.js";
 import { State } from "./reducer.js";
+
+const MOST = 1200; // records that the player may forget meanwhile
 
 export const cpu = (block) => `cpu-${block}`; // the name under which a block of the CPU's has its story
 
 export class History {
   follow(player) {
     const lost = this.run !== player.run || player.position < this.position || this.position < player.first;
-    if (lost) this.begin(player);
+    if (lost || player.first - this.first > MOST) this.begin(player);
     while (this.position < player.position) {
       for (const event of player.records[this.position - player.first].events) this.read(event);
       this.position += 1;
@@ -18,7 +21,7 @@ export class History {
 
   begin(player) {
     this.run = player.run;
-    this.position = player.first;
+    this.first = this.position = player.first;
     this.state = State.from(JSON.parse(player.keyframes.get(player.first)));
     this.complete = !Object.keys(this.state.seqs).length; // nothing happened before the oldest record
     this.blocks = new Map(); // block -> entries {step, until, kind, words}

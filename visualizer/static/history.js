@@ -26,8 +26,14 @@ export class History {
     if (this.records !== player.records || player.first > this.end) this.begin(player);
     this.points.splice(0, player.first - this.first);
     this.latency.forget(player.first);
+    if (player.first > this.first) this.forget(this.points[0]?.step ?? this.step);
     this.first = player.first;
     for (const record of player.records.slice(this.end - player.first)) this.points.push(this.read(record));
+  }
+
+  // Sequences that had ended before a step.
+  forget(step) {
+    for (const [id, { ended }] of this.seqs) if (ended !== null && ended < step) this.seqs.delete(id);
   }
 
   begin(player) {

@@ -118,6 +118,8 @@ export class Pool {
     const { cell, ink: inkNode, who } = this.cells[block];
     cell.className = `mp-cell mp-${kind}`;
     cell.dataset.refs = own.length;
+    // Small cells show no number, and one that is free nothing at all.
+    cell.setAttribute("aria-label", `block ${block}, ${own.length ? `of ${list(own.map(letter))}` : kind}`);
     cell.dataset.kind = kind;
     cell.dataset.fill = fill;
     cell.style.setProperty("--hue", own.length ? colour(own[0]) : "transparent");

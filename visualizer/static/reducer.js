@@ -1,6 +1,8 @@
 // The engine's state rebuilt from its events: the twin of `State` in minipaged/events.py, with the same names.
 // Both are tested on the same event streams and must agree exactly.
 
+const KEPT = 12; // requests that have ended and stay in a state
+
 export class State {
   constructor() {
     this.config = {};
@@ -11,6 +13,7 @@ export class State {
     this.running = [];
     this.swapped = [];
     this.finished = [];
+    this.forgotten = 0;
     this.ref_counts = [];
     this.swap_ref_counts = [];
     this.cached = {};
@@ -49,6 +52,15 @@ function move(state, e, change) {
   });
 }
 
+function forget(state, requestId) {
+  remove(state.finished, requestId);
+  for (const seqId of state.requests[requestId]) {
+    delete state.seqs[seqId];
+    state.forgotten += 1;
+  }
+  delete state.requests[requestId];
+}
+
 function allocated(state, e) {
   const table = state.seqs[e.seq_id].table;
   if (e.logical !== table.length) throw new Error(`block tables grow at their end: ${JSON.stringify(e)}`);
@@ -66,6 +78,7 @@ const HANDLERS = {
     state.swap_ref_counts = new Array(e.swap_blocks).fill(0);
   },
   request_added(state, e) {
+    if (state.finished.includes(e.request_id)) forget(state, e.request_id); // an id that is used again
     state.requests[e.request_id] = [...e.seq_ids];
     state.waiting.push(e.request_id);
     for (const seqId of e.seq_ids) {
@@ -171,6 +184,7 @@ const HANDLERS = {
         if (ids.includes(seq.request_id)) remove(ids, seq.request_id);
       }
       state.finished.push(seq.request_id);
+      if (state.finished.length > KEPT) forget(state, state.finished[0]);
     }
   },
   step_finished() {}, // its numbers are for charts; no state changes

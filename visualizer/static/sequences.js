@@ -180,7 +180,7 @@ export class Sequences {
     };
     for (const [name, ids] of Object.entries(queues)) {
       const node = this.queues.querySelector(`[data-queue=${name}]`);
-      setText(node.querySelector("b"), String(ids.length));
+      setText(node.querySelector("b"), String(ids.length + (name === "finished" ? state.forgotten : 0)));
       const badges = node.querySelector("span");
       const key = ids.join();
       if (badges.dataset.key === key) continue;
