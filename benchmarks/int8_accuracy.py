@@ -1,6 +1,8 @@
 """What an int8 KV cache costs in accuracy: the embedded model on held-out text, against its own float32 cache.
 
-    python benchmarks/int8_accuracy.py        # prints the numbers and writes benchmarks/int8_accuracy.json
+    python -m benchmarks.int8_accuracy
+
+It prints the numbers and writes benchmarks/results/int8_accuracy.json.
 
 The logits of a token are computed from a cache that holds its whole context in int8, so errors are those of a
 generation that has got as far. Greedy continuations are compared token by token.
@@ -9,11 +11,11 @@ generation that has got as far. Greedy continuations are compared token by token
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.report import write
 from minipaged import LLM, SamplingParams
 from minipaged.execution.batch import Batch
 from minipaged.tiny.train import held_out_batches
@@ -83,9 +85,8 @@ def main() -> None:
     sizes = {name: llm.engine.bytes_per_block for name, llm in llms.items()}
     report = {"model": "tiny", "kv_bytes_per_block": sizes} | measure(llms, texts)
     report["greedy"] = compare_greedy(llms, texts)
-    text = json.dumps(report, indent=2)
-    print(text)
-    Path(__file__).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=2))
+    write("int8_accuracy", report, "python -m benchmarks.int8_accuracy")
 
 
 if __name__ == "__main__":

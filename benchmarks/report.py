@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import time
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import minipaged
+from minipaged.experiments.result import machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "gradio", "plotly", "playwright")
+PACKAGES = ("gradio", "plotly", "playwright")
 
 
 def write(name: str, result: dict[str, Any], command: str) -> None:
     """``benchmarks/results/<name>.json``. ``busy``, the load average, tells whether others were at work."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
+    versions = {package: _version(package) for package in PACKAGES}
     about = {
         "command": command,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": machine() | {name: version for name, version in versions.items() if version},
         "busy": [round(load, 2) for load in os.getloadavg()],
-        "versions": {"minipaged": minipaged.__version__, "python": platform.python_version()}
-        | {package: version(package) for package in PACKAGES},
     }
     path.write_text(json.dumps(about | {"result": result}, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
 
 
-def _cpu() -> str:
+def _version(package: str) -> str | None:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

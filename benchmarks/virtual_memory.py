@@ -1,6 +1,8 @@
 """What vAttention costs and saves on this machine: mapping, attention, and whole steps, sync against async.
 
-    python benchmarks/virtual_memory.py [--rounds 5] [--threads 1] [--out result.json]
+    python -m benchmarks.virtual_memory [--rounds 5] [--threads 1]
+
+It writes benchmarks/results/virtual_memory.json.
 
 The sides of each comparison take turns. Times are medians with the 10th and 90th percentile; ratios are of medians
 unless they say otherwise.
@@ -9,18 +11,15 @@ unless they say otherwise.
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from benchmarks.report import write
 from minipaged import LLM, EngineConfig, SamplingParams
 from minipaged.execution.virtual_memory import HostMemory
 from minipaged.kernels import contiguous, reference
@@ -181,26 +180,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    machine = {
-        "cpu": _cpu(), "cores": psutil.cpu_count(), "threads": options.threads, "load": psutil.getloadavg()[0],
-        "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
-    }  # fmt: skip
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
     with torch.inference_mode():
         result = {
-            "machine": machine, "mapping": mapping(options.rounds), "attention": attention(options.rounds),
+            "threads": options.threads, "mapping": mapping(options.rounds), "attention": attention(options.rounds),
             "steps": steps(options.rounds),
         }  # fmt: skip
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    write("virtual_memory", result, f"python -m benchmarks.virtual_memory --rounds {options.rounds}")
 
 
 if __name__ == "__main__":
