@@ -41,7 +41,7 @@ COUNT = """(seconds) => new Promise((done) => {
         if (now - started < 1000 * seconds) requestAnimationFrame(frame);
         else done({
             frames: frames / seconds, moments: (seen.size - 1) / seconds,
-            steps: Math.(player.position - from) / seconds,
+            steps: (player.position - from) / seconds,
             nodes: document.querySelectorAll("*").length, records: player.records.length,
         });
     };

@@ -109,8 +109,8 @@ def latency_figure() -> go.Figure:
     """When each request's first token came, and how long the next one takes: half, 95 % and 99 % come sooner."""
     figure = make_subplots(
         rows=1, cols=2, column_widths=[0.42, 0.58], horizontal_spacing=0.08, subplot_titles=(
-            "first token of each request, ms of engine time",
-            f"from token to token, ms: <b style='color:{BLUE}'>p50</b>, <b style='color:{ORANGE}'>p95</b>, "
+            "to the first token, ms",
+            f"to the next, ms: <b style='color:{BLUE}'>p50</b>, <b style='color:{ORANGE}'>p95</b>, "
             f"<b style='color:{RED}'>p99</b>",
         )
     )  # fmt: skip
