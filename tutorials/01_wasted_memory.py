@@ -359,9 +359,10 @@ for manager in ("orca-max", "orca-pow2", "orca-oracle", "paged"):
 #
 # ## In the visualizer
 #
-# Start it with `make demo` (or `minipaged visualize`), and choose **What contiguous memory wastes** from the menu
-# *scenario*. Below the pool, the tab *Waste* draws the classes of this tutorial live. The page asks you first how many
-# texts would fit if each reserved the longest length.
+# Start it with `make demo` (or `minipaged visualize`), and choose **Holes in contiguous memory** from the menu
+# *scenario*: there the engine runs on contiguous memory, and half of the pool is free while a text waits. The page asks
+# you what happens next. Then choose **The same requests, paged**. Below the pool, the tab *Waste* draws the classes of
+# this tutorial live.
 #
 # Source lines: `held`, `reservation` and `timeline` in [`minipaged/memory/waste.py`](../minipaged/memory/waste.py).
 #

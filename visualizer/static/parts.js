@@ -66,7 +66,8 @@ export function token(parent = null) {
 }
 
 export function renderToken(node, seqId, position, piece, slot) {
-  setText(node, piece === "" ? "\u200b" : piece); // half a character takes no room
+  // Half a character takes no room; the end of a line needs some, to be clicked.
+  setText(node, piece === "" ? "\u200b" : piece?.replaceAll("\n", "⏎\n"));
   setAttribute(node, "data-go", `token:${seqId}:${position}`);
   setAttribute(node, "data-slot", slot ?? "");
 }

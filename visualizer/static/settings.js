@@ -59,8 +59,9 @@ export class Settings {
 
   // Asks what the server thinks of the sampling fields, before a prompt is sent with them.
   async check() {
+    const asked = (this.asked = {}); // an answer that comes late must not hide what was said since
     const answer = await this.send({ do: "check", ...this.sampling() }).catch(() => null);
-    if (answer) blame(this.refining, answer.field, answer.message);
+    if (answer && asked === this.asked) blame(this.refining, answer.field, answer.message);
   }
 
   // A prompt was refused for a field of the drawer.
