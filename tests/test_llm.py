@@ -14,6 +14,7 @@ from minipaged.config import MANAGERS
 from minipaged.errors import InvalidConfig, InvalidRequest, MinipagedError, StepFailed
 from minipaged.events import Copied, Preempted, Shared, StepFinished
 from minipaged.execution.kv_cache import blocks_that_fit
+from tests.aio import run
 from tests.checkpoints import VOCAB, save_llama, transformers_greedy
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -338,7 +339,7 @@ def test_async_streams_are_batched_together_and_closing_one_frees_it(checkpoint,
     async def everything():
         return await asyncio.gather(*map(read, prompts), drop(prompts[0]))
 
-    *got, _ = asyncio.run(everything())
+    *got, _ = run(everything())
     assert got == truth
     assert max(sizes[6:]) >= 4, "decodes of several streams share steps"
     assert not llm.engine.has_unfinished() and llm.engine.memory.pool.num_free == llm.engine.num_blocks
@@ -386,7 +387,7 @@ def test_a_queued_stream_that_is_cancelled_ends_its_thread(checkpoint):
         await asyncio.gather(waiting, return_exceptions=True)
         await first.aclose()
 
-    asyncio.run(cancelled())  # would wait for the thread for ever
+    run(cancelled())  # would wait for the thread for ever
     assert not llm.engine.has_unfinished()
 
 

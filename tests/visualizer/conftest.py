@@ -25,6 +25,7 @@ ARGS = (
     "--disable-component-update --disable-sync"
 ).split()
 
+VIEWPORT = {"width": 1280, "height": 720}
 PATIENCE = 60_000  # milliseconds until something on a page counts as missing; a busy machine is slow, not wrong
 
 
@@ -46,7 +47,7 @@ def browser() -> Iterator[Any]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=ARGS)
         # One context and one port for all tests: the browser keeps Gradio's and plotly's scripts compiled.
-        yield browser.new_context(viewport={"width": 1280, "height": 720})
+        yield browser.new_context(viewport=VIEWPORT)
         browser.close()
 
 
@@ -56,26 +57,28 @@ def _give_up(why: str) -> None:
     pytest.skip(f"THE PAGE WAS NOT TESTED IN A BROWSER: {why}")
 
 
-@pytest.fixture(scope="session")
-def free_port() -> int:
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-@pytest.fixture
-def serve(llm: LLM, free_port: int) -> Iterator[Callable[..., Visualizer]]:
-    """``serve(**settings of launch)`` starts the page; all of them are closed in the end.
+@pytest.fixture(scope="session")
+def free_port() -> int:
+    return _free_port()
 
-    Sequences go on to their max_tokens, whatever the model thinks, unless ``stories_end``.
-    """
+
+@pytest.fixture
+def launching(llm: LLM, free_port: int) -> Iterator[Callable[..., Visualizer]]:
+    """``launching(as launch)``: a page of its own, of the tests' engine unless another (or ``replay``) is given."""
     served: list[Visualizer] = []
     eos = llm.engine.eos_token_ids
 
-    def start(stories_end: bool = False, **settings: Any) -> Visualizer:
+    def start(*engine: Any, stories_end: bool = False, **settings: Any) -> Visualizer:
         llm.engine.eos_token_ids = eos if stories_end else frozenset()
+        engine = engine or (() if "replay" in settings else (llm,))
         defaults = {"port": free_port, "scenario": None, "rate": None, "block": False}
-        served.append(launch(llm, **(defaults | settings)))
+        served.append(launch(*engine, **(defaults | settings)))
         return served[-1]
 
     yield start
@@ -84,37 +87,117 @@ def serve(llm: LLM, free_port: int) -> Iterator[Callable[..., Visualizer]]:
     llm.engine.eos_token_ids = eos
 
 
+class Shared:
+    """One server and one tab for all tests that need no other: making them takes seconds, beginning again does not."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm, self.home, self.eos = llm, llm.engine.config, llm.engine.eos_token_ids
+        self.visualizer = launch(llm, port=_free_port(), scenario=None, rate=None, block=False)
+        self.tab: Any = None
+
+    def begin(self, rate: float | None, stories_end: bool) -> Visualizer:
+        """A new run on an engine without a past; nothing plays."""
+        thread = self.visualizer.thread
+        thread.engine.eos_token_ids = self.eos if stories_end else frozenset()
+        thread.set_rate(rate).result(20)
+        thread.reset().result(20)
+        return self.visualizer
+
+    def rest(self) -> None:
+        """No work, and the model and the settings that it had at first: others compute in the same KV tensors."""
+        thread, experiments = self.visualizer.thread, self.visualizer.experiments
+        experiments.close()
+        experiments.__init__()  # type: ignore[misc]
+        thread.configure(self.home, self.llm if thread.llm is not self.llm else None).result(60)
+        thread.reset().result(20)
+
+
+@pytest.fixture(scope="session")
+def shared(llm: LLM) -> Iterator[list[Shared]]:
+    made: list[Shared] = []  # by the first test that needs it
+    yield made
+    for one in made:
+        one.visualizer.close()
+
+
+@pytest.fixture
+def serve(llm: LLM, shared: list[Shared]) -> Iterator[Callable[..., Visualizer]]:
+    """``serve()`` begins the shared page anew. Sequences go on to their max_tokens, whatever the model thinks, unless
+    ``stories_end``. A test that closes the page, or needs another one, is `launching` its own."""
+
+    def start(rate: float | None = None, stories_end: bool = False) -> Visualizer:
+        if not shared:
+            shared.append(Shared(llm))
+        return shared[0].begin(rate, stories_end)
+
+    yield start
+    for one in shared:
+        one.rest()
+
+
 class Pages:
     """Opens pages and remembers what no page may ever do: complain, or talk to another machine."""
 
-    def __init__(self, context: Any) -> None:
+    def __init__(self, context: Any, shared: list[Shared]) -> None:
         self._context = context
+        self._shared = shared
+        self._watched: dict[Any, dict[str, Any]] = {}  # the listeners of each page
         self.complaints: list[str] = []
 
     def open(self, visualizer: Visualizer, query: str = "") -> Any:
-        page = self._context.new_page()
-        page.set_default_timeout(PATIENCE)
-        page.on("console", lambda message: self._console(message))
-        page.on("pageerror", lambda error: self.complaints.append(f"page error: {error}"))
-        page.on("request", lambda request: self._request(request.url, visualizer.url))
-        page.goto(visualizer.url + query)
-        page.wait_for_function("window.minipaged && minipaged.player.run")
+        """A page that shows the run. The shared one is begun again in the tab that it already has, if that is free."""
+        shared = next((one for one in self._shared if one.visualizer is visualizer and not query), None)
+        if shared and shared.tab in self._context.pages and shared.tab not in self._watched:
+            page = self._again(shared.tab, visualizer)
+        else:
+            page = self._new(visualizer.url)
+            page.goto(visualizer.url + query)
+            if shared:
+                shared.tab = page
+        page.wait_for_function("run => window.minipaged?.player.run === run", arg=visualizer.log.run)
         return page
 
     def file(self, path: Path) -> Any:
         """Opens an exported page. It may request nothing but itself."""
-        page = self._context.new_page()
-        page.set_default_timeout(PATIENCE)
-        page.on("console", lambda message: self._console(message))
-        page.on("pageerror", lambda error: self.complaints.append(f"page error: {error}"))
-        page.on("request", lambda request: self._request(request.url, path.as_uri()))
+        page = self._new(path.as_uri())
         page.goto(path.as_uri())
         page.wait_for_function("window.minipaged && minipaged.player.end > 1")
         return page
 
     def close(self) -> None:
+        """Only the shared tab stays, and rests."""
+        tabs = [one.tab for one in self._shared if not self.complaints]
         for page in self._context.pages:
-            page.close()
+            if page not in tabs:
+                page.close()
+        for page in tabs:
+            for event, listener in self._watched.pop(page, {}).items():
+                page.remove_listener(event, listener)
+            page.evaluate("document.querySelector('.mp').remove()")
+
+    def _new(self, home: str) -> Any:
+        return self._watch(self._context.new_page(), home)
+
+    def _watch(self, page: Any, home: str) -> Any:
+        page.set_default_timeout(PATIENCE)
+        self._watched[page] = {
+            "console": self._console,
+            "pageerror": lambda error: self.complaints.append(f"page error: {error}"),
+            "request": lambda request: self._request(request.url, home),
+        }
+        for event, listener in self._watched[page].items():
+            page.on(event, listener)
+        return page
+
+    def _again(self, page: Any, visualizer: Visualizer) -> Any:
+        """As after a reload, in the same window as at first."""
+        self._watch(page, visualizer.url)
+        page.bring_to_front()
+        page.set_viewport_size(VIEWPORT)
+        page.emulate_media(reduced_motion="no-preference")
+        page.mouse.move(0, 0)
+        page.evaluate("document.body.classList.remove('dark'); CSS.highlights.clear(); minipaged.again()")
+        return page
 
     def _console(self, message: Any) -> None:
         if message.type == "error":
@@ -126,9 +209,9 @@ class Pages:
 
 
 @pytest.fixture
-def pages(browser: Any) -> Iterator[Pages]:
+def pages(browser: Any, shared: list[Shared]) -> Iterator[Pages]:
     """``pages.open(visualizer)``. Fails the test if a page complained or reached out."""
-    pages = Pages(browser)
+    pages = Pages(browser, shared)
     yield pages
     pages.close()
     assert not pages.complaints

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from minipaged import LLM, EngineConfig
+from tests.aio import run
 from visualizer import engine_thread
 from visualizer.commands import MAX_CHARACTERS, MAX_MESSAGES, Commands
 from visualizer.engine_thread import EngineThread
@@ -45,7 +45,7 @@ def thread(llm: LLM) -> Iterator[EngineThread]:
 
 
 def ask(thread: EngineThread, payload: dict[str, Any], load: Any = None) -> dict[str, Any]:
-    return asyncio.run(Commands(thread, OPENING, load)(payload))
+    return run(Commands(thread, OPENING, load)(payload))
 
 
 def until(condition: Callable[[], Any], seconds: float = 20) -> None:

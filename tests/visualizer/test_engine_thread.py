@@ -1,6 +1,5 @@
 """The engine's thread and what the page may ask of it, without a browser and without a model."""
 
-import asyncio
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 
 from minipaged.errors import InvalidRequest
+from tests.aio import run
 from tests.fake import fake_engine
 from visualizer.commands import Commands
 from visualizer.engine_thread import MAX_WAITING, EngineThread
@@ -38,7 +38,7 @@ def until(condition: Callable[[], bool], seconds: float = 5) -> None:
 
 
 def ask(thread: EngineThread, payload: Any) -> dict[str, Any]:
-    return asyncio.run(Commands(thread, SCENARIO)(payload))
+    return run(Commands(thread, SCENARIO)(payload))
 
 
 def idle(thread: EngineThread) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from minipaged.experiments import Result, Row, catalogue
+from tests.aio import run
 from visualizer import experiments as module
 from visualizer.classroom import Guard
 from visualizer.experiments import LOOKING, Experiments, menu
@@ -152,7 +153,6 @@ async def _guarded(guard: Guard, **payload: Any) -> bool:
 @pytest.mark.parametrize("command, open_to_all", [*[(name, True) for name in LOOKING], ("experiment-run", False),
                                                   ("experiment-cancel", False)])  # fmt: skip
 def test_in_a_classroom_only_the_presenter_starts_and_stops(make: Any, command: str, open_to_all: bool) -> None:
-    import asyncio
 
     experiments = make(SLEEPS)
 
@@ -160,8 +160,8 @@ def test_in_a_classroom_only_the_presenter_starts_and_stops(make: Any, command: 
         return experiments(payload)
 
     guard = Guard(door, classroom=True)
-    assert asyncio.run(_guarded(guard, do=command, name="waste")) == open_to_all
-    assert asyncio.run(_guarded(guard, do=command, name="waste", token=guard.token))
+    assert run(_guarded(guard, do=command, name="waste")) == open_to_all
+    assert run(_guarded(guard, do=command, name="waste", token=guard.token))
 
 
 class TestTheProcess:

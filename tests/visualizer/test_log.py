@@ -7,6 +7,7 @@ import pytest
 
 from minipaged.config import SamplingParams
 from minipaged.events import KEPT, EngineError, Event, Sampled, State, event_from_dict
+from tests.aio import run
 from tests.fake import fake_engine
 from visualizer import log as module
 from visualizer.log import RecordLog
@@ -96,7 +97,7 @@ def test_a_cursor_that_makes_no_sense_makes_a_late_joiner(cursor: object) -> Non
 def test_pull_answers_any_request(request_: object) -> None:
     log = RecordLog()
     record_run(log)
-    assert json.loads(asyncio.run(log.pull(request_)))["keyframe"]
+    assert json.loads(run(log.pull(request_)))["keyframe"]
 
 
 def test_finished_requests_do_not_pile_up() -> None:
@@ -127,7 +128,7 @@ def test_pull_waits_for_news_and_for_the_status() -> None:
         log.status({"paused": True})
         return json.loads(await asyncio.wait_for(waiting, 1))
 
-    answer = asyncio.run(wait())
+    answer = run(wait())
     assert answer["status"] == {"paused": True} and answer["records"] == []
 
 
@@ -135,7 +136,7 @@ def test_pull_gives_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LONG_POLL", 0.1)
     log = RecordLog()
     asked = {"run": log.run, "cursor": log.end, "status": log._status_version}
-    assert asyncio.run(log.pull(asked)) == "{}"
+    assert run(log.pull(asked)) == "{}"
 
 
 def test_a_crowd_is_answered_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,5 +157,5 @@ def test_a_crowd_is_answered_less_often(monkeypatch: pytest.MonkeyPatch) -> None
         await asyncio.gather(*(log.pull(asked) for _ in range(size)))
         return max(slept)
 
-    assert asyncio.run(crowd(4)) == module.FAST
-    assert asyncio.run(crowd(9)) == 9 * module.SLOW
+    assert run(crowd(4)) == module.FAST
+    assert run(crowd(9)) == 9 * module.SLOW

@@ -354,10 +354,10 @@ def test_an_engine_error_is_told(serve: Callable[..., Visualizer], pages: Any) -
 
 @pytest.mark.parametrize("same_page", [True, False], ids=["restarted", "another version"])
 def test_a_lost_server_is_told_and_found_again(
-    serve: Callable[..., Visualizer], pages: Any, same_page: bool, monkeypatch: pytest.MonkeyPatch
+    launching: Callable[..., Visualizer], pages: Any, same_page: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     component_id = Context.id  # Gradio numbers components; a restarted server counts from the same number
-    visualizer = serve()
+    visualizer = launching()
     page = pages.open(visualizer)
     page.evaluate("window.before = true")
     visualizer.close()
@@ -365,7 +365,7 @@ def test_a_lost_server_is_told_and_found_again(
     banner.filter(has_text="does not answer").wait_for()
     if same_page:
         monkeypatch.setattr(Context, "id", component_id)
-    again = serve()
+    again = launching()
     page.wait_for_function("run => window.minipaged?.player.run === run", arg=again.log.run)
     assert page.evaluate("window.before === true") == same_page, "the page is loaded anew only if it must be"
     submit(again)
@@ -376,9 +376,9 @@ def test_a_lost_server_is_told_and_found_again(
 
 
 def test_the_opening_scenario_begins_by_itself_and_shows_everything(
-    serve: Callable[..., Visualizer], pages: Any
+    launching: Callable[..., Visualizer], pages: Any
 ) -> None:
-    visualizer = serve(scenario=OPENING, rate=12, stories_end=True)
+    visualizer = launching(scenario=OPENING, rate=12, stories_end=True)
     time.sleep(0.3)
     assert visualizer.log.end == 0, "nothing is played to an empty house"
     page = pages.open(visualizer)
@@ -425,7 +425,7 @@ def test_the_chart_is_fed(serve: Callable[..., Visualizer], pages: Any) -> None:
     assert 0 < used <= reserved <= DEMO_SETTINGS["num_blocks"] * DEMO_SETTINGS["block_size"] and logical > used
 
 
-def test_a_port_in_use_is_one_clear_error(serve: Callable[..., Visualizer], free_port: int) -> None:
-    serve()
+def test_a_port_in_use_is_one_clear_error(launching: Callable[..., Visualizer], free_port: int) -> None:
+    launching()
     with pytest.raises(PortInUse, match=f"port {free_port} is in use.*--port"):
         launch(lambda: pytest.fail("the model is not loaded in vain"), port=free_port)

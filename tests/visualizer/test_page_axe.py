@@ -11,11 +11,9 @@ import axe_core_python.base as axe  # of the dev extra; without it these tests f
 
 from tests.visualizer.test_experiments import SLEEPS
 from tests.visualizer.test_page import caught_up, steps, submit
-from tests.visualizer.test_playback import FORK, GOLDEN, launching
+from tests.visualizer.test_playback import FORK, GOLDEN
 from visualizer.app import Visualizer
 from visualizer.scenarios import SCENARIOS
-
-__all__ = ["launching"]
 
 SCRIPT = (Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 

@@ -17,11 +17,9 @@ from minipaged.events import Event, event_from_dict, load_recording
 from minipaged.memory.waste import MANAGERS, Accounts
 from minipaged.metrics import Metrics
 from tests.visualizer.test_page import STORIES, caught_up, finish, steps, submit
-from tests.visualizer.test_playback import GOLDEN, launching
+from tests.visualizer.test_playback import GOLDEN
 from visualizer.app import Visualizer
 from visualizer.export import export
-
-__all__ = ["launching"]
 
 # What the table of bars says, manager by manager.
 TABLE = """() => [...document.querySelectorAll("[data-manager]")].map((row) => [

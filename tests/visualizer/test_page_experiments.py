@@ -11,11 +11,8 @@ import pytest
 from minipaged.experiments import Result, catalogue
 from tests.visualizer.test_experiments import SLEEPS, result, saying, worker
 from tests.visualizer.test_page import STORIES, submit
-from tests.visualizer.test_playback import launching
 from visualizer.app import Visualizer
 from visualizer.experiments import Experiments
-
-__all__ = ["launching"]
 
 FIGURE = {
     "data": [{"type": "bar", "name": "ours", "x": ["2", "4"], "y": [3.0, 5.0], "marker": {"color": "#0072b2"}}],
@@ -139,9 +136,9 @@ def test_earlier_results_are_there_at_once_in_light_and_dark(
 
 
 def test_in_a_classroom_viewers_look_and_do_not_start(
-    serve: Callable[..., Visualizer], pages: Any, tmp_path: Path
+    launching: Callable[..., Visualizer], pages: Any, tmp_path: Path
 ) -> None:
-    visualizer = prepared(serve(classroom=True), SLEEPS, tmp_path)
+    visualizer = prepared(launching(classroom=True), SLEEPS, tmp_path)
     viewer = pages.open(visualizer)
     viewer.wait_for_selector("[data-role=viewer]")
     open_view(viewer)
@@ -193,8 +190,8 @@ def test_keys_do_not_move_what_is_not_seen(serve: Callable[..., Visualizer], pag
     assert page.evaluate("minipaged.player.mode") == "live"
 
 
-def test_the_class_is_what_the_server_uses(serve: Callable[..., Visualizer]) -> None:
-    visualizer = serve()
+def test_the_class_is_what_the_server_uses(launching: Callable[..., Visualizer]) -> None:
+    visualizer = launching()
     assert isinstance(visualizer.experiments, Experiments)
     visualizer.experiments.start("waste", True)
     process = visualizer.experiments._run.process

@@ -11,10 +11,8 @@ import pytest
 
 from minipaged.events import event_from_dict
 from tests.visualizer.test_page import STORIES, caught_up, steps, submit
-from tests.visualizer.test_playback import GOLDEN, launching
+from tests.visualizer.test_playback import GOLDEN
 from visualizer.app import Visualizer
-
-__all__ = ["launching"]
 
 RECENT = 256
 READ = """() => {

@@ -19,14 +19,6 @@ LONG = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def home(llm: Any) -> Any:
-    """The other tests' engine is paged."""
-    engine = llm.engine
-    yield
-    llm.engine = engine
-
-
 def apply(page: Any, **choices: str) -> str:
     """Chooses in the drawer, restarts, and returns what is said."""
     page.click("[data-testid=settings]")

@@ -4,7 +4,7 @@ and the page on small screens; in a real browser, compared with the engine behin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 from minipaged import LLM, SamplingParams
 from minipaged.events import load_recording
 from tests.visualizer.test_page import STORIES, caught_up, finish, recorded, steps, submit
-from visualizer.app import Visualizer, launch
+from visualizer.app import Visualizer
 from visualizer.recordings import FOLDER
 from visualizer.scenarios import OPENING, SCENARIOS, Arrival
 
@@ -38,20 +38,6 @@ def paused(serve: Callable[..., Visualizer], pages: Any) -> tuple[Visualizer, An
     steps(visualizer, 30)
     caught_up(page, visualizer)
     return visualizer, page
-
-
-@pytest.fixture
-def launching(free_port: int) -> Iterator[Callable[..., Visualizer]]:
-    """``launching(as launch)``, for pages of other engines than `serve`'s, or of none."""
-    served: list[Visualizer] = []
-
-    def start(*llm: Any, **settings: Any) -> Visualizer:
-        served.append(launch(*llm, port=free_port, block=False, scenario=None, **settings))
-        return served[-1]
-
-    yield start
-    for visualizer in served:
-        visualizer.close()
 
 
 def drawn(page: Any) -> None:
@@ -439,8 +425,8 @@ def test_a_recording_hides_what_is_live(serve: Callable[..., Visualizer], pages:
     visualizer.thread.reset().result(20)
 
 
-def test_an_empty_page_says_what_its_viewer_can_do(serve: Callable[..., Visualizer], pages: Any) -> None:
-    visualizer = serve(classroom=True)
+def test_an_empty_page_says_what_its_viewer_can_do(launching: Callable[..., Visualizer], pages: Any) -> None:
+    visualizer = launching(classroom=True)
     viewer = pages.open(visualizer)
     viewer.locator("[data-testid=empty]").filter(has_text="presenter").wait_for()
     assert "Pick a prompt" not in viewer.inner_text("[data-testid=minipaged]")

@@ -1,12 +1,10 @@
 """Walking, flying, naming, saving and replaying: the view's own tools, in a real browser."""
 
 import ast
-import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -16,8 +14,9 @@ import pytest
 from minipaged import LLM
 from minipaged.config import MANAGERS
 from minipaged.events import Recorder, State, event_from_dict, load_recording
+from tests.aio import run
 from tests.visualizer.test_page import as_json, caught_up, finish, steps, submit
-from visualizer.app import Visualizer, launch
+from visualizer.app import Visualizer
 from visualizer.classroom import Guard
 from visualizer.export import export
 from visualizer.log import RecordLog
@@ -28,26 +27,6 @@ from visualizer.sources import FUNCTIONS, OF_MANAGER, ROOT, sources
 TOWN = "In a small town by the sea, there lived a girl named Anna. She had a red boat and"
 FORK = [Arrival(0, TOWN, n=4, max_tokens=24, seed=2), Arrival(0, "Once upon a time", max_tokens=30, seed=1)]
 GOLDEN = sorted(FOLDER.glob("*.jsonl"))
-
-
-@pytest.fixture
-def launching(free_port: int) -> Iterator[Callable[..., Visualizer]]:
-    """``launching(as launch)``, for pages of other engines than `serve`'s, or of none."""
-    served: list[Visualizer] = []
-
-    def start(*llm: Any, **settings: Any) -> Visualizer:
-        served.append(launch(*llm, port=free_port, block=False, **settings))
-        return served[-1]
-
-    yield start
-    for visualizer in served:
-        visualizer.close()
-
-
-def wait_for(coroutine: Any) -> Any:
-    """Its result; in a thread of its own, since playwright's loop runs in this one."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
 
 
 def position(page: Any) -> list[int]:
@@ -190,12 +169,12 @@ def test_sources_name_the_line_that_defines_the_function() -> None:
 
 @pytest.mark.parametrize("home", [None, "https://github.com/somebody/minipaged"])
 def test_the_source_opens_in_a_panel(
-    home: str | None, serve: Callable[..., Visualizer], pages: Any, monkeypatch: Any
+    home: str | None, launching: Callable[..., Visualizer], pages: Any, monkeypatch: Any
 ) -> None:
     """The same with a project's address and without: the code is there when the network is not."""
     monkeypatch.setattr("visualizer.sources._project_url", lambda: home)
     sources.cache_clear()
-    visualizer = serve()
+    visualizer = launching()
     sources.cache_clear()
     page = pages.open(visualizer)
     visualizer.thread.pause().result(20)
@@ -374,14 +353,14 @@ def test_a_run_too_long_to_save_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("visualizer.log.MAX_SAVED", 1000)
     log, events = RecordLog(), load_recording(GOLDEN[0])
     log.started(events[0])  # type: ignore[arg-type]
-    short = wait_for(Recordings(log).recording({}))
+    short = run(Recordings(log).recording({}))
     assert [event_from_dict(json.loads(line)) for line in short["text"].splitlines()[1:]] == events[:1]
     for event in events[1:40]:
         log.publish([event])
-    answer = wait_for(Recordings(log).recording({}))
+    answer = run(Recordings(log).recording({}))
     assert not answer["ok"] and "too long" in answer["message"]
     for name in ("../app.py", "/etc/passwd", 3, ["1-fork-and-preempt"]):
-        assert not wait_for(Recordings(log).recording({"name": name}))["ok"]
+        assert not run(Recordings(log).recording({"name": name}))["ok"]
 
 
 def test_the_recorder_and_the_page_write_the_same_lines(tmp_path: Path) -> None:
@@ -393,7 +372,7 @@ def test_the_recorder_and_the_page_write_the_same_lines(tmp_path: Path) -> None:
         recorder(event)
     log.publish(events[1:])
     recorder.close()
-    saved = wait_for(Recordings(log).recording({}))["text"].splitlines()
+    saved = run(Recordings(log).recording({}))["text"].splitlines()
     written = (tmp_path / "by-recorder.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in saved] == [json.loads(line) for line in written]
 
@@ -406,7 +385,7 @@ def test_the_guard_wants_the_token_with_every_command() -> None:
         return {"ok": True, "result": payload["do"]}
 
     def ask(guard: Guard, payload: Any) -> bool:
-        return wait_for(guard(payload))["ok"]
+        return run(guard(payload))["ok"]
 
     guard = Guard(obey, classroom=True)
     for do in ("submit", "abort", "pause", "resume", "step", "rate", "reset", "play"):
@@ -420,8 +399,10 @@ def test_the_guard_wants_the_token_with_every_command() -> None:
     assert ask(Guard(obey, classroom=False), {"do": "pause"}), "elsewhere nobody needs one"
 
 
-def test_in_a_classroom_viewers_watch_and_the_presenter_controls(serve: Callable[..., Visualizer], pages: Any) -> None:
-    visualizer = serve(classroom=True)
+def test_in_a_classroom_viewers_watch_and_the_presenter_controls(
+    launching: Callable[..., Visualizer], pages: Any
+) -> None:
+    visualizer = launching(classroom=True)
     viewer = pages.open(visualizer)
     viewer.locator("[data-testid=watching]").wait_for()
     for control in ("generate", "engine-pause", "nav-chat"):

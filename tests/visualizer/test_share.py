@@ -49,9 +49,9 @@ def test_no_link_without_being_asked(serve: Callable[..., Visualizer], tunnel: l
 
 
 def test_who_comes_through_the_link_only_watches(
-    serve: Callable[..., Visualizer], tunnel: list, capsys: pytest.CaptureFixture[str]
+    launching: Callable[..., Visualizer], tunnel: list, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    visualizer = serve(share=True)
+    visualizer = launching(share=True)
     assert len(tunnel) == 1 and tunnel[0]["local_port"] == visualizer.blocks.server_port
     assert visualizer.public_url == PUBLIC
     said = capsys.readouterr().out
@@ -66,13 +66,13 @@ def test_who_comes_through_the_link_only_watches(
 
 
 def test_without_the_internet_the_local_page_goes_on(
-    serve: Callable[..., Visualizer], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    launching: Callable[..., Visualizer], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def setup_tunnel(**options: Any) -> str:
         raise RuntimeError("no way out")
 
     monkeypatch.setattr(networking, "setup_tunnel", setup_tunnel)
-    visualizer = serve(share=True)
+    visualizer = launching(share=True)
     said = capsys.readouterr().out
     assert "no public link could be made" in said and visualizer.url in said and visualizer.public_url == ""
     assert urlopen(visualizer.url).status == 200
@@ -81,9 +81,9 @@ def test_without_the_internet_the_local_page_goes_on(
 
 
 def test_the_address_printed_for_a_network_is_a_number(
-    serve: Callable[..., Visualizer], monkeypatch: pytest.MonkeyPatch
+    launching: Callable[..., Visualizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    visualizer = serve(host="0.0.0.0", classroom=True)
+    visualizer = launching(host="0.0.0.0", classroom=True)
     host = visualizer.url.removeprefix("http://").rpartition(":")[0]
     socket.inet_aton(host)
     assert host != "0.0.0.0" and urlopen(visualizer.url).status == 200

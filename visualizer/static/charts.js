@@ -56,7 +56,7 @@ export class Charts {
     this.show("memory");
     new ResizeObserver(() => this.resize()).observe(this.box);
     new MutationObserver(() => this.repaint()).observe(document.body, { attributes: true, attributeFilter: ["class"] });
-    if (!plotlyUrl) return; // an exported page in a browser that could not unpack it
+    if (!plotlyUrl || window.Plotly) return; // an exported page in a browser that could not unpack it; or it is here
     // 4.8 MB: the page is alive long before the charts are.
     const script = document.createElement("script");
     script.src = plotlyUrl;

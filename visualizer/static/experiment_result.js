@@ -31,7 +31,7 @@ export class PaperFigure {
 
   // Light or dark.
   paint() {
-    if (this.figure && this.node.layout) window.Plotly.relayout(this.node, colours(this.node));
+    if (this.figure && this.node.layout && this.node.isConnected) window.Plotly.relayout(this.node, colours(this.node));
   }
 
   resize() {

@@ -34,7 +34,7 @@ export class Guide {
     this.skip.addEventListener("click", () => (this.open ? this.answer(null) : this.hide()));
     document.addEventListener("keydown", (event) => this.key(event));
     this.lede.addEventListener("click", () => this.lede.classList.toggle("mp-whole")); // on a phone it is cut
-    setInterval(() => this.tick(), 500);
+    this.ticking = setInterval(() => this.tick(), 500);
   }
 
   // `recording` is what is shown instead of the engine's run, if anything: then nothing that is live is said.
@@ -145,6 +145,7 @@ export class Guide {
   }
 
   tick() {
+    if (!this.quiz.isConnected) return clearInterval(this.ticking);
     if (!this.asked || this.quiz.hidden) return;
     const left = this.ends - performance.now();
     if (this.open) setText(this.skip, `Skip (${Math.max(0, Math.ceil(left / 1000))} s)`);
@@ -156,6 +157,7 @@ export class Guide {
   }
 
   key(event) {
+    if (!this.quiz.isConnected) return;
     const typing = event.target.closest?.("input:not([type=checkbox]), select:not([data-part=scenario]), textarea, dialog");
     const number = Number(event.key) - 1;
     if (!typing && this.open && number >= 0 && number < this.asked.choices.length) this.answer(number);

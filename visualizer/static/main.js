@@ -30,8 +30,15 @@ const NO_ENGINE = { ok: false, message: "This is a recording; there is no engine
 // that narration links to, the scenarios on offer, the names of recordings, and, where there is no engine, the recording
 // to show instead.
 export function start({ element: root, server, figures, plotly, more = {} }) {
+  const blank = root.innerHTML;
   const page = new Page(root.querySelector(".mp"), server, figures, plotly, more);
-  window.minipaged = page.handle(); // for tests and for the curious
+  // For tests and for the curious. `again` begins as after a reload, without what that costs: a page whose elements
+  // are gone lets go by itself.
+  const again = () => {
+    root.innerHTML = blank;
+    start({ element: root, server, figures, plotly, more });
+  };
+  window.minipaged = { ...page.handle(), again };
   if (more.replay) page.replay(more.replay);
   page.pull();
   page.frame(performance.now());
