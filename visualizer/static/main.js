@@ -9,7 +9,8 @@ import { Flights } from "./flights.js";
 import { Guide } from "./guide.js";
 import { Inspector } from "./inspector.js";
 import { narrate } from "./narration.js";
-import { setText } from "./names.js";
+import { setHidden, setText } from "./names.js";
+import { setAttribute } from "./parts.js";
 import { Playback } from "./playback.js";
 import { Player } from "./player.js";
 import { Pool } from "./pool.js";
@@ -192,6 +193,7 @@ class Page {
       this.player.changed = false;
       this.render();
     }
+    this.timeline.drawTicks(now);
     this.charts.render(this.player, now);
     requestAnimationFrame((time) => this.frame(time));
   }
@@ -205,13 +207,10 @@ class Page {
     this.root.dataset.mode = this.player.mode;
     this.root.dataset.sub = this.player.sub;
     this.root.toggleAttribute("data-ahead", reservesAhead(state));
-    this.pool.render(state, lit);
-    this.pool.land(this.player);
+    this.pool.render(this.player, lit);
     this.inspector.render(this.player, this.pinned, lit);
     this.sequences.render(state, lit);
     this.swap.render(state, lit);
-    this.arrows.render(lit, this.sequences, this.pool, this.swap, this.player);
-    this.flights.render(this.player);
     this.timeline.render();
     this.playback.render();
     this.controls.render(this.status);
@@ -219,12 +218,16 @@ class Page {
     this.guide.render(this.status, this.player, this.recording);
     if (!this.recording) this.chat.render(this.player); // its requests may have the same names
     this.renderNarration();
+    // Last, what has to know where things are: once all is written, the browser computes the layout once.
+    this.sequences.showNewest();
+    this.arrows.render(lit, this.sequences, this.pool, this.swap, this.player);
+    this.flights.render(this.player);
   }
 
   renderNarration() {
     const told = narrate(this.player);
-    this.narration.setAttribute("aria-live", this.player.mode === "frozen" ? "polite" : "off");
-    this.narration.dataset.kind = told?.kind ?? "";
+    setAttribute(this.narration, "aria-live", this.player.mode === "frozen" ? "polite" : "off");
+    setAttribute(this.narration, "data-kind", told?.kind ?? "");
     setText(this.narration.querySelector("b"), told?.kind ?? "ready");
     setText(this.narration.querySelector("span"), told?.text ?? (this.recording ? "The recording begins here: press Play."
       : this.root.dataset.role === "viewer" ? "Nothing has happened yet." : "Nothing has happened yet: pick a prompt."));
@@ -237,9 +240,11 @@ class Page {
       ? "The server does not answer. What you see is the last that came; trying to reconnect…"
       : error && error !== this.dismissed ? `Engine error: ${error}` : "";
     setText(this.banner.querySelector("span"), words);
-    for (const button of this.banner.querySelectorAll("button")) button.hidden = this.gone > 0;
-    if (this.recording) this.banner.querySelector("[data-do=restart]").hidden = true;
-    this.banner.hidden = !words;
+    for (const button of this.banner.querySelectorAll("button")) {
+      setHidden(button, this.gone > 0 || Boolean(this.recording && button.dataset.do === "restart"));
+    }
+    setHidden(this.banner, !words);
+    this.root.toggleAttribute("data-banner", Boolean(words));
   }
 
   // --- for tests ---
