@@ -24,6 +24,8 @@ import { spotlight } from "./spotlight.js";
 import { SwapSpace } from "./swap.js";
 import { Timeline } from "./timeline.js";
 
+const SOON = 20; // milliseconds: what is due by then is for the next frame
+const LOOK = 50; // milliseconds between looks for what is due when nothing changes
 const RETRY = 700; // milliseconds between attempts when the server is gone
 const NO_ENGINE = { ok: false, message: "This is a recording; there is no engine to control." };
 
@@ -34,8 +36,9 @@ export function start({ element: root, server, figures, plotly, more = {} }) {
   const page = new Page(root.querySelector(".mp"), server, figures, plotly, more);
   window.minipaged = page.handle(); // for tests and for the curious
   if (more.replay) page.replay(more.replay);
+  page.player.wake = () => page.wake();
   page.pull();
-  page.frame(performance.now());
+  page.wake();
 }
 
 class Page {
@@ -186,7 +189,17 @@ class Page {
 
   // --- drawing ---
 
+  // A browser that is asked for frames makes sixty a second, each at some cost though nothing has changed. So one is asked
+  // for when there is something to draw, or soon will be.
+  wake() {
+    if (this.awake) return;
+    this.awake = true;
+    clearTimeout(this.timer);
+    requestAnimationFrame((time) => this.frame(time));
+  }
+
   frame(now) {
+    this.awake = false;
     if (!this.root.isConnected) return;
     this.player.advance(now);
     if (this.player.changed) {
@@ -195,7 +208,10 @@ class Page {
     }
     this.timeline.drawTicks(now);
     this.charts.render(this.player, now);
-    requestAnimationFrame((time) => this.frame(time));
+    if (this.awake) return;
+    const wait = this.player.wait(now);
+    if (wait < SOON || document.hidden) this.wake(); // who is hidden gets no frames
+    else this.timer = setTimeout(() => this.frame(performance.now()), Math.min(wait, LOOK));
   }
 
   render() {
