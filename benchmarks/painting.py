@@ -2,9 +2,11 @@
 
     python -m benchmarks.painting [--seconds 160]
 
-Needs playwright and a Chromium. Counts, in the page, the animation frames and the different moments drawn in them, ten
-seconds at a time, and after each ten the heap once garbage is collected. Frames and moments depend on what else the
-machine does (``busy`` in the result); the heap does not.
+Needs playwright and a Chromium. Counts, in the page, the different moments drawn, ten seconds at a time, and after each
+ten the heap once garbage is collected. How many moments are drawn depends on what else the machine does (``busy`` in
+the result); the heap does not. ``main_ms``: the milliseconds that the page's main thread computes for a moment, by its own
+clock, and what part of them goes to scripts, styles and layout; the rest is painting and all else. They tell on a busy
+machine, too, what a moment costs.
 
 A page keeps 1,200 records to rewind to, a minute at this rate. So memory is compared from when that history is full to
 a minute later, each time after a collection. ``flat``: it grew by ``BOUND`` at most. Writes results/painting.json.
@@ -32,21 +34,21 @@ LATER = 60  # seconds
 BOUND = 2.0  # megabytes that the heap may grow by in that time, once the history is full
 
 COUNT = """(seconds) => new Promise((done) => {
-    const { player } = minipaged, started = performance.now(), from = player.position;
+    const { player } = minipaged, from = player.position;
     const seen = new Set();
-    let frames = 0;
-    const frame = (now) => {
-        frames += 1;
-        seen.add(player.position);
-        if (now - started < 1000 * seconds) requestAnimationFrame(frame);
-        else done({
-            frames: frames / seconds, moments: (seen.size - 1) / seconds,
-            steps: (player.position - from) / seconds,
+    // No frame is asked for that the page would not make: each costs something.
+    const watch = new MutationObserver(() => requestAnimationFrame(() => seen.add(player.position)));
+    watch.observe(document.querySelector("[data-step]"), { attributeFilter: ["data-step"] });
+    setTimeout(() => {
+        watch.disconnect();
+        done({
+            moments: seen.size / seconds, steps: (player.position - from) / seconds,
             nodes: document.querySelectorAll("*").length, records: player.records.length,
         });
-    };
-    requestAnimationFrame(frame);
+    }, 1000 * seconds);
 })"""
+
+THREAD = {"all": "Task", "script": "Script", "style": "RecalcStyle", "layout": "Layout"}  # as in Chromium's metrics
 
 
 def main() -> None:
@@ -75,16 +77,20 @@ def main() -> None:
     write("painting", result, f"python -m benchmarks.painting --seconds {options.seconds}")
 
 
-def measure(visualizer: Visualizer, page: Any, seconds: int) -> list[dict[str, float]]:
+def measure(visualizer: Visualizer, page: Any, seconds: int) -> list[dict[str, Any]]:
     """A dictionary for each ten seconds."""
     feed(visualizer)
     page.wait_for_function("minipaged.player.position > 60")
     session = page.context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
     rounds = []
     for number in range(seconds // ROUND):
         feed(visualizer)
+        before = main_thread(session)
         told = {name: round(value, 1) for name, value in page.evaluate(COUNT, ROUND).items()}
-        rounds.append({"from_s": number * ROUND} | told | {"heap_mb": round(heap(session), 1)})
+        moments = max(1.0, told["moments"] * ROUND)
+        spent = {name: round((now - before[name]) / moments, 1) for name, now in main_thread(session).items()}
+        rounds.append({"from_s": number * ROUND} | told | {"main_ms": spent, "heap_mb": round(heap(session), 1)})
         print(rounds[-1], flush=True)
     return rounds
 
@@ -96,13 +102,19 @@ def feed(visualizer: Visualizer) -> None:
         visualizer.thread.submit(Arrival(0, "One day, a fox met an owl.", max_tokens=TOKENS)).result(30)
 
 
+def main_thread(session: Any) -> dict[str, float]:
+    """Milliseconds that the page's main thread has computed so far, in all and of some kinds."""
+    told = {metric["name"]: metric["value"] for metric in session.send("Performance.getMetrics")["metrics"]}
+    return {name: 1000 * told[f"{metric}Duration"] for name, metric in THREAD.items()}
+
+
 def heap(session: Any) -> float:
     """Megabytes of the page's JavaScript that are in use after a collection."""
     session.send("HeapProfiler.collectGarbage")
     return session.send("Runtime.getHeapUsage")["usedSize"] / 1e6
 
 
-def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
+def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """The heap in the first round in which the history was full, and a minute later."""
     full = next((number for number, told in enumerate(rounds) if told["records"] >= FULL), len(rounds))
     later = full + LATER // ROUND
@@ -113,6 +125,7 @@ def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
     moments = sorted(told["moments"] for told in rounds)
     return {
         "moments_per_s": {"min": moments[0], "median": moments[len(moments) // 2], "max": moments[-1]},
+        "main_ms_median": {name: sorted(told["main_ms"][name] for told in rounds)[len(rounds) // 2] for name in THREAD},
         "history_full_from_s": rounds[full]["from_s"],
         "heap_mb": {"first_round": heaps[0], "history_full": heaps[full], f"{LATER}_s_later": heaps[later]},
         "growth_mb": round(grown, 1),

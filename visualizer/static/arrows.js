@@ -21,6 +21,9 @@ export class Arrows {
   render(lit, sequences, pool, swap, player) {
     const chips = lit ? traced(lit, sequences) : newest(player, sequences);
     const paths = this.paths(chips, lit, sequences, pool, swap);
+    const key = JSON.stringify(paths);
+    if (key === this.drawn) return;
+    this.drawn = key;
     while (this.svg.children.length > paths.length) this.svg.lastChild.remove();
     paths.forEach(({ d, hue, strong, opacity, kind, block }, index) => {
       const path = this.svg.children[index] ?? this.svg.appendChild(document.createElementNS(NS, "path"));

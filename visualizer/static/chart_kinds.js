@@ -36,13 +36,13 @@ export class PlotlyChart {
     if (this.begun && this.plot.clientWidth) window.Plotly.Plots.resize(this.plot);
   }
 
-  // Colours, the pool's size, the moment looked at: what is not data.
-  decorate(player, step) {
+  // Colours, the pool's size, the moment looked at: what is not data, as far as it has changed.
+  decorations(player, step) {
     const { num_blocks, block_size } = player.state.config;
     const slots = num_blocks * block_size;
     const moment = player.mode === "live" ? null : step;
     const key = `${slots} ${moment}`;
-    if (!this.unpainted && key === this.marked) return;
+    if (!this.unpainted && key === this.marked) return {};
     const changes = this.unpainted ? colours(this.plot) : {};
     const { shapes = [], annotations = [] } = this.figure.layout;
     shapes.forEach(({ name }, i) => {
@@ -57,9 +57,15 @@ export class PlotlyChart {
       if (name !== "pool") return;
       Object.assign(changes, { [`annotations[${i}].y`]: slots, [`annotations[${i}].text`]: `the pool: ${slots} slots` });
     });
-    window.Plotly.relayout(this.plot, changes);
     this.marked = key;
     this.unpainted = false;
+    return changes;
+  }
+
+  // Data (null: as before) and layout at once: plotly computes the whole chart anew for each call.
+  update(data, layout) {
+    if (data) window.Plotly.update(this.plot, data, layout);
+    else if (Object.keys(layout).length) window.Plotly.relayout(this.plot, layout);
   }
 }
 
@@ -74,26 +80,18 @@ export class LineChart extends PlotlyChart {
 
   render(player) {
     this.begin();
-    this.draw(player, windowOf(player));
-    this.decorate(player, player.state.step);
+    this.update(this.data(player, windowOf(player)), this.decorations(player, player.state.step));
   }
 
-  draw(player, { first, end }) {
+  data(player, { first, end }) {
     const { drawn } = this;
-    const same = drawn.records === player.records;
-    if (same && drawn.first === first && drawn.end === end) return;
-    // Going on from what is drawn: add to it. Anything else (a seek, a new run): draw afresh.
-    const goesOn = same && drawn.first <= first && drawn.end > first && drawn.end < end;
-    const from = goesOn ? drawn.end : first;
-    const records = player.records.slice(from - player.first, end - player.first);
-    const rows = records.map((record, i) => this.values(record, this.history.points[from + i - this.history.first]));
+    if (drawn.records === player.records && drawn.first === first && drawn.end === end) return null;
+    this.drawn = { records: player.records, first, end };
+    const records = player.records.slice(first - player.first, end - player.first);
+    const rows = records.map((record, i) => this.values(record, this.history.points[first + i - this.history.first]));
     const traces = this.figure.data.map((_, i) => i);
     const steps = records.map((record) => record.metrics.step);
-    const x = traces.map(() => steps);
-    const y = traces.map((i) => rows.map((row) => row[i]));
-    if (goesOn) window.Plotly.extendTraces(this.plot, { x, y }, traces, WINDOW);
-    else window.Plotly.restyle(this.plot, { x, y }, traces);
-    this.drawn = { records: player.records, first, end };
+    return { x: traces.map(() => steps), y: traces.map((i) => rows.map((row) => row[i])) };
   }
 }
 
@@ -108,12 +106,12 @@ export class LatencyChart extends PlotlyChart {
     this.begin();
     const { first, end } = windowOf(player);
     const key = `${player.run} ${first} ${end}`;
-    if (key !== this.drawn && end > first) this.draw(first, end);
+    const [data, layout] = key !== this.drawn && end > first ? this.data(first, end) : [null, {}];
     this.drawn = key;
-    this.decorate(player, player.state.step);
+    this.update(data, { ...layout, ...this.decorations(player, player.state.step) });
   }
 
-  draw(first, end) {
+  data(first, end) {
     const { history } = this;
     const dots = history.latency.firsts.filter(({ number }) => number >= first && number < end);
     const points = history.points.slice(first - history.first, end - history.first).filter(({ p50 }) => p50 !== null);
@@ -121,12 +119,12 @@ export class LatencyChart extends PlotlyChart {
     const [from, to] = [history.at(first + 1).step, history.at(end).step];
     const range = [from - 1 - (to - from) / 40, to + 1]; // one for both charts, with room for a letter at the left
     const others = [undefined, undefined, undefined];
-    window.Plotly.update(this.plot, {
+    return [{
       x: [dots.map(({ step }) => step), steps, steps, steps],
       y: [dots.map(({ ms }) => ms), ...["p50", "p95", "p99"].map((name) => points.map((point) => point[name]))],
       text: [dots.map(({ seq }) => letter(seq)), ...others],
       "marker.color": [dots.map(({ seq }) => colour(seq)), ...others],
-    }, { "xaxis.range": range, "xaxis2.range": range });
+    }, { "xaxis.range": range, "xaxis2.range": range }];
   }
 }
 
@@ -142,13 +140,14 @@ export class GanttChart extends PlotlyChart {
     this.begin();
     const { first, end } = windowOf(player);
     const key = `${player.run} ${first} ${end} ${this.plot.clientHeight}`;
-    if (key !== this.drawn && end > first) this.draw(this.history.at(first + 1).step, this.history.at(end).step + 1);
+    const span = key !== this.drawn && end > first && [this.history.at(first + 1).step, this.history.at(end).step + 1];
+    const [data, layout] = span ? this.data(...span) : [null, {}];
     this.drawn = key;
-    this.decorate(player, player.state.step + 0.5);
+    this.update(data, { ...layout, ...this.decorations(player, player.state.step + 0.5) });
   }
 
   // Everything that happened in steps [from, to).
-  draw(from, to) {
+  data(from, to) {
     const lived = ([, { spans, ended }]) => spans.length && spans[0].from < to && (ended ?? to) > from;
     const rows = [...this.history.seqs].filter(lived).slice(-MOST_ROWS);
     const traces = PHASES.map(() => ({ x: [], y: [], base: [], customdata: [], colours: [] }));
@@ -156,16 +155,16 @@ export class GanttChart extends PlotlyChart {
       for (const span of seq.spans) this.bar(traces, row, id, seq, span, from, to);
     });
     const each = (name) => traces.map((trace) => trace[name]);
-    const restyle = { x: each("x"), y: each("y"), base: each("base"), customdata: each("customdata") };
+    const data = { x: each("x"), y: each("y"), base: each("base"), customdata: each("customdata") };
+    // Preempted bars have one look for all; the others are in their sequence's colour.
+    data["marker.color"] = [...each("colours").slice(0, 3), undefined];
     const height = this.plot.clientHeight - 30;
     const size = Math.max(6, Math.min(12, height / Math.max(1, rows.length)));
     const layout = {
       "yaxis.range": [Math.max(rows.length, 4) - 0.5, -0.5], "yaxis.tickvals": rows.map((_, row) => row),
       "yaxis.ticktext": rows.map(([id]) => letter(id)), "yaxis.tickfont.size": size, "xaxis.range": [from, Math.max(to, from + 10)],
     };
-    window.Plotly.update(this.plot, restyle, layout, [0, 1, 2, 3]);
-    // Preempted bars have one look for all; the others are in their sequence's colour.
-    window.Plotly.restyle(this.plot, { "marker.color": each("colours").slice(0, 3) }, [0, 1, 2]);
+    return [data, layout];
   }
 
   bar(traces, row, id, seq, span, from, to) {

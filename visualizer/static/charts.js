@@ -8,6 +8,8 @@ import { element, plural, setText } from "./names.js";
 import { Waste } from "./waste.js";
 
 const EVERY = 250; // milliseconds
+const SHARE = 0.1; // of the browser's time: where a chart takes long to draw, it is drawn less often,
+const SELDOM = 2000; // down to once in so many milliseconds
 const WIDE = 900; // pixels; from here on there is room for two things beside each other
 const TABS = {
   memory: "Memory", waste: "Waste", throughput: "Throughput", latency: "Latency", sequences: "Sequences", prefix: "Prefix",
@@ -142,6 +144,7 @@ export class Charts {
   setBig(big) {
     this.big = big;
     this.box.classList.toggle("mp-big", big);
+    this.box.parentElement.toggleAttribute("data-big", big);
     const words = big ? "Make the charts small again (Esc)" : "Enlarge the charts over the scene";
     this.enlarge.textContent = big ? "✕" : "⤢";
     this.enlarge.title = words;
@@ -158,9 +161,11 @@ export class Charts {
     if (!player.state.config.num_blocks) return;
     this.say(player);
     if (now < this.nextAt || !(window.Plotly || this.shown === "waste")) return; // its bars need no plotly
-    this.nextAt = now + EVERY;
     if (this.shown !== "memory" && this.shown !== "waste") this.history.follow(player);
+    const began = performance.now();
     this.view.render(player);
+    const ended = performance.now();
+    this.nextAt = ended + Math.min(SELDOM, Math.max(EVERY, (ended - began) / SHARE));
   }
 
   say(player) {

@@ -53,6 +53,7 @@ export class Guide {
       else this.lede.innerHTML = this.general;
     }
     this.asks.disabled = !scenario;
+    this.asks.parentElement.toggleAttribute("data-off", !scenario);
     this.asks.checked = status.asks;
     this.follow(status, player);
   }

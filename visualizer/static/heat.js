@@ -23,6 +23,7 @@ export class Heat {
       });
       node.style.backgroundImage = `linear-gradient(90deg, ${slots.join(", ")})`;
       setText(element("em", "", node), `${Math.round(100 * shares[logical])} %`);
+      cell.dataset.heat = "";
       this.nodes.push(node);
     });
   }
@@ -32,7 +33,10 @@ export class Heat {
   }
 
   clear() {
-    for (const node of this.nodes) node.remove();
+    for (const node of this.nodes) {
+      delete node.parentElement?.dataset.heat;
+      node.remove();
+    }
     this.nodes = [];
   }
 }

@@ -9,7 +9,8 @@ import { Flights } from "./flights.js";
 import { Guide } from "./guide.js";
 import { Inspector } from "./inspector.js";
 import { narrate } from "./narration.js";
-import { setText } from "./names.js";
+import { setHidden, setText } from "./names.js";
+import { setAttribute } from "./parts.js";
 import { Playback } from "./playback.js";
 import { Player } from "./player.js";
 import { Pool } from "./pool.js";
@@ -23,6 +24,8 @@ import { spotlight } from "./spotlight.js";
 import { SwapSpace } from "./swap.js";
 import { Timeline } from "./timeline.js";
 
+const SOON = 20; // milliseconds: what is due by then is for the next frame
+const LOOK = 50; // milliseconds between looks for what is due when nothing changes
 const RETRY = 700; // milliseconds between attempts when the server is gone
 const NO_ENGINE = { ok: false, message: "This is a recording; there is no engine to control." };
 
@@ -40,8 +43,9 @@ export function start({ element: root, server, figures, plotly, more = {} }) {
   };
   window.minipaged = { ...page.handle(), again };
   if (more.replay) page.replay(more.replay);
+  page.player.wake = () => page.wake();
   page.pull();
-  page.frame(performance.now());
+  page.wake();
 }
 
 class Page {
@@ -192,15 +196,29 @@ class Page {
 
   // --- drawing ---
 
+  // A browser that is asked for frames makes sixty a second, each at some cost though nothing has changed. So one is asked
+  // for when there is something to draw, or soon will be.
+  wake() {
+    if (this.awake) return;
+    this.awake = true;
+    clearTimeout(this.timer);
+    requestAnimationFrame((time) => this.frame(time));
+  }
+
   frame(now) {
+    this.awake = false;
     if (!this.root.isConnected) return;
     this.player.advance(now);
     if (this.player.changed) {
       this.player.changed = false;
       this.render();
     }
+    this.timeline.drawTicks(now);
     this.charts.render(this.player, now);
-    requestAnimationFrame((time) => this.frame(time));
+    if (this.awake) return;
+    const wait = this.player.wait(now);
+    if (wait < SOON || document.hidden) this.wake(); // who is hidden gets no frames
+    else this.timer = setTimeout(() => this.frame(performance.now()), Math.min(wait, LOOK));
   }
 
   render() {
@@ -212,13 +230,10 @@ class Page {
     this.root.dataset.mode = this.player.mode;
     this.root.dataset.sub = this.player.sub;
     this.root.toggleAttribute("data-ahead", reservesAhead(state));
-    this.pool.render(state, lit);
-    this.pool.land(this.player);
+    this.pool.render(this.player, lit);
     this.inspector.render(this.player, this.pinned, lit);
     this.sequences.render(state, lit);
     this.swap.render(state, lit);
-    this.arrows.render(lit, this.sequences, this.pool, this.swap, this.player);
-    this.flights.render(this.player);
     this.timeline.render();
     this.playback.render();
     this.controls.render(this.status);
@@ -226,12 +241,16 @@ class Page {
     this.guide.render(this.status, this.player, this.recording);
     if (!this.recording) this.chat.render(this.player); // its requests may have the same names
     this.renderNarration();
+    // Last, what has to know where things are: once all is written, the browser computes the layout once.
+    this.sequences.showNewest();
+    this.arrows.render(lit, this.sequences, this.pool, this.swap, this.player);
+    this.flights.render(this.player);
   }
 
   renderNarration() {
     const told = narrate(this.player);
-    this.narration.setAttribute("aria-live", this.player.mode === "frozen" ? "polite" : "off");
-    this.narration.dataset.kind = told?.kind ?? "";
+    setAttribute(this.narration, "aria-live", this.player.mode === "frozen" ? "polite" : "off");
+    setAttribute(this.narration, "data-kind", told?.kind ?? "");
     setText(this.narration.querySelector("b"), told?.kind ?? "ready");
     setText(this.narration.querySelector("span"), told?.text ?? (this.recording ? "The recording begins here: press Play."
       : this.root.dataset.role === "viewer" ? "Nothing has happened yet." : "Nothing has happened yet: pick a prompt."));
@@ -244,9 +263,11 @@ class Page {
       ? "The server does not answer. What you see is the last that came; trying to reconnect…"
       : error && error !== this.dismissed ? `Engine error: ${error}` : "";
     setText(this.banner.querySelector("span"), words);
-    for (const button of this.banner.querySelectorAll("button")) button.hidden = this.gone > 0;
-    if (this.recording) this.banner.querySelector("[data-do=restart]").hidden = true;
-    this.banner.hidden = !words;
+    for (const button of this.banner.querySelectorAll("button")) {
+      setHidden(button, this.gone > 0 || Boolean(this.recording && button.dataset.do === "restart"));
+    }
+    setHidden(this.banner, !words);
+    this.root.toggleAttribute("data-banner", Boolean(words));
   }
 
   // --- for tests ---

@@ -47,3 +47,15 @@ export function element(tag, className, parent, attributes = {}) {
 export function setText(node, value) {
   if (node.textContent !== value) node.textContent = value;
 }
+
+// A text that grows at its end: the browser shapes the new words only.
+export function growText(node, value) {
+  const shown = node.firstChild;
+  if (shown?.data === value) return;
+  if (shown && value.startsWith(shown.data)) shown.appendData(value.slice(shown.length));
+  else node.textContent = value;
+}
+
+export function setHidden(node, hidden) {
+  if (node.hidden !== hidden) node.hidden = hidden;
+}

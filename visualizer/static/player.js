@@ -19,6 +19,7 @@ export class Player {
     this.mode = "live"; // "live", "frozen" or "replaying"
     this.speed = 1; // of replaying
     this.recording = false; // what is shown comes from a file: there is no live to go back to
+    this.wake = () => {}; // called when there is something to draw
     this.begin(null, 0, new State());
   }
 
@@ -36,6 +37,16 @@ export class Player {
     this.nextAt = 0;
     this.changed = true;
     if (this.mode === "replaying") this.mode = "live";
+  }
+
+  // Whether what is drawn is no longer what there is to see.
+  get changed() {
+    return this.stale;
+  }
+
+  set changed(stale) {
+    this.stale = stale;
+    if (stale) this.wake();
   }
 
   get end() {
@@ -169,7 +180,13 @@ export class Player {
     this.seekTo(this.end);
   }
 
-  // Called for every animation frame: applies what is due.
+  // Milliseconds until there is something to apply; Infinity as long as nobody does or sends anything.
+  wait(now) {
+    if (this.mode === "frozen" || (this.position >= this.end && this.mode === "live")) return Infinity;
+    return Math.max(0, (this.mode === "live" ? this.restUntil : this.nextAt) - now);
+  }
+
+  // Called before a frame is drawn: applies what is due.
   advance(now) {
     if (this.mode === "frozen" || this.position >= this.end) {
       if (this.mode === "replaying") this.live();

@@ -14,7 +14,8 @@ export class Pool {
     this.inspect = root.querySelector("[data-part=inspect]");
     this.legend = root.querySelector("[data-part=legend]");
     this.cells = [];
-    this.last = []; // what each cell shows, as a string: the DOM is touched only where that changes
+    this.looks = []; // whose each cell is, as a string: the DOM is touched only where that changes
+    this.fills = [];
     new ResizeObserver(() => this.fit()).observe(this.grid.parentElement);
     const blockOf = (event) => event.target.closest?.("[data-block]")?.dataset.block;
     this.grid.addEventListener("click", (event) => {
@@ -27,7 +28,7 @@ export class Pool {
     });
     this.grid.addEventListener("pointerleave", () => select(null, "hover"));
     rovingCells(this.grid, (cell) => select(cell && { block: Number(cell.dataset.block) }, "hover"));
-    this.landedAt = -CALM;
+    this.drawn = { at: -CALM, position: 0 }; // the last moment
     this.landed = new Map(); // block -> the mark on the slots that were written last
   }
 
@@ -40,7 +41,8 @@ export class Pool {
 
   build(count) {
     this.grid.replaceChildren();
-    this.last = [];
+    this.looks = [];
+    this.fills = [];
     this.landed.clear();
     this.cells = Array.from({ length: count }, (_, block) => {
       const cell = element("button", "mp-cell", this.grid, {
@@ -81,13 +83,15 @@ export class Pool {
     this.grid.classList.toggle("mp-tiny", size < 19);
   }
 
-  render(state, lit) {
+  render(player, lit, now = performance.now()) {
+    const { state } = player;
     this.size = state.config.block_size ?? 1;
     const ahead = reservesAhead(state);
     if (this.cells.length !== state.ref_counts.length || ahead !== this.ahead) {
       this.ahead = ahead;
       this.build(state.ref_counts.length);
     }
+    const calm = this.pace(player, now);
     this.owners = owners(state);
     let used = 0;
     let cached = 0;
@@ -95,7 +99,7 @@ export class Pool {
       const own = this.owners.get(block) ?? [];
       if (own.length) used += 1;
       else if (block in state.cached) cached += 1;
-      this.renderCell(state, block, own);
+      this.renderCell(state, block, own, calm);
       this.cells[block].cell.classList.toggle("mp-dim", Boolean(lit) && !lit.blocks.has(block));
       this.cells[block].cell.classList.toggle("mp-lit", Boolean(lit) && lit.block === block);
     }
@@ -103,41 +107,52 @@ export class Pool {
     const empty = this.ahead && this.cells.filter(({ cell }) => cell.dataset.kind === "reserved").length;
     setText(this.count, this.ahead ? `${state.config.memory}: ${used} taken, ${empty} of them empty · ${free} free`
       : `${used} in use · ${cached} cached · ${free} free`);
+    if (calm !== null) this.land(player, calm);
     this.renderInspect(state, lit);
   }
 
-  renderCell(state, block, own) {
+  // Whether the eye can follow what moves: then it is animated. Faster, it would only flicker, and cost the time to draw
+  // the next moment. null: the moment has been drawn already.
+  pace({ run, position, sub, mode, end }, now) {
+    const moment = `${run} ${position} ${sub}`;
+    if (moment === this.drawn.moment) return null;
+    const inTime = Math.abs(position - this.drawn.position) < 2 && (mode !== "live" || end - position < 2);
+    const calm = inTime && now - this.drawn.at > CALM;
+    this.drawn = { moment, position, at: now };
+    return calm;
+  }
+
+  renderCell(state, block, own, calm) {
     const size = state.config.block_size;
     const fill = fillOf(state, block, own);
     const taken = this.ahead && !fill ? "reserved" : "owned";
     const kind = own.length > 1 ? "shared" : own.length ? taken : block in state.cached ? "cached" : "free";
-    const key = `${kind} ${own} ${fill}`;
-    if (key === this.last[block]) return;
-    const before = this.last[block]?.split(" ", 1)[0];
-    this.last[block] = key;
     const { cell, ink: inkNode, who } = this.cells[block];
+    if (fill !== this.fills[block]) {
+      this.fills[block] = fill;
+      cell.dataset.fill = fill;
+      inkNode.style.width = `${(100 * fill) / size}%`;
+    }
+    const look = `${kind} ${own}`;
+    if (look === this.looks[block]) return;
+    const before = this.looks[block]?.split(" ", 1)[0];
+    this.looks[block] = look;
     cell.className = `mp-cell mp-${kind}`;
     cell.dataset.refs = own.length;
     // Small cells show no number, and one that is free nothing at all.
     cell.setAttribute("aria-label", `block ${block}, ${own.length ? `of ${list(own.map(letter))}` : kind}`);
     cell.dataset.kind = kind;
-    cell.dataset.fill = fill;
     cell.style.setProperty("--hue", own.length ? colour(own[0]) : "transparent");
     cell.style.setProperty("--slots", size);
-    inkNode.style.width = `${(100 * fill) / size}%`;
     inkNode.style.backgroundImage = own.length > 1 ? stripes(own) : "";
     who.style.background = own.length ? colour(own[0]) : "";
     who.style.color = own.length ? ink(own[0]) : "";
     setText(who, own.length ? letter(own[0]) + (own.length > 1 ? `×${own.length}` : "") : "");
-    if (before === "free" || before === "cached") flash(cell);
+    if (calm && (before === "free" || before === "cached")) cell.dataset.flash = other(cell.dataset.flash);
   }
 
   // The newest tokens arrive in their slots: a mark there, which CSS lets fall in.
-  land(player, now = performance.now()) {
-    const moment = `${player.run} ${player.position} ${player.sub}`;
-    if (moment === this.moment) return;
-    const calm = now - this.landedAt > CALM; // faster ones would only flicker
-    Object.assign(this, { moment, landedAt: now });
+  land(player, calm) {
     const slots = landings(player.latest, player.state);
     for (const [block, node] of this.landed) {
       if (slots.has(block)) continue;
@@ -148,8 +163,7 @@ export class Pool {
       if (!this.landed.has(block)) this.landed.set(block, element("span", "mp-landed", this.cells[block].cell));
       const node = this.landed.get(block);
       node.dataset.slots = `${start}-${end}`;
-      // Another animation of the same looks starts anew.
-      if (calm) node.dataset.turn = node.dataset.turn === "1" ? "0" : "1";
+      if (calm) node.dataset.turn = other(node.dataset.turn);
       else delete node.dataset.turn;
       node.style.left = `${(100 * start) / this.size}%`;
       node.style.width = `${(100 * (end - start)) / this.size}%`;
@@ -209,8 +223,5 @@ function fillOf(state, block, own) {
   }));
 }
 
-function flash(cell) {
-  cell.classList.remove("mp-flash");
-  void cell.offsetWidth; // restarts the animation
-  cell.classList.add("mp-flash");
-}
+// Another animation of the same looks starts anew, without the browser having to compute the layout in between.
+const other = (turn) => (turn === "1" ? "0" : "1");

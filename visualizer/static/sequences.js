@@ -2,7 +2,7 @@
 // Above them the queues and the step's token budget.
 
 import { familyRows } from "./families.js";
-import { colour, element, ink, letter, plural, setText, stripes, text } from "./names.js";
+import { colour, element, growText, ink, letter, plural, setHidden, setText, stripes, text } from "./names.js";
 import { sync } from "./parts.js";
 import { filled, owners } from "./reducer.js";
 import { paint, rangeOf, tokenAt } from "./row_text.js";
@@ -51,7 +51,8 @@ export class Sequences {
       this.deepest = deepest;
       this.list.style.setProperty("--indent", `${Math.min(INDENT, Math.floor(DEEPEST / deepest))}px`);
     }
-    this.empty.hidden = ids.length > 0;
+    setHidden(this.empty, ids.length > 0);
+    this.list.classList.toggle("mp-none", !ids.length);
     for (const [id, row] of this.rows) {
       if (!ids.includes(id)) {
         row.node.remove();
@@ -68,10 +69,9 @@ export class Sequences {
       this.renderRow(state, id, row, own, lit);
       renderHit(state, id, row);
     });
-    const spots = this.renderText(state, ids, lit);
-    this.showNewest(state, ids, spots);
     this.renderQueues(state);
     this.renderBudget(state);
+    this.spots = this.renderText(state, ids, lit);
   }
 
   // The words that lie in the lit block, and the one in the lit slot: row -> the range to bring into view.
@@ -94,8 +94,10 @@ export class Sequences {
   }
 
   // While a text grows, its newest words are what to read, or else those that are pointed at elsewhere; under the pointer
-  // it stands still. In one pass after all writing, so that the browser computes the layout once and not for every row.
-  showNewest(state, ids, spots) {
+  // it stands still. To be called after everything else is written, so that the browser computes the layout once only.
+  showNewest() {
+    const { state, spots } = this;
+    const ids = [...this.rows.keys()];
     const lines = ids.map((id) => this.rows.get(id).line);
     const at = lines.map((line) => line.scrollLeft);
     const wanted = lines.map((line, i) => {
@@ -139,7 +141,7 @@ export class Sequences {
     row.node.classList.toggle("mp-lit", Boolean(lit) && lit.seq === id);
     row.node.classList.toggle("mp-open", lit?.open === id);
     setText(row.prompt, text(seq, 0, seq.num_prompt).trimStart());
-    setText(row.output, text(seq, seq.num_prompt));
+    growText(row.output, text(seq, seq.num_prompt));
     setText(row.state, status.label);
     setText(row.meta, `${plural(seq.tokens.length, "token")} · ${plural(seq.table.length || seq.swap_table.length, "block")}`);
     row.table.classList.toggle("mp-crowded", seq.table.length >= CROWDED);
@@ -169,7 +171,7 @@ export class Sequences {
   }
 
   renderQueues(state) {
-    this.queues.querySelector("[data-queue=swapped]").hidden = !state.config.swap_blocks;
+    setHidden(this.queues.querySelector("[data-queue=swapped]"), !state.config.swap_blocks);
     const live = (id) => !state.seqs[id].finish_reason;
     const queue = (requests) => requests.flatMap((request) => state.requests[request]).filter(live);
     const queues = {
@@ -272,7 +274,7 @@ function renderPlace(row, { id, parent, depth, skipped, rails }) {
 // What the prefix cache has given: said in words, and marked on the entries of the table.
 function renderHit(state, id, row) {
   const { table, num_cached: tokens } = state.seqs[id];
-  row.hit.hidden = !tokens || !table.length;
+  setHidden(row.hit, !tokens || !table.length);
   if (!row.hit.hidden) setText(row.hit, `${plural(tokens, "token")} from the cache`);
   row.chips.forEach(({ node }, logical) => {
     node.classList.toggle("mp-found", (logical + 1) * state.config.block_size <= tokens);

@@ -1,7 +1,7 @@
 // Who did it: the narration's link to the function in the engine's source, in a panel that shows its file. The files came
 // with the page, from the running code, so this needs no network and shows no other version.
 
-import { element, setText } from "./names.js";
+import { element, setHidden, setText } from "./names.js";
 
 export class Sources {
   constructor(root, sources) {
@@ -20,7 +20,7 @@ export class Sources {
   // `memory` names the manager that runs: some things it does itself.
   render(told, memory) {
     const source = this.managers[memory]?.[told?.type] ?? this.functions[told?.type];
-    this.link.hidden = !source;
+    setHidden(this.link, !source);
     if (!source || this.source === source) return;
     this.source = source;
     this.link.dataset.source = told.type;

@@ -1,6 +1,6 @@
 // The CPU's swap space under the pool: where the KV of swapped-out sequences waits. Only there if the engine has one.
 
-import { colour, element, ink, letter, list, plural, setText, stripes } from "./names.js";
+import { colour, element, ink, letter, list, plural, setHidden, setText, stripes } from "./names.js";
 import { rovingCells } from "./parts.js";
 import { filled, owners } from "./reducer.js";
 
@@ -28,7 +28,7 @@ export class SwapSpace {
 
   render(state, lit) {
     const size = state.swap_ref_counts.length;
-    this.node.hidden = size === 0;
+    setHidden(this.node, size === 0);
     if (this.cells.length !== size) this.build(size);
     if (!size) return;
     const own = owners(state, "swap_table");

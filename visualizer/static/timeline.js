@@ -1,7 +1,10 @@
 // The view's own controls: freeze, step, replay, seek, back to live. They move what is looked at, never the engine.
 
 import { happened, lanesOf, told } from "./marks.js";
-import { element } from "./names.js";
+import { element, setText } from "./names.js";
+import { setAttribute } from "./parts.js";
+
+const EVERY = 250; // milliseconds between drawings of the marks
 
 export class Timeline {
   constructor(root, player) {
@@ -13,6 +16,7 @@ export class Timeline {
     this.freezeButton = root.querySelector("[data-do=freeze]");
     this.liveButton = root.querySelector("[data-do=live]");
     this.drawn = "";
+    this.nextAt = 0;
     const on = (name, action) => root.querySelector(`[data-do=${name}]`).addEventListener("click", action);
     on("freeze", () => this.toggle());
     on("back", () => player.stepBy(-1));
@@ -55,25 +59,25 @@ export class Timeline {
     scrub.min = player.first;
     scrub.max = player.end;
     scrub.value = player.position;
-    const span = Math.max(1, player.end - player.first);
-    scrub.style.setProperty("--at", `${(100 * (player.position - player.first)) / span}%`);
-    this.freezeButton.textContent = player.mode === "frozen" ? "▶ Play" : "❚❚ Freeze";
-    this.freezeButton.title = player.mode === "frozen"
-      ? "Play on from here (space)" : "Freeze what you see; the engine goes on (space)";
+    const frozen = player.mode === "frozen";
+    setText(this.freezeButton, frozen ? "▶ Play" : "❚❚ Freeze");
+    setAttribute(this.freezeButton, "title", frozen
+      ? "Play on from here (space)" : "Freeze what you see; the engine goes on (space)");
     this.liveButton.classList.toggle("mp-on", player.mode === "live");
     const { current } = player;
     const marks = current ? told(happened(current)) : "";
     const words = `step ${player.state.step}${marks && `: ${marks}`}`;
-    if (scrub.getAttribute("aria-valuetext") !== words) scrub.setAttribute("aria-valuetext", words);
+    setAttribute(scrub, "aria-valuetext", words);
     const behind = player.end - player.position;
-    this.where.textContent = `step ${player.state.step}`;
-    this.where.title = player.mode === "live" ? "following live" : `${behind} records behind live`;
-    this.drawTicks();
+    setText(this.where, `step ${player.state.step}`);
+    setAttribute(this.where, "title", player.mode === "live" ? "following live" : `${behind} records behind live`);
   }
 
   // Coloured marks that invite a jump: every kind that happened, each in a lane of its own.
-  drawTicks() {
+  drawTicks(now) {
     const { player, ticks } = this;
+    if (now < this.nextAt && player.run === this.marked) return;
+    [this.nextAt, this.marked] = [now + EVERY, player.run];
     const width = ticks.clientWidth;
     const dark = Boolean(ticks.closest(".dark"));
     const key = `${player.run} ${player.first} ${player.end} ${width} ${dark}`;

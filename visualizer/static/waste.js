@@ -109,16 +109,17 @@ export class Waste extends PlotlyChart {
     const { first, end } = windowOf(player);
     const key = `${player.run} ${this.accounts.revision} ${first} ${end}`;
     this.begin();
+    let data = null;
     if (key !== this.drawn) {
       const rows = this.accounts.rows.slice(first - this.accounts.first, end - this.accounts.first);
       const traces = this.figure.data.map((_, i) => i);
       const x = rows.map((row) => row[1]);
       const total = (row, i) => row[3 + 5 * i] + row[4 + 5 * i] + row[5 + 5 * i] + row[6 + 5 * i];
       const y = traces.map((i) => rows.map((row) => (i < NAMES.length ? total(row, i) : row[3 + 5 * (NAMES.length - 1)])));
-      window.Plotly.restyle(this.plot, { x: traces.map(() => x), y }, traces);
+      data = { x: traces.map(() => x), y };
       this.drawn = key;
     }
-    this.decorate(player, player.state.step);
+    this.update(data, this.decorations(player, player.state.step));
   }
 }
 
