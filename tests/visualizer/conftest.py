@@ -154,7 +154,10 @@ class Pages:
             page.goto(visualizer.url + query)
             if shared:
                 shared.tab = page
-        page.wait_for_function("run => window.minipaged?.player.run === run", arg=visualizer.log.run)
+        page.wait_for_function(
+            "run => run ? window.minipaged?.player.run === run : window.minipaged?.player.run",
+            arg=visualizer.log.run if visualizer.thread else None,  # a recording's is its name
+        )
         return page
 
     def file(self, path: Path) -> Any:
@@ -170,10 +173,10 @@ class Pages:
         for page in self._context.pages:
             if page not in tabs:
                 page.close()
-        for page in tabs:
-            for event, listener in self._watched.pop(page, {}).items():
-                page.remove_listener(event, listener)
-            page.evaluate("document.querySelector('.mp').remove()")
+            elif page in self._watched:
+                page.evaluate("document.querySelector('.mp').remove()")
+                for event, listener in self._watched[page].items():
+                    page.remove_listener(event, listener)
 
     def _new(self, home: str) -> Any:
         return self._watch(self._context.new_page(), home)
