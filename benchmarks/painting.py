@@ -4,9 +4,8 @@
 
 Needs playwright and a Chromium. Counts, in the page, the different moments drawn, ten seconds at a time, and after each
 ten the heap once garbage is collected. How many moments are drawn depends on what else the machine does (``busy`` in
-the result); the heap does not. ``main_ms``: the milliseconds that the page's main thread computes for a moment, by its own
-clock, and what part of them goes to scripts, styles and layout; the rest is painting and all else. They tell on a busy
-machine, too, what a moment costs.
+the result); the heap does not. ``main_ms``: the milliseconds that the page's main thread computes for a moment, by its
+own clock, and what part of them goes to scripts, styles and layout; the rest is painting and all else.
 
 A page keeps 1,200 records to rewind to, a minute at this rate. So memory is compared from when that history is full to
 a minute later, each time after a collection. ``flat``: it grew by ``BOUND`` at most. Writes results/painting.json.

@@ -34,16 +34,20 @@ STATIC = Path(__file__).resolve().parent / "static"
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-# The scripts are ES modules, hence `import()`; addresses are relative to the page's, as behind a proxy.
-# Gradio sends files without a Cache-Control header, so a browser may mix old scripts with new ones after an
-# upgrade; asking for each with "no-cache" first makes it compare them.
-ON_LOAD = """
+# The scripts come with the page: forty requests would only begin once Gradio has loaded itself, and a browser's cache
+# could mix old scripts with new ones after an upgrade. Each module becomes a `blob:` address, which the modules that
+# import it are given in place of its name. Other addresses are relative to the page's, as behind a proxy.
+ON_LOAD = r"""
 const address = (path) => new URL("gradio_api/file=" + path, document.baseURI).href;
-Promise.all(props.scripts.map((path) => fetch(address(path), { cache: "no-cache" })))
-  .then(() => import(address(props.main)))
-  .then((module) => module.start({
-    element, server, figures: props.figures, plotly: address(props.plotly), more: props.more,
-  }));
+const blobs = {};
+const module = (name) => (blobs[name] ??= blob(name));
+const blob = (name) => {
+  const code = props.scripts[name].replace(/from "\.\/(\w+\.js)"/g, (_, other) => `from "${module(other)}"`);
+  return URL.createObjectURL(new Blob([code, `\n//# sourceURL=${name}`], { type: "text/javascript" }));
+};
+import(module("main.js")).then((main) => main.start({
+  element, server, figures: props.figures, plotly: address(props.plotly), more: props.more,
+}));
 """
 
 
@@ -160,8 +164,7 @@ def _page(functions: list[Callable[..., Any]], more: dict[str, Any]) -> gr.Block
             js_on_load=ON_LOAD,
             server_functions=[_plain(function) for function in functions],
             apply_default_css=False,
-            main=(STATIC / "main.js").as_posix(),
-            scripts=[path.as_posix() for path in STATIC.glob("*.js")],
+            scripts={path.name: path.read_text(encoding="utf-8") for path in sorted(STATIC.glob("*.js"))},
             plotly=PLOTLY.as_posix(),
             figures=figures_as_json(),
             more={

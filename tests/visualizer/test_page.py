@@ -10,7 +10,7 @@ from gradio.context import Context
 
 from minipaged.events import State, event_from_dict
 from visualizer import log as log_module
-from visualizer.app import PortInUse, Visualizer, launch
+from visualizer.app import STATIC, PortInUse, Visualizer, launch
 from visualizer.scenarios import DEMO_SETTINGS, OPENING, Arrival
 
 STORIES = [
@@ -160,10 +160,8 @@ def test_the_reducers_agree(serve: Callable[..., Visualizer], pages: Any) -> Non
             state.apply(event_from_dict(event))
         if number % 10 == 0 or any(event["type"] in ("forked", "copied", "preempted") for event in record):
             expected[number] = as_json(state)
-    script = """async ([keyframe, records, expected]) => {
-        const loaded = performance.getEntriesByType("resource").map((resource) => resource.name);
-        const url = loaded.find((name) => name.endsWith("reducer.js"));
-        const { State, check } = await import(url);
+    script = """async ([source, keyframe, records, expected]) => {
+        const { State, check } = await import("data:text/javascript," + encodeURIComponent(source));
         const sorted = (x) => x === null || typeof x !== "object" ? x : Array.isArray(x) ? x.map(sorted)
             : Object.fromEntries(Object.keys(x).sort().map((key) => [key, sorted(x[key])]));
         const state = State.from(keyframe);
@@ -175,7 +173,8 @@ def test_the_reducers_agree(serve: Callable[..., Visualizer], pages: Any) -> Non
         }
         return "agree";
     }"""
-    assert page.evaluate(script, [begin, records, expected]) == "agree"
+    reducer = (STATIC / "reducer.js").read_text(encoding="utf-8")
+    assert page.evaluate(script, [reducer, begin, records, expected]) == "agree"
     assert dump == as_json(state)
 
 

@@ -43,9 +43,9 @@ export function start({ element: root, server, figures, plotly, more = {} }) {
   };
   window.minipaged = { ...page.handle(), again };
   if (more.replay) page.replay(more.replay);
-  page.player.wake = () => page.wake();
+  page.player.wake = () => page.askFrame();
   page.pull();
-  page.wake();
+  page.askFrame();
 }
 
 class Page {
@@ -198,15 +198,15 @@ class Page {
 
   // A browser that is asked for frames makes sixty a second, each at some cost though nothing has changed. So one is asked
   // for when there is something to draw, or soon will be.
-  wake() {
-    if (this.awake) return;
-    this.awake = true;
+  askFrame() {
+    if (this.asked) return;
+    this.asked = true;
     clearTimeout(this.timer);
     requestAnimationFrame((time) => this.frame(time));
   }
 
   frame(now) {
-    this.awake = false;
+    this.asked = false;
     if (!this.root.isConnected) return;
     this.player.advance(now);
     if (this.player.changed) {
@@ -215,9 +215,9 @@ class Page {
     }
     this.timeline.drawTicks(now);
     this.charts.render(this.player, now);
-    if (this.awake) return;
+    if (this.asked) return;
     const wait = this.player.wait(now);
-    if (wait < SOON || document.hidden) this.wake(); // who is hidden gets no frames
+    if (wait < SOON || document.hidden) this.askFrame(); // who is hidden gets no frames
     else this.timer = setTimeout(() => this.frame(performance.now()), Math.min(wait, LOOK));
   }
 
