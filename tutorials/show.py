@@ -31,6 +31,13 @@ class Markdown:
         return self.text
 
 
+def needs(works: bool, otherwise: str) -> None:
+    """Ends a tutorial that cannot run on this system: with one line that says so, and without an error."""
+    if not works:
+        print(otherwise)
+        raise SystemExit(0)
+
+
 def source(thing: Any) -> Markdown:
     """A function or class of the engine, as it stands in its file today."""
     lines = dedent(inspect.getsource(thing)).rstrip()
