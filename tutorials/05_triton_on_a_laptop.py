@@ -100,7 +100,7 @@ from importlib.util import find_spec
 
 from show import needs
 
-needs(find_spec("triton") is not None, "Triton is not installed here (there is none but for Linux): read the page instead")
+needs(find_spec("triton") is not None, "Triton is not installed here (it is for Linux only): read the page instead")
 
 import triton
 import triton.language as tl
@@ -119,8 +119,8 @@ add_one_kernel[(3,)](x, y, 10, TILE=4)
 print("y:", y.int().tolist())
 
 # %% [markdown]
-# The grid stands in brackets, the arguments in parentheses; a tensor becomes a pointer to its first number. Nothing else
-# of the tensor arrives: not its shape, not its strides, not where it ends.
+# The grid stands in brackets, the arguments in parentheses; a tensor becomes a pointer to its first number. Nothing
+# else of the tensor arrives: not its shape, not its strides, not where it ends.
 #
 # Now something useful, the mean of each row of a matrix: the heart of every normalisation. One program takes one row.
 # Rows have any length, tiles only powers of two, so the tile is longer than the row.
@@ -292,17 +292,17 @@ print("slots written:", k_cache.flatten(0, 1).isfinite().all(dim=(1, 2)).nonzero
 #
 # ## In the visualizer
 #
-# Start `make demo` (or `minipaged visualize`) and choose **Eight stories** (menu *scenario*). Each new word that appears
-# in a block is a row written by this step's `store_kv`; the page says which slot. (On a CPU the engine uses the plain
-# torch version, which gives the same bits.)
+# Start `make demo` (or `minipaged visualize`) and choose **Eight stories** (menu *scenario*). Each new word that
+# appears in a block is a row written by this step's `store_kv`; the page says which slot. (On a CPU the engine uses the
+# plain torch version, which gives the same bits.)
 #
 # Source lines: [`minipaged/kernels/store_kv.py`](../minipaged/kernels/store_kv.py), and the traps in
 # [`tests/kernels/interpreted/checks.py`](../tests/kernels/interpreted/checks.py).
 #
 # ## Exercises
 #
-# **1. Softmax of a row.** Write a kernel that replaces each row of a matrix by its softmax, with one program a row. What
-# must `other` be in the load, and why not 0? Test it with poison behind the last row and a fence round the output.
+# **1. Softmax of a row.** Write a kernel that replaces each row of a matrix by its softmax, with one program a row.
+# What must `other` be in the load, and why not 0? Test it with poison behind the last row and a fence round the output.
 #
 # <details><summary>Answer</summary>
 
@@ -379,8 +379,8 @@ print("result right:", torch.equal(y, x + 1), " canaries alive:", alive())
 
 # %% [markdown]
 # (a) poison in what is read; (b) canaries; (c) NaN inside the output; (d) canaries, since the one lane too many writes
-# behind the output. The result itself is right, and poison says nothing: what the lane has read goes where nobody looks.
-# No single trap catches all four. Set all of them, always: they cost a line each.
+# behind the output. The result itself is right, and poison says nothing: what the lane has read goes where nobody
+# looks. No single trap catches all four. Set all of them, always: they cost a line each.
 # </details>
 #
 # **Next:** [6 · The decode kernel](06_decode_kernel.md)

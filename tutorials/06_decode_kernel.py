@@ -26,7 +26,7 @@ from importlib.util import find_spec
 
 from show import needs
 
-needs(find_spec("triton") is not None, "Triton is not installed here (there is none but for Linux): read the page instead")
+needs(find_spec("triton") is not None, "Triton is not installed here (it is for Linux only): read the page instead")
 
 import torch
 import triton
@@ -104,6 +104,7 @@ print(f"{3 * H} programs, right: {torch.allclose(out, truth, atol=1e-6)}, {read}
 #
 # <details><summary>Then look</summary>
 
+
 # %%
 def a_program_per_kv_head(number):
     text, kv_head = divmod(number, KH)
@@ -162,8 +163,8 @@ def decode_kernel(
 
 
 # %% [markdown]
-# Read it beside `walk`: line by line it is the same. What was `[:alive]` there is a mask here, four times: the table, the
-# keys, the values, the scores.
+# Read it beside `walk`: line by line it is the same. What was `[:alive]` there is a mask here, four times: the table,
+# the keys, the values, the scores.
 #
 # The test, with both traps of tutorial 5. The dead slots are NaN already. The output gets a fence.
 
@@ -191,8 +192,8 @@ def test(kernel):
 print("right, canaries alive:", test(decode_kernel))
 
 # %% [markdown]
-# Tiles of 16 tokens on blocks of 4. Where is the gather of tutorial 4, that copied the whole context? Gone: the table is
-# looked up *while* reading, and what a program has in its hands is one tile.
+# Tiles of 16 tokens on blocks of 4. Where is the gather of tutorial 4, that copied the whole context? Gone: the table
+# is looked up *while* reading, and what a program has in its hands is one tile.
 #
 # ## Three ways to get it wrong
 #
@@ -236,9 +237,10 @@ for name, change in changes.items():
 # %% [markdown]
 # (a) 14 rows of padding are written behind the two real ones: over the next programs' results, which write theirs
 # afterwards in the interpreter, and at the end over the fence. The result is *right* here and the canaries tell. (b) A
-# weight of exactly 0 times NaN is NaN. Without poison this one would have passed. (It also passes if block 0 holds a text:
-# a dead token looks up block 0, and would find good numbers there. In this tutorial block 0 is nobody's, on purpose.) (c) Dead keys read as 0, their scores
-# are 0, exp(0 − m) counts: the weights are too small. No NaN, only wrong numbers.
+# weight of exactly 0 times NaN is NaN. Without poison this one would have passed. (It also passes if block 0 holds a
+# text: a dead token looks up block 0, and would find good numbers there. In this tutorial block 0 is nobody's, on
+# purpose.) (c) Dead keys read as 0, their scores are 0, exp(0 − m) counts: the weights are too small. No NaN, only
+# wrong numbers.
 # </details>
 #
 # ## In the engine
@@ -278,8 +280,8 @@ print("and the engine's oracle in plain torch:", torch.allclose(out, oracle, ato
 
 # %% [markdown]
 # `minipaged kernels report` compiles it for an A100 and an H100, on your laptop, and says how many registers it takes
-# and whether the tensor cores are used. It has not been *timed* here: there is no GPU. The paper reports that its kernel
-# took 20 to 26 % longer than one over contiguous memory.
+# and whether the tensor cores are used. It has not been *timed* here: there is no GPU. The paper reports that its
+# kernel took 20 to 26 % longer than one over contiguous memory.
 #
 # ## In the visualizer
 #
@@ -335,8 +337,8 @@ print("equal to the truth:", torch.allclose(out, truth, atol=1e-5))
 # </details>
 #
 # **3. What must be read?** A model has 32 layers, 8 KV heads, heads of 128 numbers of 2 bytes. 16 texts of 2,000 tokens
-# are decoded. How many bytes of KV does one step read at least? What would a program per *query* head read, with 32 query
-# heads? What is the least time on memory of 2 TB/s, if nothing else happened?
+# are decoded. How many bytes of KV does one step read at least? What would a program per *query* head read, with 32
+# query heads? What is the least time on memory of 2 TB/s, if nothing else happened?
 #
 # <details><summary>Answer</summary>
 
@@ -347,8 +349,8 @@ print(f"once: {once / 1e9:.1f} GB; a program per query head: {once * heads // kv
 print(f"at 2 TB/s: {once / 2e12 * 1000:.1f} ms against {once * heads // kv_heads / 2e12 * 1000:.1f} ms")
 
 # %% [markdown]
-# 4.2 GB in every step, at least 2.1 ms, and each step gives 16 tokens. This is arithmetic and not a measurement: a cache
-# between the programs and the memory would catch some of the repeated reading. But it shows what decides here.
+# 4.2 GB in every step, at least 2.1 ms, and each step gives 16 tokens. This is arithmetic and not a measurement: a
+# cache between the programs and the memory would catch some of the repeated reading. But it shows what decides here.
 # </details>
 #
 # **Next:** [7 · Continuous batching](07_continuous_batching.md)
