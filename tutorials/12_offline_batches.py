@@ -399,9 +399,9 @@ for window in (1, 4, 8, 16):
     print(f"{window:2} wait: {found / total:.0%} found; somebody was served {delay} turns late")
 
 # %% [markdown]
-# A window of eight brings more than half of it, one of sixteen nearly all. The price is fairness: who has no relatives is overtaken again and again, in a
-# busy server for ever. SGLang's scheduler orders its queue by the longest match in this way; some bound on the waiting
-# has to go with it.
+# A window of eight brings more than half of it, one of sixteen nearly all. The price is fairness: who has no relatives
+# is overtaken again and again, in a busy server for ever. SGLang's scheduler orders its queue by the longest match in
+# this way; some bound on the waiting has to go with it.
 # </details>
 #
 # **Back to** [the list of tutorials](README.md)
