@@ -26,8 +26,6 @@ from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER))  # tutorials import `show`, which lies here
-# Tutorials 5 and 6 set this themselves; but here another may have imported triton before them, when it is too late.
-os.environ["TRITON_INTERPRET"] = "1"
 
 
 class CannotRun(Exception):
@@ -106,6 +104,8 @@ def main() -> int:
     parser.add_argument("prefix", nargs="*", default=[""], help="which ones: how their names begin")
     parser.add_argument("--check", action="store_true", help="only tell whether the pages are up to date")
     args = parser.parse_args()
+    # Tutorials 5 and 6 set this themselves; but here another may have imported triton before them, when it is too late.
+    os.environ["TRITON_INTERPRET"] = "1"
     stale = refused = False
     for path in sorted(FOLDER.glob("[0-9][0-9]_*.py")):
         if not path.name.startswith(tuple(args.prefix)):

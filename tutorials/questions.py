@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.engine import Engine
-from minipaged.events import Admitted, Copied, Event, Preempted, Scheduled
+from minipaged.events import Admitted, Copied, Event, Freed, Preempted, Scheduled
 from minipaged.memory.waste import reservation
 from minipaged.scheduling.plan import SampledToken, StepPlan
 
@@ -181,23 +181,24 @@ def chunks(rng: Random) -> tuple[str, str]:
 
 def victim(rng: Random) -> tuple[str, str]:
     size, blocks = 4, rng.randint(6, 9)
-    prompts, each = [rng.randint(3, 7) for _ in range(3)], 13
+    prompts = [rng.randint(3, 7) for _ in range(3)]
     run = Run(block_size=size, num_blocks=blocks)
     for name, prompt in zip("ABC", prompts, strict=True):
-        run.add(name, prompt, each)
-    steps = 0
+        run.add(name, prompt, 20)
+    run.steps(1)
+    if len(run.engine.block_tables()) < 3:
+        return victim(rng)  # C had to wait: draw others
+    steps = 1
     while not run.seen(Preempted):
         run.steps(1)
         steps += 1
-        if not run.engine.has_unfinished():
-            return victim(rng)  # these three fit: draw others
+    (freed,) = run.seen(Freed)
     text = (
-        f"{blocks} blocks of {size} slots. A, B and C arrive in this order, with prompts of {prompts[0]}, "
-        f"{prompts[1]} and {prompts[2]} tokens, and start in step 1 if there are blocks for the prompt and one "
-        f"token more. A step that finds no free block preempts the latest arrival. Each may generate {each} "
-        "tokens. In which step is somebody preempted first, and who?"
+        f"{blocks} blocks of {size} slots. A, B and C start together in step 1, with prompts of {prompts[0]}, "
+        f"{prompts[1]} and {prompts[2]} tokens; each may generate 20. In which step is somebody preempted, who, "
+        "and how many blocks does that free?"
     )
-    return text, f"step {steps}, {run.seen(Preempted)[0].request_id}"
+    return text, f"step {steps}, {run.seen(Preempted)[0].request_id}, {len(freed.blocks)} blocks"
 
 
 def copies(rng: Random) -> tuple[str, str]:
