@@ -97,8 +97,8 @@ print("operations for 8 texts:", operations_of_a_decode_step(8))
 
 # %% [markdown]
 # The same number, on eight times the rows. That is the reason for batches, and it is the problem with small ones: the
-# number of calls does not shrink with the work. A call costs Python and the driver several microseconds; if the GPU is
-# done with it sooner, it waits for the next. In a step of decoding, with one row a text, it mostly does.
+# number of calls does not shrink with the work. A call takes Python and the driver some time, however little there is
+# to do; if the GPU is done sooner, it waits for the next. Decoding, with one row a text, is where that happens.
 # </details>
 #
 # (On a GPU minipaged has fewer of them, since Triton kernels do in one call what is several operations here. It is
@@ -215,7 +215,7 @@ from minipaged.execution.runner import ModelRunner
 
 prompts = [[100 + 7 * text + i for i in range(20)] for text in range(5)]
 model_of_engine, cpu, recorded = engine.runner.model, torch.device("cpu"), []
-size_of_block = tuple(engine.runner.kv_cache.k[0].shape[1:])
+size_of_block, dtype = tuple(engine.runner.kv_cache.k[0].shape[1:]), engine.runner.kv_cache.k[0].dtype
 
 
 def counting_record(function):
@@ -225,7 +225,7 @@ def counting_record(function):
 
 def with_graphs(scratch_block):
     """The engine's runner, with graphs; a pool of one block more than the engine knows of."""
-    kv_cache = KVCache(len(engine.runner.kv_cache.k), 65, *size_of_block, torch.float32, cpu)
+    kv_cache = KVCache(len(engine.runner.kv_cache.k), 65, *size_of_block, dtype, cpu)
     sizes = {"max_num_seqs": 8, "max_blocks": 8, "scratch_block": scratch_block}
     return ModelRunner(
         model_of_engine, kv_cache, cpu, DecodeGraphs(model_of_engine, kv_cache, cpu, **sizes, record=counting_record)

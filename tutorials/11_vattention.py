@@ -407,7 +407,7 @@ for pages in (6, 2, 1):
 # <details><summary>Answer</summary>
 
 # %%
-long = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+long = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
 for mapping in ("sync", "eager"):
     llm = LLM("tiny", memory="vattention", mapping=mapping, enable_prefix_caching=False, **settings)
     counts = count_maps(llm)

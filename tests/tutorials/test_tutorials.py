@@ -166,12 +166,20 @@ def test_shows_and_names_the_engines_own_lines(page):
     assert "\nSource lines: " in text
 
 
-@pytest.mark.parametrize("page", [*PAGES, README], ids=lambda path: path.stem)
+@pytest.mark.parametrize("page", [*PAGES, README, FOLDER / "INSTRUCTORS.md"], ids=lambda path: path.stem)
 def test_every_link_leads_somewhere(page):
-    links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8"))  # kernel[grid](x) is no link
+    links = re.findall(r"\]\(([^)]+)\)", text)
     relative = [link for link in links if not link.startswith("https://")]
     assert relative
     assert [link for link in relative if not (FOLDER / link).exists()] == []
+
+
+def test_the_guide_outlines_every_tutorial_and_calls_questions_by_options_that_exist():
+    guide = (FOLDER / "INSTRUCTORS.md").read_text(encoding="utf-8")
+    assert re.findall(r"(?m)^\*\*(\d+) · ", guide) == [str(number) for number in range(1, 13)]
+    options = {option for call in re.findall(r"questions\.py (.+)", guide) for option in re.findall(r"--[\w-]+", call)}
+    assert options == set(re.findall(r'"(--[\w-]+)"', (FOLDER / "questions.py").read_text(encoding="utf-8")))
 
 
 def test_the_readme_lists_every_tutorial_and_no_other():
