@@ -286,7 +286,7 @@ print("and the engine's oracle in plain torch:", torch.allclose(out, oracle, ato
 # ## In the visualizer
 #
 # Start `make demo` (or `minipaged visualize`) and choose **Eight stories** (menu *scenario*). Click a token: the bars
-# over its blocks are the softmax weights, one tile after the other. Count the running texts: one step of decoding
+# over its blocks are the softmax weights, block by block. Count the running texts: one step of decoding
 # would launch that many times `KH` programs, for each layer.
 #
 # Source lines: [`minipaged/kernels/paged_decode.py`](../minipaged/kernels/paged_decode.py) (with a drawing of who

@@ -340,7 +340,7 @@ print("different addresses:", key_a.data_ptr() != key_b.data_ptr(), " a sees b's
 # %% [markdown]
 # Blocks 0 and 1 hold the 32 common tokens once, and are mapped into both slots. (The third block differs.)
 #
-# The paper measured 1.97 times the tokens a second of vLLM's kernel of that time, on GPUs. minipaged's CUDA path has
+# The paper reports 1.97 times vLLM's tokens a second, on GPUs, at the time it was written. minipaged's CUDA path has
 # not been run on one. What you have seen is real, though: the operating system's page table in the place of ours.
 #
 # ## In the visualizer
