@@ -59,6 +59,7 @@ print("ones, a view, a product, a relu:", counter.count)
 from minipaged import LLM, SamplingParams
 
 settings = {"device": "cpu", "num_blocks": 64, "max_num_seqs": 8, "max_model_len": 128, "enable_prefix_caching": False}
+settings["attention"] = "torch"  # plain operations of torch, which the counter sees
 engine = LLM("tiny", **settings).engine
 greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
