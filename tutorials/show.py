@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,11 +32,25 @@ class Markdown:
         return self.text
 
 
+def needs(works: bool, otherwise: str) -> None:
+    """Ends a tutorial that cannot run on this system: with one line that says so, and without an error."""
+    if not works:
+        print(otherwise)
+        raise SystemExit(0)
+
+
 def source(thing: Any) -> Markdown:
     """A function or class of the engine, as it stands in its file today."""
     lines = dedent(inspect.getsource(thing)).rstrip()
     file = Path(inspect.getsourcefile(thing) or "").resolve().relative_to(ROOT).as_posix()
     return Markdown(f"`{thing.__qualname__}` in [`{file}`](../{file}):\n\n```python\n{lines}\n```")
+
+
+def source_in(file: str, name: str) -> Markdown:
+    """The same, of a module that cannot be imported everywhere: a top-level function, by its file and its name."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    (node,) = (node for node in ast.parse(text).body if getattr(node, "name", None) == name)
+    return Markdown(f"`{name}` in [`{file}`](../{file}):\n\n```python\n{ast.get_source_segment(text, node)}\n```")
 
 
 @dataclass(frozen=True)

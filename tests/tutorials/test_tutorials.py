@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import mmap
 import os
 import re
+import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -38,21 +43,71 @@ def builder() -> ModuleType:
     return module
 
 
-def test_there_are_tutorials():
-    assert len(SCRIPTS) >= 7
+def test_there_are_twelve_tutorials():
+    assert [script.name[:2] for script in SCRIPTS] == [f"{number:02}" for number in range(1, 13)]
 
 
-@each_script
-def test_runs_as_a_plain_script_from_anywhere(script, tmp_path):
-    done = python(script, cwd=tmp_path)
+def test_pages_and_pictures_are_up_to_date(tmp_path):
+    """Runs every tutorial. All in one process, each with names of its own: torch is imported once, not twelve times."""
+    done = python(FOLDER / "build.py", "--check", cwd=tmp_path)
+    assert "stale" not in done.stdout, done.stdout
+    refused = re.findall(r"(?m)^(\d\d)_\w+\.py: not checked\. \S", done.stderr)
+    without_triton = [] if find_spec("triton") else ["05", "06"]
+    without_mmap = [] if sys.platform == "linux" and mmap.PAGESIZE == 4096 else ["11"]
+    assert refused == without_triton + without_mmap
+    assert done.returncode == bool(refused), done.stdout + done.stderr
+    assert not list(tmp_path.iterdir()), "leaves nothing behind"
+
+
+def test_a_tutorial_runs_as_a_plain_script_from_anywhere(tmp_path):
+    """One that needs no torch stands for all: that the others run is tested above, and this is Python's part."""
+    done = python(FOLDER / "12_offline_batches.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert not list(tmp_path.iterdir()), "leaves nothing behind"
 
 
-def test_pages_and_pictures_are_up_to_date(tmp_path):
-    done = python(FOLDER / "build.py", "--check", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+@each_script
+def test_a_script_is_its_cells_and_nothing_else(builder, script):
+    """So that it makes no difference whether cells or the script are run."""
+    text = script.read_text(encoding="utf-8")
+    code = [cell for cell in builder.cells(text) if cell.is_code]
+    assert ast.dump(ast.parse(text)) == ast.dump(ast.parse("\n".join(cell.text for cell in code)))
+
+
+@pytest.mark.parametrize("name, lacks", [("05", "triton"), ("06", "triton"), ("11", "linux")])
+def test_where_a_tutorial_cannot_run_it_says_so_in_a_line_and_no_page_is_made(
+    builder, monkeypatch, capsys, name, lacks
+):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the tutorials and the builder set it, and this undoes it
+    monkeypatch.setattr(sys, "argv", ["build.py", name])
+    if lacks == "triton":
+        monkeypatch.setitem(sys.modules, "triton", None)
+    else:
+        monkeypatch.setattr(sys, "platform", "darwin")
+    page = next(page for page in PAGES if page.name.startswith(name))
+    before = page.stat().st_mtime_ns
+    assert builder.main() == 1
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(rf"{name}_\w+\.py: not made\. .+ read the page instead\n", err)
+    assert page.stat().st_mtime_ns == before
+    script = page.with_suffix(".py")
+    with pytest.raises(SystemExit) as ended:  # as a plain script: success
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1].endswith("read the page instead")
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="the engine's function lies in a module of Triton's kernels")
+def test_the_number_of_splits_in_tutorial_10_is_the_engines():
+    from minipaged.kernels.paged_decode import splits_of
+
+    tree = ast.parse((FOLDER / "10_speed.py").read_text(encoding="utf-8"))
+    (node,) = (node for node in tree.body if getattr(node, "name", None) == "num_splits")
+    names: dict = {}
+    exec(compile(ast.Module([node], []), "10_speed.py", "exec"), names)
+    for case in product((1, 63, 500, 4000, 131_072), (16, 64, 128), (1, 7, 64, 5000), (1, 108, 132)):
+        assert names["num_splits"](*case) == splits_of(*case)
 
 
 def test_no_picture_is_left_over():
@@ -111,12 +166,20 @@ def test_shows_and_names_the_engines_own_lines(page):
     assert "\nSource lines: " in text
 
 
-@pytest.mark.parametrize("page", [*PAGES, README], ids=lambda path: path.stem)
+@pytest.mark.parametrize("page", [*PAGES, README, FOLDER / "INSTRUCTORS.md"], ids=lambda path: path.stem)
 def test_every_link_leads_somewhere(page):
-    links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8"))  # kernel[grid](x) is no link
+    links = re.findall(r"\]\(([^)]+)\)", text)
     relative = [link for link in links if not link.startswith("https://")]
     assert relative
     assert [link for link in relative if not (FOLDER / link).exists()] == []
+
+
+def test_the_guide_outlines_every_tutorial_and_calls_questions_by_options_that_exist():
+    guide = (FOLDER / "INSTRUCTORS.md").read_text(encoding="utf-8")
+    assert re.findall(r"(?m)^\*\*(\d+) · ", guide) == [str(number) for number in range(1, 13)]
+    options = {option for call in re.findall(r"questions\.py (.+)", guide) for option in re.findall(r"--[\w-]+", call)}
+    assert options == set(re.findall(r'"(--[\w-]+)"', (FOLDER / "questions.py").read_text(encoding="utf-8")))
 
 
 def test_the_readme_lists_every_tutorial_and_no_other():
@@ -126,7 +189,7 @@ def test_the_readme_lists_every_tutorial_and_no_other():
 
 # --- the builder ----------------------------------------------------------------------------------------------
 
-SMALL = '''# %% [markdown]
+SMALL = """# %% [markdown]
 # # Title
 #
 # Text.
@@ -145,7 +208,7 @@ class Drawing:
 
 
 Drawing()
-'''
+"""
 
 
 @pytest.fixture
