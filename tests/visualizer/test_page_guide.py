@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
-from minipaged import LLM, EngineConfig
 from visualizer.app import Visualizer
-from visualizer.scenarios import DEMO_SETTINGS as SETTINGS
 from visualizer.scenarios import SCENARIOS, Arrival
-
-
-@pytest.fixture(scope="module")
-def model() -> tuple[LLM, EngineConfig]:
-    """Not the other tests': here engines are exchanged."""
-    llm = LLM(os.environ.get("MINIPAGED_TEST_MODEL", "tiny"), **SETTINGS)
-    return llm, llm.engine.config
-
-
-@pytest.fixture
-def llm(model: tuple[LLM, EngineConfig]) -> LLM:
-    llm, config = model
-    llm.engine = llm.build_engine(config)
-    return llm
 
 
 def test_choosing_a_scenario_plays_it_and_asks(serve: Callable[..., Visualizer], pages: Any) -> None:

@@ -44,6 +44,7 @@ def test_fork_and_copy_are_seen_one_event_after_the_other(serve: Callable[..., V
     caught_up(page, visualizer)
     page.evaluate("""() => { const { player } = minipaged;
         player.seek(player.records.findIndex((r) => r.events.some((e) => e.type === "copied"))); }""")
+    page.wait_for_function("!minipaged.player.changed")
     copies = page.evaluate("""minipaged.player.records[minipaged.player.position].events
         .filter((e) => e.type === "copied")""")
     assert len(copies) == 3, "the last writer of four needs no copy"
