@@ -17,7 +17,7 @@ import gradio as gr  # noqa: E402
 from fastapi import Response  # noqa: E402
 
 from minipaged.config import CHOICES  # noqa: E402
-from minipaged.errors import MinipagedError  # noqa: E402
+from minipaged.errors import MinipagedError, PortInUse  # noqa: E402
 from visualizer.classroom import Guard  # noqa: E402
 from visualizer.commands import Commands  # noqa: E402
 from visualizer.engine_thread import DEFAULT_RATE, EngineThread  # noqa: E402
@@ -45,10 +45,6 @@ Promise.all(props.scripts.map((path) => fetch(address(path), { cache: "no-cache"
     element, server, figures: props.figures, plotly: address(props.plotly), more: props.more,
   }));
 """
-
-
-class PortInUse(MinipagedError, OSError):
-    """Another program listens on the port."""
 
 
 @dataclass
