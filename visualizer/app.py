@@ -171,6 +171,14 @@ def _page(functions: list[Callable[..., Any]], more: dict[str, Any]) -> gr.Block
     return blocks
 
 
+def mount(app: Any, visualizer: Visualizer, path: str) -> None:
+    """Makes the page part of ``app``, a FastAPI application that somebody else serves."""
+    gr.mount_gradio_app(
+        app, visualizer.blocks, path=path, footer_links=[], run_history=False, ssr_mode=False,
+        css_paths=stylesheets(), theme=_theme(),
+    )  # fmt: skip
+
+
 def launch(
     llm: Any | Callable[[], Any] | None = None,
     *,
