@@ -46,7 +46,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < (0 if name in ("max_queue", "grace") else 1):
+            if value < 0 or (value == 0 and name not in ("max_queue", "grace")):
                 raise InvalidConfig(f"{name} is too small: {value}")
 
 
@@ -59,8 +59,8 @@ class Job:
 
     def __init__(self, prompts: int) -> None:
         self.ids = [f"req-{uuid.uuid4().hex}" for _ in range(prompts)]
+        self.failed: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
         self._new: dict[str, RequestOutput] = {}
-        self._error: ApiError | None = None
         self._news = asyncio.Event()
 
     def put(self, output: RequestOutput) -> None:
@@ -69,7 +69,8 @@ class Job:
 
     def fail(self, error: ApiError) -> None:
         """The first error is the one that is told."""
-        self._error = self._error or error
+        if not self.failed.done():
+            self.failed.set_result(error)
         self._news.set()
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
@@ -78,8 +79,8 @@ class Job:
         while left:
             await self._news.wait()
             self._news.clear()
-            if self._error is not None:
-                raise self._error
+            if self.failed.done():
+                raise self.failed.result()
             new, self._new = self._new, {}
             for request_id, output in new.items():
                 if output.finished:
@@ -146,7 +147,11 @@ class Service:
         deadline = asyncio.get_running_loop().call_later(seconds, job.fail, too_late)
         self._jobs |= dict.fromkeys(job.ids, job)  # now: outputs may come before the answer to `_add`
         try:
-            await asyncio.wrap_future(self.thread.call(lambda: self._add(job.ids, prompts, params)))
+            added = asyncio.wrap_future(self.thread.call(lambda: self._add(job.ids, prompts, params)))
+            await asyncio.wait((added, job.failed), return_when=asyncio.FIRST_COMPLETED)
+            if not added.done():  # the engine is in a long step; what it adds after that, it aborts next
+                raise job.failed.result()
+            added.result()
             yield job
         finally:
             deadline.cancel()
