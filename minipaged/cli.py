@@ -15,10 +15,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from minipaged import __version__
-from minipaged import cli_bench, cli_chat, cli_serve
+from minipaged import __version__, cli_bench, cli_chat, cli_serve
 from minipaged.cli_options import (
-    DEFAULT, Attention, Device, Dtype, KvDtype, MaxTokens, Memory, MinP, Model, Seed, Stop, Temperature, TopK, TopP,
+    DEFAULT,
+    Attention,
+    Device,
+    Dtype,
+    KvDtype,
+    MaxTokens,
+    Memory,
+    MinP,
+    Model,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
 )  # fmt: skip
 from minipaged.cli_options import fail as _fail
 from minipaged.cli_options import given as _given

@@ -15,8 +15,23 @@ from typing import Annotated, Any
 import typer
 
 from minipaged.cli_options import (
-    DEFAULT, Attention, Device, Dtype, KvDtype, MaxTokens, Memory, MinP, Model, Seed, Temperature, TopK, TopP, fail,
-    given, load, sampling,
+    DEFAULT,
+    Attention,
+    Device,
+    Dtype,
+    KvDtype,
+    MaxTokens,
+    Memory,
+    MinP,
+    Model,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    fail,
+    given,
+    load,
+    sampling,
 )  # fmt: skip
 from minipaged.config import SamplingParams
 from minipaged.errors import InvalidRequest, MinipagedError

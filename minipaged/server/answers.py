@@ -6,13 +6,52 @@ import time
 import uuid
 from collections.abc import Iterator
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+from minipaged.config import SamplingParams
+from minipaged.errors import InvalidRequest
 from minipaged.outputs import CompletionOutput, Delta, RequestOutput, differences
-from minipaged.server.protocol import ChatRequest, CompletionRequest
+from minipaged.server.protocol import ApiError, ChatRequest, CompletionRequest
+from minipaged.text.chat import render_chat
 from minipaged.text.stream import decode, special_token_ids
 
+Prepared = tuple["Answer", list[list[int]], SamplingParams]
 LOWEST = -9999.0  # what OpenAI sends for the logarithm of nothing; JSON has no infinity
+
+
+def prepare(llm: Any, model: str, request: ChatRequest | CompletionRequest) -> Prepared:
+    """The prompts' token ids, how to sample, and what makes the answer of the outputs.
+
+    Raises `InvalidRequest`, and `ApiError` 404 for another model than ``model``.
+    """
+    if request.model != model:
+        raise no_model(request.model, model)
+    params = request.params()
+    if isinstance(request, ChatRequest):
+        prompts = [render_chat(llm.tokenizer, [message.plain() for message in request.messages])]
+        return ChatAnswer(llm.tokenizer, model, request, prompts), prompts, params
+    given = request.prompts()
+    if "" in given:
+        raise InvalidRequest("the prompt is empty; give at least one character")
+    prompts = [llm.encode(one) if isinstance(one, str) else one for one in given]
+    return TextAnswer(llm.tokenizer, model, request, prompts), prompts, params
+
+
+def model_name(model: str) -> str:
+    """What clients call it: a hub id as it is, of a directory the last part only."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def no_model(name: str, model: str) -> ApiError:
+    message = f"there is no model {name[:200]!r} here, only {model!r}"
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+def refusal(error: InvalidRequest) -> ApiError:
+    """What the engine will not do, as OpenAI says it."""
+    too_long = "needs room for one more" in str(error)
+    return ApiError(400, str(error), code="context_length_exceeded" if too_long else None)
 
 
 class Answer:
@@ -151,7 +190,8 @@ class TextAnswer(Answer):
         text = echo if empty else echo + out.text
         if self._request.logprobs is None:
             return {"text": text, "logprobs": None}
-        tokens, logprobs = ([], []) if empty else (out.token_ids, list(out.logprobs or ()))
+        tokens = [] if empty else out.token_ids
+        logprobs: list[Any] = [] if empty else list(out.logprobs or ())
         if output.prompt_logprobs is not None:
             tokens, logprobs = output.prompt_token_ids + tokens, output.prompt_logprobs + logprobs
         start = 0 if output.prompt_logprobs is not None else len(echo)

@@ -14,13 +14,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from minipaged.config import SamplingParams
 from minipaged.errors import InvalidRequest
-from minipaged.server.answers import Answer, ChatAnswer, TextAnswer
+from minipaged.server.answers import Prepared, no_model, prepare, refusal
 from minipaged.server.metrics import Stopwatch
 from minipaged.server.protocol import ApiError, ChatRequest, CompletionRequest, parse
 from minipaged.server.service import Service
-from minipaged.text.chat import render_chat
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -70,68 +68,43 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        _check_model(service, name)
+        if name != service.model:
+            raise no_model(name, service.model)
         return model
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _serve(service, request, "completions", _completion)
+        return await _serve(service, request, "completions", CompletionRequest)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _serve(service, request, "chat", _chat)
+        return await _serve(service, request, "chat", ChatRequest)
 
 
 # --- a request, from its body to its answer ---------------------------------------------------------------------
 
-Prepared = tuple[Answer, list[list[int]], SamplingParams, bool]  # ..., whether to stream
-
-
-async def _completion(service: Service, body: bytes) -> Prepared:
-    request = parse(CompletionRequest, body)
-    _check_model(service, request.model)
-    params, given = request.params(), request.prompts()
-    if "" in given:
-        raise InvalidRequest("the prompt is empty; give at least one character")
-    encode = service.thread.llm.encode
-    prompts = await service.tokenize(lambda: [encode(one) if isinstance(one, str) else one for one in given])
-    return TextAnswer(service.tokenizer, service.model, request, prompts), prompts, params, request.stream
-
-
-async def _chat(service: Service, body: bytes) -> Prepared:
-    request = parse(ChatRequest, body)
-    _check_model(service, request.model)
-    params = request.params()
-    messages = [message.plain() for message in request.messages]
-    prompts = [await service.tokenize(lambda: render_chat(service.tokenizer, messages))]
-    return ChatAnswer(service.tokenizer, service.model, request, prompts), prompts, params, request.stream
-
-
 async def _serve(
-    service: Service, request: Request, name: str, prepare: Callable[[Service, bytes], Awaitable[Prepared]]
+    service: Service, request: Request, name: str, kind: type[ChatRequest] | type[CompletionRequest]
 ) -> Response:
     """What both endpoints do. A refusal has its status code also where the answer would have been a stream."""
     watch = service.metrics.request(name)
-    streams = None
     try:
-        body = await _read(request, service)
-        answer, prompts, params, streaming = await prepare(service, body)
-        if streaming:
-            streams = _events(service, answer, prompts, params, watch)
-            await anext(streams)  # until the engine has taken it
-            return EventStream(streams, service.limits.write_timeout)
-        result = await _unless_gone(request, _whole(service, answer, prompts, params, watch))
+        body = parse(kind, await _read(request, service))
+        prepared = await service.tokenize(lambda: prepare(service.thread.llm, service.model, body))
+        if body.stream:
+            events = _events(service, prepared, watch)
+            await anext(events)  # until the engine has taken it
+            return EventStream(events, service.limits.write_timeout)
+        result = await _unless_gone(request, _whole(service, prepared, watch))
         watch.done(200, result["usage"])
         return JSONResponse(result)
-    except InvalidRequest as error:
-        refusal = ApiError(400, str(error), code="context_length_exceeded" if "needs room" in str(error) else None)
-    except ApiError as error:
-        refusal = error
+    except (InvalidRequest, ApiError) as error:
+        refused = error if isinstance(error, ApiError) else refusal(error)
+        watch.done(refused.status)
+        return error_response(refused)
     except ClientGone:
         watch.done("gone")
-        return Response(status_code=499)
-    watch.done(refusal.status)
-    return error_response(refusal)
+        return Response(status_code=499)  # which nobody reads
 
 
 async def _read(request: Request, service: Service) -> bytes:
@@ -155,10 +128,9 @@ async def _read(request: Request, service: Service) -> bytes:
     return bytes(body)
 
 
-async def _whole(
-    service: Service, answer: Answer, prompts: list[list[int]], params: SamplingParams, watch: Stopwatch
-) -> dict[str, Any]:
+async def _whole(service: Service, prepared: Prepared, watch: Stopwatch) -> dict[str, Any]:
     """The answer that is not streamed."""
+    answer, prompts, params = prepared
     newest: dict[int, Any] = {}
     async with service.admitted(), service.job(prompts, params) as job:
         async for number, output in job.outputs():
@@ -167,10 +139,9 @@ async def _whole(
     return answer.whole([newest[number] for number in sorted(newest)])
 
 
-async def _events(
-    service: Service, answer: Answer, prompts: list[list[int]], params: SamplingParams, watch: Stopwatch
-) -> AsyncGenerator[str, None]:
+async def _events(service: Service, prepared: Prepared, watch: Stopwatch) -> AsyncGenerator[str, None]:
     """The answer as server-sent events; the first, empty one says that the engine has taken the request."""
+    answer, prompts, params = prepared
     started = False
     try:
         async with service.admitted(), service.job(prompts, params) as job:
@@ -201,12 +172,6 @@ async def _events(
 
 def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-def _check_model(service: Service, name: str) -> None:
-    if name != service.model:
-        raise ApiError(404, f"there is no model {name[:200]!r} here, only {service.model!r}", param="model",
-                       code="model_not_found")  # fmt: skip
 
 
 def error_response(error: ApiError) -> JSONResponse:

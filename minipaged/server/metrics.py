@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus. Without ``prometheus_client`` nothing is counted, and ``/metrics`` says so."""
+"""What the server counts, for Prometheus. Without ``prometheus_client`` nothing is, and ``/metrics`` says so."""
 
 from __future__ import annotations
 

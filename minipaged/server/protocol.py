@@ -35,6 +35,9 @@ class ApiError(Exception):
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 
+Body = TypeVar("Body", "ChatRequest", "CompletionRequest", "ChatRequest | CompletionRequest")
+
+
 class _Strict(BaseModel):
     """A string is no number and an unknown field is an error."""
 
@@ -106,8 +109,9 @@ class _Request(_Strict):
             "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
             "min_tokens", "stop", "stop_token_ids", "ignore_eos", "seed",
         )  # fmt: skip
-        given = {name: getattr(self, name) for name in same}
-        return SamplingParams(**({"n": self.n, "logit_bias": _biases(self.logit_bias)} | given | own))
+        given: dict[str, Any] = {name: getattr(self, name) for name in same}
+        given |= {"n": self.n, "logit_bias": _biases(self.logit_bias)}
+        return SamplingParams(**(given | own))
 
 
 class ChatRequest(_Request):
@@ -166,9 +170,6 @@ class CompletionRequest(_Request):
             raise InvalidRequest(f"prompt must hold between 1 and {MAX_PROMPTS} prompts, not {len(prompt)}")
         many: list[Any] = [prompt] if isinstance(prompt[0], int) else list(prompt)
         return many
-
-
-Body = TypeVar("Body", ChatRequest, CompletionRequest)
 
 
 def parse(kind: type[Body], body: bytes | dict[str, Any]) -> Body:

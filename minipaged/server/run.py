@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import uvicorn
 
 from minipaged.engine_thread import EngineLoop
 from minipaged.errors import InvalidConfig, PortInUse
+from minipaged.server.answers import model_name
 from minipaged.server.app import build_app
 from minipaged.server.metrics import Metrics
 from minipaged.server.service import Limits, Service
@@ -38,7 +38,7 @@ class Server(uvicorn.Server):
     ) -> None:
         limits = limits or Limits()
         if visualize and (keys or host not in LOOPBACK):
-            raise InvalidConfig("the page shows and controls what everybody asks, without a key: it is for loopback without keys")
+            raise InvalidConfig("the page shows everybody what is asked and needs no key; it is for loopback without keys")
         self.local = host in LOOPBACK
         self._page: Any = None
         if visualize:
@@ -95,8 +95,3 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise PortInUse(f"cannot listen on {host}, port {port}: {error.strerror or error}; try --port") from None
     return sock
-
-
-def model_name(model: str) -> str:
-    """What clients call it: a hub id as it is, of a directory the last part only."""
-    return Path(model).resolve().name if Path(model).is_dir() else model

@@ -99,10 +99,6 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="minipaged-tokenizer")
 
-    @property
-    def tokenizer(self) -> Any:
-        return self.thread.llm.tokenizer
-
     def open(self) -> None:
         """Called in the event loop that it is to live in."""
         self._loop = asyncio.get_running_loop()

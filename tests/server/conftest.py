@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 import pytest
 
 from minipaged import LLM
@@ -21,7 +22,9 @@ pytest.importorskip("fastapi", reason="the server's extra is not installed: pip 
 from minipaged.server.run import Server, bind  # noqa: E402
 from minipaged.server.service import Limits  # noqa: E402
 
-PATIENCE = 30.0  # seconds until something counts as hanging
+PATIENCE = 60.0  # seconds until something counts as hanging
+
+HTTP = httpx2.Client(timeout=PATIENCE, verify=False)  # one for all: reading certificates takes longer than a request
 
 
 def until(condition: Callable[[], Any], what: str = "it did not happen") -> None:

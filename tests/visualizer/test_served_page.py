@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import httpx2
 import pytest
 
 from minipaged import LLM
-from tests.server.conftest import PATIENCE, Running, in_thread, until
-
-httpx2 = pytest.importorskip("httpx2")
+from tests.server.conftest import HTTP, PATIENCE, Running, in_thread, until
 
 
 @pytest.fixture
@@ -21,7 +20,7 @@ def served(llm: LLM) -> Iterator[Running]:
 
 def ask(served: Running, **options: object) -> httpx2.Response:
     body = {"model": "babbler", "prompt": "Once upon a time", "max_tokens": 6} | options
-    return httpx2.post(f"{served.url}/v1/completions", json=body, timeout=PATIENCE)
+    return HTTP.post(f"{served.url}/v1/completions", json=body)
 
 
 def test_the_page_shows_the_engine_that_serves(served: Running) -> None:
@@ -31,7 +30,7 @@ def test_the_page_shows_the_engine_that_serves(served: Running) -> None:
     tokens = sum(len(seq.tokens) for seq in log.state.seqs.values())
     assert len(log.state.seqs) == 2
     assert tokens == usage["completion_tokens"] + 2 * usage["prompt_tokens"]
-    html = httpx2.get(f"{served.url}/visualizer/").text
+    html = HTTP.get(f"{served.url}/visualizer/").text
     assert "minipaged" in html and "gradio" in html
 
 
