@@ -1,9 +1,9 @@
 """Files of requests, answered offline: OpenAI's batch format, without a server.
 
-A line of the input is ``{"custom_id": …, "method": "POST", "url": "/v1/chat/completions", "body": {…}}``, a line of the
-output ``{"id": …, "custom_id": …, "response": {"status_code": …, "request_id": …, "body": {…}}, "error": null}``. Answers
-are appended as they come, in no order. So a run that was killed can go on: what the output holds is not asked again,
-and half a line at its end is cut off.
+A line of the input is ``{"custom_id": …, "method": "POST", "url": "/v1/chat/completions", "body": {…}}``, a line of
+the output ``{"id": …, "custom_id": …, "response": {"status_code": …, "request_id": …, "body": {…}}, "error": null}``.
+Answers are appended as they come, in no order. So a run that was killed can go on: what the output holds is not asked
+again, and half a line at its end is cut off.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Server(uvicorn.Server):
     ) -> None:
         limits = limits or Limits()
         if visualize and (keys or host not in LOOPBACK):
-            raise InvalidConfig("the page shows everybody what is asked and needs no key; it is for loopback without keys")
+            raise InvalidConfig("the page asks nobody for a key: it is for loopback, without --api-key")
         self.local = host in LOOPBACK
         self._page: Any = None
         if visualize:
