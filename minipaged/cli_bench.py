@@ -67,7 +67,7 @@ def serve(
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(requests))
         samples = asyncio.run(load.run(target, requests, lambda done: bar.update(task, completed=done)))
-    result = load.summarize(samples, load.Goal(goal_first, goal_token), target)
+    result = load.summarize(samples, duration, load.Goal(goal_first, goal_token), target)
     table = Table("", "", title=f"{model} at {url}", title_justify="left")
     for row in result.rows:
         table.add_row(row.what, number_text(row))

@@ -152,8 +152,10 @@ class Chat:
         user = {"role": "user", "content": text}
         try:
             answer = _print(self._backend([*self._all(), user]))
-        except (InvalidRequest, ServerError) as error:  # most often the conversation has outgrown the model
+        except InvalidRequest as error:  # most often the conversation has outgrown the model
             fail(f"{error} (/reset forgets the conversation)")
+        except ServerError as error:
+            fail(str(error))
         else:
             self._messages += [user, {"role": "assistant", "content": answer}]
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minipaged.cli_options import DEFAULT, Attention, Device, Dtype, KvDtype, Memory, Model, fail, given, load
 
@@ -80,7 +82,12 @@ def batch(
         memory=memory, attention=attention, kv_dtype=kv_dtype, num_blocks=num_blocks, max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
     )  # fmt: skip
-    batches.run(load(model, device=device, dtype=dtype, **settings), todo, out)
+    llm = load(model, device=device, dtype=dtype, **settings)
+    columns = TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=len(todo))
+        batches.run(llm, todo, out, lambda done: bar.update(task, completed=done))
+    print(f"{len(todo)} requests answered, all in {out}")
 
 
 @contextmanager

@@ -151,13 +151,16 @@ class Goal:
         return sample.first_token <= self.first_token and fmean(sample.gaps or [0.0]) <= self.token
 
 
-def summarize(samples: Sequence[Sample], goal: Goal, target: Target) -> Result:
-    """The numbers people compare, with the distributions as a figure. Raises `RequestFailed` if nothing succeeded."""
+def summarize(samples: Sequence[Sample], duration: float, goal: Goal, target: Target) -> Result:
+    """The numbers people compare, with the distributions as a figure; requests came for ``duration`` seconds.
+
+    Raises `RequestFailed` if none was answered.
+    """
     good = [sample for sample in samples if not sample.error]
     errors = Counter(sample.error for sample in samples if sample.error)
     if not good:
         raise RequestFailed(f"none of {len(samples)} requests was answered: {errors.most_common(1)[0][0]}")
-    seconds = max(sample.ended for sample in samples)
+    seconds = max(duration, *(sample.ended for sample in samples))
     series = {
         "time to first token": [sample.first_token for sample in good],
         "between tokens": [gap for sample in good for gap in sample.gaps] or [0.0],
@@ -166,7 +169,7 @@ def summarize(samples: Sequence[Sample], goal: Goal, target: Target) -> Result:
     rows = [
         Row("requests answered", len(good)),
         Row("requests that failed", sum(errors.values())),
-        Row("offered", len(samples) / max(max(sample.due for sample in samples), 1e-9), "requests/s"),
+        Row("offered", len(samples) / duration, "requests/s"),
         Row("throughput", len(good) / seconds, "requests/s"),
         Row(f"goodput ({goal.first_token:g} s, {goal.token:g} s)", sum(map(goal.met, good)) / seconds, "requests/s"),
         Row("output", sum(sample.output_tokens for sample in good) / seconds, "tokens/s"),
