@@ -57,6 +57,7 @@ class Server(uvicorn.Server):
                 app,
                 log_level="warning",
                 timeout_graceful_shutdown=int(limits.grace) + 5,
+                limit_concurrency=limits.max_connections,
                 server_header=False,
                 ws="none",
             )

@@ -28,7 +28,8 @@ class Limits:
 
     Attributes:
         max_body: bytes of a request.
-        max_concurrent: HTTP requests being answered at once; beyond it 429.
+        max_concurrent: HTTP requests that the engine works on at once; beyond it 429. Connections, also such as send
+            nothing, are limited to `max_connections`; beyond it 503.
         max_queue: sequences that wait for a place in the running batch; beyond it 429.
         body_timeout: until a request's body has arrived.
         timeout: until it is answered.
@@ -43,6 +44,10 @@ class Limits:
     timeout: float = 600.0
     write_timeout: float = 30.0
     grace: float = 10.0
+
+    @property
+    def max_connections(self) -> int:
+        return 2 * self.max_concurrent + 64  # room for those that are refused, for health checks and for the page
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -139,18 +144,21 @@ class Service:
         with 504 when the time is up: a timeout around it would bind to one task, and streams are begun in another.
         """
         job, seconds = Job(len(prompts)), self.limits.timeout
+        added: asyncio.Future[None] | None = None
         too_late = ApiError(504, f"this took more than {seconds:g} seconds", code="timeout")
         deadline = asyncio.get_running_loop().call_later(seconds, job.fail, too_late)
         self._jobs |= dict.fromkeys(job.ids, job)  # now: outputs may come before the answer to `_add`
         try:
             added = asyncio.wrap_future(self.thread.call(lambda: self._add(job.ids, prompts, params)))
             await asyncio.wait((added, job.failed), return_when=asyncio.FIRST_COMPLETED)
-            if not added.done():  # the engine is in a long step; what it adds after that, it aborts next
+            if not added.done():  # the engine is in a long step, and need not begin with this one after it
                 raise job.failed.result()
             added.result()
             yield job
         finally:
             deadline.cancel()
+            if added is not None:
+                added.cancel()  # which does nothing once it is done
             open_ = [request_id for request_id in job.ids if self._jobs.pop(request_id, None)]
             for request_id in open_:
                 self.thread.abort(request_id)  # those that have finished are unknown to the engine, which is fine

@@ -271,3 +271,21 @@ def test_many_clients_that_hang_up_at_random_leave_nothing_behind(server) -> Non
         sock.recv(1000)
         sock.close()
     assert all(answer.result(PATIENCE).status_code == 200 for answer in answers)
+
+
+def test_connections_that_say_nothing_are_limited(start) -> None:
+    server = start(limits=Limits(max_concurrent=1))
+    idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(server.service.limits.max_connections)]
+    until(lambda: len(server.server.server_state.connections) == len(idle))
+    assert HTTP.get(f"{server.url}/health").status_code == 503
+    for sock in idle:
+        sock.close()
+    until(lambda: not server.server.server_state.connections)
+    assert post(server).status_code == 200
+
+
+def test_without_prometheus_client_metrics_say_what_to_install(start, monkeypatch) -> None:
+    monkeypatch.setattr("minipaged.server.metrics.prometheus", None)
+    server = start()
+    assert "pip install" in is_error(HTTP.get(f"{server.url}/metrics"), 501)["message"]
+    assert post(server).status_code == 200
