@@ -1,4 +1,4 @@
-"""The ``minipaged`` command: visualize, generate, chat, doctor, experiments, kernels.
+"""The ``minipaged`` command: visualize, generate, doctor, kernels; the other commands have modules of their own.
 
 torch, transformers and gradio take seconds to import, so each command imports what it needs when it runs, and
 ``--help`` stays quick. A model's text is printed as it is, never by rich, which reads ``[bold]`` as markup.
@@ -15,36 +15,43 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from minipaged import __version__
-from minipaged.config import DEVICES, DTYPES, MANAGERS, EngineConfig, SamplingParams
-from minipaged.errors import InvalidRequest, MinipagedError
+from minipaged import __version__, cli_bench, cli_chat, cli_serve
+from minipaged.cli_options import (
+    DEFAULT,
+    Attention,
+    Device,
+    Dtype,
+    KvDtype,
+    MaxTokens,
+    Memory,
+    MinP,
+    Model,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)  # fmt: skip
+from minipaged.cli_options import fail as _fail
+from minipaged.cli_options import given as _given
+from minipaged.cli_options import load as _load
+from minipaged.cli_options import sampling as _sampling
+from minipaged.config import EngineConfig
+from minipaged.errors import MinipagedError
 from minipaged.experiments.cli import app as experiments
 
 if TYPE_CHECKING:
-    from minipaged.llm import LLM
     from minipaged.outputs import Delta
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(experiments, name="experiments")
+app.add_typer(cli_bench.app, name="bench")
+app.command()(cli_chat.chat)
+app.command()(cli_serve.serve)
+app.command()(cli_serve.batch)
 kernels = typer.Typer(help="Look into the Triton kernels.", no_args_is_help=True)
 app.add_typer(kernels, name="kernels")
 
-# Options that several commands share. One not given is None and left to EngineConfig or SamplingParams, which
-# know the defaults and limits.
-Model = Annotated[str, typer.Option(help="'tiny' (embedded), a directory (Hugging Face), or a hub id.")]
-Device = Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}.")]
-Dtype = Annotated[str, typer.Option(help=f"Of weights and KV cache: {', '.join(DTYPES)}.")]
-Memory = Annotated[str | None, typer.Option(help=f"Who decides on slots: {', '.join(MANAGERS)}.")]
-Temperature = Annotated[float | None, typer.Option(help="Divides the logits; 0 is greedy. Default: 1.")]
-TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this total.")]
-TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens.")]
-MinP = Annotated[float | None, typer.Option(help="Drop tokens below this times the likeliest.")]
-MaxTokens = Annotated[
-    int | None, typer.Option(help=f"At most so many. Default: {SamplingParams.max_tokens}.")
-]
-Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output; repeatable.")]
-Seed = Annotated[int | None, typer.Option(help="Makes the output repeat. Default: random.")]
-DEFAULT = EngineConfig()
 
 
 def main() -> None:
@@ -166,6 +173,8 @@ def generate(
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
     memory: Memory = None,
+    attention: Attention = None,
+    kv_dtype: KvDtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Continue a text."""
@@ -180,7 +189,8 @@ def generate(
         seed=seed,
         logprobs=0 if as_json else None,  # the sampled tokens' only, for cumulative_logprob
     )
-    llm = _load(model, **_given(device=device, dtype=dtype, memory=memory))
+    settings = _given(device=device, dtype=dtype, memory=memory, attention=attention, kv_dtype=kv_dtype)
+    llm = _load(model, **settings)
     if n == 1 and not as_json:
         _print_stream(llm.stream(prompt, params))
         return
@@ -194,42 +204,6 @@ def generate(
     for output in outputs:
         console.rule(f"{output.index + 1} of {n}, finished by {output.finish_reason}")
         print(output.text)
-
-
-@app.command()
-def chat(
-    system: Annotated[str | None, typer.Option(help="Instructions before the conversation.")] = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    max_tokens: MaxTokens = None,
-    seed: Seed = None,
-    model: Model = DEFAULT.model,
-    device: Device = DEFAULT.device,
-    dtype: Dtype = DEFAULT.dtype,
-) -> None:
-    """Talk with a chat model."""
-    params = _sampling(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, seed=seed
-    )
-    llm = _load(model, device=device, dtype=dtype)
-    opening = [{"role": "system", "content": system}] if system else []
-    messages = list(opening)
-    llm.render_chat([*opening, {"role": "user", "content": "Hi"}])  # says at once if the model cannot chat
-    print("Type a message; /help lists the commands.")
-    for line in _lines():
-        if line == "/exit":
-            return
-        if line == "/reset":
-            messages = list(opening)
-            print("The conversation starts afresh.")
-        elif line.startswith("/"):
-            print(
-                "/reset  forget the conversation\n/exit   leave (so do Ctrl-C and Ctrl-D)\n/help   this list"
-            )
-        else:
-            _answer(llm, messages, line, params)
 
 
 @app.command()
@@ -262,35 +236,6 @@ def kernels_report(
             print(code, end="")
 
 
-def _answer(llm: LLM, messages: list[dict[str, str]], line: str, params: SamplingParams) -> None:
-    """Streams the model's turn and adds both turns to ``messages``; neither if the engine refuses."""
-    user = {"role": "user", "content": line}
-    try:
-        text = _print_stream(llm.stream_chat([*messages, user], params))
-    except InvalidRequest as error:  # most often the conversation has outgrown the model
-        _fail(f"{error} (/reset forgets the conversation)")
-    else:
-        messages += [user, {"role": "assistant", "content": text}]
-
-
-def _lines() -> Iterator[str]:
-    """What the user types, line by line, until the input ends."""
-    try:
-        import readline  # noqa: F401  # arrow keys and history in input(); Windows has none
-    except ImportError:
-        pass
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            return print()
-        except KeyboardInterrupt:
-            print()
-            raise
-        if line:
-            yield line
-
-
 def _print_stream(deltas: Iterator[Delta]) -> str:
     """Prints text as it comes and returns the whole of it."""
     pieces = []
@@ -301,29 +246,3 @@ def _print_stream(deltas: Iterator[Delta]) -> str:
     finally:
         print()  # also after Ctrl-C, for the shell's prompt
     return "".join(pieces)
-
-
-def _load(model: str, **settings: Any) -> LLM:
-    EngineConfig(model=model, **settings)  # complain before the slow import, not after
-    from minipaged.llm import LLM
-
-    return LLM(model, **settings)
-
-
-def _sampling(**options: Any) -> SamplingParams:
-    """SamplingParams of the options that were given. Without a seed, every run is another."""
-    if options.get("seed") is None:
-        import secrets
-
-        options["seed"] = secrets.randbits(31)
-    return SamplingParams(**_given(**options))
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _fail(message: str) -> int:
-    """One line on stderr; returns the exit code for it."""
-    print(f"minipaged: {' '.join(message.split())}", file=sys.stderr)
-    return 2

@@ -22,6 +22,9 @@ PACKAGES = {
     "triton": "no kernels for CUDA: attention runs in plain torch (there is none but for Linux)",
     "gradio": "`minipaged visualize` cannot start: pip install gradio",
     "plotly": "`minipaged visualize` cannot start: pip install plotly",
+    "fastapi": "`minipaged serve` and `batch` cannot start: pip install 'minipaged[serve]'",
+    "uvicorn": "`minipaged serve` cannot start: pip install 'minipaged[serve]'",
+    "prometheus_client": "the server has no /metrics: pip install 'minipaged[serve]'",
 }
 NEEDED = {"python", "torch", "safetensors", "transformers", "embedded model"}
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -32,6 +32,10 @@ class InvalidTrace(MinipagedError, ValueError):
     """A file that is not the trace of requests it was taken for."""
 
 
+class PortInUse(MinipagedError, OSError):
+    """Another program listens on the port."""
+
+
 class OutOfBlocks(MinipagedError, MemoryError):
     """The pool has no free block. The scheduler counts before it asks, so seeing this means a bug in the caller."""
 

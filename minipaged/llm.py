@@ -26,7 +26,7 @@ from minipaged.execution.sampler import sample
 from minipaged.execution.virtual_memory import Layout, VirtualKVCache, page_size
 from minipaged.kernels.backend import choose, kernels_for
 from minipaged.models.loader import LoadedModel, device_of, load_model
-from minipaged.outputs import CompletionOutput, Delta, RequestOutput
+from minipaged.outputs import CompletionOutput, Delta, RequestOutput, differences
 
 Prompt = str | list[int]
 Messages = list[dict[str, str]]
@@ -125,7 +125,7 @@ class LLM:
             while not finished:
                 output = await asyncio.to_thread(self._next, request_id, inbox)
                 finished = output.finished
-                for delta in _differences(output, seen):
+                for delta in differences(output, seen):
                     yield delta
         finally:
             self._close(request_id)
@@ -247,21 +247,9 @@ class LLM:
             while not finished:
                 output = self._next(request_id, inbox)
                 finished = output.finished
-                yield from _differences(output, seen)
+                yield from differences(output, seen)
         finally:
             self._close(request_id)
-
-
-def _differences(output: RequestOutput, seen: dict[int, CompletionOutput]) -> Iterator[Delta]:
-    """What is new in each sequence since it was last ``seen``."""
-    for out in output.outputs:
-        old = seen.get(out.index)
-        if old is not None and (old.finish_reason or old == out):
-            continue
-        chars, tokens = (len(old.text), len(old.token_ids)) if old else (0, 0)
-        logprobs = out.logprobs[tokens:] if out.logprobs is not None else None
-        yield Delta(out.index, out.text[chars:], out.token_ids[tokens:], out.finish_reason, logprobs)
-        seen[out.index] = out
 
 
 def _build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minipaged.request import Request
@@ -68,3 +69,15 @@ class Delta:
     token_ids: list[int]
     finish_reason: str | None
     logprobs: list[dict[int, float]] | None = None  # of the new tokens, if asked for
+
+
+def differences(output: RequestOutput, seen: dict[int, CompletionOutput]) -> Iterator[Delta]:
+    """What is new in each sequence since it was last ``seen``, which is brought up to date."""
+    for out in output.outputs:
+        old = seen.get(out.index)
+        if old is not None and (old.finish_reason or old == out):
+            continue
+        chars, tokens = (len(old.text), len(old.token_ids)) if old else (0, 0)
+        logprobs = out.logprobs[tokens:] if out.logprobs is not None else None
+        yield Delta(out.index, out.text[chars:], out.token_ids[tokens:], out.finish_reason, logprobs)
+        seen[out.index] = out

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import termios
 from types import SimpleNamespace
 
 import pytest
 
-from minipaged import cli, doctor
+from minipaged import cli, cli_chat, doctor
 from minipaged.errors import InvariantViolation, StepFailed
 from minipaged.outputs import CompletionOutput, Delta
 from tests.checkpoints import save_llama
@@ -107,6 +110,16 @@ print("SLOW", {"torch", "transformers", "gradio", "plotly"} & set(sys.modules))
         (["generate", "x", "--memory", "infinite"], "memory must be one of paged, orca-max"),
         (["visualize", "--memory", "orca-max", "--preemption", "swap"], "neither shares prefixes nor preempts"),
         (["generate", "x", "--model", "/no/such/place"], "no directory"),
+        (["chat", "--memory", "infinite"], "memory must be one of"),
+        (["chat", "--attention", "magic"], "attention must be one of"),
+        (["chat", "--url", "http://127.0.0.1:1/v1", "--kv-dtype", "int8"], "the server's business"),
+        (["generate", "x", "--kv-dtype", "int3"], "kv_dtype must be one of"),
+        (["serve", "--port", "0", "--memory", "infinite"], "memory must be one of"),
+        (["serve", "--port", "0", "--max-concurrent", "0"], "max_concurrent is too small"),
+        (["serve", "--port", "0", "--api-key", ""], "an API key must not be empty"),
+        (["bench", "serve", "--lengths", "novels"], "lengths must be one of"),
+        (["bench", "serve", "--rate", "-1"], "must be positive"),
+        (["batch", "/no/such/file", "-o", "/tmp/never-written.jsonl"], "cannot be read"),
         (["chat", "--max-tokens", "0"], "max_tokens must be a whole number"),
         (["visualize", "--block-size", "0"], "block_size must be"),
     ],
@@ -258,7 +271,7 @@ def say(monkeypatch, run, type_lines):
 
     def say(*lines: str, args: tuple[str, ...] = ()):
         parrot = Parrot()
-        monkeypatch.setattr(cli, "_load", lambda *_, **__: parrot)
+        monkeypatch.setattr(cli_chat, "load", lambda *_, **__: parrot)
         type_lines(*lines)
         return *run("chat", *args), parrot.asked
 
@@ -300,13 +313,103 @@ def test_ctrl_c_at_the_prompt_of_a_chat(checkpoint):
     interrupt(process)
 
 
-def test_ctrl_c_during_an_answer(checkpoint):
-    process = start("chat", "--model", checkpoint, "--max-tokens", "8000", "--seed", "1")
-    read_until(process, b"> ")
-    process.stdin.write(b"hello\n")
-    process.stdin.flush()
-    assert process.stdout.read(1)
-    interrupt(process)
+def test_a_system_prompt_can_be_given_and_changed(say):
+    _, out, _, asked = say("one", "/system Be kind.", "/system", "two", args=("--system", "Be brief."))
+    assert out.count("Instructions: Be kind.") == 2
+    assert [messages[0]["content"] for messages in asked] == ["Be brief.", "Be kind."]
+    assert [m["content"] for m in asked[1]][1:] == ["one", "You said one", "two"], "the conversation goes on"
+
+
+def test_a_conversation_is_saved_and_goes_on_elsewhere(say, tmp_path):
+    file = tmp_path / "a talk.json"
+    say("one", f"/save {file}", args=("--system", "S"))
+    _, out, _, asked = say(f"/load {file}", "two")
+    assert "Loaded 2 messages" in out
+    assert [(m["role"], m["content"]) for m in asked[0]] == [
+        ("system", "S"), ("user", "one"), ("assistant", "You said one"), ("user", "two"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"messages": [{"role": "king", "content": "x"}]}'])
+def test_what_cannot_be_loaded_changes_nothing(say, tmp_path, content):
+    file = tmp_path / "talk.json"
+    if content is not None:
+        file.write_text(content)
+    code, _, err, asked = say("one", f"/load {file}", "/save", "two")
+    assert code == 0 and err.count("\n") == 2
+    assert len(asked[1]) == 3
+
+
+def test_texts_of_several_lines(say):
+    lines = ["one \\", "two", '"""first', "  second", 'third"""', "/nonsense"]
+    code, out, _, asked = say(*lines)
+    assert [messages[-1]["content"] for messages in asked] == ["one \ntwo", "first\n  second\nthird"]
+    assert code == 0 and "There is no /nonsense" in out
+
+
+class Terminal:
+    """A command in a pseudo-terminal: what a person sees and types."""
+
+    def __init__(self, *args, **options):
+        self._file, follower = os.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "minipaged", *args], stdin=follower, stdout=follower, stderr=follower,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), **options,
+        )  # fmt: skip
+        os.close(follower)
+        self.seen = ""
+
+    def type(self, text):
+        os.write(self._file, text.encode())
+
+    def until(self, text):
+        """Reads until ``text`` comes; what came before it is forgotten."""
+        while text not in self.seen:
+            assert select.select([self._file], [], [], 120)[0], self.seen
+            try:
+                self.seen += os.read(self._file, 4096).decode(errors="replace")
+            except OSError:  # the other end is closed
+                raise AssertionError(self.seen) from None
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self._file)
+
+
+def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_chat(checkpoint, tmp_path):
+    env = os.environ | {"XDG_STATE_HOME": str(tmp_path)}
+    terminal = Terminal("chat", "--model", checkpoint, "--max-tokens", "8000", "--seed", "1", env=env)
+    try:
+        terminal.until("> ")
+        terminal.type("hello\n")
+        terminal.until("hello\r\n")
+        while not terminal.seen:  # the answer has begun
+            terminal.seen += os.read(terminal._file, 1).decode(errors="replace")
+        terminal.type("\x03")
+        told = terminal.until("> ")
+        assert "[stopped; " in told and "tokens/s]" in told
+        terminal.type("/help\n")
+        terminal.until("/system TEXT")
+        terminal.until("> ")
+        terminal.type("/exit\n")
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.close()
+    history = tmp_path / "minipaged" / "chat_history"
+    assert "hello" in history.read_text() and history.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("command", [["serve"], ["batch", "in.jsonl", "-o", "out.jsonl"]])
+def test_without_its_packages_a_command_says_what_to_install(monkeypatch, run, command):
+    for name in list(sys.modules):
+        if name.startswith(("minipaged.server", "minipaged.batch", "pydantic")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    code, _, err = run(*command)
+    assert code == 2 and "pydantic" in err and "pip install 'minipaged[serve]'" in err
 
 
 # --- visualize --------------------------------------------------------------------------------------------

@@ -171,7 +171,8 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in split}
 
 
-REQUIREMENTS = PYPROJECT["dependencies"] + PYPROJECT["optional-dependencies"]["dev"]
+EXTRAS = PYPROJECT["optional-dependencies"]
+REQUIREMENTS = list(dict.fromkeys(PYPROJECT["dependencies"] + EXTRAS["dev"] + EXTRAS["serve"]))
 
 
 @pytest.mark.parametrize("text", REQUIREMENTS)

@@ -17,7 +17,7 @@ import gradio as gr  # noqa: E402
 from fastapi import Response  # noqa: E402
 
 from minipaged.config import CHOICES  # noqa: E402
-from minipaged.errors import MinipagedError  # noqa: E402
+from minipaged.errors import MinipagedError, PortInUse  # noqa: E402
 from visualizer.classroom import Guard  # noqa: E402
 from visualizer.commands import Commands  # noqa: E402
 from visualizer.engine_thread import DEFAULT_RATE, EngineThread  # noqa: E402
@@ -49,10 +49,6 @@ import(module("main.js")).then((main) => main.start({
   element, server, figures: props.figures, plotly: address(props.plotly), more: props.more,
 }));
 """
-
-
-class PortInUse(MinipagedError, OSError):
-    """Another program listens on the port."""
 
 
 @dataclass
@@ -176,6 +172,14 @@ def _page(functions: list[Callable[..., Any]], more: dict[str, Any]) -> gr.Block
             | more,
         )
     return blocks
+
+
+def mount(app: Any, visualizer: Visualizer, path: str) -> None:
+    """Makes the page part of ``app``, a FastAPI application that somebody else serves."""
+    gr.mount_gradio_app(
+        app, visualizer.blocks, path=path, footer_links=[], run_history=False, ssr_mode=False,
+        css_paths=stylesheets(), theme=_theme(),
+    )  # fmt: skip
 
 
 def launch(

@@ -1,14 +1,9 @@
-"""The engine in a thread of its own: it takes commands from a queue and tells a sink what happens.
-
-An engine is not thread-safe, and a page's callbacks come and go with its viewers. So nobody but this thread
-touches the engine: whoever wants something from it hands in a function and gets a `Future`.
-"""
+"""The engine's thread as the page needs it: at a pace one can follow, with a pause button, scenarios and questions."""
 
 from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +14,7 @@ from typing import Any, Protocol
 
 from minipaged.config import EngineConfig
 from minipaged.engine import Engine
+from minipaged.engine_thread import EngineLoop, fresh
 from minipaged.errors import InvalidRequest, StepFailed
 from minipaged.events import EngineError, EngineStarted, Event
 from visualizer.questions import Question, Quiz
@@ -44,21 +40,18 @@ class Sink(Protocol):
         """Whether the thread is paused, how fast it steps, whether there is work."""
 
 
-class EngineThread:
-    """Steps ``llm.engine`` at a given rate as long as there is work, and obeys commands in between.
+class EngineThread(EngineLoop):
+    """Steps ``llm.engine`` at a given rate as long as there is work, and tells a sink what happens.
 
     All public methods may be called from any thread; what they return is a `Future` of the command's result.
     """
 
     def __init__(self, llm: Any, sink: Sink, rate: float | None = DEFAULT_RATE) -> None:
-        self.llm = llm
-        self.engine: Engine = llm.engine
+        super().__init__(llm)
         self._home = self.engine.config  # what a scenario's settings are laid over
         self._sink = sink
         self._rate = rate
         self._paused = False
-        self._stopping = False
-        self._commands: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
         self._pending: list[Event] = []  # emitted, not yet published
         self._script: deque[Arrival] = deque()  # what a scenario has yet to submit
         self._script_step = 0
@@ -73,39 +66,17 @@ class EngineThread:
         self._question_id = 0
         self._verdict: dict[str, Any] | None = None  # the last question's answer, for all viewers
         self._loading = ""  # the model that is being loaded
-        self._thread = threading.Thread(target=self._run, name="minipaged-engine", daemon=True)
 
     def start(self) -> None:
         """Begins with an engine that has no past: viewers could not know what happened in it before."""
-        self._adopt(_fresh(self.llm.engine))
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Ends the thread after the command or step it is at."""
-
-        def stop() -> None:
-            self._stopping = True
-
-        self.call(stop)
-        self._thread.join(timeout=10)
+        self._adopt(fresh(self.llm.engine))
+        super().start()
 
     # --- commands -------------------------------------------------------------------------------------------
-
-    def call(self, command: Callable[[], Any]) -> Future[Any]:
-        """Runs ``command()`` in the engine's thread, between two steps. What it raises, the future raises."""
-        future: Future[Any] = Future()
-        self._commands.put((command, future))
-        return future
 
     def submit(self, arrival: Arrival) -> Future[str]:
         """Queues a request. `InvalidRequest` if it can never be served."""
         return self.call(lambda: self._submit(arrival))
-
-    def abort(self, request_id: str) -> Future[None]:
-        def abort() -> None:
-            self.engine.abort(request_id)  # whose last output is of no use here, and no JSON
-
-        return self.call(abort)
 
     def fork(self, request_id: str) -> Future[str]:
         """Lets a running request take a second way from here on. `InvalidRequest` if it cannot."""
@@ -214,18 +185,14 @@ class EngineThread:
         return bool(self._script) or self.engine.has_unfinished()
 
     def _obey(self, command: Callable[[], Any], future: Future[Any]) -> None:
-        if not future.set_running_or_notify_cancel():
-            return  # whoever asked has given up waiting
-        try:
-            result = command()
-        except Exception as error:  # the caller's business; the engine goes on for the others
-            self._flush()
-            self._publish_status()
-            future.set_exception(error)
-        else:
-            self._flush()
-            self._publish_status()  # before the result, so that whoever has it finds the status it led to
-            future.set_result(result)
+        def shown() -> Any:
+            try:
+                return command()
+            finally:  # before the result, so that whoever has it finds the status it led to
+                self._flush()
+                self._publish_status()
+
+        super()._obey(shown, future)
 
     def _advance(self) -> None:
         """One step, with the scenario's arrivals that are due before it. Never raises."""
@@ -235,15 +202,18 @@ class EngineThread:
             self._next_step_at = max(self._next_step_at, now - 0.1) + 1 / self._rate
         try:
             self._submit_due()
-            self.engine.step()
+            self._step()
             self._script_step += 1
             self._ask()
         except StepFailed as error:
             log.error("%s", error)  # the engine has emitted an EngineError and goes on with the others
         except Exception as error:  # a bug: tell it, and do not repeat it twelve times a second
             log.exception("the engine's step raised")
+            if self._listener is None:
+                self._paused = True
+            else:  # others want their answers, and nobody knows what the books are worth
+                self._adopt(fresh(self.engine))
             self._pending.append(EngineError(f"{type(error).__name__}: {error}"))
-            self._paused = True
         self._flush()
 
     def _submit_due(self) -> None:
@@ -304,11 +274,11 @@ class EngineThread:
 
     def _engine(self, config: EngineConfig) -> Engine:
         """An engine without a past. Only other settings need other KV tensors."""
-        return _fresh(self.engine) if config == self.engine.config else self.llm.build_engine(config)
+        return fresh(self.engine) if config == self.engine.config else self.llm.build_engine(config)
 
     def _adopt(self, engine: Engine) -> None:
         """Makes ``engine`` the one to run, and begins a new run with it."""
-        self.engine = self.llm.engine = engine
+        super()._adopt(engine)
         self._pending.clear()
         self._question = None
         self._num_requests = 0
@@ -349,16 +319,3 @@ class EngineThread:
                 "verdict": self._verdict,
             }
         )
-
-
-def _fresh(engine: Engine) -> Engine:
-    """An engine like this one before its first request: same model and KV tensors, new bookkeeping."""
-    return Engine(
-        engine.config,
-        engine.runner,
-        engine.sampler,
-        vocab_size=engine.vocab_size,
-        eos_token_ids=engine.eos_token_ids,
-        tokenizer=engine.tokenizer,
-        bytes_per_block=engine.bytes_per_block,
-    )

@@ -1,0 +1,215 @@
+"""Files of requests, answered offline: OpenAI's batch format, without a server.
+
+A line of the input is ``{"custom_id": …, "method": "POST", "url": "/v1/chat/completions", "body": {…}}``, a line of
+the output ``{"id": …, "custom_id": …, "response": {"status_code": …, "request_id": …, "body": {…}}, "error": null}``.
+Answers are appended as they come, in no order. So a run that was killed can go on: what the output holds is not asked
+again, and half a line at its end is cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic_core import from_json
+
+from minipaged.errors import InvalidRequest, StepFailed
+from minipaged.outputs import RequestOutput
+from minipaged.server.answers import Answer, model_name, prepare, refusal
+from minipaged.server.protocol import ApiError, ChatRequest, CompletionRequest, parse
+
+KINDS: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A line of the input."""
+
+    custom_id: str
+    url: str
+    body: dict[str, Any]
+
+    @property
+    def beginning(self) -> str:
+        """What it shares with others whose prompts begin alike: sorted by this, they are neighbours."""
+        return json.dumps(self.body.get("messages", self.body.get("prompt")), ensure_ascii=False)
+
+
+@dataclass
+class _Open:
+    """A task that the engine computes: one request for each prompt."""
+
+    task: Task
+    answer: Answer
+    outputs: dict[str, RequestOutput | None]  # by request id, in the order of the prompts
+
+
+def open_batch(path: Path, out: Path) -> list[Task]:
+    """What is left to do of the file at ``path``, prompts that begin alike beside each other.
+
+    Cuts an incomplete line off the end of ``out``. Raises `InvalidRequest`, naming the line, for a file that is no
+    batch, and before anything is computed.
+    """
+    tasks = _read(path)
+    done = _repair(out)
+    if strangers := done - set(tasks):
+        raise InvalidRequest(f"{out} answers {min(strangers)!r}, which {path} does not ask; give another --out")
+    return sorted((task for key, task in tasks.items() if key not in done), key=lambda task: task.beginning)
+
+
+def run(llm: Any, tasks: list[Task], out: Path, progress: Callable[[int], None] = lambda done: None) -> None:
+    """Answers the tasks, as many at once as the engine takes, and appends the answers to ``out``.
+
+    ``progress`` is told how many are done. Raises `InvalidRequest` if another process writes to ``out``.
+    """
+    engine, model = llm.engine, model_name(llm.engine.config.model)
+    todo, done = deque(tasks), 0
+    running: dict[str, _Open] = {}
+    with open(out, "ab") as file:
+        _lock(file, out)
+        while todo or running:
+            lines = []
+            while todo and len(running) < 2 * engine.config.max_num_seqs:
+                task = todo.popleft()
+                try:
+                    open_ = _submit(llm, model, task)
+                except ApiError as error:
+                    lines.append(_line(task, error.status, error.body()))
+                else:
+                    running |= dict.fromkeys(open_.outputs, open_)
+            lines += _step(engine, running)
+            if lines:
+                _append(file, lines)
+                done += len(lines)
+                progress(done)
+
+
+def _submit(llm: Any, model: str, task: Task) -> _Open:
+    """Raises `ApiError`, and the engine knows nothing of the task then."""
+    request = parse(KINDS[task.url], task.body)
+    if request.stream:
+        raise ApiError(400, "a batch cannot be streamed", param="stream")
+    ids: list[str] = []
+    try:
+        answer, prompts, params = prepare(llm, model, request)
+        for prompt in prompts:
+            request_id = f"batch-{uuid.uuid4().hex}"
+            llm.engine.add_request(request_id, prompt, params)
+            ids.append(request_id)
+    except InvalidRequest as error:
+        for request_id in ids:
+            llm.engine.abort(request_id)
+        raise refusal(error) from None
+    return _Open(task, answer, dict.fromkeys(ids))
+
+
+def _step(engine: Any, running: dict[str, _Open]) -> list[bytes]:
+    """One step; the lines of the tasks that it ended. A step that fails ends those that it was computing."""
+    try:
+        outputs = engine.step()
+    except StepFailed as error:
+        outputs = error.outputs
+    lines = []
+    for output in outputs:
+        if not output.finished or output.request_id not in running:
+            continue
+        open_ = running[output.request_id]
+        open_.outputs[output.request_id] = output
+        aborted = any(out.finish_reason == "abort" for out in output.outputs)
+        if not aborted and None in open_.outputs.values():
+            continue
+        for request_id in open_.outputs:
+            engine.abort(request_id)  # the other prompts of one that failed
+            running.pop(request_id, None)
+        if aborted:
+            lines.append(_line(open_.task, 500, ApiError(500, "a step of the engine failed").body()))
+        else:
+            lines.append(_line(open_.task, 200, open_.answer.whole([o for o in open_.outputs.values() if o])))
+    return lines
+
+
+def _line(task: Task, status: int, body: dict[str, Any]) -> bytes:
+    response = {"status_code": status, "request_id": f"req-{uuid.uuid4().hex}", "body": body}
+    line = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": task.custom_id, "response": response, "error": None}
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+def _append(file: BinaryIO, lines: list[bytes]) -> None:
+    file.write(b"".join(lines))
+    file.flush()
+    os.fsync(file.fileno())  # what is reported as done survives whatever comes
+
+
+def _lock(file: BinaryIO, out: Path) -> None:
+    """One process at a time, where the system can say so."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InvalidRequest(f"another process is writing to {out}; wait for it, or give another --out") from None
+
+
+def _read(path: Path) -> dict[str, Task]:
+    tasks: dict[str, Task] = {}
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    task = _task(line, f"{path}, line {number}")
+                    if task.custom_id in tasks:
+                        raise InvalidRequest(f"{path}, line {number}: custom_id {task.custom_id!r} was there before")
+                    tasks[task.custom_id] = task
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None
+    return tasks
+
+
+def _task(line: bytes, where: str) -> Task:
+    try:
+        data = from_json(line, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequest(f"{where}: this is no JSON: {error}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("body"), dict):
+        raise InvalidRequest(f"{where}: a request is an object with custom_id, method, url and body")
+    custom_id, url = data.get("custom_id"), data.get("url")
+    if not isinstance(custom_id, str) or not custom_id:
+        raise InvalidRequest(f"{where}: custom_id must be text that is not empty")
+    if data.get("method") != "POST" or url not in KINDS:
+        raise InvalidRequest(f"{where}: method must be POST and url one of {', '.join(KINDS)}")
+    if unknown := set(data) - {"custom_id", "method", "url", "body"}:
+        raise InvalidRequest(f"{where}: unknown keys: {', '.join(sorted(unknown))}")
+    return Task(custom_id, url, data["body"])
+
+
+def _repair(out: Path) -> set[str]:
+    """The ids that ``out`` holds answers to. What stands after its last line break was cut short, and goes."""
+    if not out.exists():
+        return set()
+    with open(out, "r+b") as file:
+        _lock(file, out)
+        whole = 0
+        done = set()
+        for number, line in enumerate(_whole_lines(file), start=1):
+            try:
+                done.add(json.loads(line)["custom_id"])
+            except (ValueError, TypeError, KeyError):
+                raise InvalidRequest(f"{out}, line {number}: no answer of a batch; give another --out") from None
+            whole += len(line)
+        file.truncate(whole)
+    return done
+
+
+def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    return (line for line in file if line.endswith(b"\n"))

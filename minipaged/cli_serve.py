@@ -1,0 +1,101 @@
+"""``minipaged serve`` and ``minipaged batch``: OpenAI's API over HTTP, and its batch files without HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from minipaged.cli_options import DEFAULT, Attention, Device, Dtype, KvDtype, Memory, Model, fail, given, load
+
+NumBlocks = Annotated[int | None, typer.Option(help="KV blocks in the pool. Default: what fits.")]
+MaxNumSeqs = Annotated[int | None, typer.Option(help="Sequences in the running batch at once.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Tokens a sequence may reach.")]
+EXTRA = ("fastapi", "uvicorn", "starlette", "pydantic", "pydantic_core")
+
+
+def serve(
+    model: Model = DEFAULT.model,
+    device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
+    memory: Memory = None,
+    attention: Attention = None,
+    kv_dtype: KvDtype = None,
+    num_blocks: NumBlocks = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_model_len: MaxModelLen = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    name: Annotated[str, typer.Option(help="What clients call the model. Default: as --model.")] = "",
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="MINIPAGED_API_KEY", help="Clients must send it; repeatable.", show_envvar=True),
+    ] = None,
+    visualize: Annotated[bool, typer.Option("--visualize", help="Watch this engine at /visualizer.")] = False,
+    max_concurrent: Annotated[int, typer.Option(help="Requests answered at once; beyond it 429.")] = 256,
+    max_queue: Annotated[int, typer.Option(help="Sequences that may wait; beyond it 429.")] = 128,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
+    grace: Annotated[float, typer.Option(help="Seconds to finish what runs when told to stop.")] = 10.0,
+) -> None:
+    """Serve OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics."""
+    with extra():
+        from minipaged.server.run import Server, bind
+        from minipaged.server.service import Limits
+    if any(not key for key in api_key or ()):
+        raise typer.Exit(fail("an API key must not be empty"))
+    limits = Limits(max_concurrent=max_concurrent, max_queue=max_queue, timeout=timeout, grace=grace)
+    sock = bind(host, port)
+    settings = given(
+        memory=memory, attention=attention, kv_dtype=kv_dtype, num_blocks=num_blocks, max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+    )  # fmt: skip
+    llm = load(model, device=device, dtype=dtype, **settings)
+    server = Server(llm, name=name, keys=api_key or (), host=host, limits=limits, visualize=visualize)
+    if not api_key and not server.local:
+        print("anybody who can reach this machine can use the model; --api-key keeps that to those who know it")
+    server.run(sockets=[sock])
+
+
+def batch(
+    prompts: Annotated[Path, typer.Argument(help="OpenAI's batch file: one request a line.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Answers, one a line; what it holds is not done again.")],
+    model: Model = DEFAULT.model,
+    device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
+    memory: Memory = None,
+    attention: Attention = None,
+    kv_dtype: KvDtype = None,
+    num_blocks: NumBlocks = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_model_len: MaxModelLen = None,
+) -> None:
+    """Answer a file of requests. Interrupted in whatever way, the same command goes on where it was."""
+    with extra():
+        from minipaged import batch as batches
+    todo = batches.open_batch(prompts, out)
+    settings = given(
+        memory=memory, attention=attention, kv_dtype=kv_dtype, num_blocks=num_blocks, max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+    )  # fmt: skip
+    llm = load(model, device=device, dtype=dtype, **settings)
+    columns = TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=len(todo))
+        batches.run(llm, todo, out, lambda done: bar.update(task, completed=done))
+    print(f"{len(todo)} requests answered, all in {out}")
+
+
+@contextmanager
+def extra() -> Iterator[None]:
+    """Says what to install where the extra is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        raise typer.Exit(fail(f"this needs {error.name}: pip install 'minipaged[serve]'")) from None

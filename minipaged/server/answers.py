@@ -1,0 +1,243 @@
+"""The engine's outputs as OpenAI's JSON."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from minipaged.config import SamplingParams
+from minipaged.errors import InvalidRequest
+from minipaged.outputs import CompletionOutput, Delta, RequestOutput, differences
+from minipaged.server.protocol import ApiError, ChatRequest, CompletionRequest
+from minipaged.text.chat import render_chat
+from minipaged.text.stream import decode, special_token_ids
+
+Prepared = tuple["Answer", list[list[int]], SamplingParams]
+LOWEST = -9999.0  # what OpenAI sends for the logarithm of nothing; JSON has no infinity
+
+
+def prepare(llm: Any, model: str, request: ChatRequest | CompletionRequest) -> Prepared:
+    """The prompts' token ids, how to sample, and what makes the answer of the outputs.
+
+    Raises `InvalidRequest`, and `ApiError` 404 for another model than ``model``.
+    """
+    if request.model != model:
+        raise no_model(request.model, model)
+    params = request.params()
+    if isinstance(request, ChatRequest):
+        prompts = [render_chat(llm.tokenizer, [message.plain() for message in request.messages])]
+        return ChatAnswer(llm.tokenizer, model, request, prompts), prompts, params
+    given = request.prompts()
+    if "" in given:
+        raise InvalidRequest("the prompt is empty; give at least one character")
+    prompts = [llm.encode(one) if isinstance(one, str) else one for one in given]
+    return TextAnswer(llm.tokenizer, model, request, prompts), prompts, params
+
+
+def model_name(model: str) -> str:
+    """What clients call it: a hub id as it is, of a directory the last part only."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def no_model(name: str, model: str) -> ApiError:
+    message = f"there is no model {name[:200]!r} here, only {model!r}"
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+def refusal(error: InvalidRequest) -> ApiError:
+    """What the engine will not do, as OpenAI says it."""
+    too_long = "needs room for one more" in str(error)
+    return ApiError(400, str(error), code="context_length_exceeded" if too_long else None)
+
+
+class Answer:
+    """Turns the outputs of one HTTP request into its answer, whole or chunk by chunk.
+
+    ``prompts`` are the token ids of its prompts. Choice ``p * n + i`` is the i-th continuation of prompt p.
+    """
+
+    object = ""
+    chunk_object = ""
+    prefix = ""
+
+    def __init__(self, tokenizer: Any, model: str, request: Any, prompts: list[list[int]]) -> None:
+        self._tokenizer, self._request, self._prompts = tokenizer, request, prompts
+        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._seen: list[dict[int, CompletionOutput]] = [{} for _ in prompts]
+        self.sampled = 0  # tokens, of all continuations, also those that best_of leaves out
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with `last_chunk`."""
+        return self._request.include_usage
+
+    def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        """The answer that is not streamed; ``outputs`` are finished, one for each prompt."""
+        choices = []
+        for prompt, output in enumerate(outputs):
+            self.count(output)
+            for rank, out in enumerate(self._best(output.outputs)):
+                choices.append({"index": prompt * self._request.n + rank, "finish_reason": out.finish_reason}
+                               | self._choice(prompt, output, out))  # fmt: skip
+        return {**self._head, "object": self.object, "choices": choices, "usage": self._usage()}
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """Chunks before there is any token."""
+        return iter(())
+
+    def chunks(self, prompt: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
+        """Chunks for what is new in the output of a prompt."""
+        for delta in differences(output, self._seen[prompt]):
+            if delta.text or delta.finish_reason or delta.logprobs:
+                yield self._chunk([self._piece(prompt, delta)])
+
+    def last_chunk(self) -> dict[str, Any]:
+        """The usage, in a chunk of its own."""
+        return self._chunk([]) | {"usage": self._usage()}
+
+    def count(self, output: RequestOutput) -> None:
+        """Counts the tokens of a finished output."""
+        if getattr(self._request, "max_tokens", None) != 0:
+            self.sampled += sum(len(out.token_ids) for out in output.outputs)
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        usage = {"usage": None} if self._request.include_usage else {}
+        return {**self._head, "object": self.chunk_object, "choices": choices, **usage}
+
+    def _usage(self) -> dict[str, int]:
+        prompt = sum(map(len, self._prompts))
+        return {"prompt_tokens": prompt, "completion_tokens": self.sampled, "total_tokens": prompt + self.sampled}
+
+    def _best(self, outputs: list[CompletionOutput]) -> list[CompletionOutput]:
+        """The ``n`` with the highest log-probability per token, where ``best_of`` made more."""
+        if len(outputs) <= self._request.n:
+            return outputs
+        ranked = sorted(outputs, key=lambda out: -(out.cumulative_logprob or 0.0) / max(1, len(out.token_ids)))
+        return ranked[: self._request.n]
+
+    def _choice(self, prompt: int, output: RequestOutput, out: CompletionOutput) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _piece(self, prompt: int, delta: Delta) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _spell(self, token: int) -> str:
+        return self._tokenizer.decode([token]) if self._tokenizer is not None else f"<{token}>"
+
+
+class ChatAnswer(Answer):
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    prefix = "chatcmpl"
+    _request: ChatRequest
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        for index in range(self._request.n):
+            delta = {"role": "assistant", "content": ""}
+            yield self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+
+    def _choice(self, prompt: int, output: RequestOutput, out: CompletionOutput) -> dict[str, Any]:
+        message = {"role": "assistant", "content": out.text, "refusal": None}
+        return {"message": message, "logprobs": self._logprobs(out.token_ids, out.logprobs)}
+
+    def _piece(self, prompt: int, delta: Delta) -> dict[str, Any]:
+        content = {"content": delta.text} if delta.text else {}
+        logprobs = self._logprobs(delta.token_ids, delta.logprobs)
+        return {"index": delta.index, "delta": content, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+
+    def _logprobs(self, tokens: list[int], logprobs: list[dict[int, float]] | None) -> dict[str, Any] | None:
+        if logprobs is None:
+            return None
+        number = self._request.top_logprobs or 0
+        content = []
+        for token, likely in zip(tokens, logprobs, strict=True):
+            top = [self._entry(*pair) for pair in _likeliest(likely, number)]
+            content.append(self._entry(token, likely[token]) | {"top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        piece = self._spell(token)
+        # Part of a character has no spelling; OpenAI's null says so.
+        spelled = None if "\ufffd" in piece else list(piece.encode())
+        return {"token": piece, "logprob": max(logprob, LOWEST), "bytes": spelled}
+
+
+class TextAnswer(Answer):
+    object = chunk_object = "text_completion"
+    prefix = "cmpl"
+    _request: CompletionRequest
+
+    def __init__(self, tokenizer: Any, model: str, request: CompletionRequest, prompts: list[list[int]]) -> None:
+        super().__init__(tokenizer, model, request, prompts)
+        given = request.prompts()
+        self._texts = [self._as_text(one) for one in given] if request.echo else [""] * len(given)
+        self._special = special_token_ids(tokenizer) if tokenizer is not None else frozenset()
+        self._offsets: dict[tuple[int, int], int] = {}  # characters sent so far, for text_offset
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """The prompts, if they are to be echoed."""
+        for prompt, text in enumerate(self._texts if self._request.echo else ()):
+            for index in range(self._request.n):
+                yield self._chunk([self._text(prompt, index, text, None, None)])
+
+    def _choice(self, prompt: int, output: RequestOutput, out: CompletionOutput) -> dict[str, Any]:
+        echo = self._texts[prompt]
+        empty = self._request.max_tokens == 0
+        text = echo if empty else echo + out.text
+        if self._request.logprobs is None:
+            return {"text": text, "logprobs": None}
+        tokens = [] if empty else out.token_ids
+        logprobs: list[Any] = [] if empty else list(out.logprobs or ())
+        if output.prompt_logprobs is not None:
+            tokens, logprobs = output.prompt_token_ids + tokens, output.prompt_logprobs + logprobs
+        start = 0 if output.prompt_logprobs is not None else len(echo)
+        choice: dict[str, Any] = {"text": text, "logprobs": self._logprobs(tokens, logprobs, start)}
+        return choice | {"finish_reason": "length"} if empty else choice
+
+    def _piece(self, prompt: int, delta: Delta) -> dict[str, Any]:
+        logprobs = None
+        if delta.logprobs is not None:
+            start = self._offsets.get((prompt, delta.index), 0)
+            logprobs = self._logprobs(delta.token_ids, delta.logprobs, start)
+            self._offsets[prompt, delta.index] = start + len("".join(logprobs["tokens"]))
+        return self._text(prompt, delta.index, delta.text, logprobs, delta.finish_reason)
+
+    def _text(
+        self, prompt: int, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None
+    ) -> dict[str, Any]:
+        number = prompt * self._request.n + index
+        return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _logprobs(self, tokens: list[int], logprobs: list[Any], start: int) -> dict[str, Any]:
+        """The prompt's first token has none. ``start``: where in the text the first token stands."""
+        pieces = [self._spell(token) for token in tokens]
+        # Special tokens are no part of the text.
+        lengths = (0 if token in self._special else len(piece) for token, piece in zip(tokens, pieces, strict=True))
+        offsets = list(accumulate(lengths, initial=start))[:-1]
+        number = self._request.logprobs or 0
+        return {
+            "tokens": pieces,
+            "token_logprobs": [
+                max(likely[token], LOWEST) if likely else None
+                for token, likely in zip(tokens, logprobs, strict=True)
+            ],
+            "top_logprobs": [self._top(likely, number) if likely else None for likely in logprobs],
+            "text_offset": offsets,
+        }
+
+    def _as_text(self, prompt: str | list[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return decode(self._tokenizer, prompt) if self._tokenizer is not None else "".join(map(self._spell, prompt))
+
+    def _top(self, likely: dict[int, float], number: int) -> dict[str, float]:
+        return {self._spell(token): max(logprob, LOWEST) for token, logprob in _likeliest(likely, number)}
+
+
+def _likeliest(logprobs: dict[int, float], number: int) -> list[tuple[int, float]]:
+    """The sampled token is among ``logprobs`` even if it is not among the likeliest."""
+    return sorted(logprobs.items(), key=lambda pair: -pair[1])[:number]

@@ -1,0 +1,204 @@
+"""Load for an OpenAI-compatible server, and what its clients had to put up with.
+
+The load is *open*: requests are sent when their time has come, whether or not earlier ones have been answered, as users
+do who know nothing of each other. Latencies count from that time on, so that a server cannot look better by making its
+clients wait before they ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, quantiles
+from typing import Any
+
+import httpx2
+
+from minipaged.errors import InvalidRequest
+from minipaged.experiments.figures import lines
+from minipaged.experiments.result import Result, Row, machine
+from minipaged.server.client import RequestFailed, aevents, check
+from minipaged.workloads import TraceRequest
+
+WORDS = (
+    "time story house river light stone garden winter music letter morning bridge window forest silver paper engine "
+    "summer market island candle shadow harbor copper"
+).split()
+
+
+@dataclass
+class Sample:
+    """One request and its answer. Times are seconds from the beginning of the run."""
+
+    due: float
+    chunks: list[float] = field(default_factory=list)  # when each piece of text came
+    ended: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    error: str = ""
+
+    @property
+    def first_token(self) -> float:
+        return self.chunks[0] - self.due
+
+    @property
+    def gaps(self) -> list[float]:
+        """Between pieces; a piece is a token as a rule, and may be more when the server is ahead of the network."""
+        return [later - earlier for earlier, later in zip(self.chunks, self.chunks[1:], strict=False)]
+
+    @property
+    def normalized(self) -> float:
+        """Seconds for each token of the output (PagedAttention paper §6.1)."""
+        return (self.ended - self.due) / self.output_tokens
+
+
+@dataclass(frozen=True)
+class Target:
+    """The server, and what is asked of it beside the prompts."""
+
+    url: str
+    model: str
+    api_key: str | None = None
+    ignore_eos: bool = False
+
+
+def prompt_of(request: TraceRequest) -> str:
+    """Text of about as many tokens as the request says; requests that share a prefix begin with the same words."""
+    return " ".join(WORDS[token] for token in request.token_ids(len(WORDS)))
+
+
+async def first_model(url: str, api_key: str | None) -> str:
+    """The name of the first model the server has. Raises `RequestFailed`."""
+    async with _client(url, api_key) as client:
+        try:
+            response = await client.get("models")
+            check(response)
+            return response.json()["data"][0]["id"]
+        except (httpx2.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise RequestFailed(f"{url} names no model: {str(error) or type(error).__name__}") from None
+
+
+async def run(
+    target: Target, requests: Sequence[TraceRequest], progress: Callable[[int], None] = lambda done: None
+) -> list[Sample]:
+    """Sends every request at its time and waits for all answers. One that fails has its ``error``.
+
+    ``progress`` is told how many are done.
+    """
+    done = 0
+    began = time.perf_counter()
+
+    async def one(request: TraceRequest) -> Sample:
+        nonlocal done
+        await asyncio.sleep(began + request.arrival - time.perf_counter())
+        sample = Sample(request.arrival)
+        try:
+            await _ask(client, target, request, sample, began)
+        except (httpx2.HTTPError, RequestFailed) as error:
+            sample.error = str(error)[:200] or type(error).__name__
+        sample.ended = time.perf_counter() - began
+        done += 1
+        progress(done)
+        return sample
+
+    async with _client(target.url, target.api_key) as client:
+        return list(await asyncio.gather(*map(one, requests)))
+
+
+def _client(url: str, api_key: str | None) -> httpx2.AsyncClient:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    limits = httpx2.Limits(max_connections=None)  # the load decides, not the client
+    try:
+        return httpx2.AsyncClient(base_url=url.rstrip("/") + "/", headers=headers, timeout=600, limits=limits)
+    except httpx2.InvalidURL as error:
+        raise InvalidRequest(f"{url} is no URL: {error}") from None
+
+
+async def _ask(
+    client: httpx2.AsyncClient, target: Target, request: TraceRequest, sample: Sample, began: float
+) -> None:
+    body: dict[str, Any] = {
+        "model": target.model, "prompt": prompt_of(request), "max_tokens": request.num_output, "stream": True,
+        "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    if target.ignore_eos:
+        body["ignore_eos"] = True
+    async with client.stream("POST", "completions", json=body) as response:
+        if response.status_code != 200:
+            await response.aread()
+        check(response)
+        async for event in aevents(response.aiter_lines()):
+            if any(choice.get("text") for choice in event.get("choices", ())):
+                sample.chunks.append(time.perf_counter() - began)
+            if event.get("usage"):
+                sample.prompt_tokens = event["usage"]["prompt_tokens"]
+                sample.output_tokens = event["usage"]["completion_tokens"]
+    if not sample.chunks or not sample.output_tokens:
+        raise RequestFailed("the answer has no text" if sample.output_tokens else "the server reports no usage")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a user still calls good, in seconds: a request counts for goodput if it meets both."""
+
+    first_token: float = 1.0
+    token: float = 0.1  # the mean of its gaps
+
+    def met(self, sample: Sample) -> bool:
+        return sample.first_token <= self.first_token and fmean(sample.gaps or [0.0]) <= self.token
+
+
+def summarize(samples: Sequence[Sample], duration: float, goal: Goal, target: Target) -> Result:
+    """The numbers people compare, with the distributions as a figure; requests came for ``duration`` seconds.
+
+    Raises `RequestFailed` if none was answered.
+    """
+    good = [sample for sample in samples if not sample.error]
+    errors = Counter(sample.error for sample in samples if sample.error)
+    if not good:
+        raise RequestFailed(f"none of {len(samples)} requests was answered: {errors.most_common(1)[0][0]}")
+    seconds = max(duration, *(sample.ended for sample in samples))
+    series = {
+        "time to first token": [sample.first_token for sample in good],
+        "between tokens": [gap for sample in good for gap in sample.gaps] or [0.0],
+        "normalized latency": [sample.normalized for sample in good],
+    }
+    rows = [
+        Row("requests answered", len(good)),
+        Row("requests that failed", sum(errors.values())),
+        Row("offered", len(samples) / duration, "requests/s"),
+        Row("throughput", len(good) / seconds, "requests/s"),
+        Row(f"goodput ({goal.first_token:g} s, {goal.token:g} s)", sum(map(goal.met, good)) / seconds, "requests/s"),
+        Row("output", sum(sample.output_tokens for sample in good) / seconds, "tokens/s"),
+        Row("prompts", sum(sample.prompt_tokens for sample in good) / seconds, "tokens/s"),
+    ]
+    for name, values in series.items():
+        unit = "s/token" if name.startswith("normalized") else "s"
+        rows.append(Row(f"{name}, mean", fmean(values), unit))
+        rows += [Row(f"{name}, p{p}", percentile(values, p), unit) for p in (50, 90, 99)]
+    return Result(
+        rows,
+        _figure(series),
+        [f"{message}: {count} requests" for message, count in errors.most_common(5)],
+        {"target": {"url": target.url, "model": target.model}, "samples": [vars(sample) for sample in samples]},
+        name="serve",
+        title=f"Load on {target.url}",
+        seconds=seconds,
+        machine=machine(),
+    )
+
+
+def percentile(values: Sequence[float], p: int) -> float:
+    return quantiles(values, n=100, method="inclusive")[p - 1] if len(values) > 1 else values[0]
+
+
+def _figure(series: dict[str, list[float]]) -> dict[str, Any]:
+    """For each latency, the part of requests or tokens that had to wait no longer."""
+    curves = {}
+    for name, values in series.items():
+        ranked = sorted(values)[:: max(1, len(values) // 500)]
+        curves[name] = ranked, [(i + 1) / len(ranked) for i in range(len(ranked))]
+    return lines("Latency: how many had to wait no longer", curves, "seconds", "fraction", log_x=True, y_max=1.05)

@@ -1,0 +1,88 @@
+"""What the server counts, for Prometheus. Without ``prometheus_client`` nothing is, and ``/metrics`` says so."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from minipaged.engine_thread import EngineLoop
+from minipaged.server.protocol import ApiError
+
+try:
+    import prometheus_client as prometheus
+except ModuleNotFoundError:
+    prometheus = None
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class Metrics:
+    """One server's numbers, in a registry of its own: several servers may live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = registry = prometheus.CollectorRegistry() if prometheus else None
+        if prometheus is None:
+            return
+        counter, histogram = prometheus.Counter, prometheus.Histogram
+        self._requests = counter(
+            "minipaged_requests", "HTTP requests answered", ["endpoint", "status"], registry=registry
+        )
+        self._prompt = counter("minipaged_prompt_tokens", "tokens of prompts", registry=registry)
+        self._output = counter("minipaged_generation_tokens", "tokens sampled", registry=registry)
+        self._first = histogram(
+            "minipaged_time_to_first_token_seconds", "from a request's arrival", buckets=SECONDS, registry=registry
+        )
+        self._whole = histogram(
+            "minipaged_request_seconds", "from a request's arrival to its end", buckets=SECONDS, registry=registry
+        )
+
+    def watch(self, thread: EngineLoop) -> None:
+        """Gauges read the engine when somebody asks. They only count, so no lock is needed."""
+        if prometheus is None:
+            return
+        gauges = {
+            "minipaged_requests_running": ("requests in the running batch", lambda e: len(e.scheduler.running)),
+            "minipaged_requests_waiting": ("requests that wait for a place", lambda e: len(e.scheduler.waiting)),
+            "minipaged_kv_blocks": ("blocks in the pool", lambda e: e.num_blocks),
+            "minipaged_kv_blocks_free": ("blocks that nobody holds, cached ones too", lambda e: e.memory.pool.num_free),
+        }
+        for name, (what, read) in gauges.items():
+            gauge = prometheus.Gauge(name, what, registry=self.registry)
+            gauge.set_function(lambda read=read: read(thread.engine))
+
+    def text(self) -> bytes:
+        """The text format. Raises `ApiError` 501."""
+        if prometheus is None:
+            raise ApiError(501, "metrics need prometheus_client: pip install 'minipaged[serve]'")
+        return prometheus.generate_latest(self.registry)
+
+    def request(self, endpoint: str) -> Stopwatch:
+        return Stopwatch(self, endpoint)
+
+
+class Stopwatch:
+    """Follows one request."""
+
+    def __init__(self, metrics: Metrics, endpoint: str) -> None:
+        self._metrics, self._endpoint = metrics, endpoint
+        self._began = time.perf_counter()
+        self._waiting = True
+        self._done = False
+
+    def token(self) -> None:
+        """Output has come."""
+        if self._waiting and prometheus is not None:
+            self._metrics._first.observe(time.perf_counter() - self._began)
+        self._waiting = False
+
+    def done(self, status: int | str, usage: dict[str, Any] | None = None) -> None:
+        """The request is over; what is said after the first time does not count."""
+        if self._done or prometheus is None:
+            return
+        self._done = True
+        metrics = self._metrics
+        metrics._requests.labels(self._endpoint, str(status)).inc()
+        metrics._whole.observe(time.perf_counter() - self._began)
+        if usage:
+            metrics._prompt.inc(usage["prompt_tokens"])
+            metrics._output.inc(usage["completion_tokens"])

@@ -1,0 +1,217 @@
+"""Between the server's event loop and the engine's thread: who may come in, and who gets which output."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from minipaged.config import SamplingParams
+from minipaged.engine_thread import EngineLoop
+from minipaged.errors import InvalidConfig, InvalidRequest
+from minipaged.outputs import RequestOutput
+from minipaged.server.metrics import Metrics
+from minipaged.server.protocol import ApiError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client, or all together, may cost. Times are seconds.
+
+    Attributes:
+        max_body: bytes of a request.
+        max_concurrent: HTTP requests that the engine works on at once; beyond it 429. Connections, also such as send
+            nothing, are limited to `max_connections`; beyond it 503.
+        max_queue: sequences that wait for a place in the running batch; beyond it 429.
+        body_timeout: until a request's body has arrived.
+        timeout: until it is answered.
+        write_timeout: until a client that reads nothing is given up.
+        grace: what requests in flight are given to finish when the server is told to stop.
+    """
+
+    max_body: int = 1 << 20
+    max_concurrent: int = 256
+    max_queue: int = 128
+    body_timeout: float = 30.0
+    timeout: float = 600.0
+    write_timeout: float = 30.0
+    grace: float = 10.0
+
+    @property
+    def max_connections(self) -> int:
+        return 2 * self.max_concurrent + 64  # room for those that are refused, for health checks and for the page
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 0 or (value == 0 and name not in ("max_queue", "grace")):
+                raise InvalidConfig(f"{name} is too small: {value}")
+
+
+class Job:
+    """The engine's requests that one HTTP request asks for, one for each prompt.
+
+    It holds their newest outputs and no others, since an output says all that came before it. So a client that
+    reads slowly gets larger pieces, costs no more memory than what it asked for, and holds up nobody.
+    """
+
+    def __init__(self, prompts: int) -> None:
+        self.ids = [f"req-{uuid.uuid4().hex}" for _ in range(prompts)]
+        self.failed: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
+        self._new: dict[str, RequestOutput] = {}
+        self._news = asyncio.Event()
+
+    def put(self, output: RequestOutput) -> None:
+        self._new[output.request_id] = output
+        self._news.set()
+
+    def fail(self, error: ApiError) -> None:
+        """The first error is the one that is told."""
+        if not self.failed.done():
+            self.failed.set_result(error)
+        self._news.set()
+
+    async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """(number of the prompt, its newest output), until all are finished. Raises `ApiError`."""
+        left = set(self.ids)
+        while left:
+            await self._news.wait()
+            self._news.clear()
+            if self.failed.done():
+                raise self.failed.result()
+            new, self._new = self._new, {}
+            for request_id, output in new.items():
+                if output.finished:
+                    left.discard(request_id)
+                yield self.ids.index(request_id), output
+
+
+class Service:
+    """Lives in one event loop. ``thread`` is the engine's; somebody else starts and stops it."""
+
+    def __init__(self, thread: EngineLoop, model: str, limits: Limits, metrics: Metrics) -> None:
+        self.thread, self.model, self.limits, self.metrics = thread, model, limits, metrics
+        self.draining = False
+        self._jobs: dict[str, Job] = {}
+        self._busy = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="minipaged-tokenizer")
+
+    def open(self) -> None:
+        """Called in the event loop that it is to live in."""
+        self._loop = asyncio.get_running_loop()
+        self.metrics.watch(self.thread)
+        self.thread.listen(self)
+
+    def close(self) -> None:
+        self.thread.listen(None)
+        self._tokenizing.shutdown(wait=False)
+
+    def drain(self) -> None:
+        """Takes nothing new; what is in flight has until the end of the grace period."""
+        self.draining = True
+        asyncio.get_running_loop().call_later(self.limits.grace, self.lost_here, "the server is shutting down", 503)
+
+    @asynccontextmanager
+    async def admitted(self) -> AsyncIterator[None]:
+        """Counts an HTTP request while it is served. Raises `ApiError` 429 or 503 where there is no room for it."""
+        if self.draining:
+            raise ApiError(503, "the server is shutting down")
+        if self._busy >= self.limits.max_concurrent:
+            raise overloaded()
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._busy -= 1
+
+    async def tokenize(self, function: Callable[[], T]) -> T:
+        """Runs what may take a while, and is not thread-safe, beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function)
+
+    @asynccontextmanager
+    async def job(self, prompts: list[list[int]], params: SamplingParams) -> AsyncIterator[Job]:
+        """Queues all prompts or none. What is unfinished when the context is left is aborted.
+
+        Raises `InvalidRequest` for what can never be served, `ApiError` 429 while too many wait. The job itself fails
+        with 504 when the time is up: a timeout around it would bind to one task, and streams are begun in another.
+        """
+        job, seconds = Job(len(prompts)), self.limits.timeout
+        added: asyncio.Future[None] | None = None
+        too_late = ApiError(504, f"this took more than {seconds:g} seconds", code="timeout")
+        deadline = asyncio.get_running_loop().call_later(seconds, job.fail, too_late)
+        self._jobs |= dict.fromkeys(job.ids, job)  # now: outputs may come before the answer to `_add`
+        try:
+            added = asyncio.wrap_future(self.thread.call(lambda: self._add(job.ids, prompts, params)))
+            await asyncio.wait((added, job.failed), return_when=asyncio.FIRST_COMPLETED)
+            if not added.done():  # the engine is in a long step, and need not begin with this one after it
+                raise job.failed.result()
+            added.result()
+            yield job
+        finally:
+            deadline.cancel()
+            if added is not None:
+                added.cancel()  # which does nothing once it is done
+            open_ = [request_id for request_id in job.ids if self._jobs.pop(request_id, None)]
+            for request_id in open_:
+                self.thread.abort(request_id)  # those that have finished are unknown to the engine, which is fine
+
+    # --- in the engine's thread -----------------------------------------------------------------------------
+
+    def _add(self, ids: list[str], prompts: list[list[int]], params: SamplingParams) -> None:
+        engine, scheduler = self.thread.engine, self.thread.engine.scheduler
+        wanted, capacity = len(prompts) * params.n, engine.config.max_num_seqs + self.limits.max_queue
+        if wanted > capacity:
+            raise InvalidRequest(f"this asks for {wanted} sequences at once; {capacity} are the most there may be")
+        # All together, since many of those who wait now are admitted with the next step.
+        unfinished = [*scheduler.running, *scheduler.waiting, *scheduler.swapped]
+        if wanted + sum(request.width for request in unfinished) > capacity:
+            raise overloaded()
+        try:
+            for request_id, prompt in zip(ids, prompts, strict=True):
+                engine.add_request(request_id, prompt, params)
+        except BaseException:
+            for request_id in ids:
+                engine.abort(request_id)
+            raise
+
+    def delivered(self, outputs: list[RequestOutput], why: str | None = None) -> None:
+        self._hand_over(self._sort, outputs, why)
+
+    def lost(self, why: str) -> None:
+        self._hand_over(self.lost_here, why)
+
+    def _hand_over(self, function: Callable[..., None], *args: Any) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # the event loop is closed, so nobody waits any longer
+            log.debug("outputs came after the server had stopped")
+
+    # --- in the event loop ----------------------------------------------------------------------------------
+
+    def _sort(self, outputs: list[RequestOutput], why: str | None) -> None:
+        for output in outputs:
+            job = self._jobs.get(output.request_id)
+            if job is None:
+                continue  # whoever wanted it has gone
+            if any(out.finish_reason == "abort" for out in output.outputs):
+                job.fail(ApiError(500, why or "the request was aborted", code="aborted"))
+            else:
+                job.put(output)
+
+    def lost_here(self, why: str, status: int = 500) -> None:
+        """Ends every job with an error."""
+        for job in set(self._jobs.values()):
+            job.fail(ApiError(status, why, code="aborted"))
+
+
+def overloaded() -> ApiError:
+    return ApiError(429, "too many requests are waiting already; try again in a moment", code="overloaded")

@@ -1,0 +1,186 @@
+"""Batches from a file: nothing is lost and nothing done twice, however the process ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pydantic", reason="the server's extra is not installed: pip install 'minipaged[serve]'")
+from minipaged import SamplingParams  # noqa: E402
+from minipaged.batch import open_batch, run  # noqa: E402
+from minipaged.errors import InvalidRequest  # noqa: E402
+from tests.fake import fake_engine, unbatched  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+
+def fake_llm(**settings: Any) -> Any:
+    return SimpleNamespace(engine=fake_engine(**settings), tokenizer=None)
+
+
+def line(custom_id: str, **body: Any) -> dict[str, Any]:
+    body = {"model": "fake", "prompt": [1, 2, 3], "max_tokens": 5, "temperature": 0} | body
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
+
+
+def written(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    return path
+
+
+def answers(out: Path) -> dict[str, dict[str, Any]]:
+    read = [json.loads(one) for one in out.read_text().splitlines()]
+    assert len({one["custom_id"] for one in read}) == len(read), "something was answered twice"
+    return {one["custom_id"]: one["response"] for one in read}
+
+
+@pytest.fixture
+def files(tmp_path) -> tuple[Path, Path]:
+    lines = [line(f"r{i}", prompt=[i % 7, 2, i], max_tokens=3 + i % 9) for i in range(50)]
+    return written(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+
+
+def check(out: Path) -> None:
+    """Every answer is there once, with as many tokens as an unbatched loop makes of its prompt."""
+    got = answers(out)
+    assert set(got) == {f"r{i}" for i in range(50)}
+    for i in range(50):
+        params = SamplingParams(max_tokens=3 + i % 9)
+        tokens = unbatched([i % 7, 2, i], params, 0, 200)
+        assert got[f"r{i}"]["status_code"] == 200
+        assert got[f"r{i}"]["body"]["usage"]["completion_tokens"] == len(tokens)
+
+
+def test_a_batch_is_answered_whole(files) -> None:
+    done: list[int] = []
+    llm = fake_llm()
+    run(llm, open_batch(*files), files[1], done.append)
+    check(files[1])
+    assert done == sorted(done) and done[-1] == 50
+    assert not llm.engine.has_unfinished() and not llm.engine.block_tables()
+    assert open_batch(*files) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from minipaged import batch
+from tests.server.test_batch import fake_llm
+path, out, lines = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+def killed_while_writing(file, pieces):
+    global lines
+    for piece in pieces:
+        lines -= 1
+        if lines < 0:
+            file.write(piece[: len(piece) // 2])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        file.write(piece)
+        file.flush()
+batch._append = killed_while_writing
+batch.run(fake_llm(), batch.open_batch(path, out), out)
+"""
+
+
+def test_killed_in_the_midst_of_a_line_it_goes_on_without_losing_or_repeating_one(files) -> None:
+    path, out = files
+    for lines in (7, 20):
+        done = subprocess.run([sys.executable, "-c", KILLED, path, out, str(lines)], cwd=ROOT)
+        assert done.returncode == -9
+        assert not out.read_bytes().endswith(b"\n"), "half a line is there"
+    assert len(open_batch(*files)) == 50 - 27
+    run(fake_llm(), open_batch(*files), out)
+    check(out)
+
+
+def test_what_begins_alike_is_done_together(tmp_path) -> None:
+    prompts = [[9, 9, 9, 9, i] if i % 2 else [4, 4, 4, 4, i] for i in range(20)]
+    path = written(tmp_path / "in", [line(f"r{i}", prompt=prompt) for i, prompt in enumerate(prompts)])
+    first = [task.body["prompt"][0] for task in open_batch(path, tmp_path / "out")]
+    assert first == [4] * 10 + [9] * 10
+
+
+def test_one_bad_request_is_answered_with_its_error_and_the_others_well(tmp_path) -> None:
+    bad = [
+        line("model", model="gpt"),
+        line("type", max_tokens="many"),
+        line("unknown", tools=[]),
+        line("stream", stream=True),
+        line("long", prompt=[1] * 500),
+        line("second prompt", prompt=[[1], [10**6]]),
+        line("template") | {"url": "/v1/chat/completions", "body": {"model": "fake", "messages": []}},
+    ]
+    path, out = written(tmp_path / "in", [*bad, line("good"), line("two", prompt=[[1], [2]], n=2)]), tmp_path / "out"
+    llm = fake_llm()
+    run(llm, open_batch(path, out), out)
+    got = answers(out)
+    status = {key: response["status_code"] for key, response in got.items()}
+    assert status == dict.fromkeys([one["custom_id"] for one in bad], 400) | {"model": 404, "good": 200, "two": 200}
+    assert all(got[one["custom_id"]]["body"]["error"]["message"] for one in bad)
+    assert [choice["index"] for choice in got["two"]["body"]["choices"]] == [0, 1, 2, 3]
+    assert not llm.engine.block_tables()
+
+
+def test_a_failed_step_fails_its_requests_only(files) -> None:
+    llm = fake_llm()
+    real, steps = llm.engine.runner.execute, iter(range(1000))
+
+    def execute(plan: Any) -> Any:
+        if next(steps) == 3:
+            raise RuntimeError("out of memory")
+        return real(plan)
+
+    llm.engine.runner.execute = execute
+    run(llm, open_batch(*files), files[1])
+    status = [response["status_code"] for response in answers(files[1]).values()]
+    assert len(status) == 50 and set(status) == {200, 500} and status.count(500) <= 8
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "line 2: this is no JSON"),
+        ("[]", "line 2: a request is an object"),
+        ('{"custom_id": "x", "method": "POST", "url": "/v1/completions"}', "custom_id, method, url and body"),
+        (json.dumps(line("")), "must be text that is not empty"),
+        (json.dumps(line("r0")), "'r0' was there before"),
+        (json.dumps(line("x") | {"method": "GET"}), "method must be POST"),
+        (json.dumps(line("x") | {"url": "/v1/embeddings"}), "url one of /v1/chat/completions"),
+        (json.dumps(line("x") | {"priority": 1}), "unknown keys: priority"),
+    ],
+)
+def test_a_file_that_is_no_batch_is_refused_before_anything_runs(tmp_path, text, words) -> None:
+    path = tmp_path / "in"
+    path.write_text(json.dumps(line("r0")) + "\n" + text + "\n")
+    with pytest.raises(InvalidRequest, match=words):
+        open_batch(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_of_something_else_is_left_alone(files) -> None:
+    path, out = files
+    out.write_text("my diary\n")
+    with pytest.raises(InvalidRequest, match="line 1: no answer of a batch"):
+        open_batch(path, out)
+    out.write_text('{"custom_id": "stranger"}\nhalf')
+    with pytest.raises(InvalidRequest, match="'stranger'"):
+        open_batch(path, out)
+
+
+def test_two_processes_do_not_write_to_one_output(files) -> None:
+    pytest.importorskip("fcntl")
+    path, out = files
+    tasks = open_batch(path, out)
+    with open(out, "ab") as other:
+        import fcntl
+
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for begin in (lambda: run(fake_llm(), tasks, out), lambda: open_batch(path, out)):
+            with pytest.raises(InvalidRequest, match="another process"):
+                begin()
