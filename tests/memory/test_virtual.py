@@ -327,6 +327,7 @@ def test_after_a_failed_mapping_nobody_reads_what_was_not_mapped(mapping, fail_a
             outputs = engine.step()
         except StepFailed as error:
             outputs, failed = error.outputs, failed + 1
+            assert failed == 1, "one mapping failed, and later ones only if what failed is believed to be done"
             engine.runner.fail_after = None
             engine.runner.ahead = None
             engine.runner.shows.clear()  # worst of all: nothing is as the books have it
