@@ -72,6 +72,7 @@ class Engine:
         eos_token_ids: frozenset[int] = frozenset(),
         tokenizer: Any = None,
         bytes_per_block: int = 0,
+        make_memory: Callable[[EngineConfig, EventLog], MemoryManager] = make_manager,
     ) -> None:
         assert config.num_blocks is not None and config.max_model_len is not None
         self.config, self.num_blocks, self.max_model_len = config, config.num_blocks, config.max_model_len
@@ -80,7 +81,8 @@ class Engine:
         self.runner, self.sampler, self.tokenizer = runner, sampler, tokenizer
         self.vocab_size, self.bytes_per_block, self.eos_token_ids = vocab_size, bytes_per_block, eos_token_ids
         self.events = EventLog()
-        self.memory: MemoryManager = make_manager(config, self.events)
+        self.make_memory = make_memory  # another than `make_manager` for memory written elsewhere, as in the labs
+        self.memory: MemoryManager = make_memory(config, self.events)
         self.scheduler = Scheduler(
             self.memory,
             max_num_seqs=config.max_num_seqs,

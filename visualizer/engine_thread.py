@@ -361,4 +361,5 @@ def _fresh(engine: Engine) -> Engine:
         eos_token_ids=engine.eos_token_ids,
         tokenizer=engine.tokenizer,
         bytes_per_block=engine.bytes_per_block,
+        make_memory=engine.make_memory,
     )

@@ -1,0 +1,340 @@
+"""The process in which a student's file runs. It imports nothing of minipaged; minipaged imports its wire format.
+
+It is started with ``python -I -S``, gets inputs over one pipe, and sends answers over another. What it says is never
+trusted: the grader, in its own process, compares. So there is nothing to be gained by patching functions, reading
+frames or leaving early; what `fence` forbids is reading the engine's source, and harming the machine.
+
+A frame is two lengths of four bytes (JSON, then raw bytes of tensors), and then both.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+MAX_JSON = 1 << 20  # bytes
+MAX_RAW = 1 << 26
+HEADER = struct.Struct(">II")
+PACKAGES = ("minipaged", "visualizer")  # what a student's file may not import
+
+Say = Callable[[Any], None]
+
+
+class ProtocolError(Exception):
+    """What came over the pipe is no answer."""
+
+
+# --- the wire format, used by both sides --------------------------------------------------------------------------
+
+
+def pack(message: Any) -> bytes:
+    """A frame. `ProtocolError` for what is neither plain data (in lists, tuples, dicts) nor a tensor, or too large."""
+    raw: list[bytes] = []
+    text = json.dumps(_plain(message, raw), allow_nan=False).encode()
+    size = sum(map(len, raw))
+    if len(text) > MAX_JSON or size > MAX_RAW:
+        raise ProtocolError(f"the answer is too large: {len(text)} bytes of text, {size} bytes of tensors")
+    return b"".join([HEADER.pack(len(text), size), text, *raw])
+
+
+def sizes(header: bytes) -> tuple[int, int]:
+    text, raw = HEADER.unpack(header)
+    if text > MAX_JSON or raw > MAX_RAW:
+        raise ProtocolError("the answer is too large")
+    return text, raw
+
+
+def unpack(text: bytes, raw: bytes) -> Any:
+    """The inverse of `pack`: tuples have become lists."""
+    try:
+        return _rich(json.loads(text, parse_constant=_no_constant), memoryview(raw))
+    except (ValueError, RecursionError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise ProtocolError(f"not an answer: {error}") from error
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _plain(value: Any, raw: list[bytes], depth: int = 0) -> Any:
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        # JSON knows neither; a kernel's test may want to see them.
+        return value if value - value == 0 else {"$float": str(value)}
+    if depth < 20 and isinstance(value, (list, tuple)):
+        return [_plain(item, raw, depth + 1) for item in value]
+    if depth < 20 and isinstance(value, dict) and all(type(key) is str for key in value):
+        return {key: _plain(item, raw, depth + 1) for key, item in value.items()}
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous()
+        start = sum(map(len, raw))
+        raw.append(data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b"")
+        return {"$tensor": str(data.dtype).removeprefix("torch."), "shape": list(data.shape), "at": start}
+    raise ProtocolError(f"a {type(value).__name__} cannot be handed over; plain numbers, text, lists and tensors can")
+
+
+def _rich(value: Any, raw: memoryview) -> Any:
+    if isinstance(value, list):
+        return [_rich(item, raw) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$float" in value:
+        return float(value["$float"])
+    if "$tensor" not in value:
+        return {key: _rich(item, raw) for key, item in value.items()}
+    import torch
+
+    dtype, shape, at = getattr(torch, value["$tensor"]), value["shape"], value["at"]
+    count = 1
+    for size in shape:
+        if type(size) is not int or not 0 <= size <= MAX_RAW:
+            raise ValueError(f"no shape: {shape}")
+        count *= size
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    part = bytearray(raw[at : at + min(count * dtype.itemsize, MAX_RAW)])
+    return torch.frombuffer(part, dtype=dtype).reshape(shape)
+
+
+# --- the fence ----------------------------------------------------------------------------------------------------
+
+FORBIDDEN = frozenset(
+    "os.system os.exec os.posix_spawn os.spawn os.fork os.forkpty pty.spawn subprocess.Popen os.kill os.killpg "
+    "signal.pthread_kill os.link os.symlink os.rename os.remove os.rmdir os.mkdir os.chmod os.chown os.truncate "
+    "os.chflags os.lockf os.putenv os.setxattr shutil.rmtree shutil.move shutil.copyfile shutil.chown "
+    "socket.__new__ socket.connect socket.bind socket.getaddrinfo socket.gethostbyname socket.sethostname "
+    "ctypes.dlopen ctypes.dlsym ctypes.dlsym/handle ctypes.cdata ctypes.cdata/buffer ctypes.string_at "
+    "ctypes.wstring_at ctypes.call_function ctypes.addressof gc.get_objects gc.get_referrers gc.get_referents "
+    "sys.addaudithook sys._current_frames cpython.run_interactivehook syslog.openlog resource.prlimit".split()
+)
+
+
+def fence(directory: str, forbidden: list[str], packages: tuple[str, ...] = PACKAGES) -> None:
+    """From now on this process starts no other, writes only to ``directory``, and cannot read ``forbidden`` folders.
+
+    An audit hook cannot be taken back. It holds on to functions in C, so that nothing a student patches changes it, and
+    tells files by inode, so that links and detours lead nowhere. A fence for a classroom, not a wall: code of unknown
+    people belongs in a container.
+    """
+    import posix
+
+    stat, lstat, partition, split = posix.stat, posix.lstat, str.rpartition, str.split
+    home = stat(directory).st_ino, stat(directory).st_dev
+    secret = frozenset(_inodes(forbidden))
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    regular, folder, kinds = 0o100000, 0o040000, 0o170000
+    unknown, open_event, import_event, denied = (str, bytes), "open", "import", FORBIDDEN
+    decode, null = os.fsdecode, "/dev/null"
+    error, missing = PermissionError, OSError
+
+    def may_open(path: Any, mode: Any, flags: int) -> bool:
+        if type(path) is int:
+            return True  # open already
+        name = decode(path) if not isinstance(path, unknown[0]) else path
+        wants_to_write = bool(flags & writing) if isinstance(flags, int) else True
+        if wants_to_write:
+            if name == null:
+                return True
+            parent = stat(partition(name, "/")[0] or ("/" if name[:1] == "/" else "."))
+            if (parent.st_ino, parent.st_dev) != home:
+                return False
+        try:
+            found = (lstat if wants_to_write else stat)(name)
+        except missing:
+            return True  # nothing there yet, or nothing to read
+        if wants_to_write and found.st_mode & kinds != regular or found.st_mode & kinds == folder:
+            return False
+        return (found.st_ino, found.st_dev) not in secret
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == open_event:
+            if not may_open(*args):
+                raise error(f"this file may not be opened here: {args[0]!r}")
+        elif event in denied:
+            raise error(f"{event} is not allowed here")
+        elif event == import_event and split(args[0], ".", 1)[0] in packages:
+            raise ImportError(f"a lab is solved without importing {args[0]}")
+
+    sys.addaudithook(hook)
+
+
+def _inodes(folders: list[str]) -> list[tuple[int, int]]:
+    found = []
+    for top in folders:
+        for folder, _, names in os.walk(top):
+            for name in (".", *names):
+                try:
+                    status = os.stat(os.path.join(folder, name))
+                except OSError:
+                    continue
+                found.append((status.st_ino, status.st_dev))
+    return found
+
+
+class Blocker:
+    """First on ``sys.meta_path``: minipaged is not there to be imported."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.split(".")[0] in PACKAGES:
+            raise ModuleNotFoundError(f"a lab is solved without importing {name}", name=name)
+
+
+def limit(limits: dict[str, int]) -> None:
+    """``RLIMIT_…`` name → value, soft and hard. What a system does not know or allow is left out."""
+    import resource
+
+    for name, value in limits.items():
+        try:
+            resource.setrlimit(getattr(resource, name), (value, value))
+        except (AttributeError, ValueError, OSError):
+            continue
+
+
+# --- the student's side of the conversation -----------------------------------------------------------------------
+
+
+class Remote:
+    """Stands in the student's process for an object of the grader's: calls go over the pipe."""
+
+    def __init__(self, ask: Callable[..., Any], name: str, methods: list[str], attributes: list[str]) -> None:
+        self.__dict__.update(_ask=ask, _name=name, _methods=methods, _attributes=attributes)
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute in self._methods:
+            return lambda *args: self._ask([self._name, attribute, list(args)])
+        if attribute in self._attributes:
+            return self._ask([self._name, attribute, None])
+        raise AttributeError(f"the {self._name} has no {attribute!r}")
+
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        raise AttributeError(f"the {self._name} is not yours to change")
+
+
+class Server:
+    """Obeys requests, one after the other, until the pipe is closed."""
+
+    def __init__(self, requests: int, answers: int, path: str) -> None:
+        self._in, self._out, self._path = requests, answers, path
+        self._buffer = bytearray()
+        self._objects: list[Any] = []
+        self._names: dict[str, Any] = {}
+
+    def load(self) -> dict[str, Any]:
+        with open(self._path, encoding="utf-8") as file:
+            source = file.read()
+        from types import ModuleType
+
+        module = ModuleType(os.path.basename(self._path).removesuffix(".py"))
+        module.__file__ = self._path
+        sys.modules[module.__name__] = module
+        self._names = module.__dict__
+        exec(compile(source, self._path, "exec"), self._names)
+        return {"names": sorted(name for name in self._names if not name.startswith("__"))}
+
+    def run(self) -> None:
+        self._answer(self.load)
+        while (request := self._read()) is not None:
+            self._answer(lambda request=request: self._obey(request))
+
+    def _answer(self, action: Callable[[], Any]) -> None:
+        try:
+            frame = pack({"ok": action()})
+        except BaseException as error:  # SystemExit too: to leave is no answer
+            frame = pack({"error": _told(error, self._path)})
+        self._write(frame)
+
+    def _obey(self, request: dict[str, Any]) -> Any:
+        args = [self._received(arg) for arg in request.get("args", [])]
+        name = request["name"]
+        if request["do"] == "new":
+            self._objects.append(self._named(name)(*args))
+            return len(self._objects) - 1
+        if request["do"] == "function":
+            return self._named(name)(*args)
+        thing = getattr(self._objects[request["object"]], name)
+        return thing(*args) if request["do"] == "call" else thing
+
+    def _named(self, name: str) -> Any:
+        if name not in self._names:
+            raise NameError(f"your file has no {name}")
+        return self._names[name]
+
+    def _received(self, value: Any) -> Any:
+        if isinstance(value, dict) and "$remote" in value:
+            return Remote(self._ask, value["$remote"], value["methods"], value["attributes"])
+        if isinstance(value, dict) and "$object" in value:
+            return self._objects[value["$object"]]
+        return value
+
+    def _ask(self, callback: list[Any]) -> Any:
+        self._write(pack({"callback": callback}))
+        answer = self._read()
+        if answer is None:
+            raise SystemExit
+        if "error" not in answer:
+            return answer["ok"]
+        kind, message = answer["error"]
+        cls = self._names.get(kind, getattr(__import__("builtins"), kind, RuntimeError))
+        raise cls(message)
+
+    def _read(self) -> Any:
+        header = self._exactly(HEADER.size)
+        if len(header) < HEADER.size:
+            return None
+        text, raw = sizes(header)
+        return unpack(self._exactly(text), self._exactly(raw))
+
+    def _exactly(self, size: int) -> bytes:
+        while len(self._buffer) < size and (part := os.read(self._in, 1 << 16)):
+            self._buffer += part
+        taken = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return taken
+
+    def _write(self, frame: bytes) -> None:
+        view = memoryview(frame)
+        while view:
+            view = view[os.write(self._out, view) :]
+
+
+def _told(error: BaseException, path: str) -> dict[str, Any]:
+    """An error in words: its classes, its text, and the student's line that it comes from."""
+    message = "".join(traceback.format_exception_only(error)).strip() if isinstance(error, SyntaxError) else str(error)
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        message = "it printed or wrote more than a megabyte"
+    if isinstance(error, SystemExit):
+        message = "it left with exit() instead of returning"
+    where = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return {
+        "type": type(error).__name__,
+        "classes": [cls.__name__ for cls in type(error).__mro__],
+        "message": message[:1000],
+        "where": f"{os.path.basename(path)}, line {where[-1].lineno}, in {where[-1].name}" if where else "",
+        "ours": isinstance(error, ProtocolError),
+    }
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    sys.argv[1:] = []
+    limit(settings["limits"])
+    sys.path[:0] = settings["paths"]
+    for name in settings["preload"]:
+        __import__(name)
+    del sys.path[: len(settings["paths"])]
+    sys.meta_path.insert(0, Blocker())  # type: ignore[arg-type]
+    server = Server(settings["requests"], settings["answers"], settings["file"])
+    fence(os.getcwd(), settings["forbidden"])
+    server.run()
+
+
+if __name__ == "__main__":
+    main()
