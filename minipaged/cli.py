@@ -1,4 +1,4 @@
-"""The ``minipaged`` command: visualize, generate, chat, doctor, experiments, kernels.
+"""The ``minipaged`` command: visualize, generate, chat, doctor, experiments, kernels, lab.
 
 torch, transformers and gradio take seconds to import, so each command imports what it needs when it runs, and
 ``--help`` stays quick. A model's text is printed as it is, never by rich, which reads ``[bold]`` as markup.
@@ -19,6 +19,7 @@ from minipaged import __version__
 from minipaged.config import DEVICES, DTYPES, MANAGERS, EngineConfig, SamplingParams
 from minipaged.errors import InvalidRequest, MinipagedError
 from minipaged.experiments.cli import app as experiments
+from minipaged.labs.cli import app as labs
 
 if TYPE_CHECKING:
     from minipaged.llm import LLM
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(experiments, name="experiments")
+app.add_typer(labs, name="lab")
 kernels = typer.Typer(help="Look into the Triton kernels.", no_args_is_help=True)
 app.add_typer(kernels, name="kernels")
 
@@ -104,6 +106,7 @@ def visualize(
         typer.Option("--share", help="A public link, through Gradio's servers. Whoever opens it may only watch."),
     ] = False,
     replay: Annotated[Path | None, typer.Option(help="Show this recording; no model is loaded.")] = None,
+    lab: Annotated[str | None, typer.Option("--lab", help="Run on what you wrote for this lab, e.g. A1.")] = None,
 ) -> None:
     """Watch the engine's memory while it runs, in the browser."""
     from visualizer.scenarios import DEMO_SETTINGS
@@ -129,11 +132,16 @@ def visualize(
         preemption=preemption,
         memory=memory,
     )
+    if lab is not None:
+        from minipaged.labs.live import settings_of
+
+        settings |= settings_of(lab)
     EngineConfig(model=model, **settings)  # complain before the slow imports, not after
     launch = _visualizer()
     launch(
-        lambda: _load(model, **settings), host=host, port=port, open_browser=open_browser, classroom=classroom,
-        share=share, recordings_will_do=model == DEFAULT.model,
+        lambda: _load(model, **settings) if lab is None else _load_lab(lab, model, **settings),
+        host=host, port=port, open_browser=open_browser, classroom=classroom, share=share,
+        recordings_will_do=model == DEFAULT.model and lab is None, other_models=lab is None,
     )  # fmt: skip
     raise typer.Exit(130)  # gradio returns on Ctrl-C, and on nothing else
 
@@ -308,6 +316,14 @@ def _load(model: str, **settings: Any) -> LLM:
     from minipaged.llm import LLM
 
     return LLM(model, **settings)
+
+
+def _load_lab(lab: str, model: str, **settings: Any) -> LLM:
+    from minipaged.labs.live import install
+
+    llm = _load(model, **settings)
+    install(llm, lab)
+    return llm
 
 
 def _sampling(**options: Any) -> SamplingParams:

@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from minipaged.events import EngineError, Event, Recorder
+from minipaged.events import EngineError, Event, Recorder, StepFinished, StepStarted
 from minipaged.labs.lab import Lab, Task
 from minipaged.labs.student import LimitReached, Local, NotImportable, Student, StudentError, Violation
 
@@ -30,6 +30,15 @@ class Tape:
 
     lines: list[str] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    _step: int = 0
+
+    def begin(self, line: str) -> None:
+        """The next call, a step of its own in the visualizer. For traces without an engine that makes steps."""
+        if self._step:
+            self.record(StepFinished(self._step - 1, 0, 0.0))
+        self.record(StepStarted(self._step))
+        self._step += 1
+        self.say(line)
 
     def say(self, line: str) -> None:
         self.lines.append(line)
@@ -193,11 +202,13 @@ def _check_task(lab: Lab, task: Task, file: Path | dict[str, Any], seed: int) ->
     )
 
 
-def open_student(lab: Lab, file: Path | dict[str, Any], seconds: float) -> Any:
+def open_student(lab: Lab, file: Path | dict[str, Any], seconds: float, live: bool = False) -> Any:
     """A process with the student's file, or the engine's own code in its place."""
     if isinstance(file, dict):
         return Local(file)
-    return Student(file, preload=lab.preload, seconds=seconds, memory=lab.memory, environment=lab.environment)
+    return Student(
+        file, preload=lab.preload, seconds=seconds, memory=lab.memory, environment=lab.environment, live=live
+    )
 
 
 def save_recording(events: list[Event], path: Path) -> None:

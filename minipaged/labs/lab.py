@@ -130,6 +130,16 @@ class Lab:
             lines[start : node.end_lineno] = [f'{indent}raise NotImplementedError("{task}")']
         return "\n".join(line for line in lines if not MARK.match(line)) + "\n"
 
+    def functions(self, task: str) -> list[str]:
+        """Names of the functions that solve a task, with their class: ``BlockPool.allocate``."""
+        tree, names = ast.parse(self.marked()), []
+        own = {node.lineno for node, keys in self.spans().items() if task in keys.split(", ")}
+        for top in tree.body:
+            inside = top.body if isinstance(top, ast.ClassDef) else [top]
+            prefix = f"{top.name}." if isinstance(top, ast.ClassDef) else ""
+            names += [prefix + node.name for node in inside if isinstance(node, ast.FunctionDef) and node.lineno in own]
+        return names
+
     def spans(self) -> dict[ast.FunctionDef, str]:
         """Functions of `marked` → the task whose solution they are ("A4.1, A4.3" for two)."""
         text = self.marked()

@@ -95,7 +95,8 @@ class Student:
     """A student's file, running in a process of its own, with time and memory limits. Use it as a context manager.
 
     Inputs and results are plain data, tensors and, as arguments, `Remote` and `Object`. Every method raises
-    `StudentError`, `LimitReached` or another `Violation`; after the last two the process is gone.
+    `StudentError`, `LimitReached` or another `Violation`; after the last two the process is gone. ``seconds`` are for
+    everything together, or for each call if ``live``.
     """
 
     def __init__(
@@ -106,11 +107,12 @@ class Student:
         seconds: float = 10.0,
         memory: int = 1 << 30,
         environment: dict[str, str] | None = None,
+        live: bool = False,
     ) -> None:
         if not hasattr(os, "killpg"):
             raise InvalidRequest("labs run students' code in limited processes, which needs Linux or macOS (or WSL)")
         self.file, self.deadline, self.seconds = file, time.monotonic() + seconds, seconds
-        self.alive = True
+        self.alive, self._live = True, live
         self._remotes: dict[str, Remote] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="minipaged-lab-")
         copy = Path(self._folder.name, file.name)
@@ -127,7 +129,7 @@ class Student:
             "preload": list(preload),
             "forbidden": _forbidden(),
             "limits": {
-                "RLIMIT_CPU": int(seconds) + 2,
+                **({} if live else {"RLIMIT_CPU": int(seconds) + 2}),
                 "RLIMIT_FSIZE": MAX_OUTPUT,
                 "RLIMIT_AS": memory,
                 "RLIMIT_NPROC": 0,  # neither processes nor threads
@@ -167,6 +169,8 @@ class Student:
 
     def request(self, do: str, name: str, args: tuple[Any, ...], number: int | None = None) -> Any:
         call = name if do == "get" else f"{name}({', '.join(map(_short, args))})"
+        if self._live:
+            self.deadline = time.monotonic() + self.seconds
         message = {"do": do, "name": name, "args": [self._handed_over(arg) for arg in args], "object": number}
         self._send(pack(message), call)
         return self._answer(call)
@@ -271,7 +275,8 @@ class Student:
         left = self.deadline - time.monotonic()
         if left <= 0 or not any(select.select(reading, writing, [], left)):
             self.close()
-            raise LimitReached(f"{call} was not done when the {self.seconds:g} seconds for this task were over")
+            what = "it" if self._live else "this task"
+            raise LimitReached(f"{call} was not done when the {self.seconds:.3g} seconds for {what} were over")
 
     def _ended(self, call: str) -> Violation:
         self._process.wait()

@@ -307,17 +307,19 @@ class Server:
 
 def _told(error: BaseException, path: str) -> dict[str, Any]:
     """An error in words: its classes, its text, and the student's line that it comes from."""
-    message = "".join(traceback.format_exception_only(error)).strip() if isinstance(error, SyntaxError) else str(error)
+    message, place = str(error), ""
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
         message = "it printed or wrote more than a megabyte"
     if isinstance(error, SystemExit):
         message = "it left with exit() instead of returning"
+    if isinstance(error, SyntaxError) and error.filename == path:
+        message, place = str(error.msg), f"{os.path.basename(path)}, line {error.lineno}"
     where = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     return {
         "type": type(error).__name__,
         "classes": [cls.__name__ for cls in type(error).__mro__],
         "message": message[:1000],
-        "where": f"{os.path.basename(path)}, line {where[-1].lineno}, in {where[-1].name}" if where else "",
+        "where": f"{os.path.basename(path)}, line {where[-1].lineno}, in {where[-1].name}" if where else place,
         "ours": isinstance(error, ProtocolError),
     }
 

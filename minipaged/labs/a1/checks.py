@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from random import Random
 
 from minipaged.config import EngineConfig
-from minipaged.events import Admitted, Allocated, EngineStarted, EventLog, Finished, Forked, Freed, RequestAdded, Shared
+from minipaged.events import Admitted, Allocated, EngineStarted, EventLog, Finished, Freed, RequestAdded, Shared
 from minipaged.labs import toy
 from minipaged.labs.a1.proxy import LabTables, ShadowPool
 from minipaged.labs.checking import Tape, Trace, Trial
@@ -38,24 +38,24 @@ class Bench:
     def allocate(self) -> None:
         if not self.pool.num_free:
             call = f"allocate() with all {self.pool.num_blocks} blocks in use"
-            self.tape.say(f"{call} must raise OutOfBlocks")
+            self.tape.begin(f"{call} must raise OutOfBlocks")
             expect(lambda: self.pool._pool.call("allocate"), "OutOfBlocks", call, "nothing was free")
             self.pool._expect_free(call)
             return
-        self.tape.say("allocate()")
+        self.tape.begin("allocate()")
         block = self.pool.allocate()
         self.tape.lines[-1] += f" → {block}"
         self._show(block, shared=False)
 
     def incref(self, choice: int) -> None:
         block = self.owners[choice][1]
-        self.tape.say(f"incref({block})")
+        self.tape.begin(f"incref({block})")
         self.pool.share(block)
         self._show(block, shared=True)
 
     def decref(self, choice: int) -> None:
         seq, block = self.owners.pop(choice)
-        self.tape.say(f"decref({block})")
+        self.tape.begin(f"decref({block})")
         self.tape.record(Freed(seq, [block]))
         self.tape.record(Finished(seq, "stop"))
         self.pool.free(block)
@@ -130,7 +130,7 @@ def _refused(bench: Bench, action: str, block: int, why: str) -> None:
     if 0 <= block < bench.pool.num_blocks and bench.pool.ref_counts[block]:
         return
     call = f"{action}({block})"
-    bench.tape.say(f"{call} must raise BlockError")
+    bench.tape.begin(f"{call} must raise BlockError")
     expect(lambda: bench.pool._pool.call(action, block), "BlockError", call, why)
     bench.pool._expect_free(f"the refused {call}")
 

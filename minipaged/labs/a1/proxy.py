@@ -76,9 +76,10 @@ class LabTables(BlockTables):
 
     def __init__(self, student: Any, config: EngineConfig, events: EventLog) -> None:
         assert config.num_blocks is not None and config.block_size is not None
-        if config.caches_prefixes or config.memory != "paged" or config.preemption != "recompute":
-            raise InvalidConfig("this lab needs memory='paged', preemption='recompute' and no prefix caching")
-        super().__init__(config.num_blocks, config.block_size, events, enable_prefix_caching=False)
+        if config.caches_prefixes or config.memory != "paged":
+            raise InvalidConfig("lab A1 needs memory='paged' and no prefix caching")
+        swap_blocks = config.swap_space(config.num_blocks)
+        super().__init__(config.num_blocks, config.block_size, events, False, swap_blocks=swap_blocks)
         self.pool = ShadowPool(student, config.num_blocks)  # type: ignore[assignment]
 
 

@@ -41,7 +41,7 @@ class Bench:
 
     def open(self) -> None:
         seq = self._new()
-        self.tape.say(f"open({seq})")
+        self.tape.begin(f"open({seq})")
         self.tape.record(RequestAdded(f"sequence-{seq}", [seq], [0], ["·"], 63))
         self.tape.record(Admitted(f"sequence-{seq}", seq, 0))
         self.tables.open(seq)
@@ -49,23 +49,23 @@ class Bench:
     def append(self, seq: int) -> None:
         length, call = self.tables.lengths[seq], f"append_slot({seq})"
         if self.tables.blocks_needed([Write(seq, length, length + 1)]) > self.tables.pool.num_free:
-            self.tape.say(f"{call}, with no block free, must raise OutOfBlocks")
+            self.tape.begin(f"{call}, with no block free, must raise OutOfBlocks")
             expect(lambda: self.tables._theirs.call("append_slot", seq), "OutOfBlocks", call, "no block is free")
             self.tables.compare(f"the refused {call}")
             return
-        self.tape.say(call)
+        self.tape.begin(call)
         copy = self.tables.append_slot(seq)
         self.tape.lines[-1] += f" → {f'CopyOp{tuple(copy)}' if copy else None}   # {self.tables.tables[seq]}"
         self.tape.record(Filled(seq, length, 1))
 
     def fork(self, seq: int) -> None:
         child = self._new()
-        self.tape.say(f"fork({seq}, {child})")
+        self.tape.begin(f"fork({seq}, {child})")
         self.tape.record(Forked(seq, child, f"sequence-{child}"))
         self.tables.fork(seq, child)
 
     def free(self, seq: int) -> None:
-        self.tape.say(f"free({seq})")
+        self.tape.begin(f"free({seq})")
         self.tables.free(seq)
         self.tape.record(Finished(seq, "stop"))
 

@@ -1,0 +1,52 @@
+"""The engine on a student's code, for the visualizer: ``minipaged visualize --lab A1``."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from minipaged.config import EngineConfig
+from minipaged.errors import InvalidRequest
+from minipaged.events import EventLog
+from minipaged.labs import find
+from minipaged.labs.checking import open_student
+from minipaged.labs.desk import Desk
+
+SECONDS = 10.0  # for one call
+
+
+def settings_of(key: str) -> dict[str, Any]:
+    """What the engine's configuration must be for this lab. `InvalidRequest` if it cannot be watched, or has not been
+    started in this folder."""
+    lab = find(key)
+    Desk(lab, Path.cwd()).require()
+    checks = import_module(f"minipaged.labs.{lab.key.lower()}.checks")
+    if not hasattr(checks, "manager"):
+        raise InvalidRequest(f"lab {lab.key} is no part of the engine's memory; it has nothing to watch")
+    return getattr(checks, "SETTINGS", {"enable_prefix_caching": False})
+
+
+def install(llm: Any, key: str) -> None:
+    """From its next start on the engine runs on the student's file, in a process of its own: read anew at each start.
+
+    What the file does wrong comes out of `Engine.step` as a `Violation`.
+    """
+    lab = find(key)
+    desk, manager = Desk(lab, Path.cwd()), import_module(f"minipaged.labs.{lab.key.lower()}.checks").manager
+    open_now: list[Any] = []
+
+    def make_memory(config: EngineConfig, events: EventLog) -> Any:
+        student = open_student(lab, desk.file, SECONDS, live=True)
+        try:
+            memory = manager(student, config, events)
+        except BaseException:
+            student.close()
+            raise
+        while open_now:  # only now: when the new file is no good, the old engine goes on
+            open_now.pop().close()
+        open_now.append(student)
+        return memory
+
+    make_memory(llm.engine.config, EventLog())  # complains now
+    llm.engine.make_memory = make_memory
