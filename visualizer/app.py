@@ -194,9 +194,10 @@ def launch(
 
     ``llm`` is an `LLM`, a function that makes one (called once the port is known to be free), or ``None`` for
     the embedded model with a pool small enough to run full. If it cannot be loaded and ``recordings_will_do``, the
-    recordings that minipaged comes with are shown. ``other_models``: viewers of this machine may load some. ``replay`` shows a recording instead of an engine; ``ValueError``
-    if it is none. In a ``classroom`` viewers watch, and only the presenter controls. ``share`` makes a public link
-    through Gradio's servers, and a classroom of whoever opens it; without the internet the local page goes on alone.
+    recordings that minipaged comes with are shown. ``other_models``: viewers on this machine may load some.
+    ``replay`` shows a recording instead of an engine; ``ValueError`` if it is none. In a ``classroom`` viewers watch,
+    and only the presenter controls. ``share`` makes a public link through Gradio's servers, and a classroom of whoever
+    opens it; without the internet the local page goes on alone.
     Raises `PortInUse`.
     """
     _check_port(host, port)

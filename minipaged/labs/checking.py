@@ -113,7 +113,7 @@ class Trial:
     def _shrink(
         self, trace: list[Any], found: tuple[Violation, Tape], run: Callable[[Trace, Tape], None]
     ) -> tuple[list[Any], tuple[Violation, Tape]]:
-        """Leaves out what it can while the same rule is broken: halves first, then quarters, in the end single steps."""
+        """Leaves out what it can while the same rule is broken: halves first, then quarters, at last single steps."""
         rule, left = found[0].rule, SHRINK_RUNS
         patience = time.monotonic() + (self._deadline - time.monotonic()) / 2
         size = max(1, len(trace) // 2)

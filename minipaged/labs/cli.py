@@ -88,7 +88,7 @@ def replay(
     """Watch the last failure in the visualizer, step by step."""
     desk = Desk(find(key), folder.resolve()).require()
     if not desk.recording.exists():
-        raise InvalidRequest(f"no failure of {desk.lab.key} has been recorded; 'minipaged lab check {desk.lab.key}' does")
+        raise InvalidRequest(f"no failure of {desk.lab.key} has been recorded; run 'minipaged lab check' first")
     from minipaged.cli import visualize
 
     visualize(replay=desk.recording, port=port, open_browser=open_browser)
@@ -194,7 +194,8 @@ def _check(desk: Desk) -> int:
 
 def _tell(result: Result) -> None:
     points = f"{result.points} of {result.max_points}" if result.status != "skip" else "skipped"
-    print(f"  {MARKS[result.status]} {result.task}  {result.title:28} {points:>8}   {result.cause}".rstrip(), flush=True)
+    line = f"  {MARKS[result.status]} {result.task}  {result.title:28} {points:>8}   {result.cause}"
+    print(line.rstrip(), flush=True)
     if result.trace:
         left_out = len(result.trace) - SHOWN_STEPS
         if left_out > 0:

@@ -32,7 +32,8 @@ class Source:
             return text
         lines, body = text.splitlines(), ast.parse(text).body
         spans = {name: node for node in body for name in _defines(node)}
-        return "\n\n\n".join("\n".join(lines[first(spans[name], lines) : spans[name].end_lineno]) for name in self.names)
+        cuts = [slice(first(spans[name], lines), spans[name].end_lineno) for name in self.names]
+        return "\n\n\n".join("\n".join(lines[cut]) for cut in cuts)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Mutant:
 
     def applied(self, reference: str) -> str:
         if reference.count(self.old) != 1:
-            raise ValueError(f"the mutant {self.bug!r} fits {reference.count(self.old)} places of the reference, not one")
+            raise ValueError(f"the mutant fits {reference.count(self.old)} places of the reference, not one")
         return reference.replace(self.old, self.new)
 
 
@@ -108,8 +109,10 @@ class Lab:
 
     def hints(self) -> dict[str, list[str]]:
         """Task → its hints, from a nudge to nearly the answer: the parts of ``hints.md`` between ``---`` lines."""
-        parts = re.split(r"^## (A\d\.\d)\b.*$", (self.folder / "hints.md").read_text(encoding="utf-8"), flags=re.M)[1:]
-        return {key: [hint.strip() for hint in text.split("\n---\n")] for key, text in zip(parts[::2], parts[1::2])}
+        text = (self.folder / "hints.md").read_text(encoding="utf-8")
+        _, *parts = re.split(r"^## (A\d\.\d)\b.*$", text, flags=re.MULTILINE)
+        sections = zip(parts[::2], parts[1::2], strict=True)
+        return {key: [hint.strip() for hint in section.split("\n---\n")] for key, section in sections}
 
     def marked(self) -> str:
         """The reference, marks included."""

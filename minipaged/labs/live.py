@@ -12,6 +12,7 @@ from minipaged.events import EventLog
 from minipaged.labs import find
 from minipaged.labs.checking import open_student
 from minipaged.labs.desk import Desk
+from minipaged.labs.lab import Lab
 
 SECONDS = 10.0  # for one call
 
@@ -32,21 +33,30 @@ def install(llm: Any, key: str) -> None:
 
     What the file does wrong comes out of `Engine.step` as a `Violation`.
     """
-    lab = find(key)
-    desk, manager = Desk(lab, Path.cwd()), import_module(f"minipaged.labs.{lab.key.lower()}.checks").manager
-    open_now: list[Any] = []
+    make_memory = LabMemory(find(key))
+    make_memory(llm.engine.config, EventLog())  # complains now
+    llm.engine.make_memory = make_memory
 
-    def make_memory(config: EngineConfig, events: EventLog) -> Any:
-        student = open_student(lab, desk.file, SECONDS, live=True)
+
+class LabMemory:
+    """Makes memory managers on a student's file, as `Engine` wants them."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab, self._file = lab, Desk(lab, Path.cwd()).file
+        self._manager = import_module(f"minipaged.labs.{lab.key.lower()}.checks").manager
+        self._student: Any = None
+
+    def __call__(self, config: EngineConfig, events: EventLog) -> Any:
+        student = open_student(self._lab, self._file, SECONDS, live=True)
         try:
-            memory = manager(student, config, events)
+            memory = self._manager(student, config, events)
         except BaseException:
             student.close()
             raise
-        while open_now:  # only now: when the new file is no good, the old engine goes on
-            open_now.pop().close()
-        open_now.append(student)
+        self.close()  # only now: when the new file is no good, the old engine goes on
+        self._student = student
         return memory
 
-    make_memory(llm.engine.config, EventLog())  # complains now
-    llm.engine.make_memory = make_memory
+    def close(self) -> None:
+        if self._student is not None:
+            self._student.close()

@@ -316,7 +316,8 @@ class Local:
             return _as_sent(thing(*given) if do == "call" else thing)
         except Exception as error:
             classes = [cls.__name__ for cls in type(error).__mro__]
-            raise StudentError({"type": classes[0], "classes": classes, "message": str(error), "where": ""}, call) from error
+            told = {"type": classes[0], "classes": classes, "message": str(error), "where": ""}
+            raise StudentError(told, call) from error
 
     def output(self) -> str:
         return ""
@@ -333,7 +334,8 @@ def expect(action: Callable[[], Any], error: str, call: str, why: str) -> None:
         if error in raised.classes:
             return
         raise raised.violation() from None
-    raise Violation(f"{call} returned {result!r} instead of raising {error}: {why}", f"{call.partition('(')[0]} must raise")
+    rule = f"{call.partition('(')[0]} must raise"
+    raise Violation(f"{call} returned {result!r} instead of raising {error}: {why}", rule)
 
 
 def _as_sent(value: Any) -> Any:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
+from random import Random
 from typing import Any
 from zlib import crc32
 
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.engine import Engine
+from minipaged.labs.checking import Tape
+from minipaged.labs.student import Violation
 from minipaged.memory.managers import make_manager
 from minipaged.scheduling.plan import Chunk, SampledToken, StepPlan
 
@@ -88,6 +91,35 @@ def run(engine: Engine, max_steps: int = 1000) -> dict[str, list[list[int]]]:
         if not engine.has_unfinished():
             return done
     raise AssertionError(f"the engine was not done after {max_steps} steps")
+
+
+def requests(random: Random, number: int, longest: int, samples: int) -> list[tuple[list[int], int, int]]:
+    """(prompt, output tokens, samples) of random requests. Prompts and outputs have ``longest`` tokens at most."""
+    return [
+        (
+            [random.randrange(VOCAB) for _ in range(random.randint(1, longest))],
+            random.randint(1, longest),
+            random.randint(1, samples),
+        )
+        for _ in range(number)
+    ]
+
+
+def serve(engine: Engine, requests: Iterable[tuple[list[int], int, int]], tape: Tape) -> None:
+    """Lets the engine serve the requests, on tape. `Violation` if any gets other tokens than it gets alone, or if
+    blocks are missing in the end."""
+    tape.record(engine.started_event())
+    engine.events.subscribe(tape.record)
+    asked = {f"request-{number}": request for number, request in enumerate(requests)}
+    for name, (prompt, num_output, n) in asked.items():
+        tape.say(f"{name}: a prompt of {len(prompt)} tokens, {n} output(s) of {num_output}")
+        engine.add_request(name, prompt, params(num_output, n))
+    outputs = run(engine)
+    for name, (prompt, num_output, n) in asked.items():
+        if outputs[name] != [alone(prompt, num_output, branch) for branch in range(n)]:
+            raise Violation(f"{name} got other tokens than it gets alone", "other tokens")
+    if engine.memory.pool.num_free != engine.num_blocks:
+        raise Violation("all requests have ended, but not all blocks are free", "leak")
 
 
 def params(max_tokens: int, n: int = 1) -> SamplingParams:

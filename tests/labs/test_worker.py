@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from minipaged.errors import BlockError, OutOfBlocks
+from minipaged.errors import OutOfBlocks
 from minipaged.labs import worker
 from minipaged.labs.student import (
-    LimitReached, Local, NotImportable, Remote, StudentError, Violation, expect,
+    LimitReached,
+    Local,
+    NotImportable,
+    Remote,
+    StudentError,
+    Violation,
+    expect,
 )  # fmt: skip
 from tests.labs.files import PACKAGE, student_of
 
@@ -153,7 +159,9 @@ def test_an_endless_loop_is_ended_with_all_its_process_group(tmp_path):
 CHEATS = {
     "import minipaged": "import minipaged",
     "import it by another door": "import importlib; importlib.import_module('minipaged.memory.pool')",
-    "without the blocker": f"import sys; sys.meta_path.pop(0); sys.path.insert(0, {str(PACKAGE.parent)!r}); import minipaged",
+    "without the blocker": (
+        f"import sys; sys.meta_path.pop(0); sys.path.insert(0, {str(PACKAGE.parent)!r}); import minipaged"
+    ),
     "without the blocker and under another name": (
         f"import sys; sys.meta_path.pop(0); sys.path.insert(0, {str(PACKAGE)!r}); import memory.pool"
     ),

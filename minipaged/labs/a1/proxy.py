@@ -33,7 +33,8 @@ class ShadowPool:
         if type(block) is not int:
             raise Violation(f"{call} returned {block!r}, which is no block id", "allocate: no id")
         if not 0 <= block < self.num_blocks:
-            raise Violation(f"{call} returned {block}, but blocks are numbered 0 to {self.num_blocks - 1}", "allocate: range")
+            last = self.num_blocks - 1
+            raise Violation(f"{call} returned {block}, but blocks are numbered 0 to {last}", "allocate: range")
         if self.ref_counts[block]:
             count = _times(self.ref_counts[block])
             raise Violation(f"{call} handed out block {block}, which is still referenced {count}", "allocate: in use")
@@ -68,7 +69,7 @@ class ShadowPool:
         except StudentError as error:
             raise error.violation() from None
         if said != self.num_free or type(said) is not int:
-            raise Violation(f"after {call}, num_free is {said!r}, but {self.num_free} blocks are free", "num_free")
+            raise Violation(f"after {call}, num_free is {said!r} instead of {self.num_free}", "num_free")
 
 
 class LabTables(BlockTables):

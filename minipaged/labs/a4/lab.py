@@ -7,7 +7,7 @@ from typing import Any
 from minipaged.events import EventLog
 from minipaged.labs.lab import Lab, Mutant, Source, Task
 from minipaged.memory import table
-from minipaged.memory.table import Write
+from minipaged.memory.table import Copy, Write
 
 
 def engine() -> dict[str, Any]:
@@ -27,10 +27,10 @@ def engine() -> dict[str, Any]:
             self.engine.fork(parent, child)
             self.lengths[child] = self.lengths[parent]
 
-        def append_slot(self, seq: int) -> tuple[int, int] | None:
+        def append_slot(self, seq: int) -> Copy | None:
             copies = self.engine.reserve(Write(seq, self.lengths[seq], self.lengths[seq] + 1))
             self.lengths[seq] += 1
-            return tuple(copies[0]) if copies else None
+            return copies[0] if copies else None
 
         def free(self, seq: int) -> None:
             self.engine.free(seq)

@@ -30,7 +30,7 @@ class Pool:
 
 
 class LabTables(BlockTables):
-    """Block tables that the student's code keeps. What they should be is worked out here, and compared at every call."""
+    """Block tables that the student's code keeps. What they should be is worked out here, and compared at each call."""
 
     def __init__(self, student: Any, config: EngineConfig, events: EventLog) -> None:
         assert config.num_blocks is not None and config.block_size is not None
@@ -116,7 +116,8 @@ class LabTables(BlockTables):
     def _fresh(self, theirs: list[int], logical: int, before: list[int], call: str, why: str) -> int:
         """The block that the student's table has got at ``logical``: one that was free."""
         if len(theirs) <= logical:
-            raise Violation(f"after {call}, the table has {len(theirs)} blocks, not {logical + 1}: {why}", "no new block")
+            found = f"the table has {len(theirs)} blocks, not {logical + 1}"
+            raise Violation(f"after {call}, {found}: {why}", "no new block")
         block = theirs[logical]
         if not 0 <= block < self.pool.num_blocks or before[block] or not self.pool.ref_counts[block]:
             raise Violation(f"{call} took block {block}, which the pool has not just handed out", "not allocated")
@@ -128,20 +129,19 @@ class LabTables(BlockTables):
             return
         returned = f"CopyOp({', '.join(map(str, said))})" if isinstance(said, list) else repr(said)
         if copy:
-            raise Violation(f"{call} returned {returned}, but block {copy.src} must be copied to {copy.dst}", "wrong copy")
-        raise Violation(f"{call} returned {returned}, but there is nothing to copy: no other sequence uses its block", "needless copy")
+            why, rule = f"block {copy.src} must be copied to {copy.dst}", "wrong copy"
+        else:
+            why, rule = "there is nothing to copy: no other sequence uses its block", "needless copy"
+        raise Violation(f"{call} returned {returned}, but {why}", rule)
 
     def _compare(self, call: str, theirs: dict[int, list[int]] | None = None) -> None:
         theirs = self._read(call) if theirs is None else theirs
         if theirs != self.tables:
-            seqs = [seq for seq in {*theirs, *self.tables} if theirs.get(seq) != self.tables.get(seq)]
-            seq = min(seqs)
-            raise Violation(
-                f"after {call}, the table of sequence {seq} is {theirs.get(seq)} instead of {self.tables.get(seq)}", "table"
-            )
+            seq = min(seq for seq in {*theirs, *self.tables} if theirs.get(seq) != self.tables.get(seq))
+            found = f"{theirs.get(seq)} instead of {self.tables.get(seq)}"
+            raise Violation(f"after {call}, the table of sequence {seq} is {found}", "table")
         named = Counter(block for table in self.tables.values() for block in table)
         for block, count in enumerate(self.pool.ref_counts):
             if named[block] != count:
-                raise Violation(
-                    f"after {call}, block {block} is in {named[block]} block tables, but has {count} references", "references"
-                )
+                found = f"is in {named[block]} block tables, but has {count} references"
+                raise Violation(f"after {call}, block {block} {found}", "references")
