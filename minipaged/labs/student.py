@@ -112,7 +112,7 @@ class Student:
         if not hasattr(os, "killpg"):
             raise InvalidRequest("labs run students' code in limited processes, which needs Linux or macOS (or WSL)")
         self.file, self.deadline, self.seconds = file, time.monotonic() + seconds, seconds
-        self.alive, self._live = True, live
+        self.alive, self._live, self._tensors = True, live, "torch" in preload
         self._remotes: dict[str, Remote] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="minipaged-lab-")
         copy = Path(self._folder.name, file.name)
@@ -145,7 +145,7 @@ class Student:
         os.close(there)
         os.close(back)
         try:
-            self.names = self._answer("importing your file")["names"]
+            self._answer("importing your file")
         except StudentError as error:
             self.close()
             place = f" ({error.where})" if error.where else ""
@@ -222,13 +222,15 @@ class Student:
                 raise Violation(f"{call}: {error}") from None
             if "callback" in answer:
                 self._send(pack(self._called_back(answer["callback"])), call)
-            elif "error" in answer:
-                told = answer["error"]
+            elif isinstance(told := answer.get("error"), dict) and isinstance(told.get("classes"), list):
                 if told.get("ours"):
                     raise Violation(f"{call}: {told.get('message')}")
                 raise StudentError(told, call)
+            elif "ok" not in answer:
+                self.close()
+                raise Violation(f"{call}: no answer")
             else:
-                return answer.get("ok")
+                return answer["ok"]
 
     def _called_back(self, callback: Any) -> dict[str, Any]:
         try:
@@ -238,7 +240,7 @@ class Student:
                 raise LookupError(f"the {name} has no {attribute}")
             thing = getattr(remote.thing, attribute)
             return {"ok": thing if args is None else thing(*args)}
-        except (BlockError, OutOfBlocks, LookupError, TypeError) as error:
+        except (BlockError, OutOfBlocks, LookupError, TypeError, ValueError) as error:
             return {"error": [type(error).__name__, str(error)]}
         except Violation:
             self.close()
@@ -257,8 +259,11 @@ class Student:
             raise self._ended(call) from None
 
     def _frame(self, call: str) -> tuple[bytes, bytes]:
-        text, raw = sizes(self._exactly(HEADER.size, call))
-        return self._exactly(text, call), self._exactly(raw, call)
+        text_size, raw_size = sizes(self._exactly(HEADER.size, call))
+        text, raw = self._exactly(text_size, call), self._exactly(raw_size, call)
+        if b'"$tensor"' in text and not self._tensors:
+            raise ProtocolError("a tensor cannot be handed over in this lab")
+        return text, raw
 
     def _exactly(self, size: int, call: str) -> bytes:
         while len(self._buffer) < size:
@@ -279,8 +284,11 @@ class Student:
             raise LimitReached(f"{call} was not done when the {self.seconds:.3g} seconds for {what} were over")
 
     def _ended(self, call: str) -> Violation:
-        self._process.wait()
-        code = self._process.returncode
+        """What became of a process that answers no more. It may have closed the pipe, and go on."""
+        try:
+            code = self._process.wait(max(0.1, self.deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            code = -signal.SIGKILL
         self.close()
         if code in (-signal.SIGXCPU, -signal.SIGKILL):
             return LimitReached(f"{call} used up the time for this task")
@@ -291,7 +299,7 @@ class Student:
 class Local:
     """Objects of this very process in a student's place: the engine's own code, checked like a student's."""
 
-    alive, names = True, ()
+    alive = True
 
     def __init__(self, names: dict[str, Any]) -> None:
         self._names, self._objects = names, list[Any]()
