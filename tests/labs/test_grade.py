@@ -1,4 +1,4 @@
-"""``minipaged grade``: a class with honest students, unusable submissions and cheats, graded once; and what it writes."""
+"""``minipaged grade``: a class of honest students, unusable submissions and cheats, graded once; what is written."""
 
 from __future__ import annotations
 
@@ -69,7 +69,13 @@ for attempt in ("int.__eq__ = lambda *a: True", "import gc; gc.get_referents(int
 builtins.isinstance = lambda thing, kinds, really=isinstance: really(thing, kinds) or kinds is AssertionError
 {STARTER}""",
     "is always equal": REFERENCE.replace(
-        INSTEAD, "        return Yes(0)\nclass Yes(int):\n    __eq__ = __ge__ = lambda *a: True; __ne__ = lambda *a: False"
+        INSTEAD,
+        """        return Yes(0)
+
+class Yes(int):
+    __eq__ = __ge__ = lambda *args: True
+    __ne__ = lambda *args: False
+""",
     ),
     "reads frames": REFERENCE.replace(
         INSTEAD,
