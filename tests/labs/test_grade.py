@@ -195,7 +195,7 @@ def hand_in(folder, elsewhere) -> dict[str, str]:
     (folder / "huge.py").write_bytes(b"#" * (MAX_SOURCE + 1))
     (folder / "twice.py").write_bytes(good)
     zipped(folder / "twice.zip", (LAB.file, good))
-    zipped(folder / "bomb.zip", (f"a1/{LAB.file}", b" " * (200 << 20)))
+    zipped(folder / "bomb.zip", (f"a1/{LAB.file}", b" " * (20 << 20)))
     zipped(folder / "climbs.zip", (LAB.file, good), ("../../x.py", good))
     zipped(folder / "absolute.zip", (LAB.file, good), ("/tmp/x.py", good))
     zipped(folder / "windows.zip", (LAB.file, good), ("C:\\x.py", good))
