@@ -85,7 +85,9 @@ class Trial:
         """The student's process: one for many calls, another after it has ended. See `student.Student`."""
         if self._student is None or not self._student.alive:
             self.close()
-            self._student = self._open(max(0.1, self._deadline - time.monotonic()))
+            started = time.monotonic()
+            self._student = self._open(max(0.1, self._deadline - started))
+            self._deadline += time.monotonic() - started  # to load torch is not the student's time
         return self._student
 
     def search(self, traces: Iterable[Trace], run: Callable[[Trace, Tape], None]) -> None:

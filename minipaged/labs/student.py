@@ -24,6 +24,7 @@ from minipaged.labs.worker import HEADER, ProtocolError, pack, sizes, unpack
 
 MAX_OUTPUT = 1 << 20  # bytes that a student's file may print in one process
 SHOWN_OUTPUT = 4000  # characters of it that reports repeat
+LOADING_SECONDS = 300.0  # for packages like torch, before the student's own time begins
 PACKAGE = Path(__file__).parent.parent
 
 
@@ -96,7 +97,7 @@ class Student:
 
     Inputs and results are plain data, tensors and, as arguments, `Remote` and `Object`. Every method raises
     `StudentError`, `LimitReached` or another `Violation`; after the last two the process is gone. ``seconds`` are for
-    everything together, or for each call if ``live``.
+    everything together but loading ``preload``, or for each call if ``live``.
     """
 
     def __init__(
@@ -145,6 +146,9 @@ class Student:
         os.close(there)
         os.close(back)
         try:
+            self.deadline = time.monotonic() + LOADING_SECONDS
+            self._answer(f"loading {', '.join(preload) or 'nothing'}")
+            self.deadline = time.monotonic() + seconds
             self.names = self._answer("importing your file")["names"]
         except StudentError as error:
             self.close()
