@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -143,6 +145,21 @@ def test_leaving_is_no_answer(tmp_path):
             student.function("quit")
         with pytest.raises(Violation, match=r"leave\(\) ended its process \(with exit code 0\) instead of returning"):
             student.function("leave")
+
+
+def test_a_process_that_sleeps_is_ended_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr("minipaged.labs.student.PATIENCE", 2)
+    with student_of(tmp_path, "import time\ndef doze(): time.sleep(1000)", seconds=1.0) as student:
+        with pytest.raises(LimitReached):
+            student.function("doze")
+
+
+def test_a_process_that_did_not_get_the_processor_gets_more_time(tmp_path):
+    """Stopped for longer than its limit, as on a machine with too many others."""
+    with student_of(tmp_path, "def one(): return 1", seconds=1.0) as student:
+        student._process.send_signal(signal.SIGSTOP)
+        threading.Timer(1.3, student._process.send_signal, [signal.SIGCONT]).start()
+        assert student.function("one") == 1
 
 
 def test_an_endless_loop_is_ended_with_all_its_process_group(tmp_path):
