@@ -100,7 +100,8 @@ class Student:
     Inputs and results are plain data, tensors and, as arguments, `Remote` and `Object`. Every method raises
     `StudentError`, `LimitReached` or another `Violation`; after the last two the process is gone. ``seconds`` are for
     everything together, or for each call if ``live``. On a machine that is busy with others it gets more time, up to
-    `PATIENCE` times as much: an answer must not be wrong because of the neighbours.
+    `PATIENCE` times as much: an answer must not be wrong because of the neighbours. ``hidden``: files and folders that
+    it cannot read, beside the engine's source.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Student:
         memory: int = 1 << 30,
         environment: dict[str, str] | None = None,
         live: bool = False,
+        hidden: tuple[Path, ...] = (),
     ) -> None:
         if not hasattr(os, "killpg"):
             raise InvalidRequest("labs run students' code in limited processes, which needs Linux or macOS (or WSL)")
@@ -131,7 +133,7 @@ class Student:
             "answers": back,
             "paths": [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))] if preload else [],
             "preload": list(preload),
-            "forbidden": _forbidden(),
+            "forbidden": [*_forbidden(), *map(str, hidden)],
             "limits": {
                 **({} if live else {"RLIMIT_CPU": int(seconds) + 2}),
                 "RLIMIT_FSIZE": MAX_OUTPUT,

@@ -115,12 +115,13 @@ FORBIDDEN = frozenset(
     "socket.__new__ socket.connect socket.bind socket.getaddrinfo socket.gethostbyname socket.sethostname "
     "ctypes.dlopen ctypes.dlsym ctypes.dlsym/handle ctypes.cdata ctypes.cdata/buffer ctypes.string_at "
     "ctypes.wstring_at ctypes.call_function ctypes.addressof gc.get_objects gc.get_referrers gc.get_referents "
-    "sys.addaudithook sys._current_frames cpython.run_interactivehook syslog.openlog resource.prlimit".split()
+    "_thread.start_new_thread sys.addaudithook sys._current_frames cpython.run_interactivehook syslog.openlog resource.prlimit".split()
 )
 
 
 def fence(directory: str, forbidden: list[str], packages: tuple[str, ...] = PACKAGES) -> None:
-    """From now on this process starts no other, writes only to ``directory``, and cannot read ``forbidden`` folders.
+    """From now on this process starts no other, writes only to ``directory``, and cannot read what is ``forbidden``
+    (folders and files) or what the system tells of processes.
 
     An audit hook cannot be taken back. It holds on to functions in C, so that nothing a student patches changes it, and
     tells files by inode, so that links and detours lead nowhere. A fence for a classroom, not a wall: code of unknown
@@ -131,6 +132,7 @@ def fence(directory: str, forbidden: list[str], packages: tuple[str, ...] = PACK
     stat, lstat, partition, split = posix.stat, posix.lstat, str.rpartition, str.split
     home = stat(directory).st_ino, stat(directory).st_dev
     secret = frozenset(_inodes(forbidden))
+    processes = stat("/proc").st_dev if os.path.isdir("/proc") else None  # the grader's environment, for one
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     regular, folder, kinds = 0o100000, 0o040000, 0o170000
     unknown, open_event, import_event, denied = (str, bytes), "open", "import", FORBIDDEN
@@ -154,7 +156,7 @@ def fence(directory: str, forbidden: list[str], packages: tuple[str, ...] = PACK
             return True  # nothing there yet, or nothing to read
         if wants_to_write and found.st_mode & kinds != regular or found.st_mode & kinds == folder:
             return False
-        return (found.st_ino, found.st_dev) not in secret
+        return (found.st_ino, found.st_dev) not in secret and found.st_dev != processes
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event == open_event:
@@ -168,16 +170,17 @@ def fence(directory: str, forbidden: list[str], packages: tuple[str, ...] = PACK
     sys.addaudithook(hook)
 
 
-def _inodes(folders: list[str]) -> list[tuple[int, int]]:
+def _inodes(paths: list[str]) -> list[tuple[int, int]]:
+    """Of files, and of folders with all that is in them."""
     found = []
-    for top in folders:
-        for folder, _, names in os.walk(top):
-            for name in (".", *names):
-                try:
-                    status = os.stat(os.path.join(folder, name))
-                except OSError:
-                    continue
-                found.append((status.st_ino, status.st_dev))
+    for top in paths:
+        inside = (os.path.join(folder, name) for folder, _, names in os.walk(top) for name in (".", *names))
+        for path in (top, *inside):
+            try:
+                status = os.stat(path)
+            except OSError:
+                continue
+            found.append((status.st_ino, status.st_dev))
     return found
 
 

@@ -202,6 +202,9 @@ CHEATS = {
     "append to its own shell": "import os; open(os.path.expanduser('~') + '/../.profile', 'a')",
     "remove files": "import os; os.remove('/tmp/minipaged-nothing')",
     "kill the grader": "import os; os.kill(os.getppid(), 9)",
+    "the grader's environment": "import os; open(f'/proc/{os.getppid()}/environ')",
+    "the grader's memory": "import os; open(f'/proc/{os.getppid()}/mem', 'rb')",
+    "threads": "import threading; threading.Thread(target=print).start()",
     "machine code": "import ctypes; ctypes.CDLL(None).getpid()",
     "find the fence": "import gc; gc.get_objects()",
 }
@@ -215,7 +218,20 @@ def test_a_cheat_is_refused(tmp_path, cheat):
     assert {path.name for path in tmp_path.iterdir()} == {"answer.py"}
 
 
-def test_threads_and_memory_are_limited(tmp_path):
+def test_what_the_grader_hides_cannot_be_read(tmp_path):
+    secret, others = tmp_path / "secret.txt", tmp_path / "others"
+    others.mkdir()
+    for path in (secret, others / "bob.py"):
+        path.write_text("hush")
+        source = f"def read(): return open({str(path)!r}).read()"
+        with student_of(tmp_path, source) as student:
+            assert student.function("read") == "hush", "unless it is hidden"
+        with student_of(tmp_path, source, hidden=(secret, others)) as student:
+            with pytest.raises(StudentError, match="may not be opened here"):
+                student.function("read")
+
+
+def test_memory_is_limited(tmp_path):
     with pytest.raises(LimitReached, match="ran out of memory"):
         with student_of(tmp_path, "def hoard(): return len(bytearray(10 << 30))") as student:
             try:

@@ -118,7 +118,7 @@ def a6_4(trial: Trial) -> None:
     """In the engine: prompts that begin alike, in a pool that runs full. The tokens are those without any cache."""
 
     def run(trace: Trace, tape: Tape) -> None:
-        settings = {"num_blocks": 14, "block_size": 3, "enable_prefix_caching": True, "max_num_seqs": 4}
+        settings: dict[str, Any] = {"num_blocks": 14, "block_size": 3, "enable_prefix_caching": True, "max_num_seqs": 4}
         toy.serve(toy.toy_engine(partial(manager, trial.student), **settings), trace, tape)
 
     random = trial.random
