@@ -115,7 +115,7 @@ FORBIDDEN = frozenset(
     "socket.__new__ socket.connect socket.bind socket.getaddrinfo socket.gethostbyname socket.sethostname "
     "ctypes.dlopen ctypes.dlsym ctypes.dlsym/handle ctypes.cdata ctypes.cdata/buffer ctypes.string_at "
     "ctypes.wstring_at ctypes.call_function ctypes.addressof gc.get_objects gc.get_referrers gc.get_referents "
-    "_thread.start_new_thread sys.addaudithook sys._current_frames cpython.run_interactivehook syslog.openlog resource.prlimit".split()
+    "sys.addaudithook sys._current_frames cpython.run_interactivehook syslog.openlog resource.prlimit".split()
 )
 
 

@@ -204,7 +204,6 @@ CHEATS = {
     "kill the grader": "import os; os.kill(os.getppid(), 9)",
     "the grader's environment": "import os; open(f'/proc/{os.getppid()}/environ')",
     "the grader's memory": "import os; open(f'/proc/{os.getppid()}/mem', 'rb')",
-    "threads": "import threading; threading.Thread(target=print).start()",
     "machine code": "import ctypes; ctypes.CDLL(None).getpid()",
     "find the fence": "import gc; gc.get_objects()",
 }
