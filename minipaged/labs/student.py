@@ -138,7 +138,7 @@ class Student:
                 **({} if live else {"RLIMIT_CPU": int(seconds) + 2}),
                 "RLIMIT_FSIZE": MAX_OUTPUT,
                 "RLIMIT_AS": memory,
-                "RLIMIT_NPROC": 0,  # neither processes nor threads; root, whom this does not bind, is kept from the former
+                "RLIMIT_NPROC": 0,  # no processes, no threads; root it does not bind, the fence does
                 "RLIMIT_CORE": 0,
             },
         }
