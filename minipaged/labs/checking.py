@@ -19,6 +19,7 @@ from minipaged.labs.student import LimitReached, Local, NotImportable, Student, 
 MIN_SECONDS = 10.0  # for a task, however fast the reference is
 TIMES_REFERENCE = 5
 SHRINK_RUNS = 400  # at most, to make a failing trace short
+SHRINK_SECONDS = 30.0  # and no longer; what it has become by then is shown
 PRACTICE = b"practice"  # the secret with which students check at home
 
 Trace = Sequence[Any]  # steps of any kind that `Trial.search`'s ``run`` understands, independent of one another
@@ -77,7 +78,6 @@ class Trial:
         self.seconds = max(MIN_SECONDS, TIMES_REFERENCE * task.seconds)
         self.tape = Tape()
         self.output = ""
-        self._deadline = time.monotonic() + self.seconds
         self._open, self._student = open_student, None
 
     @property
@@ -85,9 +85,7 @@ class Trial:
         """The student's process: one for many calls, another after it has ended. See `student.Student`."""
         if self._student is None or not self._student.alive:
             self.close()
-            started = time.monotonic()
-            self._student = self._open(max(0.1, self._deadline - started))
-            self._deadline += time.monotonic() - started  # to load torch is not the student's time
+            self._student = self._open(self.seconds)
         return self._student
 
     def search(self, traces: Iterable[Trace], run: Callable[[Trace, Tape], None]) -> None:
@@ -117,7 +115,7 @@ class Trial:
     ) -> tuple[list[Any], tuple[Violation, Tape]]:
         """Leaves out what it can while the same rule is broken: halves first, then quarters, at last single steps."""
         rule, left = found[0].rule, SHRINK_RUNS
-        patience = time.monotonic() + (self._deadline - time.monotonic()) / 2
+        patience = time.monotonic() + SHRINK_SECONDS
         size = max(1, len(trace) // 2)
         while True:
             start, shorter = 0, False
@@ -153,10 +151,12 @@ def check(
     secret: bytes = PRACTICE,
     student: str = "",
     tasks: Iterable[str] | None = None,
+    hidden: tuple[Path, ...] = (),
     told: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
     """Checks all tasks, or those named (whose needs then count as fulfilled). ``told`` hears of each when it is done.
 
+    ``hidden``: files and folders that the student's code must not read, such as the secret and others' submissions.
     ``file`` is a student's; a dict of classes and functions runs in this process, for the engine's own code.
     """
     chosen = [task for task in lab.tasks if tasks is None or task.key in tasks]
@@ -170,14 +170,14 @@ def check(
         elif lacking:
             result = Result(task.key, task.title, 0, task.points, "blocked", f"blocked by {', '.join(lacking)}")
         else:
-            result = _check_task(lab, task, file, seed_of(secret, student, lab.key, task.key))
+            result = _check_task(lab, task, file, seed_of(secret, student, lab.key, task.key), hidden)
         results.append(result)
         told(result)
     return results
 
 
-def _check_task(lab: Lab, task: Task, file: Path | dict[str, Any], seed: int) -> Result:
-    trial = Trial(lab, task, lambda seconds: open_student(lab, file, seconds), seed)
+def _check_task(lab: Lab, task: Task, file: Path | dict[str, Any], seed: int, hidden: tuple[Path, ...]) -> Result:
+    trial = Trial(lab, task, lambda seconds: open_student(lab, file, seconds, hidden=hidden), seed)
     started = time.monotonic()
     status, cause = "pass", ""
     try:
@@ -204,13 +204,14 @@ def _check_task(lab: Lab, task: Task, file: Path | dict[str, Any], seed: int) ->
     )
 
 
-def open_student(lab: Lab, file: Path | dict[str, Any], seconds: float, live: bool = False) -> Any:
+def open_student(
+    lab: Lab, file: Path | dict[str, Any], seconds: float, live: bool = False, hidden: tuple[Path, ...] = ()
+) -> Any:
     """A process with the student's file, or the engine's own code in its place."""
     if isinstance(file, dict):
         return Local(file)
-    return Student(
-        file, preload=lab.preload, seconds=seconds, memory=lab.memory, environment=lab.environment, live=live
-    )
+    surroundings: dict[str, Any] = {"preload": lab.preload, "memory": lab.memory, "environment": lab.environment}
+    return Student(file, seconds=seconds, live=live, hidden=hidden, **surroundings)
 
 
 def save_recording(events: list[Event], path: Path) -> None:

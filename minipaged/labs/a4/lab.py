@@ -36,8 +36,8 @@ def engine() -> dict[str, Any]:
             self.engine.free(seq)
             del self.lengths[seq]
 
-        def all_tables(self) -> list[tuple[int, list[int]]]:
-            return [(seq, list(blocks)) for seq, blocks in self.engine.tables.items()]
+        def all_tables(self) -> list[tuple[int, list[int], int]]:
+            return [(seq, list(blocks), self.lengths[seq]) for seq, blocks in self.engine.tables.items()]
 
     return {"BlockTables": Tables}
 

@@ -11,7 +11,7 @@ from minipaged.memory.prefix_cache import EMPTY_PREFIX
 
 
 def engine() -> dict[str, Any]:
-    """The engine's cache, asked for whole texts. It compares contents, so that how many bits a hash has is all the same."""
+    """The engine's cache, asked for whole texts. It compares contents: how many bits a hash has is all the same."""
 
     class Cache:
         def __init__(self, block_size: int, hash_bits: int = 32) -> None:
