@@ -1,4 +1,8 @@
-"""Lab A4: fork and copy-on-write."""
+"""Lab A4: fork and copy-on-write.
+
+Its reference is a twin of `memory.table.BlockTables`, which reserves many tokens at a time, emits events, caches
+prefixes and swaps. The engine's tables pass the same checks.
+"""
 
 from __future__ import annotations
 

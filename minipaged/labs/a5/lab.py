@@ -1,4 +1,9 @@
-"""Lab A5: the scheduler."""
+"""Lab A5: the scheduler.
+
+Its reference is a small sibling of `scheduling.scheduler.Scheduler`, without samples, beams, swapping and cached
+prefixes. They need not plan alike: there are many fair plans. Instead the engine's scheduler is judged by the same rules in the
+tests, and both give the same tokens.
+"""
 
 from __future__ import annotations
 

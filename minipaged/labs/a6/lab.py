@@ -1,4 +1,8 @@
-"""Lab A6: the prefix cache."""
+"""Lab A6: the prefix cache.
+
+Its reference is a sibling of `memory.prefix_cache.PrefixCache` that hashes: the engine's compares contents in a
+dictionary, where no collision can be injected. The engine's cache passes the same checks.
+"""
 
 from __future__ import annotations
 
