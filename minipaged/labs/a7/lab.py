@@ -8,6 +8,7 @@ from typing import Any
 
 from minipaged.labs.lab import Lab, Mutant, Source, Task
 
+LOADING = 4.0  # seconds, for torch; the checks themselves take tenths
 TILE = 64  # tokens, for which the engine's least split is this lab's LEAST_TOKENS
 
 
@@ -86,10 +87,10 @@ LAB = Lab(
     file="split_kv.py",
     sources=(Source("minipaged.labs.a7.reference"),),
     tasks=(
-        Task("A7.1", "How many splits", 2),
-        Task("A7.2", "One split", 3),
-        Task("A7.3", "Merge", 3, needs=("A7.2",)),
-        Task("A7.4", "Empty splits", 2, needs=("A7.1", "A7.3")),
+        Task("A7.1", "How many splits", 2, seconds=LOADING),
+        Task("A7.2", "One split", 3, seconds=LOADING),
+        Task("A7.3", "Merge", 3, needs=("A7.2",), seconds=LOADING),
+        Task("A7.4", "Empty splits", 2, needs=("A7.1", "A7.3"), seconds=LOADING),
     ),
     mutants=MUTANTS,
     preload=("torch",),
