@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minipaged.events import Admitted, Allocated, EngineStarted, Filled, RequestAdded
+from minipaged.kernels import reference
+from minipaged.kernels.backend import Kernels
+from minipaged.labs import small
 from minipaged.labs.checking import Tape, Trace, Trial
 from minipaged.labs.student import Violation
+from minipaged.scheduling.plan import Chunk, StepPlan
 
 TOLERANCE = 1e-4  # of float32, whose order of summation is the student's affair
 
@@ -152,4 +158,33 @@ def a2_4(trial: Trial) -> None:
     search(trial, _attend, [((4, 2), 8, 4), ((6, 2), 4, 3), ((3, 1), 4, 2)], dead=math.nan)
 
 
-CHECKS = {"A2.1": a2_1, "A2.2": a2_2, "A2.3": a2_3, "A2.4": a2_4}
+def a2_5(trial: Trial) -> None:
+    """In the engine: what the student's functions find and compute is what it goes on with."""
+
+    def kernels_of(tape: Tape) -> tuple[Kernels, Callable[[StepPlan], None]]:
+        slots: list[int] = []
+
+        def prepare(plan: StepPlan) -> None:
+            slots[:] = [slot for chunk in plan.chunks for slot in _slots_of(trial, chunk)]
+
+        def rope_store(*args: Any) -> Tensor:
+            return reference.rope_store(*args[:7], torch.tensor(slots), *args[8:])
+
+        kernels = small.checked(partial(trial.student.function, "paged_attention"), "paged_attention")
+        return replace(kernels, rope_store=rope_store), prepare
+
+    small.search(trial, kernels_of, [(4, 5), (1, 3), (7, 4)])
+
+
+def _slots_of(trial: Trial, chunk: Chunk) -> list[int]:
+    arguments = (chunk.block_table, chunk.start, chunk.num_tokens, small.BLOCK_SIZE)
+    got = trial.student.function("slot_mapping", *arguments)
+    right = [chunk.block_table[p // small.BLOCK_SIZE] * small.BLOCK_SIZE + p % small.BLOCK_SIZE
+             for p in range(chunk.start, chunk.start + chunk.num_tokens)]  # fmt: skip
+    if got != right:
+        call = f"slot_mapping({', '.join(map(str, arguments))})"
+        raise Violation(f"in the engine, {call} returned {got} instead of {right}", "slot")
+    return right
+
+
+CHECKS = {"A2.1": a2_1, "A2.2": a2_2, "A2.3": a2_3, "A2.4": a2_4, "A2.5": a2_5}

@@ -30,6 +30,12 @@ def engine() -> dict[str, Any]:
 
 MUTANTS = (
     Mutant(
+        "the last token of a context is left out, the one that asks",
+        "A2.5",
+        "torch.arange(length) < context_lens[:, None]  #",
+        "torch.arange(length) < (context_lens[:, None] - 1).clamp(min=1)  #",
+    ),
+    Mutant(
         "a prompt's second chunk is written over its first: positions are counted from the chunk's begin",
         "A2.1",
         "range(start, start + num_tokens)",
@@ -78,6 +84,7 @@ LAB = Lab(
         Task("A2.2", "Attend through the table", 4, needs=("A2.1",), seconds=LOADING),
         Task("A2.3", "Dead slots", 2, needs=("A2.2",), seconds=LOADING),
         Task("A2.4", "Grouped queries", 2, needs=("A2.3",), seconds=LOADING),
+        Task("A2.5", "Run in the engine", 2, needs=("A2.4",), seconds=LOADING),
     ),
     mutants=MUTANTS,
     preload=("torch",),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minipaged.labs import small
 from minipaged.labs.a2.checks import Batch, compare
 from minipaged.labs.checking import Tape, Trace, Trial
 from minipaged.labs.student import Violation
@@ -132,4 +133,18 @@ def a3_4(trial: Trial) -> None:
         search(trial, [3, 5], heads=(4, 2), head_dim=5, block_size=4, dead=math.nan, layout=Layout(True, True), dtype=dtype)
 
 
-CHECKS = {"A3.1": a3_1, "A3.2": a3_2, "A3.3": a3_3, "A3.4": a3_4}
+def a3_5(trial: Trial) -> None:
+    """In the engine, whose text must stay the same."""
+    usual = Layout(pads=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lens: Tensor, scale: float) -> Tensor:
+        placed = [usual.place(tensor, 0) for tensor in (q, k, v, tables, torch.full_like(q, CANARY))]
+        buffers, views = [one.buffer for one in placed], [list(one.view) for one in placed]
+        got = trial.student.function("run_in_buffers", buffers, views, lens, scale)
+        return got.reshape(q.shape) if isinstance(got, Tensor) and got.shape == buffers[-1].shape else got
+
+    kernels = small.checked(attend, CALL)
+    small.search(trial, lambda tape: (kernels, lambda plan: None), [(2, 3), (4, 3)])
+
+
+CHECKS = {"A3.1": a3_1, "A3.2": a3_2, "A3.3": a3_3, "A3.4": a3_4, "A3.5": a3_5}

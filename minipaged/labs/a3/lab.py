@@ -31,6 +31,12 @@ def needs() -> str:
 
 MUTANTS = (
     Mutant(
+        "the number of a block is looked up for the wrong sequence of a batch",
+        "A3.5",
+        "table_ptr + seq * table_seq + start // BLOCK_SIZE",
+        "table_ptr + start // BLOCK_SIZE",
+    ),
+    Mutant(
         "what was summed up before a larger score came is not made smaller",
         "A3.1",
         "acc = acc * shrink + ",
@@ -91,6 +97,7 @@ LAB = Lab(
         Task("A3.2", "Only what is yours", 3, needs=("A3.1",), seconds=LOADING),
         Task("A3.3", "Grouped queries", 1, needs=("A3.2",), seconds=LOADING),
         Task("A3.4", "Strides, and half precision", 2, needs=("A3.3",), seconds=LOADING),
+        Task("A3.5", "Run in the engine", 2, needs=("A3.4",), seconds=LOADING),
     ),
     mutants=MUTANTS,
     preload=("torch", "triton", "triton.language", "triton.runtime.interpreter"),
