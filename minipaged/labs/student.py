@@ -280,8 +280,8 @@ class Student:
         return taken
 
     def _wait(self, reading: list[int], writing: list[int], call: str) -> None:
-        while not any(select.select(reading, writing, [], max(0.0, self._deadline - time.monotonic()))):
-            if time.monotonic() >= self._deadline and not self._extended():
+        while (left := self._deadline - time.monotonic()) <= 0 or not any(select.select(reading, writing, [], left)):
+            if left <= 0 and not self._extended():
                 self.close()
                 what = "it" if self._live else "this task"
                 raise LimitReached(f"{call} was not done when the {self.seconds:.3g} seconds for {what} were over")

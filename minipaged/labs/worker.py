@@ -123,49 +123,70 @@ def fence(directory: str, forbidden: list[str], packages: tuple[str, ...] = PACK
     """From now on this process starts no other, writes only to ``directory``, and cannot read what is ``forbidden``
     (folders and files) or what the system tells of processes.
 
-    An audit hook cannot be taken back. It holds on to functions in C, so that nothing a student patches changes it, and
-    tells files by inode, so that links and detours lead nowhere. A fence for a classroom, not a wall: code of unknown
-    people belongs in a container.
+    An audit hook cannot be taken back. Nothing a student patches changes what it does: it looks nothing up in a module,
+    calls only functions in C, tells files by inode, so that links and detours lead nowhere, and keeps all that in its
+    defaults, which are not within reach of who catches its exceptions. A fence for a classroom, not a wall: code of
+    unknown people belongs in a container.
     """
     import posix
 
-    stat, lstat, partition, split = posix.stat, posix.lstat, str.rpartition, str.split
-    home = stat(directory).st_ino, stat(directory).st_dev
+    status = posix.stat(directory)
     secret = frozenset(_inodes(forbidden))
-    processes = stat("/proc").st_dev if os.path.isdir("/proc") else None  # the grader's environment, for one
-    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    regular, folder, kinds = 0o100000, 0o040000, 0o170000
-    unknown, open_event, import_event, denied = (str, bytes), "open", "import", FORBIDDEN
-    decode, null = os.fsdecode, "/dev/null"
-    error, missing = PermissionError, OSError
+    processes = posix.stat("/proc").st_dev if os.path.isdir("/proc") else None  # the grader's environment, for one
 
-    def may_open(path: Any, mode: Any, flags: int) -> bool:
-        if type(path) is int:
-            return True  # open already
-        name = decode(path) if not isinstance(path, unknown[0]) else path
-        wants_to_write = bool(flags & writing) if isinstance(flags, int) else True
-        if wants_to_write:
-            if name == null:
-                return True
-            parent = stat(partition(name, "/")[0] or ("/" if name[:1] == "/" else "."))
+    def hook(
+        event: str,
+        args: tuple[Any, ...],
+        *,
+        home: tuple[int, int] = (status.st_ino, status.st_dev),
+        writing: int = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND,
+        stat: Any = posix.stat,
+        lstat: Any = posix.lstat,
+        rpartition: Any = str.rpartition,
+        split: Any = str.split,
+        kind: Any = type,
+        is_a: Any = isinstance,
+        number: Any = int,
+        text: Any = str,
+        raw: Any = bytes,
+        decode: Any = bytes.decode,
+        refused: Any = PermissionError,
+        no_import: Any = ImportError,
+        missing: Any = OSError,
+        secret: frozenset[tuple[int, int]] = secret,
+        processes: int | None = processes,
+        denied: frozenset[str] = FORBIDDEN,
+        packages: tuple[str, ...] = packages,
+    ) -> None:
+        if event in denied:
+            raise refused(f"{event} is not allowed here")
+        if event == "import":
+            if split(args[0], ".", 1)[0] in packages:
+                raise no_import("a lab is solved without importing minipaged")
+            return
+        if event != "open" or kind(args[0]) is number:
+            return  # a number is a file that is open already
+        name, flags = args[0], args[2]
+        if is_a(name, raw):
+            name = decode(name, "utf-8", "surrogateescape")
+        if not is_a(name, text):
+            raise refused("only a name or a number opens a file here")
+        writes = not is_a(flags, number) or flags & writing
+        if writes:
+            if name == "/dev/null":
+                return
+            parent = stat(rpartition(name, "/")[0] or ("/" if name[:1] == "/" else "."))
             if (parent.st_ino, parent.st_dev) != home:
-                return False
+                raise refused("this process may write to its own folder only")
         try:
-            found = (lstat if wants_to_write else stat)(name)
+            found = lstat(name) if writes else stat(name)
         except missing:
-            return True  # nothing there yet, or nothing to read
-        if wants_to_write and found.st_mode & kinds != regular or found.st_mode & kinds == folder:
-            return False
-        return (found.st_ino, found.st_dev) not in secret and found.st_dev != processes
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event == open_event:
-            if not may_open(*args):
-                raise error(f"this file may not be opened here: {args[0]!r}")
-        elif event in denied:
-            raise error(f"{event} is not allowed here")
-        elif event == import_event and split(args[0], ".", 1)[0] in packages:
-            raise ImportError(f"a lab is solved without importing {args[0]}")
+            return  # nothing there yet, or nothing to read
+        type_bits = found.st_mode & 0o170000
+        if type_bits == 0o040000 or (writes and type_bits != 0o100000):  # a folder; anything but a plain file
+            raise refused("this is no plain file")
+        if (found.st_ino, found.st_dev) in secret or found.st_dev == processes:
+            raise refused("this file may not be opened here")
 
     sys.addaudithook(hook)
 

@@ -162,6 +162,13 @@ def test_a_process_that_did_not_get_the_processor_gets_more_time(tmp_path):
         assert student.function("one") == 1
 
 
+def test_a_process_that_asks_and_asks_is_ended(tmp_path):
+    source = "def ask(pool):\n    while True: pool.size"
+    with student_of(tmp_path, source, seconds=1.0) as student:
+        with pytest.raises(LimitReached):
+            student.function("ask", Remote("pool", Two(), (), ("size",)))
+
+
 def test_an_endless_loop_is_ended_with_all_its_process_group(tmp_path):
     started = time.monotonic()
     with student_of(tmp_path, ANSWERS, seconds=1.0) as student:
@@ -193,6 +200,22 @@ CHEATS = {
         "import os, posix; os.stat = posix.stat = os.path.realpath = lambda *a, **k: posix.lstat('/dev/null')\n"
         f"open({str(PACKAGE / 'errors.py')!r})"
     ),
+    "patch the builtins": (
+        "import builtins as b; kept = b.type, b.isinstance, b.int\n"
+        "b.type = lambda x: int; b.isinstance = lambda *a: True; b.int = str\n"
+        f"try: open({str(PACKAGE / 'errors.py')!r})\n"
+        "finally: b.type, b.isinstance, b.int = kept"
+    ),
+    "change the fence through its exception": (
+        f"name = {str(PACKAGE / 'errors.py')!r}\n"
+        "try: open(name)\n"
+        "except PermissionError as error: frame = error.__traceback__.tb_next.tb_frame\n"
+        "for key, value in (('secret', frozenset()), ('denied', frozenset()), ('packages', ())):\n"
+        "    frame.f_locals[key] = value\n"
+        "open(name)"
+    ),
+    "a name in bytes": f"open({str(PACKAGE / 'errors.py')!r}.encode())",
+    "a folder of its own": "import os; os.mkdir('sub')",
     "another process": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import minipaged'])",
     "a shell": "import os; os.system('true')",
     "fork": "import os\nwhile True: os.fork()",

@@ -1,8 +1,8 @@
 """Lab A5: the scheduler.
 
 Its reference is a small sibling of `scheduling.scheduler.Scheduler`, without samples, beams, swapping and cached
-prefixes. They need not plan alike: there are many fair plans. Instead the engine's scheduler is judged by the same rules in the
-tests, and both give the same tokens.
+prefixes. They need not plan alike: there are many fair plans. Instead the tests judge the engine's scheduler by the
+same rules, and both give the same tokens.
 """
 
 from __future__ import annotations
