@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,14 +19,12 @@ import torch
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.engine import Engine
 from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
-from minipaged.events import EventLog
 from minipaged.execution.cuda_graphs import DecodeGraphs, use_graphs
 from minipaged.execution.kv_cache import KVCache, blocks_that_fit
 from minipaged.execution.runner import ModelRunner
 from minipaged.execution.sampler import sample
 from minipaged.execution.virtual_memory import Layout, VirtualKVCache, page_size
 from minipaged.kernels.backend import choose, kernels_for
-from minipaged.memory.managers import MemoryManager, make_manager
 from minipaged.models.loader import LoadedModel, device_of, load_model
 from minipaged.outputs import CompletionOutput, Delta, RequestOutput
 
@@ -68,7 +66,8 @@ class LLM:
 
         ``config`` may differ in everything but model, device and dtype. Raises `InvalidConfig`.
         """
-        return _build_engine(config, self._loaded, self.engine.make_memory)
+        parts = {"make_memory": self.engine.make_memory, "make_scheduler": self.engine.make_scheduler}
+        return _build_engine(config, self._loaded, **parts)
 
     def generate(
         self,
@@ -266,12 +265,8 @@ def _differences(output: RequestOutput, seen: dict[int, CompletionOutput]) -> It
         seen[out.index] = out
 
 
-def _build_engine(
-    config: EngineConfig,
-    loaded: LoadedModel,
-    make_memory: Callable[[EngineConfig, EventLog], MemoryManager] = make_manager,
-) -> Engine:
-    """Fills in what depends on the model and the machine, and makes the KV cache."""
+def _build_engine(config: EngineConfig, loaded: LoadedModel, **parts: Any) -> Engine:
+    """Fills in what depends on the model and the machine, and makes the KV cache. ``parts``: others than usual."""
     spec = loaded.spec
     max_model_len = config.max_model_len or spec.max_model_len
     if max_model_len > spec.max_model_len:
@@ -311,7 +306,7 @@ def _build_engine(
         eos_token_ids=spec.eos_token_ids,
         tokenizer=loaded.tokenizer,
         bytes_per_block=bytes_per_block,
-        make_memory=make_memory,
+        **parts,
     )
 
 

@@ -362,4 +362,5 @@ def _fresh(engine: Engine) -> Engine:
         tokenizer=engine.tokenizer,
         bytes_per_block=engine.bytes_per_block,
         make_memory=engine.make_memory,
+        make_scheduler=engine.make_scheduler,
     )

@@ -19,6 +19,7 @@ from minipaged.labs.student import LimitReached, Local, NotImportable, Student, 
 MIN_SECONDS = 10.0  # for a task, however fast the reference is
 TIMES_REFERENCE = 5
 SHRINK_RUNS = 400  # at most, to make a failing trace short
+SHRINK_SECONDS = 30.0  # and no longer; what it has become by then is shown
 PRACTICE = b"practice"  # the secret with which students check at home
 
 Trace = Sequence[Any]  # steps of any kind that `Trial.search`'s ``run`` understands, independent of one another
@@ -77,7 +78,6 @@ class Trial:
         self.seconds = max(MIN_SECONDS, TIMES_REFERENCE * task.seconds)
         self.tape = Tape()
         self.output = ""
-        self._deadline = time.monotonic() + self.seconds
         self._open, self._student = open_student, None
 
     @property
@@ -85,7 +85,7 @@ class Trial:
         """The student's process: one for many calls, another after it has ended. See `student.Student`."""
         if self._student is None or not self._student.alive:
             self.close()
-            self._student = self._open(max(0.1, self._deadline - time.monotonic()))
+            self._student = self._open(self.seconds)
         return self._student
 
     def search(self, traces: Iterable[Trace], run: Callable[[Trace, Tape], None]) -> None:
@@ -115,7 +115,7 @@ class Trial:
     ) -> tuple[list[Any], tuple[Violation, Tape]]:
         """Leaves out what it can while the same rule is broken: halves first, then quarters, at last single steps."""
         rule, left = found[0].rule, SHRINK_RUNS
-        patience = time.monotonic() + (self._deadline - time.monotonic()) / 2
+        patience = time.monotonic() + SHRINK_SECONDS
         size = max(1, len(trace) // 2)
         while True:
             start, shorter = 0, False
@@ -206,9 +206,8 @@ def open_student(lab: Lab, file: Path | dict[str, Any], seconds: float, live: bo
     """A process with the student's file, or the engine's own code in its place."""
     if isinstance(file, dict):
         return Local(file)
-    return Student(
-        file, preload=lab.preload, seconds=seconds, memory=lab.memory, environment=lab.environment, live=live
-    )
+    surroundings: dict[str, Any] = {"preload": lab.preload, "memory": lab.memory, "environment": lab.environment}
+    return Student(file, seconds=seconds, live=live, **surroundings)
 
 
 def save_recording(events: list[Event], path: Path) -> None:

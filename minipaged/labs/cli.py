@@ -183,7 +183,7 @@ def _check(desk: Desk) -> int:
     print(f"{sum(result.points for result in results)} of {lab.points} points")
     first = next((result for result in results if result.status not in ("pass", "skip")), None)
     if first is None:
-        print(f"All passed. See how the engine does it: minipaged lab diff {lab.key}")
+        print(f"All passed. Compare with ours: minipaged lab diff {lab.key}")
         return 0
     if desk.recording.exists():
         print(f"watch it happen:  minipaged lab replay {lab.key}")

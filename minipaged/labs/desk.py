@@ -105,8 +105,9 @@ class Desk:
         if not names:
             return "This task has no code of its own."
         for name in names:
-            pair = [_function(text, name) for text in (mine, theirs)]
-            lines += difflib.unified_diff(*pair, f"yours: {name}", f"reference: {name}", n=100, lineterm="")
+            before, after = _function(mine, name), _function(theirs, name)
+            names_of = {"fromfile": f"yours: {name}", "tofile": f"reference: {name}"}
+            lines += difflib.unified_diff(before, after, **names_of, n=100, lineterm="")
         return "\n".join(lines) or "Yours is the reference, line by line."
 
     def reset(self) -> Path:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from minipaged.config import EngineConfig
 from minipaged.errors import InvalidRequest
 from minipaged.events import EventLog
 from minipaged.labs import find
@@ -22,9 +22,9 @@ def settings_of(key: str) -> dict[str, Any]:
     started in this folder."""
     lab = find(key)
     Desk(lab, Path.cwd()).require()
-    checks = import_module(f"minipaged.labs.{lab.key.lower()}.checks")
-    if not hasattr(checks, "manager"):
-        raise InvalidRequest(f"lab {lab.key} is no part of the engine's memory; it has nothing to watch")
+    checks = _checks(lab)
+    if not hasattr(checks, "manager") and not hasattr(checks, "scheduler"):
+        raise InvalidRequest(f"lab {lab.key} is no part of the engine's memory or scheduler; there is nothing to watch")
     return getattr(checks, "SETTINGS", {"enable_prefix_caching": False})
 
 
@@ -33,30 +33,37 @@ def install(llm: Any, key: str) -> None:
 
     What the file does wrong comes out of `Engine.step` as a `Violation`.
     """
-    make_memory = LabMemory(find(key))
-    make_memory(llm.engine.config, EventLog())  # complains now
-    llm.engine.make_memory = make_memory
+    engine, lab = llm.engine, find(key)
+    if hasattr(_checks(lab), "manager"):
+        engine.make_memory = Part(lab, _checks(lab).manager)
+        engine.make_memory(engine.config, EventLog())  # complains now
+    else:
+        engine.make_scheduler = Part(lab, _checks(lab).scheduler)
+        engine.make_scheduler(engine.memory, max_num_seqs=1, max_num_batched_tokens=1)
 
 
-class LabMemory:
-    """Makes memory managers on a student's file, as `Engine` wants them."""
+class Part:
+    """Makes a part of an engine on a student's file: a memory manager or a scheduler, as `Engine` wants them."""
 
-    def __init__(self, lab: Lab) -> None:
-        self._lab, self._file = lab, Desk(lab, Path.cwd()).file
-        self._manager = import_module(f"minipaged.labs.{lab.key.lower()}.checks").manager
+    def __init__(self, lab: Lab, make: Callable[..., Any]) -> None:
+        self._lab, self._file, self._make = lab, Desk(lab, Path.cwd()).file, make
         self._student: Any = None
 
-    def __call__(self, config: EngineConfig, events: EventLog) -> Any:
+    def __call__(self, *args: Any, **settings: Any) -> Any:
         student = open_student(self._lab, self._file, SECONDS, live=True)
         try:
-            memory = self._manager(student, config, events)
+            part = self._make(student, *args, **settings)
         except BaseException:
             student.close()
             raise
         self.close()  # only now: when the new file is no good, the old engine goes on
         self._student = student
-        return memory
+        return part
 
     def close(self) -> None:
         if self._student is not None:
             self._student.close()
+
+
+def _checks(lab: Lab) -> Any:
+    return import_module(f"minipaged.labs.{lab.key.lower()}.checks")

@@ -7,6 +7,7 @@ or missing slot changes every token after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
 from random import Random
 from typing import Any
@@ -18,8 +19,10 @@ from minipaged.labs.checking import Tape
 from minipaged.labs.student import Violation
 from minipaged.memory.managers import make_manager
 from minipaged.scheduling.plan import Chunk, SampledToken, StepPlan
+from minipaged.scheduling.scheduler import Scheduler
 
 VOCAB = 50
+MAX_STEPS = 1000
 
 
 def next_token(context: Iterable[int], branch: int = 0) -> int:
@@ -72,25 +75,32 @@ def toy_sampler(contexts: list[tuple[int, ...]], plan: StepPlan) -> list[Sampled
     ]
 
 
-def toy_engine(make_memory: Callable[..., Any] = make_manager, **settings: Any) -> Engine:
+def toy_engine(
+    make_memory: Callable[..., Any] = make_manager, make_scheduler: Callable[..., Any] = Scheduler, **settings: Any
+) -> Engine:
     """An engine on the toy model. ``settings`` are fields of `EngineConfig`."""
     defaults = {"num_blocks": 16, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32}
     config = EngineConfig(model="toy", **(defaults | {"max_model_len": 100, "enable_prefix_caching": False} | settings))
     assert config.num_blocks is not None and config.block_size is not None
     runner = ToyRunner(config.block_size, config.num_blocks, config.swap_space(config.num_blocks))
-    return Engine(config, runner, toy_sampler, vocab_size=VOCAB, make_memory=make_memory)
+    return Engine(
+        config, runner, toy_sampler, vocab_size=VOCAB, make_memory=make_memory, make_scheduler=make_scheduler
+    )
 
 
-def run(engine: Engine, max_steps: int = 1000) -> dict[str, list[list[int]]]:
-    """Steps until nothing is left: request → the output of each of its sequences."""
-    done = {}
-    for _ in range(max_steps):
+def run(engine: Engine, later: Iterable[Callable[[], None]] = (), every: int = 0) -> dict[str, list[list[int]]]:
+    """Steps until nothing is left: request → the output of each of its sequences. One of ``later`` happens after
+    each ``every`` steps. `Violation` if the engine goes on and on."""
+    done, todo = {}, list(later)
+    for step in range(MAX_STEPS):
+        if todo and (not engine.has_unfinished() or step % every == 0):
+            todo.pop(0)()
         for output in engine.step():
             if output.finished:
                 done[output.request_id] = [list(one.token_ids) for one in output.outputs]
-        if not engine.has_unfinished():
+        if not engine.has_unfinished() and not todo:
             return done
-    raise AssertionError(f"the engine was not done after {max_steps} steps")
+    raise Violation(f"the requests have not all ended after {MAX_STEPS} steps", "never done")
 
 
 def requests(random: Random, number: int, longest: int, samples: int) -> list[tuple[list[int], int, int]]:
@@ -105,16 +115,22 @@ def requests(random: Random, number: int, longest: int, samples: int) -> list[tu
     ]
 
 
-def serve(engine: Engine, requests: Iterable[tuple[list[int], int, int]], tape: Tape) -> None:
-    """Lets the engine serve the requests, on tape. `Violation` if any gets other tokens than it gets alone, or if
-    blocks are missing in the end."""
+def serve(engine: Engine, requests: Iterable[tuple[list[int], int, int]], tape: Tape, every: int = 0) -> None:
+    """Lets the engine serve the requests, on tape: all at once, or one after each ``every`` steps. `Violation` if any
+    gets other tokens than it gets alone, or if blocks are missing in the end."""
     tape.record(engine.started_event())
     engine.events.subscribe(tape.record)
     asked = {f"request-{number}": request for number, request in enumerate(requests)}
-    for name, (prompt, num_output, n) in asked.items():
-        tape.say(f"{name}: a prompt of {len(prompt)} tokens, {n} output(s) of {num_output}")
+
+    def add(name: str, prompt: list[int], num_output: int, n: int) -> None:
+        tape.say(f"step {engine.scheduler.step}: {name}, {len(prompt)} tokens, asks for {n} output(s) of {num_output}")
         engine.add_request(name, prompt, params(num_output, n))
-    outputs = run(engine)
+
+    arrivals = [partial(add, name, *request) for name, request in asked.items()]
+    if not every:
+        while arrivals:
+            arrivals.pop(0)()
+    outputs = run(engine, arrivals, every)
     for name, (prompt, num_output, n) in asked.items():
         if outputs[name] != [alone(prompt, num_output, branch) for branch in range(n)]:
             raise Violation(f"{name} got other tokens than it gets alone", "other tokens")

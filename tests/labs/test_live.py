@@ -10,6 +10,7 @@ import pytest
 from minipaged import cli
 from minipaged.errors import InvalidConfig, InvalidRequest
 from minipaged.labs import find, toy
+from minipaged.labs.a5 import checks as a5
 from minipaged.labs.desk import Desk
 from minipaged.labs.live import install, settings_of
 from minipaged.labs.student import NotImportable, Violation
@@ -61,6 +62,32 @@ def test_each_restart_reads_the_file_anew_and_a_mistake_stops_the_step_with_its_
     desk.file.write_text(LAB.reference())
     llm.restart()
     assert serve(llm.engine)
+
+
+def test_a_scheduler_runs_live_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    desk = Desk(find("A5"), tmp_path)
+    desk.start()
+    llm = SimpleNamespace(engine=toy.toy_engine(num_blocks=6, block_size=2, max_num_seqs=4, max_num_batched_tokens=4))
+    with pytest.raises(InvalidRequest, match="nothing to watch"):
+        monkeypatch.delattr(a5, "scheduler", raising=True)
+        settings_of("a5")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    desk.file.write_text(desk.lab.reference())
+    install(llm, "a5")
+    engine = _fresh(llm.engine)
+    for number in range(3):
+        engine.add_request(f"{number}", [number] * 3, toy.params(6))
+    with pytest.raises(InvalidRequest, match="single sequences"):
+        engine.add_request("two", [1], toy.params(3, n=2))
+    assert not engine.is_unfinished("two")
+    assert toy.run(engine) == {f"{number}": [toy.alone([number] * 3, 6)] for number in range(3)}
+    engine.add_request("abandoned", [1, 2], toy.params(3))
+    engine.step()
+    engine.abort("abandoned")
+    assert engine.scheduler.read_queues() == [[], []] and engine.memory.pool.num_free == 6
+    llm.engine.make_scheduler.close()
 
 
 def test_what_the_lab_cannot_do_is_refused(llm):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -145,6 +147,28 @@ def test_leaving_is_no_answer(tmp_path):
             student.function("leave")
 
 
+def test_a_process_that_sleeps_is_ended_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr("minipaged.labs.student.PATIENCE", 2)
+    with student_of(tmp_path, "import time\ndef doze(): time.sleep(1000)", seconds=1.0) as student:
+        with pytest.raises(LimitReached):
+            student.function("doze")
+
+
+def test_a_process_that_did_not_get_the_processor_gets_more_time(tmp_path):
+    """Stopped for longer than its limit, as on a machine with too many others."""
+    with student_of(tmp_path, "def one(): return 1", seconds=1.0) as student:
+        student._process.send_signal(signal.SIGSTOP)
+        threading.Timer(1.3, student._process.send_signal, [signal.SIGCONT]).start()
+        assert student.function("one") == 1
+
+
+def test_a_process_that_asks_and_asks_is_ended(tmp_path):
+    source = "def ask(pool):\n    while True: pool.size"
+    with student_of(tmp_path, source, seconds=1.0) as student:
+        with pytest.raises(LimitReached):
+            student.function("ask", Remote("pool", Two(), (), ("size",)))
+
+
 def test_an_endless_loop_is_ended_with_all_its_process_group(tmp_path):
     started = time.monotonic()
     with student_of(tmp_path, ANSWERS, seconds=1.0) as student:
@@ -176,6 +200,22 @@ CHEATS = {
         "import os, posix; os.stat = posix.stat = os.path.realpath = lambda *a, **k: posix.lstat('/dev/null')\n"
         f"open({str(PACKAGE / 'errors.py')!r})"
     ),
+    "patch the builtins": (
+        "import builtins as b; kept = b.type, b.isinstance, b.int\n"
+        "b.type = lambda x: int; b.isinstance = lambda *a: True; b.int = str\n"
+        f"try: open({str(PACKAGE / 'errors.py')!r})\n"
+        "finally: b.type, b.isinstance, b.int = kept"
+    ),
+    "change the fence through its exception": (
+        f"name = {str(PACKAGE / 'errors.py')!r}\n"
+        "try: open(name)\n"
+        "except PermissionError as error: frame = error.__traceback__.tb_next.tb_frame\n"
+        "for key, value in (('secret', frozenset()), ('denied', frozenset()), ('packages', ())):\n"
+        "    frame.f_locals[key] = value\n"
+        "open(name)"
+    ),
+    "a name in bytes": f"open({str(PACKAGE / 'errors.py')!r}.encode())",
+    "a folder of its own": "import os; os.mkdir('sub')",
     "another process": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import minipaged'])",
     "a shell": "import os; os.system('true')",
     "fork": "import os\nwhile True: os.fork()",
@@ -185,6 +225,8 @@ CHEATS = {
     "append to its own shell": "import os; open(os.path.expanduser('~') + '/../.profile', 'a')",
     "remove files": "import os; os.remove('/tmp/minipaged-nothing')",
     "kill the grader": "import os; os.kill(os.getppid(), 9)",
+    "the grader's environment": "import os; open(f'/proc/{os.getppid()}/environ')",
+    "the grader's memory": "import os; open(f'/proc/{os.getppid()}/mem', 'rb')",
     "machine code": "import ctypes; ctypes.CDLL(None).getpid()",
     "find the fence": "import gc; gc.get_objects()",
 }
@@ -198,7 +240,16 @@ def test_a_cheat_is_refused(tmp_path, cheat):
     assert {path.name for path in tmp_path.iterdir()} == {"answer.py"}
 
 
-def test_threads_and_memory_are_limited(tmp_path):
+def test_files_beside_the_students_cannot_be_read(tmp_path):
+    """Such as the secret, and others' submissions."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("hush")
+    with student_of(tmp_path, f"def read(): return open({str(secret)!r}).read()") as student:
+        with pytest.raises(StudentError, match="may not be opened here"):
+            student.function("read")
+
+
+def test_memory_is_limited(tmp_path):
     with pytest.raises(LimitReached, match="ran out of memory"):
         with student_of(tmp_path, "def hoard(): return len(bytearray(10 << 30))") as student:
             try:

@@ -1,4 +1,8 @@
-"""Lab A1: the block allocator."""
+"""Lab A1: the block allocator.
+
+Its reference is a twin of `memory.pool.BlockPool`, which also serves the prefix cache (lab A6) and page mapping, and
+would show students four branches that are none of their business. The engine's pool passes the same checks.
+"""
 
 from __future__ import annotations
 

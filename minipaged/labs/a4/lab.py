@@ -1,4 +1,8 @@
-"""Lab A4: fork and copy-on-write."""
+"""Lab A4: fork and copy-on-write.
+
+Its reference is a twin of `memory.table.BlockTables`, which reserves many tokens at a time, emits events, caches
+prefixes and swaps. The engine's tables pass the same checks.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +40,8 @@ def engine() -> dict[str, Any]:
             self.engine.free(seq)
             del self.lengths[seq]
 
-        def all_tables(self) -> list[tuple[int, list[int]]]:
-            return [(seq, list(blocks)) for seq, blocks in self.engine.tables.items()]
+        def all_tables(self) -> list[tuple[int, list[int], int]]:
+            return [(seq, list(blocks), self.lengths[seq]) for seq, blocks in self.engine.tables.items()]
 
     return {"BlockTables": Tables}
 

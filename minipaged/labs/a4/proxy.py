@@ -40,6 +40,7 @@ class LabTables(BlockTables):
         pool = Remote("pool", Pool(self.pool), ("allocate", "incref", "decref", "ref_count"), ("num_free",))
         self._theirs = student.new("BlockTables", config.block_size, pool)
         self.lengths: dict[int, int] = {}
+        self._said_lengths: dict[int, int] = {}  # by the student's code, with its tables
 
     def open(self, seq_id: int, hits: Seq[Hit] = (), demand: Demand | None = None) -> None:
         super().open(seq_id)
@@ -107,8 +108,9 @@ class LabTables(BlockTables):
     def _read(self, call: str) -> dict[int, list[int]]:
         said = self.ask("all_tables")
         try:
-            tables = {seq: list(table) for seq, table in said}
+            tables = {seq: list(table) for seq, table, _ in said}
             assert all(type(block) is int for table in tables.values() for block in table)
+            self._said_lengths = {seq: length for seq, _, length in said}
         except (TypeError, ValueError, AssertionError):
             raise Violation(f"after {call}, the tables are {said!r}", "table") from None
         return tables
@@ -140,6 +142,10 @@ class LabTables(BlockTables):
             seq = min(seq for seq in {*theirs, *self.tables} if theirs.get(seq) != self.tables.get(seq))
             found = f"{theirs.get(seq)} instead of {self.tables.get(seq)}"
             raise Violation(f"after {call}, the table of sequence {seq} is {found}", "table")
+        for seq, length in self.lengths.items():
+            if self._said_lengths[seq] != length:
+                found = f"{self._said_lengths[seq]} instead of {length}"
+                raise Violation(f"after {call}, the length of sequence {seq} is {found}", "length")
         named = Counter(block for table in self.tables.values() for block in table)
         for block, count in enumerate(self.pool.ref_counts):
             if named[block] != count:

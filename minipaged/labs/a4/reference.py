@@ -46,9 +46,9 @@ class BlockTables:
             self.pool.decref(block)
         del self.lengths[seq]
 
-    def all_tables(self) -> list[tuple[int, list[int]]]:
-        """What the checks look at after every call."""
-        return list(self.tables.items())
+    def all_tables(self) -> list[tuple[int, list[int], int]]:
+        """What the checks look at after every call: sequence, block table, length."""
+        return [(seq, table, self.lengths[seq]) for seq, table in self.tables.items()]
 
     # lab: A4.2
     def fork(self, parent: int, child: int) -> None:

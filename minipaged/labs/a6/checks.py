@@ -102,13 +102,15 @@ def _traces(random: Random, number: int) -> Iterator[Trace]:
         texts = _texts(random, 8 + index, block_size)
         trace: list[tuple[str, Any]] = [("sizes", (random.randint(5, 9), block_size, random.choice((1, 32))))]
         for text in texts:
-            trace += [("text", text), *random.choices((("end", 0), ("end", random.randrange(9)), ("evict", 2)), (6, 4, 1), k=1)]
+            actions = ("end", 0), ("end", random.randrange(9)), ("evict", 2)
+            trace += [("text", text), random.choices(actions, (6, 4, 1))[0]]
         yield trace
 
 
 def a6_3(trial: Trial) -> None:
     """Texts end, and a small pool takes back what nobody uses."""
-    basics = [("text", (0, 1, 0, 1, 0)), ("text", (1, 1, 0)), ("end", 0), ("end", 0), ("evict", 2), ("text", (0, 1, 0, 1, 0))]
+    long, short = ("text", (0, 1, 0, 1, 0)), ("text", (1, 1, 0))
+    basics = [long, short, ("end", 0), ("end", 0), ("evict", 2), long]
     trial.search([basics, *_traces(trial.random, 10)], partial(_run, trial))
 
 
@@ -116,15 +118,13 @@ def a6_4(trial: Trial) -> None:
     """In the engine: prompts that begin alike, in a pool that runs full. The tokens are those without any cache."""
 
     def run(trace: Trace, tape: Tape) -> None:
-        settings = {"num_blocks": 14, "block_size": 3, "enable_prefix_caching": True, "max_num_seqs": 4}
+        settings: dict[str, Any] = {"num_blocks": 14, "block_size": 3, "enable_prefix_caching": True, "max_num_seqs": 4}
         toy.serve(toy.toy_engine(partial(manager, trial.student), **settings), trace, tape)
 
     random = trial.random
     stems = [[random.randrange(toy.VOCAB) for _ in range(length)] for length in (3, 6, 9)]
-    requests = [
-        (random.choice(stems) + prompt, num_output, n) for prompt, num_output, n in toy.requests(random, 10, 4, samples=2)
-    ]
-    trial.search([requests], run)
+    drawn = toy.requests(random, 10, 4, samples=2)
+    trial.search([[(random.choice(stems) + prompt, num_output, n) for prompt, num_output, n in drawn]], run)
 
 
 CHECKS = {"A6.1": a6_1, "A6.2": a6_2, "A6.3": a6_3, "A6.4": a6_4}

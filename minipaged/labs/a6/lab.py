@@ -1,4 +1,8 @@
-"""Lab A6: the prefix cache."""
+"""Lab A6: the prefix cache.
+
+Its reference is a sibling of `memory.prefix_cache.PrefixCache` that hashes: the engine's compares contents in a
+dictionary, where no collision can be injected. The engine's cache passes the same checks.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from minipaged.memory.prefix_cache import EMPTY_PREFIX
 
 
 def engine() -> dict[str, Any]:
-    """The engine's cache, asked for whole texts. It compares contents, so that how many bits a hash has is all the same."""
+    """The engine's cache, asked for whole texts. It compares contents: how many bits a hash has is all the same."""
 
     class Cache:
         def __init__(self, block_size: int, hash_bits: int = 32) -> None:
