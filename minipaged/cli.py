@@ -39,8 +39,11 @@ from minipaged.cli_options import sampling as _sampling
 from minipaged.config import EngineConfig
 from minipaged.errors import MinipagedError
 from minipaged.experiments.cli import app as experiments
+from minipaged.labs.cli import app as labs
+from minipaged.labs.grade import command as grade
 
 if TYPE_CHECKING:
+    from minipaged.llm import LLM
     from minipaged.outputs import Delta
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -49,6 +52,8 @@ app.add_typer(cli_bench.app, name="bench")
 app.command()(cli_chat.chat)
 app.command()(cli_serve.serve)
 app.command()(cli_serve.batch)
+app.add_typer(labs, name="lab")
+app.command("grade")(grade)
 kernels = typer.Typer(help="Look into the Triton kernels.", no_args_is_help=True)
 app.add_typer(kernels, name="kernels")
 
@@ -111,6 +116,7 @@ def visualize(
         typer.Option("--share", help="A public link, through Gradio's servers. Whoever opens it may only watch."),
     ] = False,
     replay: Annotated[Path | None, typer.Option(help="Show this recording; no model is loaded.")] = None,
+    lab: Annotated[str | None, typer.Option("--lab", help="Run on what you wrote for this lab, e.g. A1.")] = None,
 ) -> None:
     """Watch the engine's memory while it runs, in the browser."""
     from visualizer.scenarios import DEMO_SETTINGS
@@ -136,11 +142,16 @@ def visualize(
         preemption=preemption,
         memory=memory,
     )
+    if lab is not None:
+        from minipaged.labs.live import settings_of
+
+        settings |= settings_of(lab)
     EngineConfig(model=model, **settings)  # complain before the slow imports, not after
     launch = _visualizer()
     launch(
-        lambda: _load(model, **settings), host=host, port=port, open_browser=open_browser, classroom=classroom,
-        share=share, recordings_will_do=model == DEFAULT.model,
+        lambda: _load(model, **settings) if lab is None else _load_lab(lab, model, **settings),
+        host=host, port=port, open_browser=open_browser, classroom=classroom, share=share,
+        recordings_will_do=model == DEFAULT.model and lab is None, other_models=lab is None,
     )  # fmt: skip
     raise typer.Exit(130)  # gradio returns on Ctrl-C, and on nothing else
 
@@ -246,3 +257,11 @@ def _print_stream(deltas: Iterator[Delta]) -> str:
     finally:
         print()  # also after Ctrl-C, for the shell's prompt
     return "".join(pieces)
+
+
+def _load_lab(lab: str, model: str, **settings: Any) -> LLM:
+    from minipaged.labs.live import install
+
+    llm = _load(model, **settings)
+    install(llm, lab)
+    return llm

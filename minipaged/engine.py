@@ -72,6 +72,8 @@ class Engine:
         eos_token_ids: frozenset[int] = frozenset(),
         tokenizer: Any = None,
         bytes_per_block: int = 0,
+        make_memory: Callable[[EngineConfig, EventLog], MemoryManager] = make_manager,
+        make_scheduler: Callable[..., Scheduler] = Scheduler,
     ) -> None:
         assert config.num_blocks is not None and config.max_model_len is not None
         self.config, self.num_blocks, self.max_model_len = config, config.num_blocks, config.max_model_len
@@ -80,8 +82,9 @@ class Engine:
         self.runner, self.sampler, self.tokenizer = runner, sampler, tokenizer
         self.vocab_size, self.bytes_per_block, self.eos_token_ids = vocab_size, bytes_per_block, eos_token_ids
         self.events = EventLog()
-        self.memory: MemoryManager = make_manager(config, self.events)
-        self.scheduler = Scheduler(
+        self.make_memory, self.make_scheduler = make_memory, make_scheduler  # the labs bring their own
+        self.memory: MemoryManager = make_memory(config, self.events)
+        self.scheduler = make_scheduler(
             self.memory,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -140,8 +143,8 @@ class Engine:
             for seq in seqs:
                 seq.text = TextStream(self.tokenizer, tokens, params.stop)
         request = self._request(request_id, tokens, params, seqs, prompt)
-        self._requests[request_id] = request
         self.scheduler.add(request)
+        self._requests[request_id] = request
         if self.events.active:
             seq_ids = [seq.seq_id for seq in seqs]
             self.events.emit(RequestAdded, request_id, seq_ids, tokens, self._pieces(tokens), request.max_output)
@@ -174,8 +177,8 @@ class Engine:
         request = self._request(new_id, parent.prompt_token_ids, params, [child], parent.prompt)
         if parent.prompt_logprobs is not None:
             request.prompt_logprobs = list(parent.prompt_logprobs)
-        self._requests[new_id] = request
         self.scheduler.fork(parent, request)
+        self._requests[new_id] = request
         return new_id
 
     @_undisturbed

@@ -142,4 +142,6 @@ def fresh(engine: Engine) -> Engine:
         eos_token_ids=engine.eos_token_ids,
         tokenizer=engine.tokenizer,
         bytes_per_block=engine.bytes_per_block,
+        make_memory=engine.make_memory,
+        make_scheduler=engine.make_scheduler,
     )

@@ -66,7 +66,8 @@ class LLM:
 
         ``config`` may differ in everything but model, device and dtype. Raises `InvalidConfig`.
         """
-        return _build_engine(config, self._loaded)
+        parts = {"make_memory": self.engine.make_memory, "make_scheduler": self.engine.make_scheduler}
+        return _build_engine(config, self._loaded, **parts)
 
     def generate(
         self,
@@ -252,8 +253,8 @@ class LLM:
             self._close(request_id)
 
 
-def _build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
-    """Fills in what depends on the model and the machine, and makes the KV cache."""
+def _build_engine(config: EngineConfig, loaded: LoadedModel, **parts: Any) -> Engine:
+    """Fills in what depends on the model and the machine, and makes the KV cache. ``parts``: others than usual."""
     spec = loaded.spec
     max_model_len = config.max_model_len or spec.max_model_len
     if max_model_len > spec.max_model_len:
@@ -293,6 +294,7 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
         eos_token_ids=spec.eos_token_ids,
         tokenizer=loaded.tokenizer,
         bytes_per_block=bytes_per_block,
+        **parts,
     )
 
 

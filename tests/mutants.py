@@ -109,6 +109,14 @@ MUTANTS = [
         (tables.test_a_block_freed_twice_is_an_error_at_the_call,),
     ),
     Mutant(
+        "block -1, counted from the end, is shared",
+        BlockPool,
+        "share",
+        "self._check_known(block)",
+        "pass",
+        (tables.test_sharing_an_unknown_block_is_an_error,),
+    ),
+    Mutant(
         "a fork does not count its references",
         BlockTables,
         "fork",

@@ -195,14 +195,16 @@ def launch(
     share: bool = False,
     replay: Path | None = None,
     recordings_will_do: bool = False,
+    other_models: bool = True,
 ) -> Visualizer:
     """Serves the page. Returns when it is stopped with Ctrl-C, or at once if not ``block``.
 
     ``llm`` is an `LLM`, a function that makes one (called once the port is known to be free), or ``None`` for
     the embedded model with a pool small enough to run full. If it cannot be loaded and ``recordings_will_do``, the
-    recordings that minipaged comes with are shown. ``replay`` shows a recording instead of an engine; ``ValueError``
-    if it is none. In a ``classroom`` viewers watch, and only the presenter controls. ``share`` makes a public link
-    through Gradio's servers, and a classroom of whoever opens it; without the internet the local page goes on alone.
+    recordings that minipaged comes with are shown. ``other_models``: viewers on this machine may load some.
+    ``replay`` shows a recording instead of an engine; ``ValueError`` if it is none. In a ``classroom`` viewers watch,
+    and only the presenter controls. ``share`` makes a public link through Gradio's servers, and a classroom of whoever
+    opens it; without the internet the local page goes on alone.
     Raises `PortInUse`.
     """
     _check_port(host, port)
@@ -211,7 +213,7 @@ def launch(
         visualizer = build_replay(replay)
     else:
         # Whoever is on the network may not make this machine load things.
-        load = _load if host in LOOPBACK and not share else None
+        load = _load if host in LOOPBACK and not share and other_models else None
         visualizer = _with_engine(llm or _tiny, scenario, rate, classroom, load, recordings_will_do)
     try:
         visualizer.blocks.launch(

@@ -40,6 +40,7 @@ class BlockPool:
 
     def share(self, block: int) -> None:
         """One more owner: a fork, or a hit in the prefix cache (which may find the block without any owner)."""
+        self._check_known(block)
         if self.ref_counts[block] == 0:
             if not self._cache or block not in self._cache.evictable:
                 raise BlockError(f"block {block} is free: there is nothing in it to share")
@@ -48,8 +49,7 @@ class BlockPool:
 
     def free(self, block: int) -> None:
         """One owner less. The last one's block goes back to the pool, or stays cached until it is needed."""
-        if not 0 <= block < self.num_blocks:
-            raise BlockError(f"block {block} is not one of this pool's {self.num_blocks}")
+        self._check_known(block)
         if self.ref_counts[block] == 0:
             raise BlockError(f"block {block} is freed twice")
         self.ref_counts[block] -= 1
@@ -58,6 +58,10 @@ class BlockPool:
                 self._cache.retire(block)
             else:
                 self._free[block] = None
+
+    def _check_known(self, block: int) -> None:
+        if not 0 <= block < self.num_blocks:  # a negative one would be found, counted from the end
+            raise BlockError(f"block {block} is not one of this pool's {self.num_blocks}")
 
     # --- choosing among free blocks, for managers to whom it matters which they get ---
 

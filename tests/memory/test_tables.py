@@ -33,6 +33,15 @@ def test_freeing_an_unknown_block_is_an_error():
             BlockPool(2).free(block)
 
 
+def test_sharing_an_unknown_block_is_an_error():
+    pool = BlockPool(1)
+    pool.allocate()
+    for block in (-1, 1):
+        with pytest.raises(BlockError, match="not one of this pool"):
+            pool.share(block)
+    assert pool.ref_counts == [1]
+
+
 def test_sharing_a_free_block_is_an_error():
     with pytest.raises(BlockError, match="nothing in it to share"):
         BlockPool(1).share(0)

@@ -1,0 +1,123 @@
+"""Lab A8: vAttention's mapping on demand, and BatchLLM's order of requests."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from minipaged.labs.a8 import reference
+from minipaged.labs.lab import Lab, Mutant, Source, Task
+from minipaged.memory.managers.virtual import VirtualTables
+from minipaged.memory.table import Write
+
+
+def engine() -> dict[str, Any]:
+    """The engine's vAttention manager, told which slot to take. It has no order of requests: the lab's stands in."""
+
+    class OutOfPages(MemoryError):
+        pass
+
+    class Tables(VirtualTables):
+        def _settle(self, seq_id: int, need: int) -> None:
+            self.slots[seq_id] = seq_id
+            self._owners[seq_id] = seq_id
+
+    class VirtualMemory:
+        def __init__(self, driver: Any, num_pages: int, page_size: int, num_slots: int) -> None:
+            settings: dict[str, Any] = {"max_model_len": num_pages * page_size, "mapping": "sync"}
+            self.engine = Tables(num_pages, page_size, enable_prefix_caching=False, max_num_seqs=num_slots, **settings)
+            self.driver, self.lengths = driver, dict[int, int]()
+
+        def ensure(self, slot: int, num_tokens: int) -> None:
+            write = Write(slot, self.lengths.get(slot, 0), num_tokens)
+            lacking = self.engine.blocks_for(num_tokens) - len(self.engine.tables.get(slot, ()))
+            if lacking > self.engine.pool.num_free:
+                raise OutOfPages
+            if slot not in self.engine.tables:
+                self.engine.open(slot)
+            self.engine.reserve(write)
+            self.lengths[slot] = num_tokens
+            chunk = SimpleNamespace(seq=SimpleNamespace(seq_id=slot), block_table=self.engine.tables[slot])
+            plan: Any = SimpleNamespace(chunks=[chunk], maps=None)
+            self.engine.seal(plan)
+            plan.maps.done = True
+            for shown in plan.maps.maps:  # the engine unmaps all at once, before; here it is page by page
+                for gone in plan.maps.unmaps:
+                    if gone.page == shown.page:
+                        self.driver.unmap(gone.slot, gone.logical)
+                self.driver.map(*shown)
+
+        def release(self, slot: int) -> None:
+            self.engine.free(slot)
+            del self.lengths[slot]
+
+    return {"VirtualMemory": VirtualMemory, "order_requests": reference.order_requests}
+
+
+MUTANTS = (
+    Mutant(
+        "a sequence that ends just at a page's end gets a page more, which is wasted",
+        "A8.1",
+        "need = -(-num_tokens // self.page_size)",
+        "need = num_tokens // self.page_size + 1",
+    ),
+    Mutant(
+        "memory runs out in the midst: what was mapped until then is lost",
+        "A8.1",
+        "if lacking > len(self.free) + sum(unused):",
+        "if not self.free and lacking > sum(unused):",
+    ),
+    Mutant(
+        "a page is taken from a sequence that runs",
+        "A8.2",
+        "if len(pages) > self.needed[slot])",
+        "if pages)",
+    ),
+    Mutant(
+        "pages of a sequence that has ended count as free while they are still mapped, and are mapped twice",
+        "A8.2",
+        "        self.needed[slot] = 0\n",
+        "        self.needed[slot] = 0\n        self.free += self.mapped[slot]\n",
+    ),
+    Mutant(
+        "pages are unmapped as soon as a sequence ends, and mapped again for the next one",
+        "A8.2",
+        "        self.needed[slot] = 0\n",
+        "        self.needed[slot] = 0\n        while self.mapped[slot]:\n"
+        "            self.driver.unmap(slot, len(self.mapped[slot]) - 1)\n"
+        "            self.free.append(self.mapped[slot].pop())\n",
+    ),
+    Mutant(
+        "pages that a shorter sequence does not need count as needed: none are left, though most are unused",
+        "A8.2",
+        "self.needed[slot] = need\n",
+        "self.needed[slot] = max(need, len(pages))\n",
+    ),
+    Mutant(
+        "prompts are grouped by their first token only: longer shared beginnings are computed again",
+        "A8.3",
+        "sorted(range(len(prompts)), key=prompts.__getitem__)",
+        "range(len(prompts))",
+    ),
+    Mutant(
+        "groups with long prompts and short outputs come first",
+        "A8.3",
+        "key=ratio, reverse=True",
+        "key=ratio",
+    ),
+)
+
+LAB = Lab(
+    key="A8",
+    title="Pages on demand (vAttention), and an order that shares (BatchLLM)",
+    minutes=75,
+    file="later_papers.py",
+    sources=(Source("minipaged.labs.a8.reference"),),
+    tasks=(
+        Task("A8.1", "Map what is needed", 3),
+        Task("A8.2", "Leave mapped, reclaim late", 4, needs=("A8.1",)),
+        Task("A8.3", "An order of requests", 3),
+    ),
+    mutants=MUTANTS,
+    engine=engine,
+)
