@@ -116,6 +116,7 @@ def _grade_one(
     if row.problem:
         row.results = [Result(task.key, task.title, 0, task.points, "import", row.problem) for task in lab.tasks]
     else:
+        _write(path, gradescope(lab, row))  # of an earlier submission nothing is left
         file.parent.mkdir()
         file.write_bytes(submission.source)
         try:

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 MOST = 10  # causes that the page lists
 MAX_BINS = 11  # of the histogram
-MARKS = {"pass": "✓", "fail": "✗", "blocked": "·", "limit": "⧗", "import": "!", "skip": "-"}
-LEGEND = "✓ passed, ✗ failed, · blocked by another task, ⧗ time or memory limit, ! no file that can be imported"
+MARKS = {"pass": "✓", "fail": "✗", "blocked": "·", "limit": "T", "import": "!", "skip": "-"}
+LEGEND = "✓ passed, ✗ failed, · blocked by another task, T time or memory limit, ! no file that can be imported"
 STYLE = """
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin-bottom: 2rem } th, td { padding: .2rem .8rem; text-align: left }
 td.n { text-align: right; font-variant-numeric: tabular-nums } tbody tr { border-top: 1px solid #8884 }
-td.bar { width: 24rem } td.bar div { background: #3b7dd8; height: 1rem; min-width: 1px }
+td.bar { width: 24rem } td.bar div { background: #3b7dd8; height: 1rem }
 pre { white-space: pre-wrap; overflow-wrap: anywhere } td { overflow-wrap: anywhere; vertical-align: top }
 """
 
@@ -40,9 +40,9 @@ def page(lab: Lab, rows: Sequence[Row]) -> str:
         f"<p>{len(rows)} submissions, {lab.points} points to be had. Mean {sum(points) / len(points):.1f}, "
         f"median {middle:g}, all points: {points.count(lab.points)}.</p>",
         "<h2>Points</h2>",
-        _bars("points", histogram(points, lab.points)),
+        _bars(("points", "students"), histogram(points, lab.points)),
         "<h2>Tasks</h2>",
-        _bars("passed", [(f"{task.key} {task.title}", passed(rows, task.key)) for task in lab.tasks], len(rows)),
+        _bars(("task", "passed"), [(f"{t.key} {t.title}", passed(rows, t.key)) for t in lab.tasks], len(rows)),
         "<h2>Most frequent causes</h2>",
         _table(("students", "cause", "for example"), map(_cause, causes(rows))),
         f"<h2>Students</h2><p>{LEGEND}.</p>",
@@ -91,10 +91,15 @@ def _student(lab: Lab, row: Row) -> list[str]:
     return [_text(row.student), _number(row.points), *marks, cause]
 
 
-def _bars(what: str, bars: Sequence[tuple[str, int]], most: int = 0) -> str:
-    most = most or max(count for _, count in bars) or 1
-    lines = ([_text(name), _number(count), _bar(count / most)] for name, count in bars)
-    return _table((what if what == "points" else "task", "students", ""), lines)
+def _bars(heads: tuple[str, str], bars: Sequence[tuple[str, int]], most: int = 0) -> str:
+    """A bar for each count; with ``most``, the count as a share of it."""
+    longest = most or max(count for _, count in bars)
+    lines = ([_text(name), _number(count), _bar(count / longest), _text(_percent(count, most))] for name, count in bars)
+    return _table((*heads, "", ""), lines)
+
+
+def _percent(count: int, most: int) -> str:
+    return f"{100 * count / most:.0f} %" if most else ""
 
 
 def _table(heads: Iterable[str], lines: Iterable[list[str]]) -> str:
