@@ -66,12 +66,16 @@ class Batch:
         tape.record(EngineStarted("attention", self.block_size, num_blocks, 64, 64, 64, False, "recompute", 0, 0))
         tape.begin(call)
         for seq, (length, table) in enumerate(zip(self.lengths, self.tables, strict=True)):
-            tape.say(f"  sequence {seq}: {length} tokens in blocks {table}")
+            tape.say(f"  sequence {seq}: {tokens(length)} in blocks {table}")
             tape.record(RequestAdded(f"sequence-{seq}", [seq], [0] * length, ["·"] * length, 1))
             tape.record(Admitted(f"sequence-{seq}", seq, 0))
             for logical, block in enumerate(table):
                 tape.record(Allocated(seq, logical, block))
             tape.record(Filled(seq, 0, length))
+
+
+def tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
 
 
 def compare(call: str, got: object, batch: Batch, scale: float, tolerance: float = TOLERANCE) -> None:
@@ -85,7 +89,7 @@ def compare(call: str, got: object, batch: Batch, scale: float, tolerance: float
     for b, length in enumerate(batch.lengths):
         for h in range(shape[1]):
             worst = off[b, h].max().item()
-            where = f"{call}: sequence {b} ({length} tokens in blocks of {batch.block_size}), query head {h},"
+            where = f"{call}: sequence {b} ({tokens(length)} in blocks of {batch.block_size}), query head {h},"
             if math.isnan(worst):
                 raise Violation(f"{where} is NaN", "NaN")
             if worst > tolerance:
@@ -95,7 +99,7 @@ def compare(call: str, got: object, batch: Batch, scale: float, tolerance: float
 def _attend(trial: Trial, seed: int, settings: dict, trace: Trace, tape: Tape) -> None:
     if not trace:
         return
-    scale = settings["head_dim"] ** -0.5
+    scale = round(settings["head_dim"] ** -0.5, 3)
     batch = Batch(Random(seed), list(trace), **settings)
     heads = f"{settings['heads'][0]} query heads, {settings['heads'][1]} key/value heads"
     batch.show(tape, f"paged_attention with {heads}, head dimension {settings['head_dim']}")
