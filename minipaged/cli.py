@@ -1,4 +1,4 @@
-"""The ``minipaged`` command: visualize, generate, chat, doctor, experiments, kernels, lab.
+"""The ``minipaged`` command: visualize, generate, chat, doctor, experiments, kernels, lab, grade.
 
 torch, transformers and gradio take seconds to import, so each command imports what it needs when it runs, and
 ``--help`` stays quick. A model's text is printed as it is, never by rich, which reads ``[bold]`` as markup.
@@ -20,6 +20,7 @@ from minipaged.config import DEVICES, DTYPES, MANAGERS, EngineConfig, SamplingPa
 from minipaged.errors import InvalidRequest, MinipagedError
 from minipaged.experiments.cli import app as experiments
 from minipaged.labs.cli import app as labs
+from minipaged.labs.grade import command as grade
 
 if TYPE_CHECKING:
     from minipaged.llm import LLM
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(experiments, name="experiments")
 app.add_typer(labs, name="lab")
+app.command("grade")(grade)
 kernels = typer.Typer(help="Look into the Triton kernels.", no_args_is_help=True)
 app.add_typer(kernels, name="kernels")
 

@@ -151,12 +151,10 @@ def check(
     secret: bytes = PRACTICE,
     student: str = "",
     tasks: Iterable[str] | None = None,
-    hidden: tuple[Path, ...] = (),
     told: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
     """Checks all tasks, or those named (whose needs then count as fulfilled). ``told`` hears of each when it is done.
 
-    ``hidden``: files and folders that the student's code must not read, such as the secret and others' submissions.
     ``file`` is a student's; a dict of classes and functions runs in this process, for the engine's own code.
     """
     chosen = [task for task in lab.tasks if tasks is None or task.key in tasks]
@@ -170,14 +168,14 @@ def check(
         elif lacking:
             result = Result(task.key, task.title, 0, task.points, "blocked", f"blocked by {', '.join(lacking)}")
         else:
-            result = _check_task(lab, task, file, seed_of(secret, student, lab.key, task.key), hidden)
+            result = _check_task(lab, task, file, seed_of(secret, student, lab.key, task.key))
         results.append(result)
         told(result)
     return results
 
 
-def _check_task(lab: Lab, task: Task, file: Path | dict[str, Any], seed: int, hidden: tuple[Path, ...]) -> Result:
-    trial = Trial(lab, task, lambda seconds: open_student(lab, file, seconds, hidden=hidden), seed)
+def _check_task(lab: Lab, task: Task, file: Path | dict[str, Any], seed: int) -> Result:
+    trial = Trial(lab, task, lambda seconds: open_student(lab, file, seconds), seed)
     started = time.monotonic()
     status, cause = "pass", ""
     try:
@@ -204,14 +202,12 @@ def _check_task(lab: Lab, task: Task, file: Path | dict[str, Any], seed: int, hi
     )
 
 
-def open_student(
-    lab: Lab, file: Path | dict[str, Any], seconds: float, live: bool = False, hidden: tuple[Path, ...] = ()
-) -> Any:
+def open_student(lab: Lab, file: Path | dict[str, Any], seconds: float, live: bool = False) -> Any:
     """A process with the student's file, or the engine's own code in its place."""
     if isinstance(file, dict):
         return Local(file)
     surroundings: dict[str, Any] = {"preload": lab.preload, "memory": lab.memory, "environment": lab.environment}
-    return Student(file, seconds=seconds, live=live, hidden=hidden, **surroundings)
+    return Student(file, seconds=seconds, live=live, **surroundings)
 
 
 def save_recording(events: list[Event], path: Path) -> None:

@@ -100,8 +100,7 @@ class Student:
     Inputs and results are plain data, tensors and, as arguments, `Remote` and `Object`. Every method raises
     `StudentError`, `LimitReached` or another `Violation`; after the last two the process is gone. ``seconds`` are for
     everything together, or for each call if ``live``. On a machine that is busy with others it gets more time, up to
-    `PATIENCE` times as much: an answer must not be wrong because of the neighbours. ``hidden``: files and folders that
-    it cannot read, beside the engine's source.
+    `PATIENCE` times as much: an answer must not be wrong because of the neighbours.
     """
 
     def __init__(
@@ -113,12 +112,11 @@ class Student:
         memory: int = 1 << 30,
         environment: dict[str, str] | None = None,
         live: bool = False,
-        hidden: tuple[Path, ...] = (),
     ) -> None:
         if not hasattr(os, "killpg"):
             raise InvalidRequest("labs run students' code in limited processes, which needs Linux or macOS (or WSL)")
         self.file, self.seconds = file, seconds
-        self.alive, self._live = True, live
+        self.alive, self._live, self._tensors = True, live, "torch" in preload
         self._remotes: dict[str, Remote] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="minipaged-lab-")
         copy = Path(self._folder.name, file.name)
@@ -133,12 +131,12 @@ class Student:
             "answers": back,
             "paths": [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))] if preload else [],
             "preload": list(preload),
-            "forbidden": [*_forbidden(), *map(str, hidden)],
+            "forbidden": _forbidden(),
             "limits": {
                 **({} if live else {"RLIMIT_CPU": int(seconds) + 2}),
                 "RLIMIT_FSIZE": MAX_OUTPUT,
                 "RLIMIT_AS": memory,
-                "RLIMIT_NPROC": 0,  # no processes, no threads; root it does not bind, the fence does
+                "RLIMIT_NPROC": 0,  # no processes, no threads; root it does not bind, but `worker.seal`
                 "RLIMIT_CORE": 0,
             },
         }
@@ -153,7 +151,7 @@ class Student:
         self._process_times = psutil.Process(self._process.pid)
         self._begin_time()
         try:
-            self.names = self._answer("importing your file")["names"]
+            self._answer("importing your file")
         except StudentError as error:
             self.close()
             place = f" ({error.where})" if error.where else ""
@@ -230,13 +228,15 @@ class Student:
                 raise Violation(f"{call}: {error}") from None
             if "callback" in answer:
                 self._send(pack(self._called_back(answer["callback"])), call)
-            elif "error" in answer:
-                told = answer["error"]
+            elif isinstance(told := answer.get("error"), dict) and isinstance(told.get("classes"), list):
                 if told.get("ours"):
                     raise Violation(f"{call}: {told.get('message')}")
                 raise StudentError(told, call)
+            elif "ok" not in answer:
+                self.close()
+                raise Violation(f"{call}: no answer")
             else:
-                return answer.get("ok")
+                return answer["ok"]
 
     def _called_back(self, callback: Any) -> dict[str, Any]:
         try:
@@ -246,7 +246,7 @@ class Student:
                 raise LookupError(f"the {name} has no {attribute}")
             thing = getattr(remote.thing, attribute)
             return {"ok": thing if args is None else thing(*args)}
-        except (BlockError, OutOfBlocks, LookupError, TypeError) as error:
+        except (BlockError, OutOfBlocks, LookupError, TypeError, ValueError) as error:
             return {"error": [type(error).__name__, str(error)]}
         except Violation:
             self.close()
@@ -265,8 +265,11 @@ class Student:
             raise self._ended(call) from None
 
     def _frame(self, call: str) -> tuple[bytes, bytes]:
-        text, raw = sizes(self._exactly(HEADER.size, call))
-        return self._exactly(text, call), self._exactly(raw, call)
+        text_size, raw_size = sizes(self._exactly(HEADER.size, call))
+        text, raw = self._exactly(text_size, call), self._exactly(raw_size, call)
+        if b'"$tensor"' in text and not self._tensors:
+            raise ProtocolError("a tensor cannot be handed over in this lab")
+        return text, raw
 
     def _exactly(self, size: int, call: str) -> bytes:
         while len(self._buffer) < size:
@@ -309,8 +312,11 @@ class Student:
         return times.user + times.system
 
     def _ended(self, call: str) -> Violation:
-        self._process.wait()
-        code = self._process.returncode
+        """What became of a process that answers no more. It may have closed the pipe, and go on."""
+        try:
+            code = self._process.wait(max(0.1, self._deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            code = -signal.SIGKILL
         self.close()
         if code in (-signal.SIGXCPU, -signal.SIGKILL):
             return LimitReached(f"{call} used up the time for this task")
@@ -321,7 +327,7 @@ class Student:
 class Local:
     """Objects of this very process in a student's place: the engine's own code, checked like a student's."""
 
-    alive, names = True, ()
+    alive = True
 
     def __init__(self, names: dict[str, Any]) -> None:
         self._names, self._objects = names, list[Any]()
