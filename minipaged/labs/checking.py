@@ -72,7 +72,9 @@ class Result:
 class Trial:
     """One task's check at work: `student` to ask, `random` to choose by, `search` to find failing traces with."""
 
-    def __init__(self, lab: Lab, task: Task, open_student: Callable[[float], Any], seed: int, shrink: bool = True) -> None:
+    def __init__(
+        self, lab: Lab, task: Task, open_student: Callable[[float], Any], seed: int, shrink: bool = True
+    ) -> None:
         self.lab, self.task, self.seed, self.shrinks = lab, task, seed, shrink
         self.random = Random(seed)
         self.seconds = max(MIN_SECONDS, TIMES_REFERENCE * task.seconds)
