@@ -29,6 +29,8 @@ from minipaged.scheduling.plan import StepPlan
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Any]  # arguments and result of `paged_decode`
 
+Prepare = Callable[[StepPlan], None]
+
 MODEL = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 6, "max_position_embeddings": 32,
@@ -40,7 +42,7 @@ TOLERANCE = 1e-3
 class Runner(ModelRunner):
     """Tells ``prepare`` of every plan before it is executed."""
 
-    def __init__(self, model: Any, kv_cache: KVCache, prepare: Callable[[StepPlan], None]) -> None:
+    def __init__(self, model: Any, kv_cache: KVCache, prepare: Prepare) -> None:
         super().__init__(model, kv_cache, torch.device("cpu"))
         self._prepare = prepare
 
@@ -62,7 +64,7 @@ def small_model(seed: int) -> Llama:
     return model.requires_grad_(False)
 
 
-def small_engine(model: Llama, kernels: Kernels = TORCH, prepare: Callable[[StepPlan], None] = lambda plan: None) -> Engine:
+def small_engine(model: Llama, kernels: Kernels = TORCH, prepare: Prepare = lambda plan: None) -> Engine:
     config = EngineConfig(
         model="small", num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_model_len=32, enable_prefix_caching=False,
         max_num_seqs=4, max_num_batched_tokens=8,
@@ -87,8 +89,9 @@ def checked(attend: Attend, name: str) -> Kernels:
         off = (got.float() - right).abs().amax(dim=(1, 2))
         for b, length in enumerate(lens.tolist()):
             if not off[b].item() <= TOLERANCE:
-                where = f"for sequence {b} of the batch ({length} tokens in blocks {tables[b].tolist()})"
-                raise Violation(f"in the engine, the result of {name} {where} is wrong by {off[b].item():.3g}", "result")
+                where = f"sequence {b} of the batch ({length} tokens in blocks {tables[b].tolist()})"
+                wrong = f"wrong by {off[b].item():.3g}"
+                raise Violation(f"in the engine, the result of {name} for {where} is {wrong}", "result")
         return got.to(right.dtype)
 
     return replace(TORCH, paged_decode=paged_decode)
@@ -97,7 +100,8 @@ def checked(attend: Attend, name: str) -> Kernels:
 def greedy(engine: Engine, requests: Trace) -> dict[str, list[list[int]]]:
     """The most likely continuations. ``requests``: (prompt, number of tokens). Raises what the student's code broke."""
     for number, (prompt, count) in enumerate(requests):
-        engine.add_request(f"request-{number}", prompt, SamplingParams(max_tokens=count, temperature=0, ignore_eos=True))
+        params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
+        engine.add_request(f"request-{number}", prompt, params)
     try:
         return toy.run(engine)
     except StepFailed as failed:
@@ -107,7 +111,7 @@ def greedy(engine: Engine, requests: Trace) -> dict[str, list[list[int]]]:
 
 
 def search(
-    trial: Trial, kernels_of: Callable[[Tape], tuple[Kernels, Callable[[StepPlan], None]]], shapes: list[tuple[int, int]]
+    trial: Trial, kernels_of: Callable[[Tape], tuple[Kernels, Prepare]], shapes: list[tuple[int, int]]
 ) -> None:
     """Lets the engine serve requests of these lengths (prompt, output) with the student's kernels: the same text."""
     model = small_model(trial.random.randrange(1 << 40))

@@ -24,14 +24,14 @@ def verify(lab: Lab) -> Iterator[tuple[str, str]]:
         file = Path(folder, lab.file)
         file.write_text(lab.starter(), encoding="utf-8")
         for task in lab.tasks:
-            (result,) = check(lab, _quickly(lab, file), tasks=[task.key])
+            (result,) = check(lab, quickly(lab, file), tasks=[task.key], shrink=False)
             yield f"the starter fails {task.key}", "" if result.status == "fail" else _told(result)
         file.write_text(lab.reference(), encoding="utf-8")
         alone = [lab.tasks[-1].key]
         for result in check(lab, file, tasks=alone if lab.preload else None):
             yield f"the reference passes {result.task}", "" if result.status == "pass" else _told(result)
         if lab.preload:
-            for result in check(lab, _quickly(lab, file), tasks=[task.key for task in lab.tasks[:-1]]):
+            for result in check(lab, quickly(lab, file), tasks=[task.key for task in lab.tasks[:-1]]):
                 yield f"the reference passes {result.task}", "" if result.status == "pass" else _told(result)
         if lab.engine is not None:
             for result in check(lab, lab.engine()):
@@ -42,11 +42,11 @@ def verify(lab: Lab) -> Iterator[tuple[str, str]]:
             except ValueError as error:
                 yield f"noticed: {mutant.bug}", str(error)
                 continue
-            (result,) = check(lab, _quickly(lab, file), tasks=[mutant.task])
+            (result,) = check(lab, quickly(lab, file), tasks=[mutant.task], shrink=False)
             yield f"noticed: {mutant.bug}", "" if result.status in ("fail", "limit") else _told(result)
 
 
-def _quickly(lab: Lab, file: Path) -> Path | dict[str, Any]:
+def quickly(lab: Lab, file: Path) -> Path | dict[str, Any]:
     """The file; or its names, run in this process, if one of its own would load torch each time. It is our own code.
 
     What ``lab.environment`` says must hold since this process began, as it does for the student's.

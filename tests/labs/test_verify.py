@@ -1,5 +1,9 @@
 """The authors' gate, for every lab: starters fail, references and the engine pass, every bug is noticed."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from minipaged.labs import catalogue
@@ -8,6 +12,12 @@ from minipaged.labs.verify import verify
 
 @pytest.mark.parametrize("lab", catalogue(), ids=lambda lab: lab.key)
 def test_the_lab_is_fair_and_its_checks_notice_every_bug(lab):
+    if lab.environment and not lab.needs():  # which must hold before torch or Triton are imported: a process of its own
+        command = [sys.executable, "-m", "minipaged", "lab", "verify", lab.key]
+        done = subprocess.run(command, env=os.environ | lab.environment, capture_output=True, text=True)
+        assert done.returncode == 0 and "✗" not in done.stdout, done.stdout + done.stderr
+        assert done.stdout.count("✓") > 2 * len(lab.tasks) + len(lab.mutants)
+        return
     found = list(verify(lab))
     assert [(what, wrong) for what, wrong in found if wrong] == []
     skipped = [what for what, _ in found if what.startswith("skipped")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from random import Random
@@ -66,12 +65,16 @@ class Batch:
         tape.record(EngineStarted("attention", self.block_size, num_blocks, 64, 64, 64, False, "recompute", 0, 0))
         tape.begin(call)
         for seq, (length, table) in enumerate(zip(self.lengths, self.tables, strict=True)):
-            tape.say(f"  sequence {seq}: {length} tokens in blocks {table}")
+            tape.say(f"  sequence {seq}: {tokens(length)} in blocks {table}")
             tape.record(RequestAdded(f"sequence-{seq}", [seq], [0] * length, ["·"] * length, 1))
             tape.record(Admitted(f"sequence-{seq}", seq, 0))
             for logical, block in enumerate(table):
                 tape.record(Allocated(seq, logical, block))
             tape.record(Filled(seq, 0, length))
+
+
+def tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
 
 
 def compare(call: str, got: object, batch: Batch, scale: float, tolerance: float = TOLERANCE) -> None:
@@ -85,7 +88,7 @@ def compare(call: str, got: object, batch: Batch, scale: float, tolerance: float
     for b, length in enumerate(batch.lengths):
         for h in range(shape[1]):
             worst = off[b, h].max().item()
-            where = f"{call}: sequence {b} ({length} tokens in blocks of {batch.block_size}), query head {h},"
+            where = f"{call}: sequence {b} ({tokens(length)} in blocks of {batch.block_size}), query head {h},"
             if math.isnan(worst):
                 raise Violation(f"{where} is NaN", "NaN")
             if worst > tolerance:
@@ -95,7 +98,7 @@ def compare(call: str, got: object, batch: Batch, scale: float, tolerance: float
 def _attend(trial: Trial, seed: int, settings: dict, trace: Trace, tape: Tape) -> None:
     if not trace:
         return
-    scale = settings["head_dim"] ** -0.5
+    scale = round(settings["head_dim"] ** -0.5, 3)
     batch = Batch(Random(seed), list(trace), **settings)
     heads = f"{settings['heads'][0]} query heads, {settings['heads'][1]} key/value heads"
     batch.show(tape, f"paged_attention with {heads}, head dimension {settings['head_dim']}")
@@ -111,11 +114,11 @@ def lengths_for(block_size: int) -> list[list[int]]:
     return [[1], [2 * block_size], some]
 
 
-def search(trial: Trial, attend: Callable[..., None], shapes: list[tuple[tuple[int, int], int, int]], dead: float) -> None:
+def search(trial: Trial, shapes: list[tuple[tuple[int, int], int, int]], dead: float) -> None:
     """Batches of every (heads, head dimension, block size), with ``dead`` in dead slots."""
     for heads, head_dim, block_size in shapes:
         settings = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "dead": dead}
-        run = partial(attend, trial, trial.random.randrange(1 << 40), settings)
+        run = partial(_attend, trial, trial.random.randrange(1 << 40), settings)
         trial.search(lengths_for(block_size), run)
 
 
@@ -144,31 +147,32 @@ def a2_1(trial: Trial) -> None:
 
 def a2_2(trial: Trial) -> None:
     """As many key/value heads as query heads; dead slots hold numbers that would show."""
-    search(trial, _attend, [((1, 1), 4, 4), ((3, 3), 8, trial.random.choice((3, 5)))], dead=7.0)
+    search(trial, [((1, 1), 4, 4), ((3, 3), 8, trial.random.choice((3, 5)))], dead=7.0)
 
 
 def a2_3(trial: Trial) -> None:
     """NaN and infinity in dead slots."""
     for dead in (math.nan, math.inf):
-        search(trial, _attend, [((2, 2), 4, trial.random.choice((3, 4)))], dead)
+        search(trial, [((2, 2), 4, trial.random.choice((3, 4)))], dead)
 
 
 def a2_4(trial: Trial) -> None:
     """Several query heads share a key/value head."""
-    search(trial, _attend, [((4, 2), 8, 4), ((6, 2), 4, 3), ((3, 1), 4, 2)], dead=math.nan)
+    search(trial, [((4, 2), 8, 4), ((6, 2), 4, 3), ((3, 1), 4, 2)], dead=math.nan)
 
 
 def a2_5(trial: Trial) -> None:
     """In the engine: what the student's functions find and compute is what it goes on with."""
 
-    def kernels_of(tape: Tape) -> tuple[Kernels, Callable[[StepPlan], None]]:
+    def kernels_of(tape: Tape) -> tuple[Kernels, small.Prepare]:
         slots: list[int] = []
 
         def prepare(plan: StepPlan) -> None:
             slots[:] = [slot for chunk in plan.chunks for slot in _slots_of(trial, chunk)]
 
-        def rope_store(*args: Any) -> Tensor:
-            return reference.rope_store(*args[:7], torch.tensor(slots), *args[8:])
+        def rope_store(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
+            k_cache, v_cache, *_ = rest
+            return reference.rope_store(q, k, v, cos, sin, k_cache, v_cache, torch.tensor(slots))
 
         kernels = small.checked(partial(trial.student.function, "paged_attention"), "paged_attention")
         return replace(kernels, rope_store=rope_store), prepare

@@ -81,10 +81,10 @@ LAB = Lab(
     sources=(Source("minipaged.labs.a2.reference"),),
     tasks=(
         Task("A2.1", "Find the slots", 2, seconds=LOADING),
-        Task("A2.2", "Attend through the table", 4, needs=("A2.1",), seconds=LOADING),
+        Task("A2.2", "Attend through the table", 3, seconds=LOADING),
         Task("A2.3", "Dead slots", 2, needs=("A2.2",), seconds=LOADING),
         Task("A2.4", "Grouped queries", 2, needs=("A2.3",), seconds=LOADING),
-        Task("A2.5", "Run in the engine", 2, needs=("A2.4",), seconds=LOADING),
+        Task("A2.5", "Run in the engine", 1, needs=("A2.1", "A2.4"), seconds=LOADING),
     ),
     mutants=MUTANTS,
     preload=("torch",),

@@ -70,7 +70,8 @@ def _attend(trial: Trial, seed: int, settings: dict[str, Any], trace: Trace, tap
     _round(batch, dtype)
     (heads, kv_heads), head_dim = shape["heads"], shape["head_dim"]
     name = str(dtype).removeprefix("torch.")
-    batch.show(tape, f"{CALL} in {name} with {heads} query heads, {kv_heads} key/value heads, head dimension {head_dim}")
+    heads_told = f"{heads} query heads, {kv_heads} key/value heads"
+    batch.show(tape, f"{CALL} in {name} with {heads_told}, head dimension {head_dim}")
     tape.say(f"  {layout.place(batch.q, 0).view[1]} are the strides of q, {layout.place(batch.k_cache, 0).view[1]} k's")
     caches = [layout.place(cache.to(dtype), shape["dead"]) for cache in (batch.k_cache, batch.v_cache)]
     placed = [
@@ -130,7 +131,8 @@ def a3_3(trial: Trial) -> None:
 def a3_4(trial: Trial) -> None:
     """Tensors that are parts of others, in float32 and float16. (The interpreter cannot do bfloat16.)"""
     for dtype in (torch.float32, torch.float16):
-        search(trial, [3, 5], heads=(4, 2), head_dim=5, block_size=4, dead=math.nan, layout=Layout(True, True), dtype=dtype)
+        settings = {"head_dim": 5, "block_size": 4, "dead": math.nan, "layout": Layout(pads=True, strange=True)}
+        search(trial, [3, 5], heads=(4, 2), dtype=dtype, **settings)
 
 
 def a3_5(trial: Trial) -> None:

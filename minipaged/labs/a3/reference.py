@@ -83,8 +83,8 @@ def paged_decode(
 ) -> None:
     """Launches `decode_kernel`: attention of one query per sequence over its blocks, into ``out``.
 
-    q, out: [B, H, D]; k_cache, v_cache: [N, S, KH, D], with equal strides; block_tables: [B, M] int64; context_lens: [B]
-    int64, at least 1. All may have any strides, except that the last dimension's is 1.
+    q, out: [B, H, D]; k_cache, v_cache: [N, S, KH, D], with equal strides; block_tables: [B, M] int64;
+    context_lens: [B] int64, at least 1. All may have any strides, except that the last dimension's is 1.
     """
     B, H, D = q.shape
     S, KH = k_cache.shape[1:3]

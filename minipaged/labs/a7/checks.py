@@ -15,7 +15,7 @@ from minipaged.labs.student import Violation
 TOLERANCE = 1e-4  # relative to the largest number of a tensor
 LEAST_TOKENS, MAX_SPLITS, PER_PROCESSOR = 256, 128, 4
 
-Part = tuple[Tensor, Tensor, Tensor]  # o, m, l
+Part = tuple[Tensor, Tensor, Tensor]  # o, m, l; or q, k, v
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Part:
@@ -49,8 +49,9 @@ def compare(call: str, names: Sequence[str], got: object, expected: Sequence[Ten
 def a7_1(trial: Trial) -> None:
     """Few programs and many, short contexts and long ones."""
     random = trial.random
-    cases = [(100_000, 32, 108), (100_000, 500, 108), (100, 1, 108), (0, 1, 1), (256, 1, 1), (511, 1, 108), (512, 1, 108)]
-    cases += [(1_000_000, 1, 108), (1_000_000, 433, 108), (1_000_000, 432, 108), (1_000_000, 217, 108)]
+    cases = [(100_000, 32, 108), (100_000, 500, 108), (100, 1, 108), (0, 1, 1), (256, 1, 1)]
+    cases += [(511, 1, 108), (512, 1, 108)]
+    cases += [(1_000_000, programs, 108) for programs in (1, 217, 432, 433)]
     cases += [(random.randrange(20_000), random.randint(1, 600), random.randint(1, 150)) for _ in range(20)]
     for longest, programs, processors in cases:
         call = f"num_splits({longest}, programs={programs}, processors={processors})"
@@ -69,7 +70,7 @@ def a7_1(trial: Trial) -> None:
             raise Violation(f"{call} returned {got}, but {more} splits are possible", "too few")
 
 
-def _tensors(trial: Trial, length: int, heads: int = 2, dim: int = 4, size: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def _tensors(trial: Trial, length: int, size: float = 1.0, heads: int = 2, dim: int = 4) -> Part:
     generator = torch.Generator().manual_seed(trial.random.randrange(1 << 40))
     shapes = (heads, dim), (length, heads, dim), (length, heads, dim)
     q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)

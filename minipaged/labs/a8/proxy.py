@@ -27,7 +27,8 @@ class Driver:
             raise Violation(f"{call}: page {self.shown[slot, place]} is mapped there already", "place mapped twice")
         for other, shown in self.shown.items():
             if shown == page:
-                raise Violation(f"{call}: that page is mapped in slot {other[0]}, place {other[1]}", "page mapped twice")
+                where = f"slot {other[0]}, place {other[1]}"
+                raise Violation(f"{call}: that page is mapped in {where}, too", "page mapped twice")
         if place >= self.needed[slot]:
             raise Violation(f"{call}: {self.needed[slot]} places are needed there, so this is one too many", "too much")
         self.shown[slot, place] = page
