@@ -72,8 +72,10 @@ class Result:
 class Trial:
     """One task's check at work: `student` to ask, `random` to choose by, `search` to find failing traces with."""
 
-    def __init__(self, lab: Lab, task: Task, open_student: Callable[[float], Any], seed: int) -> None:
-        self.lab, self.task, self.seed = lab, task, seed
+    def __init__(
+        self, lab: Lab, task: Task, open_student: Callable[[float], Any], seed: int, shrink: bool = True
+    ) -> None:
+        self.lab, self.task, self.seed, self.shrinks = lab, task, seed, shrink
         self.random = Random(seed)
         self.seconds = max(MIN_SECONDS, TIMES_REFERENCE * task.seconds)
         self.tape = Tape()
@@ -95,7 +97,7 @@ class Trial:
             found = self._attempt(trace, run)
             if found is None:
                 continue
-            if not isinstance(found[0], LimitReached):
+            if self.shrinks and not isinstance(found[0], LimitReached):
                 trace, found = self._shrink(list(trace), found, run)
             violation, self.tape = found
             raise violation
@@ -151,9 +153,11 @@ def check(
     secret: bytes = PRACTICE,
     student: str = "",
     tasks: Iterable[str] | None = None,
+    shrink: bool = True,
     told: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
     """Checks all tasks, or those named (whose needs then count as fulfilled). ``told`` hears of each when it is done.
+    Without ``shrink`` failing traces stay as long as they are.
 
     ``file`` is a student's; a dict of classes and functions runs in this process, for the engine's own code.
     """
@@ -168,14 +172,14 @@ def check(
         elif lacking:
             result = Result(task.key, task.title, 0, task.points, "blocked", f"blocked by {', '.join(lacking)}")
         else:
-            result = _check_task(lab, task, file, seed_of(secret, student, lab.key, task.key))
+            result = _check_task(lab, task, file, seed_of(secret, student, lab.key, task.key), shrink)
         results.append(result)
         told(result)
     return results
 
 
-def _check_task(lab: Lab, task: Task, file: Path | dict[str, Any], seed: int) -> Result:
-    trial = Trial(lab, task, lambda seconds: open_student(lab, file, seconds), seed)
+def _check_task(lab: Lab, task: Task, file: Path | dict[str, Any], seed: int, shrink: bool) -> Result:
+    trial = Trial(lab, task, lambda seconds: open_student(lab, file, seconds), seed, shrink)
     started = time.monotonic()
     status, cause = "pass", ""
     try:

@@ -24,7 +24,7 @@ def verify(lab: Lab) -> Iterator[tuple[str, str]]:
         file = Path(folder, lab.file)
         file.write_text(lab.starter(), encoding="utf-8")
         for task in lab.tasks:
-            (result,) = check(lab, quickly(lab, file), tasks=[task.key])
+            (result,) = check(lab, quickly(lab, file), tasks=[task.key], shrink=False)
             yield f"the starter fails {task.key}", "" if result.status == "fail" else _told(result)
         file.write_text(lab.reference(), encoding="utf-8")
         alone = [lab.tasks[-1].key]
@@ -42,7 +42,7 @@ def verify(lab: Lab) -> Iterator[tuple[str, str]]:
             except ValueError as error:
                 yield f"noticed: {mutant.bug}", str(error)
                 continue
-            (result,) = check(lab, quickly(lab, file), tasks=[mutant.task])
+            (result,) = check(lab, quickly(lab, file), tasks=[mutant.task], shrink=False)
             yield f"noticed: {mutant.bug}", "" if result.status in ("fail", "limit") else _told(result)
 
 
