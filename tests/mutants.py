@@ -248,9 +248,9 @@ MUTANTS = [
     Mutant(
         "admission gives away what running prompts have yet to take",
         Scheduler,
-        "_free",
-        " - sum(map(self._owed, self.running))",
-        "",
+        "_owed_to_running",
+        "sum(map(self._owed, self.running))",
+        "0",
         (partial(scheduler.test_blocks_that_branches_are_about_to_take_are_not_given_to_others, 0),),
     ),
     Mutant(
