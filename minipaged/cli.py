@@ -1,4 +1,4 @@
-"""The ``minipaged`` command: visualize, generate, chat, doctor, experiments, kernels.
+"""The ``minipaged`` command: visualize, generate, chat, doctor, experiments, bench, kernels.
 
 torch, transformers and gradio take seconds to import, so each command imports what it needs when it runs, and
 ``--help`` stays quick. A model's text is printed as it is, never by rich, which reads ``[bold]`` as markup.
@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from minipaged import __version__
+from minipaged.bench.cli import app as bench
 from minipaged.config import DEVICES, DTYPES, MANAGERS, EngineConfig, SamplingParams
 from minipaged.errors import InvalidRequest, MinipagedError
 from minipaged.experiments.cli import app as experiments
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(experiments, name="experiments")
+app.add_typer(bench, name="bench")
 kernels = typer.Typer(help="Look into the Triton kernels.", no_args_is_help=True)
 app.add_typer(kernels, name="kernels")
 
