@@ -51,7 +51,8 @@ class EngineConfig:
     Attributes:
         model: ``"tiny"`` (the embedded model), a directory in Hugging Face format, or a hub id.
         device: ``"auto"`` takes CUDA where there is one, else the CPU.
-        dtype: of weights and KV cache. ``"auto"``: float32 on a CPU, the checkpoint's own elsewhere.
+        dtype: of weights and KV cache. ``"auto"``: the checkpoint's own; on a CPU float32, but for large models stored
+            in bfloat16 where the CPU computes with that in hardware (`minipaged doctor` tells).
         kv_dtype: of the KV cache. ``"auto"``: as the weights. ``"int8"``: quantized, with a scale for each token and
             head; the memory of 16-bit numbers holds almost twice as many tokens then, and results change a little.
         attention: what computes it. ``"triton"``: kernels that follow the block tables, on CUDA. ``"native"``: the same
