@@ -90,6 +90,8 @@ def engines(names: list[str], pythons: list[str]) -> dict[str, str]:
         name, _, path = given.partition("=")
         if name not in drivers.ENGINES or not path:
             raise InvalidConfig(f"--python takes NAME=PATH, with a name of {', '.join(drivers.ENGINES)}; got {given!r}")
+        if not Path(path).is_file():
+            raise InvalidConfig(f"--python {given}: there is no Python at {path}")
         paths[name] = path
     for name in names:
         if name not in drivers.ENGINES:
@@ -102,7 +104,8 @@ class Driver:
 
     def __init__(self, name: str, python: str, model: Path, dtype: str) -> None:
         self.name = name
-        threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+        # As many as there are cores for us; other engines' own guesses differ, and so would what is compared.
+        threads = {"OMP_NUM_THREADS": str(_cores())}
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [python, drivers.__file__, name, str(model), dtype],
@@ -138,6 +141,10 @@ class Driver:
         self._process.kill()
         self._process.communicate()
         self._errors.close()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- measuring ----------------------------------------------------------------------------------------------
