@@ -54,7 +54,7 @@ def _library() -> dict[tuple[str, torch.dtype], ctypes._NamedFuncPointer]:
         raise OSError("no C++ compiler was found (c++, or CXX)")
     openmp = _loaded_openmp()
     # Threads of torch's own pool: a second one would fight it for the cores.
-    attempts = [("-march=native", "-fopenmp", openmp)] if openmp else []
+    attempts: list[tuple[str, ...]] = [("-march=native", "-fopenmp", openmp)] if openmp else []
     attempts += [("-march=native", "-Wno-unknown-pragmas"), ("-Wno-unknown-pragmas",)]
     reason: Exception = OSError("no flags to try")
     for flags in attempts:
