@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -35,7 +36,7 @@ def minipaged(model: str, dtype: str) -> Run:
 def transformers(model: str, dtype: str) -> Run:
     """`generate` on a batch of one length, its continuous batching on a mixed one."""
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
     network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
 
@@ -48,20 +49,25 @@ def transformers(model: str, dtype: str) -> Run:
             out = network.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         return [out.shape[1] - ids.shape[1]] * len(prompts)
 
+    @cache
+    def manager() -> Any:
+        # Told how much memory to take: by itself it prepares for all that is free, which takes minutes on a CPU.
+        sizes = ContinuousBatchingConfig(block_size=16, num_blocks=64 * LONGEST // 16, max_batch_tokens=LONGEST)
+        config = GenerationConfig(max_new_tokens=LONGEST, do_sample=False, pad_token_id=0, eos_token_id=-1)
+        started = network.init_continuous_batching(generation_config=config, continuous_batching_config=sizes)
+        started.start()
+        return started
+
     def continuously(prompts: list[list[int]], outputs: list[int]) -> list[int]:
-        config = GenerationConfig(max_new_tokens=max(outputs), do_sample=False, pad_token_id=0, eos_token_id=-1)
-        with network.continuous_batching_context_manager(generation_config=config) as manager:
-            ids = [
-                manager.add_request(prompt, max_new_tokens=n, eos_token_id=-1)
-                for prompt, n in zip(prompts, outputs, strict=True)
-            ]
-            done: dict[str, int] = {}
-            while len(done) < len(ids):
-                result = manager.get_result(timeout=600)
-                if result is None:
-                    raise RuntimeError("no result for ten minutes")
-                if result.is_finished():
-                    done[result.request_id] = len(result.generated_tokens)
+        requests = zip(prompts, outputs, strict=True)
+        ids = [manager().add_request(prompt, max_new_tokens=n, eos_token_id=-1) for prompt, n in requests]
+        done: dict[str, int] = {}
+        while len(done) < len(ids):
+            result = manager().get_result(timeout=1)
+            if result is not None and result.is_finished():
+                done[result.request_id] = len(result.generated_tokens)
+            elif result is None and not manager().is_running():
+                raise RuntimeError("transformers' continuous batching has ended by itself")
         return [done[i] for i in ids]
 
     def run(prompts: list[list[int]], outputs: list[int]) -> list[int]:
@@ -125,6 +131,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         say(seconds=seconds, lengths=lengths, peak_mib=round(peak))
+    os._exit(0)  # other engines' threads would have to be waited for
 
 
 if __name__ == "__main__":
