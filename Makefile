@@ -28,7 +28,7 @@ demo: $(VENV)/.installed
 	@$(VENV)/bin/minipaged visualize --port $(PORT) || [ $$? -eq 130 ]  # 130: ended by Ctrl-C, as it should be
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from minipaged import __version__, cli_bench, cli_chat, cli_serve
+from minipaged.bench.cli import app as bench
 from minipaged.cli_options import (
     DEFAULT,
     Attention,
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(experiments, name="experiments")
-app.add_typer(cli_bench.app, name="bench")
+app.add_typer(bench, name="bench")
+bench.command("serve")(cli_bench.serve)
 app.command()(cli_chat.chat)
 app.command()(cli_serve.serve)
 app.command()(cli_serve.batch)

@@ -26,16 +26,9 @@ from minipaged.workloads import (
     translation_like,
 )
 
-app = typer.Typer(help="Measure.", no_args_is_help=True)
 LENGTHS = {"sharegpt": sharegpt_like, "alpaca": alpaca_like, "translation": translation_like}
 
 
-@app.callback()
-def _root() -> None:
-    """Measure the speed of engines and servers."""
-
-
-@app.command()
 def serve(
     url: Annotated[str, typer.Option(help="The API's address, with /v1.")] = "http://127.0.0.1:8000/v1",
     model: Annotated[str, typer.Option(help="Default: the server's first.")] = "",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "int8")
-ATTENTIONS = ("auto", "triton", "torch", "flex")
+ATTENTIONS = ("auto", "triton", "native", "torch", "flex")
 PREEMPTIONS = ("recompute", "swap")
 MANAGERS = ("paged", *AHEAD, "vattention")
 MAPPINGS = ("sync", "eager", "async")
@@ -51,12 +51,14 @@ class EngineConfig:
     Attributes:
         model: ``"tiny"`` (the embedded model), a directory in Hugging Face format, or a hub id.
         device: ``"auto"`` takes CUDA where there is one, else the CPU.
-        dtype: of weights and KV cache. ``"auto"``: float32 on a CPU, the checkpoint's own elsewhere.
+        dtype: of weights and KV cache. ``"auto"``: the checkpoint's own; on a CPU float32, but for large models stored
+            in bfloat16 where the CPU computes with that in hardware (`minipaged doctor` tells).
         kv_dtype: of the KV cache. ``"auto"``: as the weights. ``"int8"``: quantized, with a scale for each token and
             head; the memory of 16-bit numbers holds almost twice as many tokens then, and results change a little.
-        attention: what computes it. ``"triton"``: kernels that follow the block tables, on CUDA. ``"torch"``: plain
-            torch, anywhere. ``"flex"``: torch's FlexAttention, on CUDA, with a block size that 16 divides.
-            ``"auto"``: Triton where there are both CUDA and Triton, else torch.
+        attention: what computes it. ``"triton"``: kernels that follow the block tables, on CUDA. ``"native"``: the same
+            in C++, on a CPU, compiled at first use; int8 and float16 are left to torch. ``"torch"``: plain torch,
+            anywhere. ``"flex"``: torch's FlexAttention, on CUDA, with a block size that 16 divides. ``"auto"``: Triton
+            where there are both CUDA and Triton, native on a CPU with a C++ compiler, else torch.
         cuda_graphs: launch the kernels of a decode step all at once, as a recorded graph. ``None``: where that can be,
             which is with attention by Triton on CUDA.
         block_size: tokens a KV block holds (paper §4.1). ``None``: 16, the paper's default, unless vAttention needs
@@ -153,7 +155,7 @@ class EngineConfig:
             raise InvalidConfig(f"mapping must be one of {', '.join(MAPPINGS)}, not {self.mapping!r}")
         if self.memory != "vattention" and (self.tensor_slicing or self.mapping is not None):
             raise InvalidConfig('tensor_slicing and mapping have no effect without memory="vattention"')
-        if self.memory == "vattention" and (self.attention in ("triton", "flex") or self.kv_dtype != "auto"):
+        if self.memory == "vattention" and (self.attention in ("triton", "native", "flex") or self.kv_dtype != "auto"):
             raise InvalidConfig(
                 'memory="vattention" attends with plain torch to keys and values as they are; '
                 "leave attention and kv_dtype out"

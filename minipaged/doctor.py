@@ -76,7 +76,7 @@ def _cpu() -> Check:
 
     flags = _cpu_flags()
     native = flags & {"avx512_bf16", "amx_bf16", "bf16"}
-    speed = "fast" if native else "slow here, float32 is the better --dtype"
+    speed = "fast, and --dtype auto takes it for large models stored in it" if native else "slow here: use float32"
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB memory"
     found = ", ".join(flag for flag in CPU_FLAGS if flag in flags) or platform.machine()
     return Check("cpu", True, f"{os.cpu_count()} cores, {memory}, {found}; bfloat16 is {speed}")

@@ -4,12 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Self
 
-from minipaged.request import Request
+from minipaged.request import Request, Sequence
+
+
+class _CopiedWhenRead:
+    """Base of what each step returns. A list of tokens, which the engine goes on appending to, is copied when it is
+    first read: most outputs are replaced unread by the next step's, and to copy all tokens in every step would cost a
+    long sequence the square of its length.
+    """
+
+    @classmethod
+    def _made(cls, **fields: Any) -> Self:
+        """An instance of these fields; ``_name = (tokens, start, end)`` stands for ``name`` until that is read."""
+        output = object.__new__(cls)
+        vars(output).update(fields)  # what a frozen dataclass's own __init__ does one by one
+        return output
+
+    def __getattr__(self, name: str) -> Any:  # only called for what is not there
+        if name.startswith("_") or "_" + name not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        tokens, start, end = vars(self)["_" + name]
+        vars(self)[name] = copied = tokens[start:end]
+        return copied
 
 
 @dataclass(frozen=True)
-class CompletionOutput:
+class CompletionOutput(_CopiedWhenRead):
     """One generated sequence, as of the step that returned it.
 
     ``logprobs[i]`` maps token ids to log-probabilities at output position i (``None`` unless asked for); the sampled
@@ -24,9 +46,21 @@ class CompletionOutput:
     cumulative_logprob: float | None
     finish_reason: str | None
 
+    @classmethod
+    def of(cls, index: int, seq: Sequence, asked: bool) -> CompletionOutput:
+        """A sequence as it is now; ``asked``: for log-probabilities."""
+        return cls._made(
+            index=index,
+            text=seq.text.text if seq.text is not None else "",
+            _token_ids=(seq.tokens, seq.num_prompt, len(seq.tokens)),
+            logprobs=list(seq.logprobs) if asked else None,
+            cumulative_logprob=seq.cumulative_logprob if asked else None,
+            finish_reason=seq.finish_reason,
+        )
+
 
 @dataclass(frozen=True)
-class RequestOutput:
+class RequestOutput(_CopiedWhenRead):
     """A request and its sequences so far; ``finished`` once all of them have ended.
 
     A beam search has no outputs until it is finished. ``prompt_logprobs`` has an entry per prompt token (``None`` for
@@ -44,20 +78,16 @@ class RequestOutput:
     def of(cls, request: Request) -> RequestOutput:
         asked = request.params.logprobs is not None
         finished = not request.live
-        outputs = [
-            CompletionOutput(
-                index=index,
-                text=seq.text.text if seq.text is not None else "",
-                token_ids=seq.output_tokens,
-                logprobs=list(seq.logprobs) if asked else None,
-                cumulative_logprob=seq.cumulative_logprob if asked else None,
-                finish_reason=seq.finish_reason,
-            )
-            for index, seq in enumerate(request.seqs if finished or not request.beams else [])
-        ]
-        prompt_logprobs = list(request.prompt_logprobs) if request.prompt_logprobs is not None else None
-        prompt_token_ids = list(request.prompt_token_ids)  # the caller may do with it what it likes
-        return cls(request.request_id, request.prompt, prompt_token_ids, outputs, finished, prompt_logprobs)
+        seqs = request.seqs if finished or not request.beams else []
+        outputs = [CompletionOutput.of(index, seq, asked) for index, seq in enumerate(seqs)]
+        return cls._made(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            _prompt_token_ids=(request.prompt_token_ids, 0, None),
+            outputs=outputs,
+            finished=finished,
+            prompt_logprobs=list(request.prompt_logprobs) if request.prompt_logprobs is not None else None,
+        )
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,20 @@ class Request:
     fork_at: int = 0  # tokens that all live sequences agree on, set when the request is admitted
     status: Status = Status.WAITING
     prompt_logprobs: list[dict[int, float] | None] | None = None  # one per prompt token, if asked for
+    live: list[Sequence] = field(init=False)  # the sequences that are not finished
 
-    @property
-    def live(self) -> list[Sequence]:
-        """The sequences that are not finished."""
-        return [seq for seq in self.seqs if seq.finish_reason is None]
+    def __post_init__(self) -> None:
+        self.set_seqs(self.seqs)
+
+    def set_seqs(self, seqs: list[Sequence]) -> None:
+        """Other sequences from now on: a beam search's, whose members change with every token."""
+        self.seqs, self.live = seqs, [seq for seq in seqs if seq.finish_reason is None]
+
+    def end(self, seq: Sequence, reason: str) -> None:
+        """One of its sequences, or a beam that it has given up, is finished."""
+        seq.finish_reason = reason
+        if seq in self.live:
+            self.live.remove(seq)
 
     @property
     def width(self) -> int:

@@ -256,9 +256,9 @@ MUTANTS = [
     Mutant(
         "admission gives away what running prompts have yet to take",
         Scheduler,
-        "_free",
-        " - sum(map(self._owed, self.running))",
-        "",
+        "_fits",
+        "self.memory.pool.num_free - owed",
+        "self.memory.pool.num_free",
         (partial(scheduler.test_blocks_that_branches_are_about_to_take_are_not_given_to_others, 0),),
     ),
     Mutant(
@@ -470,8 +470,8 @@ MUTANTS = [
         "a static batch takes in whoever comes",
         Scheduler,
         "_admit",
-        "if self.static_batching and self.running:",
-        "if False:",
+        "(self.static_batching and self.running)",
+        "False",
         (fuzz, partial(scheduler.test_a_static_batch_ends_with_its_longest_request_before_anybody_joins, "paged")),
     ),
     Mutant(

@@ -21,7 +21,9 @@ class Kernels:
     name: str
     store_kv: Callable[..., None] = reference.store_kv
     rope_store: Callable[..., Tensor] = reference.rope_store
+    rms_norm: Callable[..., Tensor] = reference.rms_norm
     add_norm: Callable[..., tuple[Tensor, Tensor]] = reference.add_norm
+    silu_mul: Callable[..., Tensor] = reference.silu_mul
     paged_decode: Callable[..., Tensor] = reference.paged_decode
     paged_prefill: Callable[..., Tensor] = reference.paged_prefill
     copy_blocks: Callable[..., None] = reference.copy_blocks
@@ -37,6 +39,9 @@ def choose(attention: str, device: torch.device) -> tuple[str, str]:
     Raises `InvalidConfig`, saying what to do, for a backend that cannot run there.
     """
     if attention == "auto":
+        if device.type == "cpu":
+            lacking = _no_native()
+            return ("torch", lacking) if lacking else ("native", "the C++ kernels were compiled for this CPU")
         if device.type != "cuda":
             return "torch", f"Triton's kernels need CUDA, and this is {device.type}"
         missing = _no_triton()
@@ -54,13 +59,17 @@ def choose(attention: str, device: torch.device) -> tuple[str, str]:
             f'attention="flex" needs CUDA, and this is {device.type}, where torch takes minutes to compile it; '
             'choose "torch" or "auto"'
         )
+    if attention == "native":
+        lacking = _no_native() if device.type == "cpu" else f"it is for a CPU, and this is {device.type}"
+        if lacking:
+            raise InvalidConfig(f'attention="native": {lacking}; choose "torch" or "auto"')
     return attention, "chosen"
 
 
 def kernels_for(attention: str, device: torch.device) -> Kernels:
     """The backend for ``EngineConfig.attention``. Raises `InvalidConfig` where it cannot run."""
     name, _ = choose(attention, device)
-    return {"torch": lambda: TORCH, "triton": _triton, "flex": _flex}[name]()
+    return {"torch": lambda: TORCH, "triton": _triton, "flex": _flex, "native": _native}[name]()
 
 
 def require_compiler() -> None:
@@ -77,13 +86,13 @@ def _triton() -> Kernels:
 
     return Kernels(
         "triton",
-        store_kv.store_kv,
-        fused.rope_store,
-        fused.add_norm,
-        paged_decode.paged_decode,
-        paged_prefill.paged_prefill,
-        copy_blocks.copy_blocks,
-        swap.swap_blocks,
+        store_kv=store_kv.store_kv,
+        rope_store=fused.rope_store,
+        add_norm=fused.add_norm,
+        paged_decode=paged_decode.paged_decode,
+        paged_prefill=paged_prefill.paged_prefill,
+        copy_blocks=copy_blocks.copy_blocks,
+        swap_blocks=swap.swap_blocks,
     )
 
 
@@ -91,6 +100,27 @@ def _flex() -> Kernels:
     from minipaged.kernels import flex
 
     return replace(TORCH, name="flex", paged_decode=flex.paged_decode, paged_prefill=flex.paged_prefill)
+
+
+def _native() -> Kernels:
+    from minipaged.kernels import native
+
+    return replace(
+        TORCH,
+        name="native",
+        rope_store=native.rope_store,
+        rms_norm=native.rms_norm,
+        add_norm=native.add_norm,
+        silu_mul=native.silu_mul,
+        paged_decode=native.paged_decode,
+    )
+
+
+def _no_native() -> str:
+    """Why the C++ kernels cannot be used; empty if they can, and are compiled then."""
+    from minipaged.kernels import native
+
+    return native.missing()
 
 
 def _interpreted() -> bool:

@@ -86,6 +86,12 @@ def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     return x, rms_norm(x, weight, eps)
 
 
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """SwiGLU's bend: silu(gate) · up, the two side by side. [T, 2·F] → [T, F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers → int8 and scales, such that number ≈ int8 · scale: [..., D] → [..., D] and [...] float32."""
     x = x.float()
@@ -192,15 +198,24 @@ def paged_prefill(
         k = dequantize(k_cache[blocks], None if k_scale is None else k_scale[blocks], q.dtype)
         v = dequantize(v_cache[blocks], None if v_scale is None else v_scale[blocks], q.dtype)
         k, v = k.flatten(0, 1)[:length], v.flatten(0, 1)[:length]  # [length, KH, D]
-        position = torch.arange(length - count, length, device=q.device)[:, None]
-        key = torch.arange(length, device=q.device)
-        visible = key <= position  # [count, length]
-        if sliding_window is not None:
-            visible &= key > position - sliding_window
         q_, k_, v_ = queries.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-        out = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=visible, scale=scale, enable_gqa=True)
+        whole = count == length and sliding_window is None  # torch knows this mask, and computes the half of it
+        visible = None if whole else _visible(count, length, sliding_window, q.device)
+        out = F.scaled_dot_product_attention(
+            q_, k_, v_, attn_mask=visible, is_causal=whole, scale=scale, enable_gqa=True
+        )
         outs.append(out[0].transpose(0, 1))  # [1, H, count, D] → [count, H, D]
     return torch.cat(outs)
+
+
+def _visible(count: int, length: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    """Which of ``length`` keys each of the last ``count`` tokens sees: [count, length]."""
+    position = torch.arange(length - count, length, device=device)[:, None]
+    key = torch.arange(length, device=device)
+    visible = key <= position
+    if sliding_window is not None:
+        visible &= key > position - sliding_window
+    return visible
 
 
 def copy_blocks(caches: list[Tensor], src: Tensor, dst: Tensor) -> None:

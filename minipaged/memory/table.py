@@ -7,7 +7,7 @@ one block at a time, only when the last block is full; so a sequence wastes less
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -124,20 +124,22 @@ class BlockTables:
         for hit in hits:
             self._share(seq_id, hit.block, "prefix")
 
-    def blocks_needed(self, writes: Seq[Write]) -> int:
+    def blocks_needed(self, writes: Collection[Write]) -> int:
         """Free blocks that `reserve` will take for all of ``writes``, copies included.
 
         Of a shared block's owners the last to write needs no copy: by then it is the only one.
         """
         return self._needed(writes, self.tables, self.pool)
 
-    def _needed(self, writes: Seq[Write], tables: dict[int, list[int]], pool: BlockPool) -> int:
+    def _needed(self, writes: Collection[Write], tables: dict[int, list[int]], pool: BlockPool) -> int:
         grown = 0
-        writers: Counter[int] = Counter()
+        writers: dict[int, int] = {}  # of the shared blocks; what has one owner is written in place
         for seq_id, start, end in writes:
             table = tables[seq_id]
             grown += self.blocks_for(end) - len(table)
-            writers.update(table[start // self.block_size :])
+            for block in table[start // self.block_size :]:
+                if pool.ref_counts[block] > 1:
+                    writers[block] = writers.get(block, 0) + 1
         return grown + sum(min(count, pool.ref_counts[block] - 1) for block, count in writers.items())
 
     def reserve(self, write: Write) -> list[Copy]:

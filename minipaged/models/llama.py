@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minipaged.errors import ModelError
 from minipaged.execution.batch import Batch
 from minipaged.execution.kv_cache import KVCache
+from minipaged.kernels.backend import Kernels
 from minipaged.models.layers import (
     RMSNorm,
     Rope,
@@ -144,9 +145,8 @@ class MLP(nn.Module):
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [T, 2·F] → twice [T, F]
-        return self.down_proj(F.silu(gate) * up)
+    def forward(self, x: Tensor, kernels: Kernels) -> Tensor:
+        return self.down_proj(kernels.silu_mul(self.gate_up_proj(x)))  # [T, C] → [T, 2·F] → [T, F] → [T, C]
 
 
 class Block(nn.Module):
@@ -160,10 +160,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        delta = self.self_attn(self.input_layernorm(x), cos, sin, batch, kv_cache)
-        norm = self.post_attention_layernorm
-        x, normed = kv_cache.kernels.add_norm(x, delta, norm.weight, norm.eps)
-        return x + self.mlp(normed)
+        kernels, before, between = kv_cache.kernels, self.input_layernorm, self.post_attention_layernorm
+        normed = kernels.rms_norm(x, before.weight, before.eps)
+        delta = self.self_attn(normed, cos, sin, batch, kv_cache)
+        x, normed = kernels.add_norm(x, delta, between.weight, between.eps)
+        return x + self.mlp(normed, kernels)
 
 
 class Llama(nn.Module):
@@ -189,7 +190,7 @@ class Llama(nn.Module):
         for layer in self.layers:
             x = layer(x, cos, sin, batch, kv_cache)
         # A prompt of 1,000 tokens needs one row of logits: picking it spares 999 trips to the vocabulary.
-        x = self.norm(x[batch.logit_rows])  # [R, C]
+        x = kv_cache.kernels.rms_norm(x[batch.logit_rows], self.norm.weight, self.norm.eps)  # [R, C]
         return F.linear(x, self.lm_head.weight).float()  # [R, V]
 
     def checkpoint_views(self) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minipaged.errors import ModelError
+from minipaged.execution.packed_linear import computes_bfloat16, pack
 from minipaged.models.gpt2 import GPT2, GPT2Config
 from minipaged.models.layers import require_plain
 from minipaged.models.llama import Llama, LlamaConfig
@@ -35,6 +37,8 @@ DOWNLOADED = ["*.json", "model*.safetensors", "*.model", "merges.txt", "vocab.tx
 COMPUTED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+LARGE = 50_000_000  # parameters; below it a CPU is as fast in float32, one request at a time
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -79,7 +83,8 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
     Args:
         model: ``"tiny"``, a directory in Hugging Face format, or a hub id.
         device: ``"auto"`` takes CUDA where there is one, else the CPU.
-        dtype: one of `DTYPES`, or ``"auto"``: float32 on a CPU, elsewhere what ``config.json`` states.
+        dtype: one of `DTYPES`, or ``"auto"``: what ``config.json`` states; on a CPU float32, but for `LARGE` models
+            stored in bfloat16 where the CPU computes with that in hardware.
 
     Raises ModelError, with what to do about it, for whatever cannot be found, read or supported.
     """
@@ -87,11 +92,13 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
     directory = resolve(model)
     config = _read_json(directory / "config.json")
     architecture, network_class, config_class = _architecture(config, directory)
-    what = _dtype(dtype, where, config)
     with torch.device("meta"):  # shapes without memory: no minutes lost on random weights
         network = network_class(config_class.from_config(config, architecture))
+    what = _dtype(dtype, where, config, sum(parameter.numel() for parameter in network.parameters()))
     _allocate(network, where, what)
     _load_weights(network, directory)
+    if where.type == "cpu" and what is torch.bfloat16 and computes_bfloat16():
+        pack(network)
     tokenizer = _load_tokenizer(directory)
     spec = _spec(architecture, network.config, _eos_token_ids(directory, config, tokenizer))
     return LoadedModel(network.eval(), spec, tokenizer, directory, where, what)
@@ -150,11 +157,14 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device, config: dict[str, Any]) -> torch.dtype:
+def _dtype(name: str, device: torch.device, config: dict[str, Any], num_parameters: int) -> torch.dtype:
     if name == "auto":
-        stored = config.get("dtype") or config.get("torch_dtype") or "float32"
-        # CPUs compute bfloat16 slowly, and a laptop's model is small enough for the better numbers.
-        name = "float32" if device.type == "cpu" else stored
+        name = config.get("dtype") or config.get("torch_dtype") or "float32"
+        if device.type == "cpu":
+            # Most CPUs compute bfloat16 slowly, and a small model may as well have the better numbers.
+            fast = name == "bfloat16" and num_parameters >= LARGE and computes_bfloat16()
+            name = "bfloat16" if fast else "float32"
+            logging.getLogger(__name__).info("dtype='auto' is %s on this CPU", name)
     if name not in DTYPES:
         raise ModelError(f"dtype must be auto, {', '.join(DTYPES)}, not {name!r}")
     return DTYPES[name]

@@ -9,7 +9,7 @@ from minipaged.memory.table import Copy
 from minipaged.request import Request, Sequence
 
 
-@dataclass
+@dataclass(slots=True)
 class Chunk:
     """Tokens [start, start + num_tokens) of one sequence, computed in this step: a decode (1) or part of a prompt.
 

@@ -65,16 +65,17 @@ class Scheduler:
         counts = self._spend(self.max_num_batched_tokens, self.running)
         for request in list(self.running):
             # Oldest first, so that whoever is preempted for lack of blocks has not been placed yet.
-            if request.status is Status.RUNNING and self._make_room(request, counts, plan):
-                self._place(request, counts, plan)
+            if request.status is Status.RUNNING:
+                self._place(request, self._make_room(request, counts, plan), plan)
         if not plan.preempted and not plan.outgrown:
             self._resume(plan)
             if not self.swapped:
                 self._admit(plan)
         plan.chunks.sort(key=lambda chunk: chunk.num_tokens > 1)  # stable: decodes first, else by arrival
         self.memory.seal(plan)
-        for chunk in plan.chunks:
-            self.events.emit(Scheduled, chunk.seq.seq_id, chunk.start, chunk.num_tokens)
+        if self.events.active:
+            for chunk in plan.chunks:
+                self.events.emit(Scheduled, chunk.seq.seq_id, chunk.start, chunk.num_tokens)
         return plan
 
     def blocks_to_hold(self, request: Request) -> int:
@@ -89,11 +90,12 @@ class Scheduler:
 
     def _active(self, request: Request) -> list[Sequence]:
         """The sequences that compute: all live ones, or the lead alone until the others fork from it."""
-        return [seq for seq in request.live if seq.seq_id in self.memory.tables]
+        tables = self.memory.tables
+        return [seq for seq in request.live if seq.seq_id in tables]
 
     def _forking(self, request: Request) -> bool:
-        """Whether the lead still computes alone, for all of them."""
-        return len(self._active(request)) < len(request.live)
+        """Whether the lead of a running request still computes alone, for all of them."""
+        return request.live[-1].seq_id not in self.memory.tables
 
     def _target(self, request: Request, seq: Sequence) -> int:
         """How far a sequence computes: to its last token, or to where the others fork off."""
@@ -114,41 +116,47 @@ class Scheduler:
         ]
         counts: dict[int, int] = {}
         for seq_id, want in sorted(wanted, key=lambda item: item[1] > 1):
-            counts[seq_id] = min(want, budget)
-            budget -= counts[seq_id]
+            counts[seq_id] = spent = want if want < budget else budget
+            budget -= spent
         return counts
 
-    def _make_room(self, request: Request, counts: dict[int, int], plan: StepPlan) -> bool:
-        """Frees blocks for the request's part of this step, at the cost of later arrivals and in the end its own."""
+    def _writes(self, request: Request, counts: dict[int, int]) -> dict[Write, Sequence]:
+        """What the request writes in this step, and who of it; nothing where the budget went to others."""
+        return {
+            Write(seq.seq_id, seq.num_computed, seq.num_computed + counts[seq.seq_id]): seq
+            for seq in self._active(request)
+            if counts[seq.seq_id]
+        }
+
+    def _make_room(self, request: Request, counts: dict[int, int], plan: StepPlan) -> dict[Write, Sequence]:
+        """Frees blocks for the request's part of this step, at the cost of later arrivals and in the end its own.
+
+        Returns what the request writes then: nothing if it was its own victim.
+        """
         while True:
-            writes = [
-                Write(seq.seq_id, seq.num_computed, seq.num_computed + counts[seq.seq_id])
-                for seq in self._active(request)
-                if counts[seq.seq_id]
-            ]
+            writes = self._writes(request, counts)
             if self.memory.blocks_needed(writes) <= self.memory.pool.num_free:
-                return True
+                return writes
             victim = self.running[-1]
             if victim is request and len(self.running) == 1:
                 self._outgrow(request, plan)
                 if request.status is Status.FINISHED:
-                    return False
+                    return {}
             else:
                 self._preempt(victim, plan)
                 if victim is request:
-                    return False
+                    return {}
 
-    def _place(self, request: Request, counts: dict[int, int], plan: StepPlan) -> None:
+    def _place(self, request: Request, writes: dict[Write, Sequence], plan: StepPlan) -> None:
         """Puts the request's sequences on the plan and reserves their slots."""
-        for seq in self._active(request):
-            start, end = seq.num_computed, seq.num_computed + counts[seq.seq_id]
-            if start == end:
-                continue  # the budget went to others
-            plan.copies += self.memory.reserve(Write(seq.seq_id, start, end))
+        memory = self.memory
+        for write, seq in writes.items():
+            _, start, end = write
+            plan.copies += memory.reserve(write)
             candidates = request.live if self._forking(request) else [seq]
             samples = [s for s in candidates if len(s.tokens) == end]
             # No further than it is in use: some managers' tables are as long as the sequence may ever get.
-            table = self.memory.tables[seq.seq_id][: self.memory.blocks_for(end)]
+            table = memory.tables[seq.seq_id][: memory.blocks_for(end)]
             plan.chunks.append(Chunk(request, seq, start, end - start, samples, table))
 
     def _resume(self, plan: StepPlan) -> None:
@@ -165,7 +173,7 @@ class Scheduler:
             if num_seqs > self.max_num_seqs or len(writes) > budget:
                 return
             needed = self.memory.blocks_needed_to_swap_in(writes)
-            if needed > self._free_for_victims():
+            if needed > self.memory.pool.num_free - self._owed_to_running() - self._growth():
                 if self.running:
                     return
                 self._outgrow(request, plan)  # alone, and still too large
@@ -175,22 +183,23 @@ class Scheduler:
             self.events.emit(Resumed, request.request_id)
             plan.swap_ins += self.memory.swap_in([write.seq_id for write in writes])
             counts = {s.seq_id: min(1, self._target(request, s) - s.num_computed) for s in self._active(request)}
-            self._place(request, counts, plan)
+            self._place(request, self._writes(request, counts), plan)
 
     def _admit(self, plan: StepPlan) -> None:
         """Waiting → running, in order of arrival, as long as tokens, sequences and blocks allow."""
-        if self.static_batching and self.running:
+        if not self.waiting or (self.static_batching and self.running):
             return
         budget = self.max_num_batched_tokens - plan.num_tokens
         num_seqs = sum(request.width for request in self.running)
+        owed = self._owed_to_running()  # kept up to date here: to count anew for each would take time squared
         # A static batch takes all it can hold at once, tokens or not: the next chance is far away.
         while self.waiting and (budget > 0 or self.static_batching):
             request = self.waiting[0]
-            if num_seqs + request.width > self.max_num_seqs or not self._fits(request, plan):
+            if num_seqs + request.width > self.max_num_seqs or not self._fits(request, plan, owed):
                 break
             if request.status is Status.FINISHED:
                 continue  # it had outgrown the pool and `_fits` ended it
-            self.waiting.remove(request)
+            del self.waiting[0]
             num_seqs += request.width
             self._queue(request, self.running, Status.RUNNING)
             lead, hits = request.live[0], self._hits(request)
@@ -199,7 +208,8 @@ class Scheduler:
             self.memory.open(lead.seq_id, hits, self.demand(request))
             counts = self._spend(budget, [request])
             budget -= counts[lead.seq_id]
-            self._place(request, counts, plan)
+            self._place(request, self._writes(request, counts), plan)
+            owed += self._owed(request)
 
     def _queue(self, request: Request, queue: list[Request], status: Status) -> None:
         insort(queue, request, key=lambda r: r.arrival)
@@ -210,14 +220,15 @@ class Scheduler:
             return []  # a cached block has keys and values, but the logits are wanted too
         return self.memory.match(request.live[0].tokens[: request.fork_at])
 
-    def _fits(self, request: Request, plan: StepPlan) -> bool:
-        """Whether the pool can hold the request beside what the running ones still need for their known tokens."""
+    def _fits(self, request: Request, plan: StepPlan, owed: int) -> bool:
+        """Whether the pool can hold the request beside the ``owed`` blocks that running ones' known tokens need."""
         request.fork_at = _common_prefix(request.live)
         if self.memory.reserves_ahead:
             return self.memory.fits(self.demand(request))  # whoever runs has all it will ever need
         in_use = sum(self.memory.pool.ref_counts[hit.block] > 0 for hit in self._hits(request))
-        was_preempted = any(seq.num_output for seq in request.live)
-        free = self._free_for_victims() if was_preempted else self._free()
+        free = self.memory.pool.num_free - owed
+        if any(seq.num_output for seq in request.live):  # it was preempted
+            free -= self._growth()
         while self.blocks_to_hold(request) - in_use > free:
             if self.running:
                 return False
@@ -227,13 +238,12 @@ class Scheduler:
                 break
         return True
 
-    def _free(self) -> int:
-        """Free blocks that the running requests' prompts do not need."""
-        return self.memory.pool.num_free - sum(map(self._owed, self.running))
+    def _growth(self) -> int:
+        """A block for each running sequence: a victim that comes back before they could grow is soon out again."""
+        return sum(len(self._active(request)) for request in self.running)
 
-    def _free_for_victims(self) -> int:
-        """Less: who comes back at once is soon thrown out again, so each running sequence may grow by a block first."""
-        return self._free() - sum(len(self._active(request)) for request in self.running)
+    def _owed_to_running(self) -> int:
+        return sum(map(self._owed, self.running))
 
     def _owed(self, request: Request) -> int:
         """Blocks that a running request's prompt, computed in chunks, has yet to take."""
@@ -276,10 +286,12 @@ class Scheduler:
 
         Returns the requests that got a token or lost a sequence.
         """
+        watched = self.events.active
         for chunk in plan.chunks:
             seq, request = chunk.seq, chunk.request
             seq.num_computed += chunk.num_tokens
-            self.events.emit(Filled, seq.seq_id, chunk.start, chunk.num_tokens)
+            if watched:
+                self.events.emit(Filled, seq.seq_id, chunk.start, chunk.num_tokens)
             self.memory.computed(seq.seq_id, seq.tokens, seq.num_computed)
             if seq.num_computed == request.fork_at and self._forking(request):
                 for other in request.live:
@@ -303,7 +315,7 @@ class Scheduler:
         """Ends a request in whatever state it is; every block comes back."""
         if request.beams and request.live:
             self._end_search(request, "abort")
-        for seq in request.live:
+        for seq in list(request.live):
             self._finish(request, seq, "abort")
 
     def fork(self, parent: Request, child: Request) -> None:
@@ -362,7 +374,7 @@ class Scheduler:
             self.memory.free(seq.seq_id)
         if seq.text is not None:
             seq.text.finish()  # what it held back belongs to the output too
-        seq.finish_reason = reason
+        request.end(seq, reason)
         self.events.emit(Finished, seq.seq_id, reason)
         if not request.live and request.status is not Status.FINISHED:
             queues = {Status.RUNNING: self.running, Status.SWAPPED: self.swapped, Status.WAITING: self.waiting}
@@ -380,11 +392,12 @@ class Scheduler:
         for c in ended:
             search.add(c.score, self._continue(request, c))
         heirs = Counter(c.parent.seq_id for c in live)
-        request.seqs = []
+        beams = []
         for c in live:
             heirs[c.parent.seq_id] -= 1
             # All but a parent's last continuation fork off it; the last one happens in place.
-            request.seqs.append(self._continue(request, c, in_place=heirs[c.parent.seq_id] == 0))
+            beams.append(self._continue(request, c, in_place=heirs[c.parent.seq_id] == 0))
+        request.set_seqs(beams)
         for seq, _ in rows:
             if seq.seq_id not in heirs:
                 self._finish(request, seq, "pruned")
@@ -410,11 +423,11 @@ class Scheduler:
         """Leaves the best n hypotheses. With a reason the search was cut short, and live beams are hypotheses too."""
         search = request.beams
         assert search is not None
-        for seq in request.live:
+        for seq in list(request.live):
             if reason:
                 search.add(seq.cumulative_logprob, seq)
             self._finish(request, seq, reason or "pruned")
-        request.seqs = [seq for _, seq in search.finished[: request.params.n]]
+        request.set_seqs([seq for _, seq in search.finished[: request.params.n]])
 
 
 def _piece(seq: Sequence, token_id: int) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from minipaged.engine_thread import EngineLoop
 from minipaged.server.protocol import ApiError
 
+prometheus: Any
 try:
     import prometheus_client as prometheus
 except ModuleNotFoundError:
@@ -40,7 +43,7 @@ class Metrics:
         """Gauges read the engine when somebody asks. They only count, so no lock is needed."""
         if prometheus is None:
             return
-        gauges = {
+        gauges: dict[str, tuple[str, Callable[[Any], int]]] = {
             "minipaged_requests_running": ("requests in the running batch", lambda e: len(e.scheduler.running)),
             "minipaged_requests_waiting": ("requests that wait for a place", lambda e: len(e.scheduler.waiting)),
             "minipaged_kv_blocks": ("blocks in the pool", lambda e: e.num_blocks),
@@ -48,7 +51,7 @@ class Metrics:
         }
         for name, (what, read) in gauges.items():
             gauge = prometheus.Gauge(name, what, registry=self.registry)
-            gauge.set_function(lambda read=read: read(thread.engine))
+            gauge.set_function(partial(lambda read: read(thread.engine), read))
 
     def text(self) -> bytes:
         """The text format. Raises `ApiError` 501."""

@@ -34,7 +34,7 @@ def some_triton(monkeypatch):
 
 def test_auto_is_triton_where_there_are_cuda_and_triton(some_triton):
     assert choose("auto", CUDA)[0] == "triton"
-    assert choose("auto", CPU)[0] == "torch" and choose("auto", torch.device("mps"))[0] == "torch"
+    assert choose("auto", CPU)[0] in ("native", "torch") and choose("auto", torch.device("mps"))[0] == "torch"
 
 
 def test_auto_is_torch_without_triton_and_says_so(no_triton):
@@ -81,7 +81,7 @@ def test_flex_equals_the_oracle(block_size, window):
 
 def test_torch_is_always_allowed(no_triton):
     assert choose("torch", CUDA)[0] == choose("torch", CPU)[0] == "torch"
-    assert kernels_for("auto", CPU) is backend.TORCH
+    assert kernels_for("torch", CPU) is backend.TORCH
 
 
 @pytest.mark.parametrize("wrong", [{"attention": "flash"}, {"attention": None}, {"kv_dtype": "int4"}])
@@ -93,7 +93,7 @@ def test_unknown_choices_are_refused(wrong):
 def test_every_triton_function_has_the_signature_of_its_oracle():
     pytest.importorskip("triton", reason="there is no Triton but for Linux")
     fast, flex = backend._triton(), backend._flex()
-    for name in set(vars(fast)) - {"name"}:
+    for name in set(vars(fast)) - {"name", "rms_norm", "silu_mul"}:  # those two are torch's own on a GPU
         oracle = getattr(backend.TORCH, name)
         assert getattr(fast, name) is not oracle
         for ours in (getattr(fast, name), getattr(flex, name)):
@@ -108,5 +108,5 @@ LLM("tiny", device="cpu").generate("Once", SamplingParams(max_tokens=2))
 print(*sorted(name for name in sys.modules if name.startswith("minipaged.kernels.")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    plain = ["minipaged.kernels.backend", "minipaged.kernels.contiguous", "minipaged.kernels.reference"]
+    plain = [f"minipaged.kernels.{name}" for name in ("backend", "contiguous", "native", "reference")]
     assert done.stdout.split() == plain, done.stderr

@@ -11,7 +11,7 @@ All of them answer with block tables, so that the same model and kernels run on 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Protocol
 
@@ -78,7 +78,7 @@ class MemoryManager(Protocol):
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens."""
 
-    def blocks_needed(self, writes: Seq[Write]) -> int:
+    def blocks_needed(self, writes: Collection[Write]) -> int:
         """Free blocks that `reserve` will take for all of ``writes``, copies included."""
 
     def reserve(self, write: Write) -> list[Copy]:

@@ -10,7 +10,7 @@ A chunk's blocks make a block table like any other, and the same kernels run.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -115,7 +115,7 @@ class ContiguousTables:
 
     # --- in every step ----------------------------------------------------------------------------------------
 
-    def blocks_needed(self, writes: Seq[Write]) -> int:
+    def blocks_needed(self, writes: Collection[Write]) -> int:
         """None: everything was set aside at admission."""
         return 0
 

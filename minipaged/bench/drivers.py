@@ -1,0 +1,138 @@
+"""One engine in a process of its own: ``python drivers.py ENGINE MODEL DTYPE``, a conversation in JSON lines.
+
+It says when it is ready, then answers each line {"prompts": [[…], …], "outputs": […]} once all are generated: greedily,
+past every end-of-text token. It imports nothing of minipaged but where that is the engine, for it runs in whatever
+Python has the other one installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+Run = Callable[[list[list[int]], list[int]], list[int]]  # prompts, wanted lengths → lengths that were generated
+LONGEST = 1024  # tokens of a sequence; every engine is told, so that all set the same memory aside
+
+
+def minipaged(model: str, dtype: str) -> Run:
+    from minipaged import LLM, SamplingParams
+
+    llm = LLM(model, device="cpu", dtype=dtype, max_model_len=LONGEST, enable_prefix_caching=False)
+
+    def run(prompts: list[list[int]], outputs: list[int]) -> list[int]:
+        params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in outputs]
+        return [len(out.outputs[0].token_ids) for out in llm.generate(prompts, params)]  # type: ignore[arg-type]
+
+    return run
+
+
+def transformers(model: str, dtype: str) -> Run:
+    """`generate` on a batch of one length, its continuous batching on a mixed one."""
+    import torch
+    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+
+    def together(prompts: list[list[int]], length: int) -> list[int]:
+        ids = torch.tensor(prompts)
+        config = GenerationConfig(
+            max_new_tokens=length, min_new_tokens=length, do_sample=False, pad_token_id=0, use_cache=True
+        )
+        with torch.inference_mode():
+            out = network.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        return [out.shape[1] - ids.shape[1]] * len(prompts)
+
+    @cache
+    def manager() -> Any:
+        # Told how much memory to take: by itself it prepares for all that is free, which takes minutes on a CPU.
+        sizes = ContinuousBatchingConfig(block_size=16, num_blocks=64 * LONGEST // 16, max_batch_tokens=LONGEST)
+        config = GenerationConfig(max_new_tokens=LONGEST, do_sample=False, pad_token_id=0, eos_token_id=-1)
+        started = network.init_continuous_batching(generation_config=config, continuous_batching_config=sizes)
+        started.start()
+        return started
+
+    def continuously(prompts: list[list[int]], outputs: list[int]) -> list[int]:
+        requests = zip(prompts, outputs, strict=True)
+        ids = [manager().add_request(prompt, max_new_tokens=n, eos_token_id=-1) for prompt, n in requests]
+        done: dict[str, int] = {}
+        while len(done) < len(ids):
+            result = manager().get_result(timeout=1)
+            if result is not None and result.is_finished():
+                done[result.request_id] = len(result.generated_tokens)
+            elif result is None and not manager().is_running():
+                raise RuntimeError("transformers' continuous batching has ended by itself")
+        return [done[i] for i in ids]
+
+    def run(prompts: list[list[int]], outputs: list[int]) -> list[int]:
+        alike = len(set(outputs)) == 1 and len(set(map(len, prompts))) == 1
+        return together(prompts, outputs[0]) if alike else continuously(prompts, outputs)
+
+    return run
+
+
+def vllm(model: str, dtype: str) -> Run:
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, as the others
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model, dtype=dtype, max_model_len=LONGEST, max_num_seqs=64, skip_tokenizer_init=True,
+        enable_prefix_caching=False, disable_log_stats=True,
+    )  # fmt: skip
+
+    def run(prompts: list[list[int]], outputs: list[int]) -> list[int]:
+        params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False) for n in outputs]
+        made = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        return [len(out.outputs[0].token_ids) for out in made]
+
+    return run
+
+
+# name → how to start it, the package that must be installed
+ENGINES: dict[str, tuple[Callable[[str, str], Run], str]] = {
+    "minipaged": (minipaged, "minipaged"),
+    "transformers": (transformers, "transformers"),
+    "vllm": (vllm, "vllm-cpu"),
+}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def main() -> None:
+    name, model, dtype = sys.argv[1:]
+    # Engines print what they like; the conversation has the real stdout to itself.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(**answer: object) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
+
+    start, package = ENGINES[name]
+    started = time.perf_counter()
+    run = start(model, dtype)
+    run([[1, 2, 3, 4]], [1])
+    say(ready=round(time.perf_counter() - started, 2), version=_version(package))
+    for line in sys.stdin:
+        work = json.loads(line)
+        started = time.perf_counter()
+        lengths = run(work["prompts"], work["outputs"])
+        seconds = time.perf_counter() - started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        say(seconds=seconds, lengths=lengths, peak_mib=round(peak))
+    os._exit(0)  # other engines' threads would have to be waited for
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The kernels of native.cpp, compiled for this CPU at their first use, as Triton compiles its own for a GPU.
+
+They need a C++ compiler (``c++``, or what ``CXX`` names), and serve float32 and bfloat16 tensors on a CPU; everything
+else goes to `reference`, whose functions say what each means. The library is kept in ``~/.cache/minipaged`` (or
+``XDG_CACHE_HOME``) under a name that tells source, compiler and processor apart.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minipaged.kernels import reference
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+ARGUMENTS = {
+    "rms_norm": (*[POINTER] * 5, NUMBER, NUMBER, REAL),
+    "silu_mul": (POINTER, POINTER, NUMBER, NUMBER),
+    "rope_store": (*[POINTER] * 3, *[NUMBER] * 3, *[POINTER] * 6, *[NUMBER] * 4),
+    "paged_decode": (POINTER, NUMBER, *[POINTER] * 3, NUMBER, POINTER, POINTER, *[NUMBER] * 5, REAL, NUMBER),
+}
+
+
+@lru_cache(maxsize=1)
+def missing() -> str:
+    """Why there are no such kernels here; empty if there are. Compiles them if nobody has yet."""
+    if platform.system() not in ("Linux", "Darwin"):
+        return f"the C++ kernels are not built on {platform.system()}"
+    try:
+        _library()
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return f"the C++ kernels cannot be built: {error}"
+    return ""
+
+
+@lru_cache(maxsize=1)
+def _library() -> dict[tuple[str, torch.dtype], ctypes._NamedFuncPointer]:
+    """Functions by name and type of numbers. Raises OSError where there is no compiler, or none that can do it."""
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    if compiler is None:
+        raise OSError("no C++ compiler was found (c++, or CXX)")
+    openmp = _loaded_openmp()
+    # Threads of torch's own pool: a second one would fight it for the cores.
+    attempts: list[tuple[str, ...]] = [("-march=native", "-fopenmp", openmp)] if openmp else []
+    attempts += [("-march=native", "-Wno-unknown-pragmas"), ("-Wno-unknown-pragmas",)]
+    reason: Exception = OSError("no flags to try")
+    for flags in attempts:
+        try:
+            library = ctypes.CDLL(str(_compiled(compiler, flags)))
+            break
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = error
+    else:
+        raise reason
+    functions = {}
+    for name, arguments in ARGUMENTS.items():
+        for dtype, suffix in TYPES.items():
+            function = getattr(library, f"{name}_{suffix}")
+            function.argtypes, function.restype = arguments, None
+            functions[name, dtype] = function
+    return functions
+
+
+def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
+    """The library built with these flags, from the cache or new."""
+    about = (SOURCE.read_text(), compiler, *flags, platform.machine(), _processor())
+    name = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minipaged"
+    target = folder / f"native-{name}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            options = [flag for flag in flags if flag.startswith("-")]
+            libraries = [flag for flag in flags if not flag.startswith("-")]
+            # In two steps: told of OpenMP, the linker would add a library of its own.
+            steps = [
+                [compiler, "-c", *FLAGS, *options, str(SOURCE), "-o", f"{scratch}/native.o"],
+                [compiler, "-shared", f"{scratch}/native.o", *libraries, "-o", f"{scratch}/native.so"],
+            ]
+            for step in steps:
+                done = subprocess.run(step, capture_output=True, text=True, timeout=120)
+                if done.returncode:
+                    raise OSError(f"{compiler} fails: {(done.stderr.strip() or 'no reason given').splitlines()[0]}")
+            os.replace(f"{scratch}/native.so", target)  # whole or not at all, whoever else builds it now
+    return target
+
+
+def _processor() -> str:
+    """What tells processors apart to which a home directory may travel; only Linux says it without extra tools."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _loaded_openmp() -> str:
+    """The GNU OpenMP library that torch runs on; empty where it runs on another, or cannot be found out."""
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split()[-1] for line in maps if "/libgomp" in line), "")
+
+
+# --- the kernels --------------------------------------------------------------------------------------------
+
+
+def _serves(*tensors: Tensor) -> bool:
+    dtype = tensors[0].dtype
+    return dtype in TYPES and all(t.dtype is dtype and t.device.type == "cpu" for t in tensors)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `reference.rms_norm`."""
+    if not _serves(x, weight):
+        return reference.rms_norm(x, weight, eps)
+    x = x.contiguous()
+    out, size = torch.empty_like(x), x.shape[-1]
+    pointers = (x.data_ptr(), None, weight.data_ptr(), None, out.data_ptr())
+    _library()["rms_norm", x.dtype](*pointers, x.numel() // size, size, eps)
+    return out
+
+
+def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `reference.add_norm`."""
+    if not _serves(x, delta, weight):
+        return reference.add_norm(x, delta, weight, eps)
+    x, delta = x.contiguous(), delta.contiguous()
+    total, out, size = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
+    pointers = (x.data_ptr(), delta.data_ptr(), weight.data_ptr(), total.data_ptr(), out.data_ptr())
+    _library()["rms_norm", x.dtype](*pointers, x.numel() // size, size, eps)
+    return total, out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """As `reference.silu_mul`."""
+    if not _serves(gate_up):
+        return reference.silu_mul(gate_up)
+    gate_up = gate_up.contiguous()
+    rows, width = gate_up.shape
+    out = gate_up.new_empty(rows, width // 2)
+    _library()["silu_mul", gate_up.dtype](gate_up.data_ptr(), out.data_ptr(), rows, width // 2)
+    return out
+
+
+def rope_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """As `reference.rope_store`."""
+    if k_scale is not None or not _serves(q, k, v, cos, sin, k_cache, v_cache):
+        return reference.rope_store(q, k, v, cos, sin, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    out = q.new_empty(q.shape)
+    _library()["rope_store", q.dtype](
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0),
+        cos.data_ptr(), sin.data_ptr(), out.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+        slot_mapping.data_ptr(), *q.shape[:2], *k.shape[1:],
+    )  # fmt: skip
+    return out
+
+
+def paged_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """As `reference.paged_decode`."""
+    if k_scale is not None or not _serves(q, k_cache, v_cache):
+        return reference.paged_decode(
+            q, k_cache, v_cache, block_tables, context_lens, scale, sliding_window, k_scale, v_scale
+        )
+    q = _rows(q)
+    out = q.new_empty(q.shape)
+    _library()["paged_decode", q.dtype](
+        q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), block_tables.data_ptr(),
+        block_tables.stride(0), context_lens.data_ptr(), out.data_ptr(), *q.shape[:2], k_cache.shape[2], q.shape[2],
+        k_cache.shape[1], scale, sliding_window or 0,
+    )  # fmt: skip
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[T, H, D] as it is, if each row of H · D numbers lies in one piece; else a copy of which that is true."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

@@ -1,0 +1,78 @@
+"""Engines side by side: the conversation with their processes, what is refused, and what is made of the numbers."""
+
+import sys
+from random import Random
+
+import pytest
+
+from minipaged.bench import peers
+from minipaged.errors import InvalidConfig
+
+STUB = """
+import json, sys
+print(json.dumps({"ready": 0.5, "version": "1"}), flush=True)
+for line in sys.stdin:
+    work = json.loads(line)
+    print(json.dumps({"seconds": SECONDS, "lengths": LENGTHS, "peak_mib": 7}), flush=True)
+"""
+
+
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+    """Drivers that generate nothing: their file is replaced, their process and the conversation are real."""
+
+    def install(lengths="work['outputs']", seconds="2.0 if sys.argv[1] == 'minipaged' else 5.0"):
+        path = tmp_path / "stub.py"
+        path.write_text(STUB.replace("LENGTHS", lengths).replace("SECONDS", seconds))
+        monkeypatch.setattr(peers.drivers, "__file__", str(path))
+        monkeypatch.setattr(peers, "make_checkpoint", lambda name, directory: directory / name)
+
+    return install
+
+
+def test_engines_take_turns_and_ratios_are_of_neighbours(stub, tmp_path):
+    stub()
+    chosen = peers.engines(["vllm"], [f"vllm={sys.executable}"])
+    result = peers.measure(chosen, ["llama-6m"], ["float32"], 2, True, lambda text: None)
+    assert result["engines"] == {"minipaged": "1", "vllm": "1"} and len(result["starts"]) == 2
+    row = next(row for row in result["rows"] if row["engine"] == "vllm" and row["cell"] == "batch 8")
+    assert len(row["tokens_per_second"]) == 2 and row["best"] == 8 * 16 / 5
+    assert row["ratio"] == 2.5 and row["ratio_spread"] == [2.5, 2.5] and row["peak_mib"] == 7
+    assert peers.table(result).row_count == 8
+    assert "peers.html" in peers.write_figure(result, tmp_path) and (tmp_path / "peers.html").stat().st_size > 1000
+
+
+def test_an_engine_that_generates_other_lengths_is_not_compared(stub):
+    stub(lengths="[1] * len(work['outputs'])")
+    with pytest.raises(InvalidConfig, match="minipaged generated other lengths"):
+        peers.measure(peers.engines([], []), ["llama-6m"], ["float32"], 1, True, lambda text: None)
+
+
+def test_an_engine_that_fails_is_named_with_its_last_words(stub):
+    stub(seconds="1 / 0")
+    with pytest.raises(InvalidConfig, match="minipaged ended without an answer: ZeroDivisionError"):
+        peers.measure(peers.engines([], []), ["llama-6m"], ["float32"], 1, True, lambda text: None)
+
+
+@pytest.mark.parametrize(
+    "call, complaint",
+    [
+        (lambda: peers.engines(["ollama"], []), "--with knows"),
+        (lambda: peers.engines([], ["vllm"]), "NAME=PATH"),
+        (lambda: peers.engines([], ["vllm=/no/such/python"]), "no Python at"),
+        (lambda: peers.measure({}, ["opt"], ["float32"], 1, True, print), "--models knows"),
+        (lambda: peers.measure({}, [], ["int8"], 1, True, print), "--dtypes knows"),
+    ],
+)
+def test_what_is_misspelt_is_refused_before_anything_is_made(call, complaint):
+    with pytest.raises(InvalidConfig, match=complaint):
+        call()
+
+
+def test_requests_repeat_with_their_seed_and_fit_the_models():
+    for shape in peers.SHAPES.values():
+        for make in peers.cells(shape.shorter, quick=False).values():
+            prompts, outputs = make(Random(1), 4096)
+            assert (prompts, outputs) == make(Random(1), 4096) and len(prompts) == len(outputs)
+            longest = max(len(p) + n for p, n in zip(prompts, outputs, strict=True))
+            assert min(outputs) >= 1 and longest <= peers.drivers.LONGEST
