@@ -145,7 +145,8 @@ def test_tabs_enlarging_and_what_each_chart_draws(serve: Callable[..., Visualize
     for event in events:
         metrics(event)
     found = f"{metrics.cached_tokens} of {metrics.prompt_tokens} tokens found"
-    assert found in page.text_content("[data-testid=chart-now]") and metrics.cached_tokens >= 16
+    page.locator("[data-testid=chart-now]").filter(has_text=found).wait_for()
+    assert metrics.cached_tokens >= 16
 
     page.click("[data-testid=enlarge]")
     page.evaluate("document.activeElement.blur()")
