@@ -213,15 +213,18 @@ def test_the_newest_token_lands_in_its_slot(paused: tuple[Visualizer, Any]) -> N
                 slots[engine.memory.tables[seq.seq_id][(seq.num_computed - 1) // 16]] = f"{offset}-{offset + 1}"
         return slots
 
-    running = "document.getAnimations().filter(a => a.effect.target.className === 'mp-landed').length"
+    falls = "nodes => nodes.map((node) => getComputedStyle(node).animationName)"
     for _ in range(3):
+        page.wait_for_timeout(100)  # an eye cannot follow faster steps, and then nothing falls
         steps(visualizer, 1)
-        page.wait_for_function(f"end => minipaged.player.position === end && {running} === 7", arg=visualizer.log.end)
+        caught_up(page, visualizer)
         assert landed() == newest() and len(newest()) == 7
+        assert "none" not in page.eval_on_selector_all(".mp-landed", falls)
     page.emulate_media(reduced_motion="reduce")
+    page.wait_for_timeout(100)
     steps(visualizer, 1)
     caught_up(page, visualizer)
-    assert landed() == newest() and page.evaluate(running) == 0
+    assert landed() == newest() and set(page.eval_on_selector_all(".mp-landed", falls)) == {"none"}
 
 
 # --- the prefix cache -------------------------------------------------------------------------------------------
