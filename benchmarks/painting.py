@@ -35,8 +35,11 @@ BOUND = 2.0  # megabytes that the heap may grow by in that time, once the histor
 COUNT = """(seconds) => new Promise((done) => {
     const { player } = minipaged, from = player.position;
     const seen = new Set();
-    // No frame is asked for that the page would not make: each costs something.
-    const watch = new MutationObserver(() => requestAnimationFrame(() => seen.add(player.position)));
+    // Drawn in this frame, and painted once the next one begins.
+    const watch = new MutationObserver(() => {
+        const { position } = player;
+        requestAnimationFrame(() => seen.add(position));
+    });
     watch.observe(document.querySelector("[data-step]"), { attributeFilter: ["data-step"] });
     setTimeout(() => {
         watch.disconnect();
