@@ -24,13 +24,23 @@ from minipaged.errors import WorkerFailed
 
 
 class _Worker:
-    """Ray Data makes one in each actor and calls it with its part: a table of one row."""
+    """Ray Data makes one in each actor and calls it with its part: a table of one row.
+
+    What a lost worker had not answered waits for the next run. Ray would do its part again and drop as many lines as it
+    had of it before, but those may be others now: that is refused.
+    """
 
     def __init__(self, load: Callable[[], Any]) -> None:
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            raise RuntimeError("its process died")
         self.llm = load()
+        self.begun: set[str] = set()
 
     def __call__(self, part: pyarrow.Table) -> Iterator[pyarrow.Table]:
         tasks = [batch.Task(**task) for task in json.loads(part["tasks"][0].as_py())]
+        if tasks[0].custom_id in self.begun:
+            raise RuntimeError("the connection to it was lost")
+        self.begun.add(tasks[0].custom_id)
         for lines in batch.answers(self.llm, tasks):
             yield pyarrow.table({"line": lines})
 
@@ -60,7 +70,7 @@ def _start() -> None:
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
         ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # the last line of what it would tell is in WorkerFailed
 
 
 def _resources(device: str, workers: int | None) -> tuple[int, dict[str, float]]:
@@ -85,8 +95,5 @@ def _dataset(load: Callable[[], Any], parts: list[list[batch.Task]], resources: 
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=len(rows), max_tasks_in_flight_per_actor=1),
-        # Ray would do a lost worker's part again and drop as many lines as it had of it: they may be other lines.
-        max_restarts=0,
-        max_task_retries=0,
         **resources,
     )
