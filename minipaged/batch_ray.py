@@ -63,7 +63,7 @@ def answers(
             yield block["line"].to_pylist()
     except (RayError, ConnectionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise WorkerFailed(f"a worker failed: {reason}; the same command goes on where this one was") from error
+        raise WorkerFailed(f"a worker or Ray failed: {reason}; the same command goes on where this one was") from error
 
 
 def _start() -> None:

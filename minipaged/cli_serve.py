@@ -98,7 +98,8 @@ def batch(
     )  # fmt: skip
     settings |= {"model": model, "device": device, "dtype": dtype}
     if ray:
-        answers = batch_ray.answers(partial(load, **settings), todo, EngineConfig(**settings).device, workers)
+        EngineConfig(**settings)  # complain before a cluster starts
+        answers = batch_ray.answers(partial(load, **settings), todo, device, workers)
     else:
         answers = batches.answers(load(**settings), todo)
     columns = TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

@@ -1,4 +1,4 @@
-"""Batches over a real Ray cluster of two workers: nothing is lost and nothing done twice, whoever dies."""
+"""Batches over a real Ray cluster of two nodes, a worker on each: nothing is lost or done twice, whoever dies."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'minipaged[ray]'")
 pytest.importorskip("pydantic", reason="the server's extra is not installed: pip install 'minipaged[serve]'")
 import ray  # noqa: E402
+from ray.cluster_utils import Cluster  # noqa: E402
 
 from minipaged.batch import open_batch, write  # noqa: E402
 from minipaged.batch_ray import answers  # noqa: E402
@@ -24,19 +25,24 @@ from tests.server.test_batch import check, fake_llm, files  # noqa: E402, F401
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        node = {"num_cpus": 1, "object_store_memory": 10**8}
+        nodes = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+        nodes.add_node(**node)
+        patch.setenv("RAY_ADDRESS", nodes.address)
+        yield
+        ray.shutdown()
+        nodes.shutdown()
 
 
 def logging_llm(log: Path) -> Any:
-    """Writes down which process was asked for what."""
+    """Writes down which node was asked for what."""
     llm = fake_llm()
     add = llm.engine.add_request
 
     def add_request(request_id: str, prompt: list[int], params: Any) -> None:
-        with open(log / str(os.getpid()), "a") as file:
+        with open(log / ray.get_runtime_context().get_node_id(), "a") as file:
             file.write(f"{prompt[0]}\n")
         add(request_id, prompt, params)
 
@@ -71,7 +77,7 @@ def no_llm() -> Any:
 
 
 def run(load: Any, tasks: list[Any], out: Path) -> None:
-    write(answers(load, tasks, "cpu", 2), out, lambda done: None)
+    write(answers(load, tasks, "cpu"), out, lambda done: None)
 
 
 def test_two_workers_answer_everything_and_prompts_that_begin_alike_go_to_one(files, tmp_path) -> None:  # noqa: F811
@@ -81,7 +87,7 @@ def test_two_workers_answer_everything_and_prompts_that_begin_alike_go_to_one(fi
     check(files[1])
     first, second = ([line for line in file.read_text().split()] for file in log.iterdir())
     assert len(first) + len(second) == 50
-    assert not set(first) & set(second), "a first token is asked of both"
+    assert not set(first) & set(second), "a first token is asked of both nodes"
 
 
 def test_a_worker_dies_and_the_same_command_goes_on(files, tmp_path) -> None:  # noqa: F811
