@@ -11,9 +11,12 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +31,7 @@ KINDS: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
 }
+ANSWER = 1000  # writing an answer counts as much as reading so many characters: a guess, only shares depend on it
 
 
 @dataclass(frozen=True)
@@ -66,31 +70,66 @@ def open_batch(path: Path, out: Path) -> list[Task]:
     return sorted((task for key, task in tasks.items() if key not in done), key=lambda task: task.beginning)
 
 
+def partition(tasks: list[Task], parts: int) -> list[list[Task]]:
+    """Up to ``parts`` contiguous pieces of about the same work, none empty, for workers that share no prefix cache.
+
+    ``tasks`` are sorted, as `open_batch` leaves them. Around each point where an even share ends, a quarter of a share
+    to either side, the cut goes where two neighbours have the least in common.
+    """
+    starts = [0, *accumulate(len(task.beginning) + ANSWER for task in tasks)]  # the work before each task
+    share = starts[-1] / parts
+    cuts = [0]
+    for even in (share * part for part in range(1, parts)):
+        near = range(bisect_left(starts, even - share / 4), bisect_right(starts, even + share / 4))
+        # A task longer than that may lie across all of it: then the cut is behind it.
+        places = [at for at in near or (bisect_left(starts, even),) if cuts[-1] < at < len(tasks)]
+        if places:
+            cuts.append(min(places, key=lambda at: (_common(tasks[at - 1], tasks[at]), abs(starts[at] - even))))
+    return [tasks[a:b] for a, b in pairwise([*cuts, len(tasks)]) if a < b]
+
+
+def _common(one: Task, other: Task) -> int:
+    """The characters that their prompts have in common before they part."""
+    return len(commonprefix([one.beginning, other.beginning]))
+
+
 def run(llm: Any, tasks: list[Task], out: Path, progress: Callable[[int], None] = lambda done: None) -> None:
     """Answers the tasks, as many at once as the engine takes, and appends the answers to ``out``.
 
     ``progress`` is told how many are done. Raises `InvalidRequest` if another process writes to ``out``.
     """
-    engine, model = llm.engine, model_name(llm.engine.config.model)
-    todo, done = deque(tasks), 0
-    running: dict[str, _Open] = {}
+    write(answers(llm, tasks), out, progress)
+
+
+def write(answers: Iterable[list[bytes]], out: Path, progress: Callable[[int], None]) -> None:
+    """Appends what comes to ``out``; nothing is computed before ``out`` is this process's alone. Raises as `run`."""
+    done = 0
     with open(out, "ab") as file:
         _lock(file, out)
-        while todo or running:
-            lines = []
-            while todo and len(running) < 2 * engine.config.max_num_seqs:
-                task = todo.popleft()
-                try:
-                    open_ = _submit(llm, model, task)
-                except ApiError as error:
-                    lines.append(_line(task, error.status, error.body()))
-                else:
-                    running |= dict.fromkeys(open_.outputs, open_)
-            lines += _step(engine, running)
-            if lines:
-                _append(file, lines)
-                done += len(lines)
-                progress(done)
+        for lines in answers:
+            _append(file, lines)
+            done += len(lines)
+            progress(done)
+
+
+def answers(llm: Any, tasks: list[Task]) -> Iterator[list[bytes]]:
+    """Lines of the output, as they come: after each step those that it ended."""
+    engine, model = llm.engine, model_name(llm.engine.config.model)
+    todo = deque(tasks)
+    running: dict[str, _Open] = {}
+    while todo or running:
+        lines = []
+        while todo and len(running) < 2 * engine.config.max_num_seqs:
+            task = todo.popleft()
+            try:
+                open_ = _submit(llm, model, task)
+            except ApiError as error:
+                lines.append(_line(task, error.status, error.body()))
+            else:
+                running |= dict.fromkeys(open_.outputs, open_)
+        lines += _step(engine, running)
+        if lines:
+            yield lines
 
 
 def _submit(llm: Any, model: str, task: Task) -> _Open:

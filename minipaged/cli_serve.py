@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,11 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minipaged.cli_options import DEFAULT, Attention, Device, Dtype, KvDtype, Memory, Model, fail, given, load
+from minipaged.config import EngineConfig
 
 NumBlocks = Annotated[int | None, typer.Option(help="KV blocks in the pool. Default: what fits.")]
 MaxNumSeqs = Annotated[int | None, typer.Option(help="Sequences in the running batch at once.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Tokens a sequence may reach.")]
-EXTRA = ("fastapi", "uvicorn", "starlette", "pydantic", "pydantic_core")
+EXTRA = dict.fromkeys(("fastapi", "uvicorn", "starlette", "pydantic", "pydantic_core"), "serve")
+EXTRA |= dict.fromkeys(("ray", "pyarrow"), "ray")  # the module: the extra that brings it
 
 
 def serve(
@@ -73,20 +76,36 @@ def batch(
     num_blocks: NumBlocks = None,
     max_num_seqs: MaxNumSeqs = None,
     max_model_len: MaxModelLen = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Several workers: on this machine's Ray cluster, or else on one it starts.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Engines, with --ray. Default: one a GPU or, without any, one a machine.")
+    ] = None,
 ) -> None:
     """Answer a file of requests. Interrupted in whatever way, the same command goes on where it was."""
     with extra():
         from minipaged import batch as batches
+
+        if ray:
+            from minipaged import batch_ray
+    if workers and not ray:
+        raise typer.Exit(fail("--workers is for --ray; without it there is one engine"))
     todo = batches.open_batch(prompts, out)
     settings = given(
         memory=memory, attention=attention, kv_dtype=kv_dtype, num_blocks=num_blocks, max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
     )  # fmt: skip
-    llm = load(model, device=device, dtype=dtype, **settings)
+    settings |= {"model": model, "device": device, "dtype": dtype}
+    if ray:
+        EngineConfig(**settings)  # complain before a cluster starts
+        answers = batch_ray.answers(partial(load, **settings), todo, device, workers)
+    else:
+        answers = batches.answers(load(**settings), todo)
     columns = TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(todo))
-        batches.run(llm, todo, out, lambda done: bar.update(task, completed=done))
+        batches.write(answers, out, lambda done: bar.update(task, completed=done))
     print(f"{len(todo)} requests answered, all in {out}")
 
 
@@ -98,4 +117,4 @@ def extra() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name not in EXTRA:
             raise
-        raise typer.Exit(fail(f"this needs {error.name}: pip install 'minipaged[serve]'")) from None
+        raise typer.Exit(fail(f"this needs {error.name}: pip install 'minipaged[{EXTRA[error.name]}]'")) from None

@@ -48,6 +48,10 @@ class InvariantViolation(MinipagedError, AssertionError):
     """`check()` found the bookkeeping inconsistent. Always a bug; please report it with the recording."""
 
 
+class WorkerFailed(MinipagedError, RuntimeError):
+    """A worker of a batch over Ray died or raised, or Ray did. The answers written so far stay."""
+
+
 class StepFailed(MinipagedError, RuntimeError):
     """A step raised (out of memory, a kernel error). Its requests were aborted and their blocks freed; the engine
     goes on with the others. ``outputs`` holds what the aborted requests had so far."""

@@ -172,7 +172,7 @@ def pins() -> dict[str, str]:
 
 
 EXTRAS = PYPROJECT["optional-dependencies"]
-REQUIREMENTS = list(dict.fromkeys(PYPROJECT["dependencies"] + EXTRAS["dev"] + EXTRAS["serve"]))
+REQUIREMENTS = list(dict.fromkeys(PYPROJECT["dependencies"] + EXTRAS["dev"] + EXTRAS["serve"] + EXTRAS["ray"]))
 
 
 @pytest.mark.parametrize("text", REQUIREMENTS)

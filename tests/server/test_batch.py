@@ -10,10 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import minipaged
 
 pytest.importorskip("pydantic", reason="the server's extra is not installed: pip install 'minipaged[serve]'")
 from minipaged import SamplingParams  # noqa: E402
-from minipaged.batch import open_batch, run  # noqa: E402
+from minipaged.batch import ANSWER, Task, open_batch, partition, run  # noqa: E402
+from minipaged.cli import app  # noqa: E402
 from minipaged.errors import InvalidRequest  # noqa: E402
 from tests.fake import fake_engine, unbatched  # noqa: E402
 
@@ -104,6 +110,54 @@ def test_what_begins_alike_is_done_together(tmp_path) -> None:
     path = written(tmp_path / "in", [line(f"r{i}", prompt=prompt) for i, prompt in enumerate(prompts)])
     first = [task.body["prompt"][0] for task in open_batch(path, tmp_path / "out")]
     assert first == [4] * 10 + [9] * 10
+
+
+def tasks_of(prompts: list[str]) -> list[Task]:
+    return [Task(f"r{i}", "/v1/completions", {"prompt": prompt}) for i, prompt in enumerate(sorted(prompts))]
+
+
+STEMS = st.sampled_from(["", "a" * 50, "a" * 40 + "b" * 900, "c" * 3000])
+PROMPTS = st.lists(st.builds("{}{}".format, STEMS, st.integers(0, 999)), max_size=60)
+
+
+@given(PROMPTS, st.integers(1, 8))
+def test_workers_share_the_tasks_each_once_in_order_and_about_evenly(prompts, workers) -> None:
+    tasks = tasks_of(prompts)
+    parts = partition(tasks, workers)
+    assert [task for part in parts for task in part] == tasks
+    assert len(parts) <= workers and all(parts)
+    work = [[len(task.beginning) + ANSWER for task in part] for part in parts]
+    share = sum(map(sum, work)) / workers
+    assert all(sum(part) <= 1.5 * share + max(part) for part in work)
+
+
+@given(st.lists(st.integers(10, 12), min_size=4, max_size=4), st.sampled_from([2, 4]))
+def test_what_begins_alike_goes_to_one_worker(sizes, workers) -> None:
+    groups = zip("abcd", sizes, strict=True)
+    parts = partition(tasks_of([f"{stem * 100}{i}" for stem, size in groups for i in range(size)]), workers)
+    stems = [{task.body["prompt"][0] for task in part} for part in parts]
+    assert [len(part) for part in stems] == [4 // workers] * workers
+    assert set.union(*stems) == set("abcd"), "none is on two workers"
+
+
+def test_a_task_larger_than_a_share_leaves_the_others_to_other_workers() -> None:
+    tasks = tasks_of(["a" * 90_000, *"bcdefgh"])
+    assert [len(part) for part in partition(tasks, 3)] == [1, 7]
+    assert [len(part) for part in partition(tasks[1:], 20)] == [1] * 7
+    assert partition([], 2) == []
+
+
+def test_the_command_says_what_ray_needs(files, monkeypatch) -> None:
+    command = ["batch", str(files[0]), "-o", str(files[1])]
+    alone = CliRunner().invoke(app, [*command, "--workers", "2"])
+    assert alone.exit_code == 2 and "--workers is for --ray" in alone.output
+    monkeypatch.delattr(minipaged, "batch_ray", raising=False)
+    monkeypatch.delitem(sys.modules, "minipaged.batch_ray", raising=False)
+    for name in ("ray", "pyarrow"):
+        monkeypatch.setitem(sys.modules, name, None)
+    missing = CliRunner().invoke(app, [*command, "--ray"])
+    assert missing.exit_code == 2 and "pip install 'minipaged[ray]'" in missing.output
+    assert not files[1].exists()
 
 
 def test_one_bad_request_is_answered_with_its_error_and_the_others_well(tmp_path) -> None:
