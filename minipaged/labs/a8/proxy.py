@@ -63,9 +63,9 @@ class ShadowMemory:
     def ensure(self, slot: int, num_tokens: int) -> None:
         call, needed = f"ensure({slot}, {num_tokens})", self.driver.needed
         need = -(-num_tokens // self.page_size)
-        others = sum(needed) - needed[slot]
-        if need + others > self.driver.num_pages:
-            self._refuse(call, slot, num_tokens, f"it needs {need} of {self.driver.num_pages} pages, and others {others}")
+        others, num_pages = sum(needed) - needed[slot], self.driver.num_pages
+        if need + others > num_pages:
+            self._refuse(call, slot, num_tokens, f"it needs {need} of {num_pages} pages, others {others}")
             return
         needed[slot], self.lengths[slot] = need, num_tokens
         self.tape.say(call)
