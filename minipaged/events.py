@@ -251,7 +251,8 @@ class StepFinished(Event):
 
 @dataclass(frozen=True, slots=True)
 class EngineError(Event):
-    """A step failed; the requests it was computing were aborted."""
+    """Something went wrong. If a step failed, ``message`` begins with "step": the requests that it was computing were
+    aborted, and the engine goes on."""
 
     type: ClassVar[str] = "engine_error"
     message: str

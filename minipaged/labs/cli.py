@@ -88,7 +88,8 @@ def replay(
     """Watch the last failure in the visualizer, step by step."""
     desk = Desk(find(key), folder.resolve()).require()
     if not desk.recording.exists():
-        raise InvalidRequest(f"no failure of {desk.lab.key} has been recorded; run 'minipaged lab check' first")
+        why = "the last check left no events to show" if desk.progress().checks else "run 'minipaged lab check' first"
+        raise InvalidRequest(f"no failure of {desk.lab.key} has been recorded; {why}")
     from minipaged.cli import visualize
 
     visualize(replay=desk.recording, port=port, open_browser=open_browser)
@@ -170,8 +171,7 @@ def _check(desk: Desk) -> int:
     """Checks one lab, says how it went, and returns the exit code."""
     lab = desk.lab
     print(f"{lab.key} {lab.title}")
-    if not desk.progress().checks:
-        print("Red is expected: you have only begun. Take one task after the other.")
+    first_time = not desk.progress().checks
     try:
         results = desk.check(_tell)
     except MinipagedError:
@@ -180,11 +180,14 @@ def _check(desk: Desk) -> int:
         traceback.print_exc()
         print("This is a bug of the checks, not yours. Please report it with the lines above.", file=sys.stderr)
         return GRADER_BUG
-    print(f"{sum(result.points for result in results)} of {lab.points} points")
+    points = sum(result.points for result in results)
+    print(f"{points} of {lab.points} points")
     first = next((result for result in results if result.status not in ("pass", "skip")), None)
     if first is None:
         print(f"All passed. Compare with ours: minipaged lab diff {lab.key}")
         return 0
+    if first_time and not points:
+        print("Red is expected: you have only begun. Take one task after the other.")
     if desk.recording.exists():
         print(f"watch it happen:  minipaged lab replay {lab.key}")
     print(f"stuck?            minipaged lab hint {first.task}")

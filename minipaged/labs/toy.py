@@ -118,12 +118,19 @@ def requests(random: Random, number: int, longest: int, samples: int) -> list[tu
 def serve(engine: Engine, requests: Iterable[tuple[list[int], int, int]], tape: Tape, every: int = 0) -> None:
     """Lets the engine serve the requests, on tape: all at once, or one after each ``every`` steps. `Violation` if any
     gets other tokens than it gets alone, or if blocks are missing in the end."""
+    config, seats = engine.config, engine.scheduler.max_num_seqs
+    tape.say(
+        f"an engine with {engine.num_blocks} blocks of {config.block_size} slots; a step computes at most {seats} "
+        f"sequences and {engine.scheduler.max_num_batched_tokens} tokens"
+    )
     tape.record(engine.started_event())
     engine.events.subscribe(tape.record)
     asked = {f"request-{number}": request for number, request in enumerate(requests)}
 
     def add(name: str, prompt: list[int], num_output: int, n: int) -> None:
-        tape.say(f"step {engine.scheduler.step}: {name}, {len(prompt)} tokens, asks for {n} output(s) of {num_output}")
+        asks = f"{num_output} more" if n == 1 else f"{n} times {num_output} more"
+        comes = f"{name} comes, with a prompt of length {len(prompt)}, to generate {asks}"
+        tape.say(f"before step {engine.scheduler.step}: {comes}")
         engine.add_request(name, prompt, params(num_output, n))
 
     arrivals = [partial(add, name, *request) for name, request in asked.items()]

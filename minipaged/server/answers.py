@@ -203,7 +203,7 @@ class TextAnswer(Answer):
         if delta.logprobs is not None:
             start = self._offsets.get((prompt, delta.index), 0)
             logprobs = self._logprobs(delta.token_ids, delta.logprobs, start)
-            self._offsets[prompt, delta.index] = start + len("".join(logprobs["tokens"]))
+            self._offsets[prompt, delta.index] = start + sum(self._lengths(delta.token_ids))
         return self._text(prompt, delta.index, delta.text, logprobs, delta.finish_reason)
 
     def _text(
@@ -214,13 +214,10 @@ class TextAnswer(Answer):
 
     def _logprobs(self, tokens: list[int], logprobs: list[Any], start: int) -> dict[str, Any]:
         """The prompt's first token has none. ``start``: where in the text the first token stands."""
-        pieces = [self._spell(token) for token in tokens]
-        # Special tokens are no part of the text.
-        lengths = (0 if token in self._special else len(piece) for token, piece in zip(tokens, pieces, strict=True))
-        offsets = list(accumulate(lengths, initial=start))[:-1]
+        offsets = list(accumulate(self._lengths(tokens), initial=start))[:-1]
         number = self._request.logprobs or 0
         return {
-            "tokens": pieces,
+            "tokens": [self._spell(token) for token in tokens],
             "token_logprobs": [
                 max(likely[token], LOWEST) if likely else None
                 for token, likely in zip(tokens, logprobs, strict=True)
@@ -228,6 +225,10 @@ class TextAnswer(Answer):
             "top_logprobs": [self._top(likely, number) if likely else None for likely in logprobs],
             "text_offset": offsets,
         }
+
+    def _lengths(self, tokens: list[int]) -> list[int]:
+        """Of each token's piece of the text. Special tokens have none."""
+        return [0 if token in self._special else len(self._spell(token)) for token in tokens]
 
     def _as_text(self, prompt: str | list[int]) -> str:
         if isinstance(prompt, str):

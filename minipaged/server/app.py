@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from minipaged.errors import InvalidRequest
 from minipaged.server.answers import Prepared, no_model, prepare, refusal
@@ -102,9 +103,12 @@ async def _serve(
         refused = error if isinstance(error, ApiError) else refusal(error)
         watch.done(refused.status)
         return error_response(refused)
-    except ClientGone:
+    except (ClientGone, ClientDisconnect):  # while it was answered; while it still sent
         watch.done("gone")
         return Response(status_code=499)  # which nobody reads
+    except Exception:
+        watch.done(500)
+        raise
 
 
 async def _read(request: Request, service: Service) -> bytes:

@@ -68,6 +68,7 @@ def test_a_solution_passes_from_inside_the_folder_too(desk, monkeypatch):
     monkeypatch.chdir(desk.folder)
     code, out, _ = desk.run("check")
     assert code == 0 and "10 of 10 points" in out and "lab diff A1" in out
+    assert "Red is expected" not in out, "the first check, but nothing is red"
     assert json.loads((desk.folder / "progress.json").read_text())["passed"]["A1.3"] == 3
 
 

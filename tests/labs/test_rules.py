@@ -10,7 +10,7 @@ from minipaged.errors import BlockError, OutOfBlocks
 from minipaged.labs import find, toy
 from minipaged.labs.a1.reference import BlockPool as Twin
 from minipaged.labs.a5.proxy import judge_fairness
-from minipaged.labs.checking import Tape
+from minipaged.labs.checking import Tape, check
 from minipaged.memory.pool import BlockPool
 from minipaged.scheduling.scheduler import Scheduler
 
@@ -62,6 +62,23 @@ def test_lab_a1s_reference_and_the_engines_pool_do_the_same():
             args = () if mine == twin.allocate else (block,)
             assert outcome(mine, *args) == outcome(engines, *args)
             assert (twin.num_free, twin.ref_counts) == (pool.num_free, pool.ref_counts)
+
+
+@pytest.mark.parametrize(
+    ("key", "task", "answer"),
+    [
+        ("A4", "A4.1", "BlockTables.all_tables = lambda self: [('x', [], 0)]"),
+        ("A4", "A4.1", "BlockTables.all_tables = lambda self: [(None, table, 0) for table in self.tables.values()]"),
+        ("A4", "A4.1", "BlockTables.all_tables = lambda self: 7"),
+        ("A7", "A7.2", "def attend(q, *rest): return [one.to(torch.float8_e4m3fn) for one in (q, q[:, 0], q[:, 0])]"),
+    ],
+    ids=range(4),
+)
+def test_an_answer_of_a_strange_type_is_wrong_and_no_bug_of_the_checks(key, task, answer):
+    lab, names = find(key), {"__name__": "answer"}
+    exec(compile(f"{lab.reference()}\n{answer}", "answer", "exec"), names)
+    (result,) = check(lab, names, tasks=[task], shrink=False)
+    assert result.status == "fail"
 
 
 @pytest.mark.parametrize("key", ["A1", "A4", "A6"])

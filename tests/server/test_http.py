@@ -136,6 +136,15 @@ def test_a_body_that_does_not_come(start) -> None:
     assert post(server).status_code == 200
 
 
+def test_hanging_up_in_the_midst_of_a_body_is_no_error(start, caplog) -> None:
+    server = start()
+    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        sock.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
+    gone = 'minipaged_requests_total{endpoint="completions",status="gone"} 1.0'
+    until(lambda: gone in HTTP.get(f"{server.url}/metrics").text, "nobody has counted it")
+    assert not caplog.records, "no traceback: it is no fault of the server's"
+
+
 def test_paths_methods_and_content_types(server) -> None:
     is_error(HTTP.get(f"{server.url}/v1/nothing"), 404)
     is_error(HTTP.get(f"{server.url}/docs"), 404)

@@ -120,6 +120,15 @@ def test_logprobs_of_completions_and_of_an_echoed_prompt(client, llm) -> None:
         assert piece == llm.tokenizer.eos_token or choice.text[offset:].startswith(piece)
 
 
+def test_special_tokens_do_not_move_the_offsets_of_a_stream(client, llm) -> None:
+    asked = {"logprobs": 0, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    asked["logit_bias"] = {str(llm.tokenizer.eos_token_id): 5.0}
+    whole = complete(client, **asked).choices[0].logprobs
+    assert llm.tokenizer.eos_token in whole.tokens[:-1], "it is to come before others"
+    parts = [chunk.choices[0].logprobs for chunk in complete(client, stream=True, **asked)]
+    assert [offset for part in parts if part for offset in part.text_offset] == whole.text_offset
+
+
 def test_an_echoed_prompt_can_be_scored_without_generating(client) -> None:
     answer = complete(client, echo=True, logprobs=0, max_tokens=0)
     assert answer.choices[0].text == "The quick" and answer.usage.completion_tokens == 0

@@ -12,7 +12,11 @@ const ORDER = [
 const WINDOW = 14; // records a telling sentence stays while less telling ones go by
 
 const TELL = {
-  engine_error: (e) => ["error", `The step failed: ${e.message}. Its requests were aborted; the engine goes on.`],
+  engine_error(e) {
+    const aborted = e.message.startsWith("step "); // the engine's own words; else it is a bug, or a lab's broken rule
+    const after = aborted ? " Its requests were aborted; the engine goes on." : "";
+    return ["error", `Something went wrong: ${e.message}.${after}`];
+  },
 
   preempted(e, record, state) {
     const ids = state.requests[e.request_id] ?? [];

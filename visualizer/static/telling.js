@@ -38,7 +38,7 @@ export const TELLING = {
   freed: (e) => `${letter(e.seq_id)} gives back ${blocks(e.blocks)}.`,
   finished: (e) => `${letter(e.seq_id)} ${REASON[e.reason] ?? "is done"}.`,
   step_finished: (e) => `Step ${e.step} is done: ${plural(e.num_tokens, "token")} in ${(1000 * e.seconds).toFixed(1)} ms.`,
-  engine_error: (e) => `The step failed: ${e.message}.`,
+  engine_error: (e) => `Something went wrong: ${e.message}.`,
 };
 
 export const describe = (event, state) => TELLING[event.type]?.(event, state) ?? event.type;

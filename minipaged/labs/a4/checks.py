@@ -30,6 +30,7 @@ class Bench:
         events.subscribe(tape.record)
         config = EngineConfig(model="lab", num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=False)
         tape.record(EngineStarted("your block tables", block_size, num_blocks, 64, 64, 64, False, "recompute", 0, 0))
+        tape.say(f"block_size {block_size}, a pool of {num_blocks} blocks")
         self.tape, self._next = tape, 0
         self.tables = LabTables(trial.student, config, events)
 

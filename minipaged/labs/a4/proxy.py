@@ -109,7 +109,7 @@ class LabTables(BlockTables):
         said = self.ask("all_tables")
         try:
             tables = {seq: list(table) for seq, table, _ in said}
-            assert all(type(block) is int for table in tables.values() for block in table)
+            assert all(type(number) is int for seq, table in tables.items() for number in (seq, *table))
             self._said_lengths = {seq: length for seq, _, length in said}
         except (TypeError, ValueError, AssertionError):
             raise Violation(f"after {call}, the tables are {said!r}", "table") from None

@@ -20,7 +20,7 @@ def scheduler(student: Any, memory: MemoryManager, **settings: Any) -> LabSchedu
 
 def _search(trial: Trial, number: int, longest: int, every: int = 0, **settings: Any) -> None:
     def run(trace: Trace, tape: Tape) -> None:
-        engine = toy.toy_engine(make_scheduler=partial(scheduler, trial.student), **settings)
+        engine = toy.toy_engine(make_scheduler=partial(scheduler, trial.student, say=tape.say), **settings)
         toy.serve(engine, trace, tape, every)
 
     trial.search([toy.requests(trial.random, number, longest, samples=1)], run)

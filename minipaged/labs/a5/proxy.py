@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from minipaged.errors import InvalidConfig, InvalidRequest, OutOfBlocks
@@ -24,11 +25,14 @@ class Memory:
 class LabScheduler(Scheduler):
     """The engine's scheduler, except that the student's code decides. What it asks memory for happens at once."""
 
-    def __init__(self, student: Any, memory: MemoryManager, **settings: Any) -> None:
+    def __init__(
+        self, student: Any, memory: MemoryManager, say: Callable[[str], None] = lambda line: None, **settings: Any
+    ) -> None:
         super().__init__(memory, **settings)
         if not isinstance(memory, BlockTables) or memory._cache or memory.swap_pool.num_blocks or self.static_batching:
             raise InvalidConfig("lab A5 needs memory='paged', preemption='recompute', and no prefix caching")
         remote = Remote("memory", Memory(self), ("fits", "reserve", "free"))
+        self._say = say
         self._theirs = student.new("Scheduler", remote, self.max_num_seqs, self.max_num_batched_tokens)
         self._known: dict[int, Request] = {}  # by order of arrival, which is the id that the student knows
         self._plan = StepPlan(0)
@@ -49,7 +53,9 @@ class LabScheduler(Scheduler):
 
     def schedule(self) -> StepPlan:
         self._plan, self._reserved, self._lacking = StepPlan(self.step), {}, False
-        judge(self, self._read(self._ask("schedule")))
+        told = self._read(self._ask("schedule"))
+        self._say(f"step {self.step}: schedule() → chunks {told[0]}, preempted {told[1]}")
+        judge(self, told)
         for number, (start, end) in self._reserved.items():
             request = self._known[number]
             (seq,) = request.live

@@ -30,6 +30,7 @@ class Bench:
         events.subscribe(tape.record)
         config = EngineConfig(model="lab", num_blocks=num_blocks, block_size=block_size)
         tape.record(EngineStarted("your prefix cache", block_size, num_blocks, 64, 64, 64, True, "recompute", 0, 0))
+        tape.say(f"PrefixCache(block_size={block_size}, hash_bits={hash_bits})")
         self.tape, self._next = tape, 0
         self.tables = LabTables(trial.student, config, events, hash_bits)
 

@@ -36,10 +36,10 @@ def compare(call: str, names: Sequence[str], got: object, expected: Sequence[Ten
         if mine.shape != right.shape or not mine.is_floating_point():
             shapes = f"{mine.dtype} of shape {list(mine.shape)}, not float of {list(right.shape)}"
             raise Violation(f"{call} returned {name} as {shapes} ({why})", f"{call}: shape of {name}")
-        infinite = right.isinf()
-        off = torch.where(infinite & (mine == right), 0.0, (mine.double() - right).abs())
+        infinite, wide = right.isinf(), mine.double()  # some narrow types cannot be compared
+        off = torch.where(infinite & (wide == right), 0.0, (wide - right).abs())
         worst = off.max().item()
-        if math.isnan(worst) or mine.isnan().any():
+        if math.isnan(worst) or wide.isnan().any():
             raise Violation(f"{call}: {name} is NaN ({why})", f"{call}: NaN")
         if worst > TOLERANCE * max(1.0, right[~infinite].abs().max().item() if (~infinite).any() else 1.0):
             raise Violation(f"{call}: {name} is wrong by {worst:.3g} ({why})", f"{call}: {name}")

@@ -63,9 +63,9 @@ class ShadowMemory:
     def ensure(self, slot: int, num_tokens: int) -> None:
         call, needed = f"ensure({slot}, {num_tokens})", self.driver.needed
         need = -(-num_tokens // self.page_size)
-        others = sum(needed) - needed[slot]
-        if need + others > self.driver.num_pages:
-            self._refuse(call, slot, num_tokens, others)
+        others, num_pages = sum(needed) - needed[slot], self.driver.num_pages
+        if need + others > num_pages:
+            self._refuse(call, slot, num_tokens, f"it needs {need} of {num_pages} pages, others {others}")
             return
         needed[slot], self.lengths[slot] = need, num_tokens
         self.tape.say(call)
@@ -74,10 +74,9 @@ class ShadowMemory:
             if (slot, place) not in self.driver.shown:
                 raise Violation(f"after {call}, in pages of {self.page_size}, place {place} has no page", "too little")
 
-    def _refuse(self, call: str, slot: int, num_tokens: int, others: int) -> None:
-        self.tape.say(f"{call} must raise OutOfPages: of {self.driver.num_pages} pages, others need {others}")
+    def _refuse(self, call: str, slot: int, num_tokens: int, why: str) -> None:
+        self.tape.say(f"{call} must raise OutOfPages: {why}")
         before = dict(self.driver.shown)
-        why = f"of {self.driver.num_pages} pages, other sequences need {others}"
         expect(lambda: self._memory.call("ensure", slot, num_tokens), "OutOfPages", call, why)
         if self.driver.shown != before:
             raise Violation(f"{call} raised OutOfPages, but has mapped or unmapped pages before", "half done")
