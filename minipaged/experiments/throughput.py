@@ -28,7 +28,7 @@ if sys.platform == "linux":  # nowhere else can memory be mapped piece by piece
 PAPER = {"FasterTransformer": "up to 22", "Orca (Max)": "2.7–8", "Orca (Oracle)": "1.7–2.7"}
 WHY = (
     "the paper compares sustained rates of a 13B model on a GPU; a small model on a CPU spends less of a step on what "
-    "a larger batch shares, the reading of weights, and more on what it does not, above all on gathering blocks"
+    "a larger batch shares, the reading of weights, and more on what it does not, each request's own attention"
 )
 
 
