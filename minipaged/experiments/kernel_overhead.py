@@ -13,7 +13,8 @@ BATCHES, CONTEXTS, BLOCK_SIZES = (8, 32), (64, 256, 1024), (8, 16, 32, 128)
 HEADS, HEAD_DIM = 8, 64
 WHY = (
     "the contiguous side is torch's own attention, tuned for this device; the paged side is one short kernel for any "
-    "block size, or, where no C++ compiler is found, torch's attention on a copy into which the blocks are gathered first"
+    "block size, or, where no C++ compiler is found, torch's attention on a copy into which the blocks are gathered "
+    "first"
 )
 
 
