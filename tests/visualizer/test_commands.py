@@ -97,7 +97,8 @@ def test_bad_settings_get_words_and_the_old_engine_goes_on(thread: EngineThread,
     engine = thread.engine
     answer = ask(thread, {"do": "configure"} | change, load=LLM_OF)
     assert not answer["ok"] and words in answer["message"].lower()
-    assert thread.engine is engine and not now(thread).get("loading") and ask(thread, SUBMIT)["ok"]
+    until(lambda: not now(thread).get("loading"))
+    assert thread.engine is engine and ask(thread, SUBMIT)["ok"]
 
 
 def LLM_OF(**settings: Any) -> LLM:

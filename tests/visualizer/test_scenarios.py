@@ -17,7 +17,7 @@ from visualizer.scenarios import SCENARIOS, Scenario, menu
 
 STEPS = int(20 * DEFAULT_RATE)  # what a viewer sees in twenty seconds
 # How many steps it takes to see the point, where that is less.
-ENOUGH = {"opening": 190, "samples": 20, "beams": 40, "prefix": 130, "recompute": 120, "swap": 120, "chunked": 32,
+ENOUGH = {"opening": 235, "samples": 20, "beams": 40, "prefix": 130, "recompute": 120, "swap": 120, "chunked": 32,
           "burst": 90, "fragmentation": 80, "without-holes": 40}  # fmt: skip
 
 
