@@ -288,7 +288,7 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel, **parts: Any) -> En
         kv_cache = KVCache(spec.num_layers, *sizes, *heads, dtype, loaded.device, swap_blocks, kernels)
     return Engine(
         config,
-        ModelRunner(loaded.model, kv_cache, loaded.device, _graphs(config, loaded, kv_cache) if graphs else None),
+        ModelRunner(loaded.model, kv_cache, loaded.device, _at_once(config, loaded, kv_cache, kernels.name, graphs)),
         sample,
         vocab_size=spec.vocab_size,
         eos_token_ids=spec.eos_token_ids,
@@ -296,6 +296,15 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel, **parts: Any) -> En
         bytes_per_block=bytes_per_block,
         **parts,
     )
+
+
+def _at_once(config, loaded, kv_cache, name, graphs):
+    if graphs:
+        return _graphs(config, loaded, kv_cache)
+    if name == "native" and kv_cache.k[0].dtype == loaded.dtype:
+        from minipaged.execution.native_forward import NativeForward
+        return NativeForward(loaded.model, kv_cache)
+    return None
 
 
 def _graphs(config: EngineConfig, loaded: LoadedModel, kv_cache: KVCache) -> DecodeGraphs:

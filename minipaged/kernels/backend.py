@@ -108,10 +108,6 @@ def _native() -> Kernels:
     return replace(
         TORCH,
         name="native",
-        rope_store=native.rope_store,
-        rms_norm=native.rms_norm,
-        add_norm=native.add_norm,
-        silu_mul=native.silu_mul,
         paged_decode=native.paged_decode,
     )
 

@@ -23,14 +23,13 @@ from torch import Tensor
 from minipaged.kernels import reference
 
 SOURCE = Path(__file__).with_name("native.cpp")
+HEADERS = sorted(SOURCE.parent.glob("*.h"))
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 ARGUMENTS = {
-    "rms_norm": (*[POINTER] * 5, NUMBER, NUMBER, REAL),
-    "silu_mul": (POINTER, POINTER, NUMBER, NUMBER),
-    "rope_store": (*[POINTER] * 3, *[NUMBER] * 3, *[POINTER] * 6, *[NUMBER] * 4),
     "paged_decode": (POINTER, NUMBER, *[POINTER] * 3, NUMBER, POINTER, POINTER, *[NUMBER] * 5, REAL, NUMBER),
+    "forward": (POINTER, POINTER),
 }
 
 
@@ -76,7 +75,7 @@ def _library() -> dict[tuple[str, torch.dtype], ctypes._NamedFuncPointer]:
 
 def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
     """The library built with these flags, from the cache or new."""
-    about = (SOURCE.read_text(), compiler, *flags, platform.machine(), _processor())
+    about = (*(path.read_text() for path in [SOURCE, *HEADERS]), compiler, *flags, platform.machine(), _processor())
     name = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minipaged"
     target = folder / f"native-{name}.so"
@@ -116,70 +115,17 @@ def _loaded_openmp() -> str:
     return next((line.split()[-1] for line in maps if "/libgomp" in line), "")
 
 
+def function(name: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
+    """A kernel for this type of numbers. Only where nothing is `missing`."""
+    return _library()[name, dtype]
+
+
 # --- the kernels --------------------------------------------------------------------------------------------
 
 
 def _serves(*tensors: Tensor) -> bool:
     dtype = tensors[0].dtype
     return dtype in TYPES and all(t.dtype is dtype and t.device.type == "cpu" for t in tensors)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `reference.rms_norm`."""
-    if not _serves(x, weight):
-        return reference.rms_norm(x, weight, eps)
-    x = x.contiguous()
-    out, size = torch.empty_like(x), x.shape[-1]
-    pointers = (x.data_ptr(), None, weight.data_ptr(), None, out.data_ptr())
-    _library()["rms_norm", x.dtype](*pointers, x.numel() // size, size, eps)
-    return out
-
-
-def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `reference.add_norm`."""
-    if not _serves(x, delta, weight):
-        return reference.add_norm(x, delta, weight, eps)
-    x, delta = x.contiguous(), delta.contiguous()
-    total, out, size = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
-    pointers = (x.data_ptr(), delta.data_ptr(), weight.data_ptr(), total.data_ptr(), out.data_ptr())
-    _library()["rms_norm", x.dtype](*pointers, x.numel() // size, size, eps)
-    return total, out
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """As `reference.silu_mul`."""
-    if not _serves(gate_up):
-        return reference.silu_mul(gate_up)
-    gate_up = gate_up.contiguous()
-    rows, width = gate_up.shape
-    out = gate_up.new_empty(rows, width // 2)
-    _library()["silu_mul", gate_up.dtype](gate_up.data_ptr(), out.data_ptr(), rows, width // 2)
-    return out
-
-
-def rope_store(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
-    """As `reference.rope_store`."""
-    if k_scale is not None or not _serves(q, k, v, cos, sin, k_cache, v_cache):
-        return reference.rope_store(q, k, v, cos, sin, k_cache, v_cache, slot_mapping, k_scale, v_scale)
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    out = q.new_empty(q.shape)
-    _library()["rope_store", q.dtype](
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0),
-        cos.data_ptr(), sin.data_ptr(), out.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-        slot_mapping.data_ptr(), *q.shape[:2], *k.shape[1:],
-    )  # fmt: skip
-    return out
 
 
 def paged_decode(

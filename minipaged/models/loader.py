@@ -97,8 +97,6 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
     what = _dtype(dtype, where, config, sum(parameter.numel() for parameter in network.parameters()))
     _allocate(network, where, what)
     _load_weights(network, directory)
-    if where.type == "cpu" and what is torch.bfloat16 and computes_bfloat16():
-        pack(network)
     tokenizer = _load_tokenizer(directory)
     spec = _spec(architecture, network.config, _eos_token_ids(directory, config, tokenizer))
     return LoadedModel(network.eval(), spec, tokenizer, directory, where, what)
