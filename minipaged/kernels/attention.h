@@ -14,55 +14,108 @@ struct Pages {
     int64_t S, row;  // slots of a block; numbers from one slot to the next (KH · D)
 };
 
+// The slots of a sequence one after the other, by its block table. To divide by S for each would take longer than the
+// products.
+struct Walk {
+    const int64_t *table;
+    int64_t S, offset, slot = 0;
+    Walk(const int64_t *table, int64_t S, int64_t start) : table(table + start / S), S(S), offset(start % S) {}
+    int64_t next() {
+        slot = *table * S + offset;
+        if (++offset == S) offset = 0, table++;
+        return slot;
+    }
+};
+
+template <typename T>
+static void reserve(std::vector<T> &numbers, size_t size) {
+    if (numbers.size() < size) numbers.resize(size);
+}
+
+// Softmax of row[from … to); zero elsewhere.
+static void soften(float *row, int64_t from, int64_t to, int64_t size) {
+    float most = row[from], total = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t t = from; t < to; t++) most = row[t] > most ? row[t] : most;
+#pragma omp simd reduction(+ : total)
+    for (int64_t t = from; t < to; t++) total += row[t] = exp_(row[t] - most);
+    const float factor = 1 / total;
+    for (int64_t t = from; t < to; t++) row[t] *= factor;
+    for (int64_t t = 0; t < from; t++) row[t] = 0;
+    for (int64_t t = to; t < size; t++) row[t] = 0;
+}
+
+// sums [COUNT, D] += weights [COUNT, some] · values [some, D], where a row of weights is `wide` long. FIXED is D.
+template <int COUNT, int FIXED>
+static inline void add_weighted(const float *weights, int64_t wide, const float *values, int64_t some, float *sums) {
+    vec registers[COUNT][FIXED / LANES];
+    for (int r = 0; r < COUNT; r++)
+        for (int d = 0; d < FIXED / LANES; d++) registers[r][d] = *(vec *)(sums + r * FIXED + d * LANES);
+    for (int64_t i = 0; i < some; i++)
+        for (int d = 0; d < FIXED / LANES; d++) {
+            const vec value = *(const vec *)(values + i * FIXED + d * LANES);
+            for (int r = 0; r < COUNT; r++) registers[r][d] += weights[r * wide + i] * value;
+        }
+    for (int r = 0; r < COUNT; r++)
+        for (int d = 0; d < FIXED / LANES; d++) *(vec *)(sums + r * FIXED + d * LANES) = registers[r][d];
+}
+
 // `count` neighbouring tokens of a sequence, the first of which sees the slots before `end`, and the G query heads that
 // share one key/value head. q and out: [count, G, D], rows of tokens q_row and out_row apart. FIXED is D where the
 // compiler knows it.
 template <typename T, int FIXED>
 static void attend(const T *q, int64_t q_row, const Pages<T> &pages, int64_t end, int64_t count, int64_t window, T *out,
-                   int64_t out_row, int64_t G, int64_t D, float scale, std::vector<float> &scratch) {
+                   int64_t out_row, int64_t G, int64_t D, float scale, std::vector<T> &numbers,
+                   std::vector<float> &scratch) {
     if (FIXED) D = FIXED;
     const int64_t start = window && end > window ? end - window : 0, last = end + count - 1, L = last - start;
-    const int64_t R = count * G;
-    if (int64_t(scratch.size()) < R * L + 2 * R * D + D) scratch.resize(R * L + 2 * R * D + D);
-    float *scores = scratch.data(), *queries = scores + R * L, *sums = queries + R * D, *wide = sums + R * D;
-    for (int64_t r = 0; r < R; r++)
-        for (int64_t d = 0; d < D; d++) {
-            queries[r * D + d] = float(q[r / G * q_row + r % G * D + d]) * scale;
-            sums[r * D + d] = 0;
-        }
-    // Blocks are walked one by one: to divide by S for every slot would cost more than the products.
-    for (int64_t t = start; t < last;) {
-        const int64_t stop = (t / pages.S + 1) * pages.S < last ? (t / pages.S + 1) * pages.S : last;
-        const T *key = pages.keys + (pages.table[t / pages.S] * pages.S + t % pages.S) * pages.row;
-        for (; t < stop; t++, key += pages.row) {
-            for (int64_t d = 0; d < D; d++) wide[d] = key[d];
-            for (int64_t r = 0; r < R; r++) {
-                float dot = 0;
-#pragma omp simd reduction(+ : dot)
-                for (int64_t d = 0; d < D; d++) dot += queries[r * D + d] * wide[d];
-                scores[r * L + t - start] = dot;
+    const int64_t R = count * G, wide = (L + LANES - 1) / LANES * LANES;
+    reserve(scratch, R * wide + LANES * D + R * D);
+    reserve(numbers, LANES * D);
+    float *scores = scratch.data(), *values = scores + R * wide, *sums = values + LANES * D;
+    T *columns = numbers.data();
+    const T *slots[LANES];  // where the keys of sixteen tokens lie, and later their values
+
+    Walk walk(pages.table, pages.S, start);
+    for (int64_t t = start; t < last; t += LANES) {
+        for (int64_t i = 0; i < LANES; i++) slots[i] = pages.keys + (t + i < last ? walk.next() : walk.slot) * pages.row;
+        int64_t d = 0;
+        for (; d + LANES * UNIT<T> <= D; d += LANES * UNIT<T>)
+            transpose([&](int64_t i) { return slots[i] + d; }, columns + d * LANES);
+        for (; d < D; d += UNIT<T>)
+            for (int64_t i = 0; i < LANES; i++) std::memcpy(columns + d * LANES + i * UNIT<T>, slots[i] + d, 4);
+        for (int64_t r = 0; r < R; r++) {
+            const T *query = q + r / G * q_row + r % G * D;
+            vec some = {}, others = {};  // two sums, so that one need not wait for the other
+            for (d = 0; d + UNIT<T> < D; d += 2 * UNIT<T>) {
+                multiply_by(some, query + d, columns + d * LANES);
+                multiply_by(others, query + d + UNIT<T>, columns + (d + UNIT<T>) * LANES);
             }
+            if (d < D) multiply_by(some, query + d, columns + d * LANES);
+            *(vec *)(scores + r * wide + t - start) = (some + others) * scale;
         }
     }
     for (int64_t r = 0; r < R; r++) {
         const int64_t to = end + r / G, from = window && to > window ? to - window : 0;
-        float *row = scores + r * L, most = row[from - start], total = 0;
-#pragma omp simd reduction(max : most)
-        for (int64_t t = from - start; t < to - start; t++) most = row[t] > most ? row[t] : most;
-#pragma omp simd reduction(+ : total)
-        for (int64_t t = from - start; t < to - start; t++) total += row[t] = exp_(row[t] - most);
-        for (int64_t t = 0; t < L; t++) row[t] = t >= from - start && t < to - start ? row[t] / total : 0;
+        soften(scores + r * wide, from - start, to - start, wide);
     }
-    for (int64_t t = start; t < last;) {
-        const int64_t stop = (t / pages.S + 1) * pages.S < last ? (t / pages.S + 1) * pages.S : last;
-        const T *value = pages.values + (pages.table[t / pages.S] * pages.S + t % pages.S) * pages.row;
-        for (; t < stop; t++, value += pages.row) {
-            for (int64_t d = 0; d < D; d++) wide[d] = value[d];
-            for (int64_t r = 0; r < R; r++) {
-                const float weight = scores[r * L + t - start];
-                for (int64_t d = 0; d < D; d++) sums[r * D + d] += weight * wide[d];
-            }
+    for (int64_t i = 0; i < R * D; i++) sums[i] = 0;
+    walk = Walk(pages.table, pages.S, start);
+    for (int64_t t = start; t < last; t += LANES) {
+        const int64_t some = t + LANES < last ? LANES : last - t;
+        for (int64_t i = 0; i < some; i++) {
+            const T *value = pages.values + walk.next() * pages.row;
+            for (int64_t d = 0; d < D; d++) values[i * D + d] = value[d];
         }
+        int64_t r = 0;
+        if constexpr (FIXED) {
+            for (; r + 4 <= R; r += 4)
+                add_weighted<4, FIXED>(scores + r * wide + t - start, wide, values, some, sums + r * D);
+            for (; r < R; r++) add_weighted<1, FIXED>(scores + r * wide + t - start, wide, values, some, sums + r * D);
+        }
+        for (; r < R; r++)
+            for (int64_t i = 0; i < some; i++)
+                for (int64_t d = 0; d < D; d++) sums[r * D + d] += scores[r * wide + t - start + i] * values[i * D + d];
     }
     for (int64_t r = 0; r < R; r++)
         for (int64_t d = 0; d < D; d++) out[r / G * out_row + r % G * D + d] = T(sums[r * D + d]);
@@ -85,12 +138,13 @@ static void paged_decode(const T *q, int64_t q_row, const T *k_cache, const T *v
 #pragma omp parallel if (work > 65536)
     {
         std::vector<float> scratch;
+        std::vector<T> numbers;
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < B * KH; i++) {
             const int64_t b = i / KH, h = i % KH;
             const Pages<T> pages = {k_cache + h * D, v_cache + h * D, tables + b * table_row, S, KH * D};
             one(q + b * q_row + h * G * D, 0, pages, lens[b], 1, window, out + (b * H + h * G) * D, 0, G, D, scale,
-                scratch);
+                numbers, scratch);
         }
     }
 }

@@ -55,9 +55,8 @@ template <typename T>
 static void gate_row(const T *gate, T *out, int64_t F) {
     const T *up = gate + F;
     for (int64_t i = 0; i < F; i++) {
-        float x = gate[i], e = exp_(x < 0 ? x : -x);  // of -|x|, which cannot overflow
-        float sigmoid = x < 0 ? e / (1 + e) : 1 / (1 + e);
-        out[i] = T(float(T(x * sigmoid)) * float(up[i]));
+        float x = gate[i], e = exp_(x < 0 ? x : -x), most = 1 / (1 + e);  // of -|x|, which cannot overflow
+        out[i] = T(float(T(x * (x < 0 ? e * most : most))) * float(up[i]));
     }
 }
 
@@ -103,7 +102,7 @@ struct Space {
     }
 };
 
-constexpr int64_t TOGETHER = 4;  // tokens of a prompt that attend together, and read a key once
+constexpr int64_t TOGETHER = 8;  // tokens of a prompt that attend together, and read a key once
 
 // Q and K of one token turned, K and V stored. qkv: [(H + 2·KH) · D] → q [H, D] and the caches.
 template <typename T>
@@ -134,10 +133,13 @@ static void forward(const Model &m, const Step &s) {
             a.items.insert(a.items.end(), {b, t + i, left < TOGETHER ? left : TOGETHER, end});
         }
     const int64_t items = a.items.size() / 4, G = m.H / m.KH, qkv_size = (m.H + 2 * m.KH) * m.D;
+    // A token's heads lie side by side: one thread should take all of them, where there are enough for all threads.
+    const int64_t chunk = items >= 2 * s.threads ? m.KH : 1;
     const auto one = attention_of<T>(m.D);
 #pragma omp parallel num_threads(s.threads)
     {
         std::vector<float> scratch;
+        std::vector<T> numbers;
         begin_tiles();
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < s.T; t++) {
@@ -165,13 +167,13 @@ static void forward(const Model &m, const Step &s) {
             for (int64_t t = 0; t < s.T; t++)
                 place_row(m, l, a.qkv + t * qkv_size, a.cos + t * m.D, a.sin + t * m.D, s.slots[t],
                           a.q + t * m.H * m.D);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, chunk)
             for (int64_t j = 0; j < items * m.KH; j++) {
                 const int64_t *item = &a.items[j / m.KH * 4], h = j % m.KH, at = (item[1] * m.H + h * G) * m.D;
                 const Pages<T> pages = {(const T *)l.k_cache + h * m.D, (const T *)l.v_cache + h * m.D,
                                         s.tables + item[0] * s.table_row, m.S, m.KH * m.D};
                 one(a.q + at, m.H * m.D, pages, item[3], item[2], l.window, a.heads + at, m.H * m.D, G, m.D,
-                    float(m.scale), scratch);
+                    float(m.scale), numbers, scratch);
             }
             linear(a.heads, (const T *)l.out, (const T *)l.out_bias, a.delta, s.T, m.C, m.H * m.D, a.columns);
 #pragma omp for schedule(static)

@@ -6,55 +6,23 @@
 //   few        one dot product per output, along a row of weights. Memory is the limit: each weight is read once.
 //   sixteens   tokens are laid side by side in columns of sixteen, so that sixteen outputs fill a register, or a tile
 //              of AMX. A weight that was read is used for all of them.
-//
-// A *unit* is what a lane of 32 bits holds: one float32, or two bfloat16 that lie next to each other.
 #pragma once
 #include "numbers.h"
 
-#if defined(__AMX_BF16__) || defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 #if defined(__AMX_BF16__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));  // sixteen floats, on any CPU
-constexpr int64_t LANES = 16, ROWS = 32;  // tokens in a column; rows of weights at a time
-constexpr int64_t FEW = 4;                  // up to so many tokens are multiplied one by one
-
+constexpr int64_t ROWS = 32;  // of weights, at a time
+// Up to so many tokens are multiplied one by one: measured.
+#ifdef __AMX_BF16__
 template <typename T>
-constexpr int64_t UNIT = 4 / sizeof(T);
-
-static inline float sum(vec v) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
-}
-
-// sums += the products of sixteen units with sixteen others
-static inline void multiply(vec &sums, const float *a, const float *b) { sums += *(const vec *)a * *(const vec *)b; }
-
-static inline void multiply(vec &sums, const bf16 *a, const bf16 *b) {
-#ifdef __AVX512BF16__
-    sums = (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
+constexpr int64_t FEW = UNIT<T> == 2 ? 1 : 8;
 #else
-    for (int i = 0; i < LANES; i++) sums[i] += float(a[2 * i]) * float(b[2 * i]) + float(a[2 * i + 1]) * float(b[2 * i + 1]);
+template <typename T>
+constexpr int64_t FEW = 8;
 #endif
-}
-
-// sums += one unit, the same for all, times sixteen
-static inline void multiply_by(vec &sums, const float *one, const float *b) { sums += *one * *(const vec *)b; }
-
-static inline void multiply_by(vec &sums, const bf16 *one, const bf16 *b) {
-    int32_t pair;
-    std::memcpy(&pair, one, 4);
-#ifdef __AVX512BF16__
-    sums = (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b));
-#else
-    for (int i = 0; i < LANES; i++) sums[i] += float(one[0]) * float(b[2 * i]) + float(one[1]) * float(b[2 * i + 1]);
-#endif
-}
 
 // --- few tokens ------------------------------------------------------------------------------------------------
 
@@ -63,27 +31,24 @@ template <typename T, int COUNT, typename Put>
 static inline void dots(const T *x, const T *w, int64_t K, Put put) {
     vec sums[COUNT] = {};
     for (int64_t k = 0; k < K; k += LANES * UNIT<T>)
-        for (int i = 0; i < COUNT; i++) multiply(sums[i], w + i * K + k, x + k);
+        for (int i = 0; i < COUNT; i++) {
+            multiply(sums[i], w + i * K + k, x + k);
+            __builtin_prefetch(w + (i + COUNT) * K + k);  // rows are short, and the CPU's own foresight ends with each
+        }
     for (int i = 0; i < COUNT; i++) put(i, sum(sums[i]));
 }
 
 // --- sixteen tokens at a time ----------------------------------------------------------------------------------
 
-// x [M, K] → columns [M/16, K/UNIT, 16] of units; what is beyond M is zero. Shared among the threads of a team.
+// x [M, K] → columns [M/16, K/UNIT, 16] of units; what is beyond M is whatever. Shared among the threads of a team.
 template <typename T>
 static void lay_in_columns(const T *x, T *columns, int64_t M, int64_t K) {
-    const int64_t units = K / UNIT<T>, tiles = (M + LANES - 1) / LANES, step = 32;
-    const uint32_t *from = (const uint32_t *)x;
-    uint32_t *to = (uint32_t *)columns;
+    const int64_t step = LANES * UNIT<T>;
 #pragma omp for collapse(2) schedule(static)
-    for (int64_t tile = 0; tile < tiles; tile++)
-        for (int64_t first = 0; first < units; first += step) {
-            const int64_t left = M - tile * LANES, end = first + step < units ? first + step : units;
-            const uint32_t *rows = from + tile * LANES * units;
-            for (int64_t u = first; u < end; u++) {
-                uint32_t *column = to + (tile * units + u) * LANES;
-                for (int64_t m = 0; m < LANES; m++) column[m] = m < left ? rows[m * units + u] : 0;
-            }
+    for (int64_t tile = 0; tile < M; tile += LANES)
+        for (int64_t k = 0; k < K; k += step) {
+            const auto row = [&](int64_t i) { return x + (tile + i < M ? tile + i : M - 1) * K + k; };
+            transpose(row, columns + tile * K + k * LANES);
         }
 }
 
@@ -167,7 +132,7 @@ static void linear(const T *x, const T *w, const T *bias, O *out, int64_t M, int
     const auto put = [&](int64_t m, int64_t n, float value) {
         out[m * N + n] = O(T(bias ? value + float(bias[n]) : value));
     };
-    const bool few = M <= FEW;
+    const bool few = M <= FEW<T>;
     if (!few) lay_in_columns(x, columns, M, K);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < N; n += ROWS) {
@@ -185,11 +150,14 @@ static void linear(const T *x, const T *w, const T *bias, O *out, int64_t M, int
         alignas(64) float sums[2 * ROWS * LANES];
         for (int64_t m = 0; m < M; m += 2 * LANES) {
             block<T>(w + n * K, K, columns + m * K, M - m > LANES, sums);
-            const int64_t left = M - m < 2 * LANES ? M - m : 2 * LANES;
-            for (int64_t i = 0; i < left; i++) {
-                const float *column = sums + i / LANES * ROWS * LANES + i % LANES;
-                for (int64_t j = 0; j < ROWS; j++) put(m + i, n + j, column[j * LANES]);
-            }
+            for (int64_t i = m; i < M && i < m + 2 * LANES; i += LANES)
+                for (int64_t j = 0; j < ROWS; j += LANES) {
+                    alignas(64) float turned[LANES * LANES];
+                    const float *part = sums + ((i - m) / LANES * ROWS + j) * LANES;
+                    transpose([&](int64_t n) { return part + n * LANES; }, turned);
+                    for (int64_t o = 0; o < LANES && i + o < M; o++)
+                        for (int64_t l = 0; l < LANES; l++) put(i + o, n + j + l, turned[o * LANES + l]);
+                }
         }
     }
 }

@@ -1,8 +1,12 @@
-// bfloat16, and an exponential that a compiler can vectorise.
+// bfloat16, an exponential that a compiler can vectorise, and sixteen numbers at a time.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#if defined(__AMX_BF16__) || defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 // bfloat16 is the upper half of a float32; the lower half is rounded to the nearest, ties to even.
 struct bf16 {
@@ -36,4 +40,77 @@ static inline float exp_(float x) {
     float scale;
     std::memcpy(&scale, &power, 4);
     return x < -87.f ? 0.f : p * scale;
+}
+
+// --- sixteen at a time -----------------------------------------------------------------------------------------
+
+typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));  // sixteen floats, on any CPU
+typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
+constexpr int64_t LANES = 16;
+
+// A *unit* is what a lane of 32 bits holds: one float32, or two bfloat16 that lie next to each other.
+template <typename T>
+constexpr int64_t UNIT = 4 / sizeof(T);
+
+static inline float sum(vec v) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+}
+
+// sums += the products of sixteen units with sixteen others
+static inline void multiply(vec &sums, const float *a, const float *b) { sums += *(const vec *)a * *(const vec *)b; }
+
+static inline void multiply(vec &sums, const bf16 *a, const bf16 *b) {
+#ifdef __AVX512BF16__
+    sums = (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
+#else
+    for (int i = 0; i < LANES; i++) sums[i] += float(a[2 * i]) * float(b[2 * i]) + float(a[2 * i + 1]) * float(b[2 * i + 1]);
+#endif
+}
+
+// sums += one unit, the same for all, times sixteen
+static inline void multiply_by(vec &sums, const float *one, const float *b) { sums += *one * *(const vec *)b; }
+
+static inline void multiply_by(vec &sums, const bf16 *one, const bf16 *b) {
+    int32_t pair;
+    std::memcpy(&pair, one, 4);
+#ifdef __AVX512BF16__
+    sums = (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b));
+#else
+    for (int i = 0; i < LANES; i++) sums[i] += float(one[0]) * float(b[2 * i]) + float(one[1]) * float(b[2 * i + 1]);
+#endif
+}
+
+// --- sixteen by sixteen ----------------------------------------------------------------------------------------
+
+// Swaps the blocks of S x S lanes that lie off the diagonal of rows i and i + S.
+#define ALL(F) F(0), F(1), F(2), F(3), F(4), F(5), F(6), F(7), F(8), F(9), F(10), F(11), F(12), F(13), F(14), F(15)
+#define UPPER(j) ((j) & S ? 16 + (j) - S : (j))
+#define LOWER(j) ((j) & S ? 16 + (j) : (j) + S)
+template <int S>
+static inline void swap_blocks(ints *rows) {
+    for (int i = 0; i < LANES; i++)
+        if (!(i & S)) {
+            const ints a = rows[i], b = rows[i + S];
+#ifdef __clang__
+            rows[i] = __builtin_shufflevector(a, b, ALL(UPPER));
+            rows[i + S] = __builtin_shufflevector(a, b, ALL(LOWER));
+#else
+            rows[i] = __builtin_shuffle(a, b, (ints){ALL(UPPER)});
+            rows[i + S] = __builtin_shuffle(a, b, (ints){ALL(LOWER)});
+#endif
+        }
+}
+
+// to[j][i] = from[i][j], of units; `row(i)` is where sixteen of them begin.
+template <typename Row>
+static inline void transpose(Row row, void *to, int64_t stride = LANES) {
+    ints rows[LANES];
+    for (int i = 0; i < LANES; i++) rows[i] = *(const ints *)row(i);
+    swap_blocks<8>(rows);
+    swap_blocks<4>(rows);
+    swap_blocks<2>(rows);
+    swap_blocks<1>(rows);
+    for (int i = 0; i < LANES; i++) *(ints *)((int32_t *)to + i * stride) = rows[i];
 }
