@@ -21,6 +21,7 @@ from minipaged.engine import Engine
 from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
 from minipaged.execution.cuda_graphs import DecodeGraphs, use_graphs
 from minipaged.execution.kv_cache import KVCache, blocks_that_fit
+from minipaged.execution.native_forward import NativeForward
 from minipaged.execution.runner import ModelRunner
 from minipaged.execution.sampler import sample
 from minipaged.execution.virtual_memory import Layout, VirtualKVCache, page_size
@@ -288,7 +289,7 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel, **parts: Any) -> En
         kv_cache = KVCache(spec.num_layers, *sizes, *heads, dtype, loaded.device, swap_blocks, kernels)
     return Engine(
         config,
-        ModelRunner(loaded.model, kv_cache, loaded.device, _at_once(config, loaded, kv_cache, kernels.name, graphs)),
+        ModelRunner(loaded.model, kv_cache, loaded.device, _at_once(config, loaded, kv_cache, graphs)),
         sample,
         vocab_size=spec.vocab_size,
         eos_token_ids=spec.eos_token_ids,
@@ -298,13 +299,13 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel, **parts: Any) -> En
     )
 
 
-def _at_once(config, loaded, kv_cache, name, graphs):
+def _at_once(
+    config: EngineConfig, loaded: LoadedModel, kv_cache: KVCache, graphs: bool
+) -> DecodeGraphs | NativeForward | None:
+    """What runs a step in one go: recorded graphs on a GPU, C++ on a CPU."""
     if graphs:
         return _graphs(config, loaded, kv_cache)
-    if name == "native" and kv_cache.k[0].dtype == loaded.dtype:
-        from minipaged.execution.native_forward import NativeForward
-        return NativeForward(loaded.model, kv_cache)
-    return None
+    return NativeForward(loaded.model, kv_cache) if NativeForward.serves(loaded.model, kv_cache) else None
 
 
 def _graphs(config: EngineConfig, loaded: LoadedModel, kv_cache: KVCache) -> DecodeGraphs:

@@ -10,16 +10,20 @@ from torch import Tensor
 from minipaged.execution.batch import build_batch
 from minipaged.execution.cuda_graphs import DecodeGraphs
 from minipaged.execution.kv_cache import KVCache
+from minipaged.execution.native_forward import NativeForward
 from minipaged.scheduling.plan import StepPlan
 
 
 class ModelRunner:
-    """Owns the model and its KV cache; turns plans into logits. ``graphs`` run the steps that they cover."""
+    """Owns the model and its KV cache; turns plans into logits.
+
+    ``at_once`` computes the steps that it covers in one go, in place of the model's many small calls.
+    """
 
     def __init__(
-        self, model: Any, kv_cache: KVCache, device: torch.device, graphs: DecodeGraphs | None = None
+        self, model: Any, kv_cache: KVCache, device: torch.device, at_once: DecodeGraphs | NativeForward | None = None
     ) -> None:
-        self.model, self.kv_cache, self.device, self.graphs = model, kv_cache, device, graphs
+        self.model, self.kv_cache, self.device, self.at_once = model, kv_cache, device, at_once
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor:
@@ -35,6 +39,6 @@ class ModelRunner:
         if not plan.chunks:
             return torch.empty(0, device=self.device)
         batch = build_batch(plan, self.kv_cache.block_size, self.device)
-        if self.graphs is not None and self.graphs.covers(batch):
-            return self.graphs.run(batch)
+        if self.at_once is not None and self.at_once.covers(batch):
+            return self.at_once.run(batch)
         return self.model(batch, self.kv_cache)

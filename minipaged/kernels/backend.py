@@ -21,9 +21,7 @@ class Kernels:
     name: str
     store_kv: Callable[..., None] = reference.store_kv
     rope_store: Callable[..., Tensor] = reference.rope_store
-    rms_norm: Callable[..., Tensor] = reference.rms_norm
     add_norm: Callable[..., tuple[Tensor, Tensor]] = reference.add_norm
-    silu_mul: Callable[..., Tensor] = reference.silu_mul
     paged_decode: Callable[..., Tensor] = reference.paged_decode
     paged_prefill: Callable[..., Tensor] = reference.paged_prefill
     copy_blocks: Callable[..., None] = reference.copy_blocks
@@ -105,11 +103,7 @@ def _flex() -> Kernels:
 def _native() -> Kernels:
     from minipaged.kernels import native
 
-    return replace(
-        TORCH,
-        name="native",
-        paged_decode=native.paged_decode,
-    )
+    return replace(TORCH, name="native", paged_decode=native.paged_decode)
 
 
 def _no_native() -> str:

@@ -7,7 +7,7 @@
 #include "attention.h"
 #include "matmul.h"
 
-// In the order of native_forward.py's fields. Pointers are null where a model has no such part.
+// native_forward.py fills these in, member by member. Pointers are null where a model has no such part.
 struct Layer {
     const void *norm, *norm_bias, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias;
     const void *mlp_norm, *mlp_norm_bias, *up, *up_bias, *down, *down_bias;

@@ -58,12 +58,15 @@ def _library() -> dict[tuple[str, torch.dtype], ctypes._NamedFuncPointer]:
     reason: Exception = OSError("no flags to try")
     for flags in attempts:
         try:
-            library = ctypes.CDLL(str(_compiled(compiler, flags)))
-            break
+            return _built(compiler, flags)
         except (OSError, subprocess.SubprocessError) as error:
             reason = error
-    else:
-        raise reason
+    raise reason
+
+
+def _built(compiler: str, flags: tuple[str, ...]) -> dict[tuple[str, torch.dtype], ctypes._NamedFuncPointer]:
+    """The functions, compiled with these flags. Raises OSError or SubprocessError if that cannot be."""
+    library = ctypes.CDLL(str(_compiled(compiler, flags)))
     functions = {}
     for name, arguments in ARGUMENTS.items():
         for dtype, suffix in TYPES.items():

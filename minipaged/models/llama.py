@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minipaged.errors import ModelError
 from minipaged.execution.batch import Batch
 from minipaged.execution.kv_cache import KVCache
-from minipaged.kernels.backend import Kernels
+from minipaged.kernels import reference
 from minipaged.models.layers import (
     RMSNorm,
     Rope,
@@ -145,8 +145,8 @@ class MLP(nn.Module):
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, kernels: Kernels) -> Tensor:
-        return self.down_proj(kernels.silu_mul(self.gate_up_proj(x)))  # [T, C] → [T, 2·F] → [T, F] → [T, C]
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(reference.silu_mul(self.gate_up_proj(x)))  # [T, C] → [T, 2·F] → [T, F] → [T, C]
 
 
 class Block(nn.Module):
@@ -160,11 +160,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        kernels, before, between = kv_cache.kernels, self.input_layernorm, self.post_attention_layernorm
-        normed = kernels.rms_norm(x, before.weight, before.eps)
-        delta = self.self_attn(normed, cos, sin, batch, kv_cache)
-        x, normed = kernels.add_norm(x, delta, between.weight, between.eps)
-        return x + self.mlp(normed, kernels)
+        delta = self.self_attn(self.input_layernorm(x), cos, sin, batch, kv_cache)
+        between = self.post_attention_layernorm
+        x, normed = kv_cache.kernels.add_norm(x, delta, between.weight, between.eps)
+        return x + self.mlp(normed)
 
 
 class Llama(nn.Module):
@@ -190,7 +189,7 @@ class Llama(nn.Module):
         for layer in self.layers:
             x = layer(x, cos, sin, batch, kv_cache)
         # A prompt of 1,000 tokens needs one row of logits: picking it spares 999 trips to the vocabulary.
-        x = kv_cache.kernels.rms_norm(x[batch.logit_rows], self.norm.weight, self.norm.eps)  # [R, C]
+        x = self.norm(x[batch.logit_rows])  # [R, C]
         return F.linear(x, self.lm_head.weight).float()  # [R, V]
 
     def checkpoint_views(self) -> Iterator[tuple[str, Tensor]]:

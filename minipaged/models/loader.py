@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minipaged.errors import ModelError
-from minipaged.execution.packed_linear import computes_bfloat16, pack
 from minipaged.models.gpt2 import GPT2, GPT2Config
 from minipaged.models.layers import require_plain
 from minipaged.models.llama import Llama, LlamaConfig
@@ -153,6 +152,13 @@ def device_of(name: str) -> torch.device:
     if (device.index or 0) >= present:
         raise ModelError(f"device {name!r} is not present on this machine; device='auto' takes what there is")
     return device
+
+
+def computes_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AMX or AVX512-BF16), and torch may use that."""
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _dtype(name: str, device: torch.device, config: dict[str, Any], num_parameters: int) -> torch.dtype:

@@ -1,0 +1,160 @@
+"""A whole step in C++ against the model's own forward: every family, every way through the kernels."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from minipaged import LLM, SamplingParams
+from minipaged.execution.batch import Batch
+from minipaged.execution.kv_cache import KVCache
+from minipaged.execution.native_forward import LONG, NativeForward
+from minipaged.kernels import native
+from minipaged.kernels.backend import kernels_for
+from minipaged.models.loader import load_model
+from tests.checkpoints import save_llama
+from tests.models.families import FAMILIES, config_of, randomize
+
+CPU = torch.device("cpu")
+SIZE = 8  # slots of a block
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    if lacking := native.missing():
+        pytest.skip(lacking)
+
+
+def load(tmp_path, family: str, dtype: str):
+    """A model whose weights all count; in bfloat16 wider, for there 32 channels at a time are multiplied."""
+    config = config_of(family)
+    if dtype == "bfloat16":
+        for name in ("hidden_size", "n_embd"):
+            if hasattr(config, name):
+                setattr(config, name, 96 if family == "smollm2" else 64)
+        config.update({"n_inner": 160} if family.startswith("gpt2") else {"intermediate_size": 160})
+        config.update({"head_dim": 32} if not family.startswith("gpt2") else {})
+    model = AutoModelForCausalLM.from_config(config)
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    return load_model(str(tmp_path), "cpu", dtype).model
+
+
+def cache_for(model, dtype, blocks=96) -> KVCache:
+    config = model.config
+    heads = (config.num_kv_heads, config.head_dim)
+    cache = KVCache(config.num_layers, blocks, SIZE, *heads, dtype, CPU, kernels=kernels_for("native", CPU))
+    for tensor in cache.k + cache.v:
+        tensor.fill_(float("nan"))  # whatever is read before it was written spoils the logits
+    return cache
+
+
+def step(tables: list[list[int]], done: list[int], counts: list[int], all_rows: bool = False) -> Batch:
+    """``counts[i]`` more tokens of sequence i, of which ``done[i]`` have been computed."""
+    generator = torch.Generator().manual_seed(sum(done) + 1)
+    positions = [p for start, n in zip(done, counts, strict=True) for p in range(start, start + n)]
+    owners = [i for i, n in enumerate(counts) for _ in range(n)]
+    slots = [tables[i][p // SIZE] * SIZE + p % SIZE for i, p in zip(owners, positions, strict=True)]
+    lens = [start + n for start, n in zip(done, counts, strict=True)]
+    ends = torch.tensor(counts).cumsum(0) - 1
+    return Batch(
+        token_ids=torch.randint(0, 131, (len(positions),), generator=generator),
+        positions=torch.tensor(positions),
+        slot_mapping=torch.tensor(slots),
+        block_tables=torch.tensor(tables),
+        context_lens=torch.tensor(lens),
+        logit_rows=torch.arange(len(positions)) if all_rows else ends,
+        query_lens=counts,
+        context_lens_list=lens,
+        num_decodes=next((i for i, n in enumerate(counts) if n > 1), len(counts)),
+    )
+
+
+def scattered(num_seqs: int, each: int) -> list[list[int]]:
+    return torch.randperm(96, generator=torch.Generator().manual_seed(3))[: num_seqs * each].view(-1, each).tolist()
+
+
+STEPS = [
+    # Tokens by sequence and step: one alone, chunks of prompts beside decodes, and past 16 and 32 tokens at once.
+    [[1], [1], [4]],
+    [[1, 1, 5, 20], [1, 1, 1, 9], [1, 1, 1, 1]],
+    [[3] * 12, [1] * 12],
+]
+
+
+def assert_same(model, dtype, run=None, tolerance=1e-4):
+    for number, counts in enumerate(STEPS):
+        tables = scattered(len(counts[0]), 5)
+        caches = [cache_for(model, dtype) for _ in range(2)]
+        ours = NativeForward(model, caches[0])
+        if run is not None:
+            ours._forward = run
+        done = [0] * len(tables)
+        for these in counts:
+            batch = step(tables, done, these, all_rows=number == 1)
+            assert ours.covers(batch)
+            with torch.inference_mode():
+                found, expected = ours.run(batch), model(batch, caches[1])
+            assert found.dtype == torch.float32 and expected.isfinite().all()
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+            done = [a + b for a, b in zip(done, these, strict=True)]
+        for mine, theirs in zip(caches[0].k + caches[0].v, caches[1].k + caches[1].v, strict=True):
+            assert torch.equal(mine.isnan(), theirs.isnan()), "nothing but the step's own slots is written"
+            torch.testing.assert_close(
+                mine, theirs, rtol=tolerance, atol=tolerance * theirs.nan_to_num().abs().max().item(), equal_nan=True
+            )
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gpt2-untied"])
+def test_every_family_in_float32(tmp_path, family):
+    assert_same(load(tmp_path, family, "float32"), torch.float32)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "smollm2", "mistral", "qwen2", "qwen3-window"])
+def test_families_in_bfloat16(tmp_path, family):
+    assert_same(load(tmp_path, family, "bfloat16"), torch.bfloat16, tolerance=0.06)
+
+
+def test_without_any_instruction_that_only_some_cpus_have(tmp_path):
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    functions = native._built(compiler, ("-Wno-unknown-pragmas",))
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.06)):
+        name = str(dtype).removeprefix("torch.")
+        model = load(tmp_path / name, "llama3", name)
+        assert_same(model, dtype, functions["forward", dtype], tolerance)
+
+
+def test_what_it_does_not_serve_the_model_does(tmp_path):
+    model = load(tmp_path, "gpt2-untied", "float32")  # its MLP is 72 wide, and 16 channels go together
+    assert not NativeForward.serves(model, cache_for(model, torch.float32))
+    served = load(tmp_path / "served", "llama2", "float32")
+    assert NativeForward.serves(served, cache_for(served, torch.float32))
+    assert not NativeForward.serves(served, cache_for(served, torch.bfloat16))
+    assert not NativeForward.serves(served.to(torch.float16), cache_for(served, torch.float16))
+
+
+def test_who_looks_on_and_the_longest_chunks_are_left_to_the_model(tmp_path):
+    model = load(tmp_path, "llama2", "float32")
+    ours = NativeForward(model, cache_for(model, torch.float32))
+    batch = step([[0]], [0], [4])
+    assert ours.covers(batch)
+    batch.observe = lambda *_: None
+    assert not ours.covers(batch)
+    batch.observe, batch.read_only = None, True
+    assert not ours.covers(batch)
+    batch.read_only, batch.query_lens, batch.context_lens_list = False, [2], [LONG]
+    assert not ours.covers(batch)
+
+
+def test_an_engine_uses_it_unless_attention_is_torchs(tmp_path):
+    save_llama(tmp_path)
+    prompts = [[1, 7, 9], list(range(3, 40)), [5] * 17]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    found = []
+    for attention in ("native", "torch"):
+        llm = LLM(str(tmp_path), device="cpu", dtype="float32", attention=attention, num_blocks=64)
+        assert isinstance(llm.engine.runner.at_once, NativeForward) == (attention == "native")
+        found.append([out.outputs[0].token_ids for out in llm.generate(prompts, params)])
+    assert found[0] == found[1]
