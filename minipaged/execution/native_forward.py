@@ -32,8 +32,9 @@ _Layer = _structure(
     "k_cache v_cache", "window",
 )  # fmt: skip
 _Model = _structure(
-    "num_layers C H KH D F V S gated centered", "eps scale", "embedding positions frequencies norm norm_bias head layers"
-)
+    "num_layers C H KH D F V S gated centered", "eps scale",
+    "embedding positions frequencies norm norm_bias head layers",
+)  # fmt: skip
 _Step = _structure(
     "T B R table_row threads", "", "tokens positions slots tables context_lens query_lens logit_rows logits"
 )

@@ -74,16 +74,25 @@ static void attend(const T *q, int64_t q_row, const Pages<T> &pages, int64_t end
     reserve(numbers, LANES * D);
     float *scores = scratch.data(), *values = scores + R * wide, *sums = values + LANES * D;
     T *columns = numbers.data();
-    const T *slots[LANES];  // where the keys of sixteen tokens lie, and later their values
-
+    const T *keys[LANES], *next[LANES];
     Walk walk(pages.table, pages.S, start);
+    const auto find = [&](int64_t t) {  // where the keys of sixteen tokens lie: in time, for they come from far
+        for (int64_t i = 0; i < LANES; i++) {
+            next[i] = pages.keys + (t + i < last ? walk.next() : walk.slot) * pages.row;
+            for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(next[i] + d);
+        }
+    };
+    find(start);
     for (int64_t t = start; t < last; t += LANES) {
-        for (int64_t i = 0; i < LANES; i++) slots[i] = pages.keys + (t + i < last ? walk.next() : walk.slot) * pages.row;
+        std::memcpy(keys, next, sizeof keys);
+        if (t + LANES < last) find(t + LANES);
+        for (int64_t i = 0; i < LANES; i++)  // their values will be wanted soon
+            for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(keys[i] - pages.keys + pages.values + d);
         int64_t d = 0;
         for (; d + LANES * UNIT<T> <= D; d += LANES * UNIT<T>)
-            transpose([&](int64_t i) { return slots[i] + d; }, columns + d * LANES);
+            transpose([&](int64_t i) { return keys[i] + d; }, columns + d * LANES);
         for (; d < D; d += UNIT<T>)
-            for (int64_t i = 0; i < LANES; i++) std::memcpy(columns + d * LANES + i * UNIT<T>, slots[i] + d, 4);
+            for (int64_t i = 0; i < LANES; i++) std::memcpy(columns + d * LANES + i * UNIT<T>, keys[i] + d, 4);
         for (int64_t r = 0; r < R; r++) {
             const T *query = q + r / G * q_row + r % G * D;
             vec some = {}, others = {};  // two sums, so that one need not wait for the other
