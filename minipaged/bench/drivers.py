@@ -123,7 +123,9 @@ def llama_cpp(model: str, dtype: str) -> Run:
     def run(prompts: list[list[int]], outputs: list[int]) -> list[int]:
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
         prompt_tokens = [
-            (seq, i, token, i + 1 == len(prompt)) for seq, prompt in enumerate(prompts) for i, token in enumerate(prompt)
+            (seq, i, token, i + 1 == len(prompt))
+            for seq, prompt in enumerate(prompts)
+            for i, token in enumerate(prompt)
         ]
         made = [0] * len(prompts)
         running: dict[int, int] = {}  # sequence → its newest token

@@ -18,6 +18,10 @@ from minipaged.models.llama import Llama
 
 # Queries · context of one sequence, from which on attention is most of the work, and torch's is the faster one.
 LONG = 1024 * 1024
+# Tokens · weights, up to which one thread is enough: about a millisecond. Several are faster on an idle machine, by a
+# fifth, and ten times slower on a busy one, where they wait for each other a hundred times a step. A laptop that draws
+# the visualizer's page is busy.
+SMALL = 64_000_000
 
 
 def _structure(numbers: str, floats: str, pointers: str, more: str = "") -> type[ctypes.Structure]:
@@ -60,6 +64,7 @@ class NativeForward:
         )  # fmt: skip
         self._forward = native.function("forward", kv_cache.k[0].dtype)
         self._vocab_size = config.vocab_size
+        self._weights = sum(parameter.numel() for parameter in model.parameters())
 
     @staticmethod
     def serves(model: Any, kv_cache: KVCache) -> bool:
@@ -80,8 +85,9 @@ class NativeForward:
         """One step. Writes the KV of the T tokens; returns logits [R, V] in float32."""
         tables, lens = batch.block_tables, torch.tensor(batch.query_lens)
         logits = torch.empty(len(batch.logit_rows), self._vocab_size)
+        threads = 1 if len(batch.token_ids) * self._weights <= SMALL else torch.get_num_threads()
         step = _Step(
-            len(batch.token_ids), len(tables), len(logits), tables.stride(0), torch.get_num_threads(),
+            len(batch.token_ids), len(tables), len(logits), tables.stride(0), threads,
             batch.token_ids.data_ptr(), batch.positions.data_ptr(), batch.slot_mapping.data_ptr(), tables.data_ptr(),
             batch.context_lens.data_ptr(), lens.data_ptr(), batch.logit_rows.data_ptr(), logits.data_ptr(),
         )  # fmt: skip

@@ -13,7 +13,6 @@ from minipaged.experiments import Result
 from minipaged.experiments.cli import machine_text, number_text, paper_text
 
 RESULTS = Path("benchmarks/results/experiments")
-BEGIN, END = "<!-- experiments:begin -->", "<!-- experiments:end -->"
 SELECTED = {  # experiment: what the row is called in the table -> what it is called in the result
     "batch-size": {f"requests at once, {s}": s for s in ("Orca (Max)", "Orca (Pow2)", "Orca (Oracle)", "paged")},
     "waste": {
@@ -70,18 +69,19 @@ def table(directory: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str, new: str) -> str:
-    """``text`` with what is between the markers replaced. Raises `ValueError` if they are missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def with_table(text: str, new: str, name: str) -> str:
+    """``text`` with what is between the markers of this name replaced. Raises `ValueError` if they are missing."""
+    first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"the text has no {BEGIN} … {END}")
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+        raise ValueError(f"the text has no {first} … {last}")
+    return f"{before}{first}\n{new}\n{last}{after}"
 
 
 if __name__ == "__main__":
     if "--write" in sys.argv:
         readme = Path("README.md")
-        readme.write_text(with_table(readme.read_text(encoding="utf-8"), table()), encoding="utf-8")
+        readme.write_text(with_table(readme.read_text(encoding="utf-8"), table(), "experiments"), encoding="utf-8")
     else:
         print(table())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from minipaged import cli, experiments
+from minipaged.bench import readme as peers_readme
 from minipaged.errors import InvalidRequest
 from minipaged.experiments import Entry, Result, Row, catalogue, kernel_overhead, readme
 from minipaged.experiments.cli import number_text, paper_text
@@ -150,14 +151,17 @@ def test_a_full_run_is_committed(entry: Entry):
     assert result.rows and result.figure["data"]
 
 
-def test_the_readmes_table_is_that_of_the_committed_results():
+def test_the_readmes_tables_are_those_of_the_committed_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.with_table(text, readme.table(RESULTS)) == text, "python -m minipaged.experiments.readme --write"
+    again = readme.with_table(text, readme.table(RESULTS), "experiments")
+    assert again == text, "python -m minipaged.experiments.readme --write"
+    again = readme.with_table(text, peers_readme.table(ROOT / peers_readme.RESULT), "peers")
+    assert again == text, "python -m minipaged.bench.readme --write"
 
 
 def test_a_text_without_markers_is_refused():
     with pytest.raises(ValueError, match="experiments:begin"):
-        readme.with_table("nothing", "table")
+        readme.with_table("nothing", "table", "experiments")
 
 
 def test_a_simulation_needs_neither_torch_nor_plotly():

@@ -1,0 +1,50 @@
+"""The README's table of engines side by side, from the committed result.
+
+python -m minipaged.bench.readme            # prints the table
+python -m minipaged.bench.readme --write    # puts it between the markers in README.md
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from minipaged.experiments.readme import with_table
+
+RESULT = Path("benchmarks/results/peers.json")
+
+
+def table(path: Path = RESULT) -> str:
+    """Markdown: tokens a second, and how many times as fast minipaged is in brackets; below it, what was run."""
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    result = measured["result"]
+    engines = list(result["engines"])
+    lines = ["| model | requests | " + " | ".join(engines) + " |", "| --- | --- |" + " --- |" * len(engines)]
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in result["rows"]:
+        rows.setdefault((f"{row['model']}, {row['dtype']}", row["cell"]), {})[row["engine"]] = row
+    for (model, cell), found in rows.items():
+        cells = [_cell(found[engine]) if engine in found else "" for engine in engines]
+        lines.append(f"| {model} | {cell} | " + " | ".join(cells) + " |")
+    versions = ", ".join(f"{name} {version}" for name, version in result["engines"].items() if name != "minipaged")
+    about = measured["machine"]
+    lines += ["", f"Tokens a second, the median of {result['repeats']} rounds in which the engines took turns; in"]
+    lines += [f"brackets how many times as fast minipaged was. {about['cores']} cores of an {about['cpu']}, torch {about['torch']},"]
+    lines += [f"{versions}. Random weights, greedy; made by"]
+    lines += [f"`{measured['command']}`."]
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    speed = f"{row['median']:,.0f}"
+    return speed if row["engine"] == "minipaged" else f"{speed} ({row['ratio']:.1f} ×)"
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv:
+        readme = Path("README.md")
+        readme.write_text(with_table(readme.read_text(encoding="utf-8"), table(), "peers"), encoding="utf-8")
+    else:
+        print(table())
