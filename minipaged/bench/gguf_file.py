@@ -56,7 +56,7 @@ def write_gguf(model: str, dtype: str) -> str:
 
 
 def _interleaved(values: Any, heads: int) -> Any:
-    """Rows of a projection in llama.cpp's order: it turns channels that are neighbours, Hugging Face half a head apart."""
+    """A projection's rows in llama.cpp's order: it turns neighbouring channels, Hugging Face half a head apart."""
     out, size = values.shape
     return values.reshape(heads, 2, out // heads // 2, size).swapaxes(1, 2).reshape(out, size)
 

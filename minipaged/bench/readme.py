@@ -30,10 +30,13 @@ def table(path: Path = RESULT) -> str:
         lines.append(f"| {model} | {cell} | " + " | ".join(cells) + " |")
     versions = ", ".join(f"{name} {version}" for name, version in result["engines"].items() if name != "minipaged")
     about = measured["machine"]
-    lines += ["", f"Tokens a second, the median of {result['repeats']} rounds in which the engines took turns; in"]
-    lines += [f"brackets how many times as fast minipaged was. {about['cores']} cores of an {about['cpu']}, torch {about['torch']},"]
-    lines += [f"{versions}. Random weights, greedy; made by"]
-    lines += [f"`{measured['command']}`."]
+    cpu = f"{about['cores']} cores of an {about['cpu']}"
+    lines += [
+        "",
+        f"Tokens a second, the median of {result['repeats']} rounds in which the engines took turns; in brackets how",
+        f"many times as fast minipaged was. {cpu}, torch {about['torch']}, {versions}.",
+        f"Random weights, greedy; `{measured['command']}`.",
+    ]
     return "\n".join(lines)
 
 

@@ -1,11 +1,16 @@
 """Engines side by side: the conversation with their processes, what is refused, and what is made of the numbers."""
 
 import sys
+from dataclasses import replace
 from random import Random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from minipaged.bench import peers
+from minipaged.bench.gguf_file import write_gguf
 from minipaged.errors import InvalidConfig
 
 STUB = """
@@ -76,3 +81,44 @@ def test_requests_repeat_with_their_seed_and_fit_the_models():
             assert (prompts, outputs) == make(Random(1), 4096) and len(prompts) == len(outputs)
             longest = max(len(p) + n for p, n in zip(prompts, outputs, strict=True))
             assert min(outputs) >= 1 and longest <= peers.drivers.LONGEST
+
+
+class Writer:
+    """What the gguf package's writer is told."""
+
+    made: dict = {}
+
+    def __init__(self, path, architecture):
+        Writer.made = {"architecture": architecture}
+
+    def add_tensor(self, name, data, raw_dtype):
+        assert name not in self.made
+        self.made[name] = data, raw_dtype
+
+    def __getattr__(self, name):
+        return lambda *values: self.made.update({name: values})
+
+
+@pytest.mark.parametrize("name", ["llama-6m", "gpt2-small"])
+def test_a_gguf_file_has_every_tensor_of_the_checkpoint_where_llama_cpp_looks_for_it(name, monkeypatch, tmp_path):
+    kinds = SimpleNamespace(BF16="bf16", F32="f32")
+    quants = SimpleNamespace(quantize=lambda values, kind: values)
+    module = SimpleNamespace(GGUFWriter=Writer, GGMLQuantizationType=kinds, quants=quants)
+    monkeypatch.setitem(sys.modules, "gguf", module)
+    shape = peers.SHAPES[name]
+    small = {"num_hidden_layers": 2} if name == "llama-6m" else {"n_layer": 2, "n_embd": 24, "n_head": 3}
+    monkeypatch.setitem(peers.SHAPES, name, replace(shape, config=shape.config | small))
+    directory = peers.make_checkpoint(name, tmp_path)
+    write_gguf(str(directory), "bfloat16")
+    made, stored = Writer.made, load_file(directory / "model.safetensors")
+    assert len([value for value in made.values() if value and isinstance(value[0], np.ndarray)]) == len(stored)
+    if name == "llama-6m":
+        ours, kind = made["blk.1.attn_q.weight"]
+        theirs = stored["model.layers.1.self_attn.q_proj.weight"].reshape(8, 2, 16, 256)  # 8 heads of 2 halves of 16
+        assert kind == "bf16" and np.array_equal(ours.reshape(8, 16, 2, 256)[3, 5], theirs[3, :, 5])
+        assert made["blk.0.ffn_norm.weight"][1] == "f32" and made["add_head_count_kv"] == (4,)
+    else:
+        ours, _ = made["blk.1.ffn_up.weight"]
+        assert np.array_equal(ours, stored["transformer.h.1.mlp.c_fc.weight"].T)
+        assert made["position_embd.weight"][1] == "f32"
+        assert made["blk.1.attn_qkv.bias"][1] == "f32" and made["add_feed_forward_length"] == (96,)
