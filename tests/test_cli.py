@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import termios
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from minipaged import cli, cli_chat, doctor
 from minipaged.errors import InvariantViolation, StepFailed
@@ -223,8 +225,13 @@ def test_a_terminal_that_knows_no_unicode(checkpoint):
     assert b'"prompt": "?"' in out
 
 
-def test_ctrl_c_while_generating(checkpoint):
-    process = start("generate", "The", "--model", checkpoint, "--max-tokens", "8000", "--seed", "1")
+def test_ctrl_c_while_generating(checkpoint, tmp_path):
+    endless = shutil.copytree(checkpoint, tmp_path / "endless")
+    weights = load_file(endless / "model.safetensors")
+    end = json.loads((endless / "config.json").read_text())["eos_token_id"]
+    weights["lm_head.weight"][end] = 0  # greedily another token is always the likelier one
+    save_file(weights, endless / "model.safetensors", {"format": "pt"})
+    process = start("generate", "The", "--model", str(endless), "--max-tokens", "8000", "--temperature", "0")
     assert process.stdout.read(1)
     interrupt(process)
 

@@ -60,57 +60,65 @@ static inline void add_weighted(const float *weights, int64_t wide, const float 
         for (int d = 0; d < FIXED / LANES; d++) *(vec *)(sums + r * FIXED + d * LANES) = registers[r][d];
 }
 
-// `count` neighbouring tokens of a sequence, the first of which sees the slots before `end`, and the G query heads that
-// share one key/value head. q and out: [count, G, D], rows of tokens q_row and out_row apart. FIXED is D where the
-// compiler knows it.
+// The queries of some neighbouring tokens of one sequence, and of the G heads that share a key/value head.
+template <typename T>
+struct Queries {
+    const T *q;      // [count, G, D], rows of tokens `row` apart
+    int64_t row, G, count;
+    int64_t start, end;  // the first token sees the slots before `end`; nobody sees any before `start`
+
+    const T *operator[](int64_t r) const { return q + r / G * row; }
+    int64_t rows() const { return count * G; }
+    int64_t last() const { return end + count - 1; }
+};
+
+// scores [R, wide]: each query against each key from start to last, sixteen keys at a time side by side.
 template <typename T, int FIXED>
-static void attend(const T *q, int64_t q_row, const Pages<T> &pages, int64_t end, int64_t count, int64_t window, T *out,
-                   int64_t out_row, int64_t G, int64_t D, float scale, std::vector<T> &numbers,
-                   std::vector<float> &scratch) {
+static void score(const Queries<T> &queries, const Pages<T> &pages, int64_t D, float scale, float *scores, int64_t wide,
+                  T *columns) {
     if (FIXED) D = FIXED;
-    const int64_t start = window && end > window ? end - window : 0, last = end + count - 1, L = last - start;
-    const int64_t R = count * G, wide = (L + LANES - 1) / LANES * LANES;
-    reserve(scratch, R * wide + LANES * D + R * D);
-    reserve(numbers, LANES * D);
-    float *scores = scratch.data(), *values = scores + R * wide, *sums = values + LANES * D;
-    T *columns = numbers.data();
-    const T *keys[LANES], *next[LANES];
-    Walk walk(pages.table, pages.S, start);
-    const auto find = [&](int64_t t) {  // where the keys of sixteen tokens lie: in time, for they come from far
+    const int64_t last = queries.last();
+    int64_t here[LANES], next[LANES];
+    Walk walk(pages.table, pages.S, queries.start);
+    const auto find = [&](int64_t t) {  // and ask for the keys, in time: they come from far
         for (int64_t i = 0; i < LANES; i++) {
-            next[i] = pages.keys + (t + i < last ? walk.next() : walk.slot) * pages.row;
-            for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(next[i] + d);
+            next[i] = (t + i < last ? walk.next() : walk.slot) * pages.row;
+            for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(pages.keys + next[i] + d);
         }
     };
-    find(start);
-    for (int64_t t = start; t < last; t += LANES) {
-        std::memcpy(keys, next, sizeof keys);
+    find(queries.start);
+    for (int64_t t = queries.start; t < last; t += LANES) {
+        std::memcpy(here, next, sizeof here);
         if (t + LANES < last) find(t + LANES);
-        for (int64_t i = 0; i < LANES; i++)  // their values will be wanted soon
-            for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(keys[i] - pages.keys + pages.values + d);
+        for (int64_t i = 0; i < LANES; i++)  // the values will be wanted soon
+            for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(pages.values + here[i] + d);
         int64_t d = 0;
         for (; d + LANES * UNIT<T> <= D; d += LANES * UNIT<T>)
-            transpose([&](int64_t i) { return keys[i] + d; }, columns + d * LANES);
+            transpose([&](int64_t i) { return pages.keys + here[i] + d; }, columns + d * LANES);
         for (; d < D; d += UNIT<T>)
-            for (int64_t i = 0; i < LANES; i++) std::memcpy(columns + d * LANES + i * UNIT<T>, keys[i] + d, 4);
-        for (int64_t r = 0; r < R; r++) {
-            const T *query = q + r / G * q_row + r % G * D;
+            for (int64_t i = 0; i < LANES; i++)
+                std::memcpy(columns + d * LANES + i * UNIT<T>, pages.keys + here[i] + d, 4);
+        for (int64_t r = 0; r < queries.rows(); r++) {
+            const T *query = queries[r] + r % queries.G * D;
             vec some = {}, others = {};  // two sums, so that one need not wait for the other
             for (d = 0; d + UNIT<T> < D; d += 2 * UNIT<T>) {
                 multiply_by(some, query + d, columns + d * LANES);
                 multiply_by(others, query + d + UNIT<T>, columns + (d + UNIT<T>) * LANES);
             }
             if (d < D) multiply_by(some, query + d, columns + d * LANES);
-            *(vec *)(scores + r * wide + t - start) = (some + others) * scale;
+            *(vec *)(scores + r * wide + t - queries.start) = (some + others) * scale;
         }
     }
-    for (int64_t r = 0; r < R; r++) {
-        const int64_t to = end + r / G, from = window && to > window ? to - window : 0;
-        soften(scores + r * wide, from - start, to - start, wide);
-    }
-    for (int64_t i = 0; i < R * D; i++) sums[i] = 0;
-    walk = Walk(pages.table, pages.S, start);
-    for (int64_t t = start; t < last; t += LANES) {
+}
+
+// sums [R, D] += weights [R, wide] · the values from start to last.
+template <typename T, int FIXED>
+static void add_values(const Queries<T> &queries, const Pages<T> &pages, int64_t D, const float *weights, int64_t wide,
+                       float *values, float *sums) {
+    if (FIXED) D = FIXED;
+    const int64_t R = queries.rows(), last = queries.last();
+    Walk walk(pages.table, pages.S, queries.start);
+    for (int64_t t = queries.start; t < last; t += LANES, weights += LANES) {
         const int64_t some = t + LANES < last ? LANES : last - t;
         for (int64_t i = 0; i < some; i++) {
             const T *value = pages.values + walk.next() * pages.row;
@@ -118,17 +126,45 @@ static void attend(const T *q, int64_t q_row, const Pages<T> &pages, int64_t end
         }
         int64_t r = 0;
         if constexpr (FIXED) {
-            for (; r + 4 <= R; r += 4)
-                add_weighted<4, FIXED>(scores + r * wide + t - start, wide, values, some, sums + r * D);
-            for (; r < R; r++) add_weighted<1, FIXED>(scores + r * wide + t - start, wide, values, some, sums + r * D);
+            for (; r + 4 <= R; r += 4) add_weighted<4, FIXED>(weights + r * wide, wide, values, some, sums + r * D);
+            for (; r < R; r++) add_weighted<1, FIXED>(weights + r * wide, wide, values, some, sums + r * D);
         }
         for (; r < R; r++)
             for (int64_t i = 0; i < some; i++)
-                for (int64_t d = 0; d < D; d++) sums[r * D + d] += scores[r * wide + t - start + i] * values[i * D + d];
+                for (int64_t d = 0; d < D; d++) sums[r * D + d] += weights[r * wide + i] * values[i * D + d];
     }
-    for (int64_t r = 0; r < R; r++)
-        for (int64_t d = 0; d < D; d++) out[r / G * out_row + r % G * D + d] = T(sums[r * D + d]);
 }
+
+// A thread's numbers on the way, kept from one call to the next.
+template <typename T>
+struct Scratch {
+    std::vector<float> wide;
+    std::vector<T> narrow;
+};
+
+// out: [count, G, D], rows of tokens as far apart as those of the queries. FIXED is D where the compiler knows it.
+template <typename T, int FIXED>
+static void attend(const Queries<T> &queries, const Pages<T> &pages, int64_t window, T *out, int64_t D, float scale,
+                   Scratch<T> &scratch) {
+    const int64_t R = queries.rows(), length = queries.last() - queries.start;
+    const int64_t wide = (length + LANES - 1) / LANES * LANES;
+    reserve(scratch.wide, R * wide + LANES * D + R * D);
+    reserve(scratch.narrow, LANES * D);
+    float *scores = scratch.wide.data(), *values = scores + R * wide, *sums = values + LANES * D;
+    score<T, FIXED>(queries, pages, D, scale, scores, wide, scratch.narrow.data());
+    for (int64_t r = 0; r < R; r++) {
+        const int64_t to = queries.end + r / queries.G, from = window && to > window ? to - window : 0;
+        soften(scores + r * wide, from - queries.start, to - queries.start, wide);
+    }
+    for (int64_t i = 0; i < R * D; i++) sums[i] = 0;
+    add_values<T, FIXED>(queries, pages, D, scores, wide, values, sums);
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t d = 0; d < D; d++)
+            out[r / queries.G * queries.row + r % queries.G * D + d] = T(sums[r * D + d]);
+}
+
+// Where a token that sees the slots before `end` begins to look.
+static inline int64_t first_seen(int64_t end, int64_t window) { return window && end > window ? end - window : 0; }
 
 template <typename T>
 static auto attention_of(int64_t D) {
@@ -142,18 +178,17 @@ static void paged_decode(const T *q, int64_t q_row, const T *k_cache, const T *v
                          int64_t S, float scale, int64_t window) {
     const int64_t G = H / KH;
     const auto one = attention_of<T>(D);
-    int64_t work = 0;
+    [[maybe_unused]] int64_t work = 0;
     for (int64_t b = 0; b < B; b++) work += lens[b] * H * D;
 #pragma omp parallel if (work > 65536)
     {
-        std::vector<float> scratch;
-        std::vector<T> numbers;
+        Scratch<T> scratch;
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < B * KH; i++) {
             const int64_t b = i / KH, h = i % KH;
             const Pages<T> pages = {k_cache + h * D, v_cache + h * D, tables + b * table_row, S, KH * D};
-            one(q + b * q_row + h * G * D, 0, pages, lens[b], 1, window, out + (b * H + h * G) * D, 0, G, D, scale,
-                numbers, scratch);
+            const Queries<T> queries = {q + b * q_row + h * G * D, 0, G, 1, first_seen(lens[b], window), lens[b]};
+            one(queries, pages, window, out + (b * H + h * G) * D, D, scale, scratch);
         }
     }
 }

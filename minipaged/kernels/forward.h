@@ -134,12 +134,11 @@ static void forward(const Model &m, const Step &s) {
         }
     const int64_t items = a.items.size() / 4, G = m.H / m.KH, qkv_size = (m.H + 2 * m.KH) * m.D;
     // A token's heads lie side by side: one thread should take all of them, where there are enough for all threads.
-    const int64_t chunk = items >= 2 * s.threads ? m.KH : 1;
+    [[maybe_unused]] const int64_t chunk = items >= 2 * s.threads ? m.KH : 1;
     const auto one = attention_of<T>(m.D);
 #pragma omp parallel num_threads(s.threads)
     {
-        std::vector<float> scratch;
-        std::vector<T> numbers;
+        Scratch<T> scratch;
         begin_tiles();
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < s.T; t++) {
@@ -172,8 +171,8 @@ static void forward(const Model &m, const Step &s) {
                 const int64_t *item = &a.items[j / m.KH * 4], h = j % m.KH, at = (item[1] * m.H + h * G) * m.D;
                 const Pages<T> pages = {(const T *)l.k_cache + h * m.D, (const T *)l.v_cache + h * m.D,
                                         s.tables + item[0] * s.table_row, m.S, m.KH * m.D};
-                one(a.q + at, m.H * m.D, pages, item[3], item[2], l.window, a.heads + at, m.H * m.D, G, m.D,
-                    float(m.scale), numbers, scratch);
+                const Queries<T> queries = {a.q + at, m.H * m.D, G, item[2], first_seen(item[3], l.window), item[3]};
+                one(queries, pages, l.window, a.heads + at, m.D, float(m.scale), scratch);
             }
             linear(a.heads, (const T *)l.out, (const T *)l.out_bias, a.delta, s.T, m.C, m.H * m.D, a.columns);
 #pragma omp for schedule(static)

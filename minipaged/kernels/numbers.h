@@ -65,7 +65,7 @@ static inline void multiply(vec &sums, const bf16 *a, const bf16 *b) {
 #ifdef __AVX512BF16__
     sums = (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
 #else
-    for (int i = 0; i < LANES; i++) sums[i] += float(a[2 * i]) * float(b[2 * i]) + float(a[2 * i + 1]) * float(b[2 * i + 1]);
+    for (int i = 0; i < 2 * LANES; i++) sums[i / 2] += float(a[i]) * float(b[i]);
 #endif
 }
 
@@ -73,12 +73,12 @@ static inline void multiply(vec &sums, const bf16 *a, const bf16 *b) {
 static inline void multiply_by(vec &sums, const float *one, const float *b) { sums += *one * *(const vec *)b; }
 
 static inline void multiply_by(vec &sums, const bf16 *one, const bf16 *b) {
+#ifdef __AVX512BF16__
     int32_t pair;
     std::memcpy(&pair, one, 4);
-#ifdef __AVX512BF16__
     sums = (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b));
 #else
-    for (int i = 0; i < LANES; i++) sums[i] += float(one[0]) * float(b[2 * i]) + float(one[1]) * float(b[2 * i + 1]);
+    for (int i = 0; i < 2 * LANES; i++) sums[i / 2] += float(one[i % 2]) * float(b[i]);
 #endif
 }
 
