@@ -3,8 +3,7 @@
 Each process, a *rank*, computes with its shard of the model (`models.shard`) and keeps the keys and values of its own
 heads. Block 7 of every rank's pool holds the same tokens, other heads; hence a single block table serves all of them.
 Rank 0 has the engine, with a scheduler like any other. It sends each plan to the others before it executes it, too.
-
-On a CPU they talk through gloo, and so they send plans on any device; sums over GPUs go through NCCL.
+Plans travel through gloo, and so do sums on a CPU; sums over GPUs go through NCCL.
 """
 
 from __future__ import annotations
@@ -34,29 +33,29 @@ T = TypeVar("T")
 
 # Rank 0 may have nothing to do for long. A process that ends closes its connections, which the others notice at once.
 PATIENCE = timedelta(days=1)
-
 _groups = count()
 
 
 def run(use: Callable[[LLM], T], model: str = "tiny", **settings: Any) -> T | None:
     """An LLM of all the processes that torchrun started, each of which calls this with the same arguments.
 
-    On rank 0, ``use`` is called with an `LLM`, and its result returned. The others work for that until ``use`` returns
-    or raises, and return ``None``. ``settings`` are those of `EngineConfig`, but for ``memory="vattention"`` and CUDA
-    graphs. Raises `InvalidConfig` or `ModelError` on all ranks; `WorkerFailed` on one that has lost another.
+    On rank 0, ``use`` is called with an `LLM`, and its result returned. The others work for that, ignoring Ctrl-C,
+    until ``use`` returns or raises; their result is ``None``. ``settings`` are those of `EngineConfig`, without CUDA
+    graphs and vAttention. Raises `InvalidConfig` or `ModelError` on all ranks; `WorkerFailed` where one lost another.
     """
     from minipaged.llm import LLM
 
     with _group() as shard:
         llm = LLM(model, shard=shard, **settings)
         runner: Any = llm.engine.runner
-        if shard.rank:  # nobody asks this rank's engine for anything
-            _work(runner)
-            return None
-        try:
-            return use(llm)
-        finally:
-            runner.dismiss()
+        if shard.rank == 0:
+            try:
+                return use(llm)
+            finally:
+                if not runner.in_step:  # else the others wait there, and see that rank 0 leaves
+                    _broadcast(None)
+        _work(runner)  # nobody asks this rank's engine for anything
+    return None
 
 
 class PlainChunk(NamedTuple):
@@ -78,24 +77,21 @@ def plain(plan: StepPlan) -> StepPlan:
 class LeadingRunner(ModelRunner):
     """Rank 0's runner: tells the others what to do, and does it too."""
 
-    _in_step = False  # still so after a step: it broke off, and nobody knows how far the others have come
+    in_step = False  # if True when no step is running: the last one broke off, and nobody knows where the others are
 
     def execute(self, plan: StepPlan) -> Tensor:
-        if self._in_step:
+        if self.in_step:
             raise WorkerFailed("an earlier step broke off, and the processes are out of step since; start them again")
-        self._in_step = True
+        self.in_step = True
         _broadcast(plain(plan))
         logits = super().execute(plan)
-        self._in_step = False
+        self.in_step = False
         return logits
-
-    def dismiss(self) -> None:
-        """No more steps. Those who wait in the midst of one see that rank 0 leaves."""
-        if not self._in_step:
-            _broadcast(None)
 
 
 def _work(runner: ModelRunner) -> None:
+    with suppress(ValueError):  # not in the main thread, which alone hears of Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # everybody gets it, but rank 0 ends the work
     while (plan := _broadcast(None)) is not None:
         runner.execute(plan)
 
@@ -115,8 +111,6 @@ def _group() -> Iterator[Shard]:
     backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     try:
-        with suppress(ValueError):  # not in the main thread, which alone hears of Ctrl-C
-            signal.signal(signal.SIGINT, signal.SIG_IGN if rank else signal.getsignal(signal.SIGINT))
         yield Shard(rank, world)
     finally:
         dist.destroy_process_group()
@@ -124,13 +118,11 @@ def _group() -> Iterator[Shard]:
 
 def check(config: EngineConfig, device: torch.device) -> None:
     """Raises `InvalidConfig` for what does not go with several processes; takes this one's GPU."""
-    if config.memory == "vattention" or config.cuda_graphs:
-        raise InvalidConfig('tensor parallelism goes neither with memory="vattention" nor with cuda_graphs=True')
-    if device.type not in ("cpu", "cuda"):
-        raise InvalidConfig(f'tensor parallelism is for device="cpu" or "cuda", not {device.type!r}')
+    if config.memory == "vattention" or config.cuda_graphs or device.type == "mps":
+        raise InvalidConfig('tensor parallelism excludes memory="vattention", cuda_graphs=True and device="mps"')
     if device.type == "cuda":
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-            raise InvalidConfig(f"each process needs a GPU of its own; this machine has {torch.cuda.device_count()}")
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise InvalidConfig(f"each process needs a GPU of its own; here are {torch.cuda.device_count()}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
@@ -148,13 +140,12 @@ def gather(value: T) -> list[T]:
 
 
 def together(do: Callable[[], T]) -> T:
-    """Every process does this. What one raises is raised by all, so that none waits for it in vain."""
+    """Every process does this. What one raises all raise, so that none waits for it in vain."""
     failed: MinipagedError | None = None
     try:
         result = do()
     except MinipagedError as error:
         failed = error
-    for failure in gather(failed):
-        if failure is not None:
-            raise failure
+    for failure in filter(None, gather(failed)):
+        raise failure
     return result

@@ -89,6 +89,22 @@ def test_bfloat16_shards_whose_weights_may_be_packed(checkpoint, forward_on_two)
     assert torch.nn.functional.cosine_similarity(logits, whole).min() > 0.98
 
 
+def test_of_fused_projections_each_is_shared_out():
+    whole = torch.arange(12).expand(2, 12)  # queries, keys and values of 4 channels each
+    parts = [Shard(rank, 2).part("h.0.attn.c_attn.weight", whole, torch.Size([2, 6]))[1].tolist() for rank in range(2)]
+    assert parts == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
+
+
+def test_only_one_summand_has_the_bias():
+    biases = []
+    for rank in range(3):
+        network = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"c_proj": torch.nn.Linear(4, 2)})})
+        network.requires_grad_(False)["mlp"]["c_proj"].bias.fill_(5)
+        Shard(rank, 3).join(network)
+        biases.append(network["mlp"]["c_proj"].linear.bias.tolist())
+    assert biases == [[5, 5], [0, 0], [0, 0]]
+
+
 def test_a_rank_holds_its_share_and_no_tokenizer():
     whole, second = load_model("tiny", "cpu"), load_model("tiny", "cpu", shard=Shard(1, 2))
     wide = [name for name, _ in whole.model.named_parameters() if name.endswith("proj.weight")]
