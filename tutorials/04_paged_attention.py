@@ -263,8 +263,8 @@ source(reference.store_kv)
 # ## One block table, many workers
 #
 # A model that is too large for one device is split: every worker gets some of the *heads*, with their part of the
-# weights (*tensor parallelism*). Each head attends on its own, as you saw. After attention, a matrix `W` mixes a token's
-# heads; a worker multiplies with the columns of `W` that belong to its own.
+# weights (*tensor parallelism*). Each head attends on its own, as you saw. After attention, a matrix `W` mixes the
+# heads of a token; a worker multiplies with the columns of `W` that belong to its heads.
 #
 # **Predict.** Two workers, each with two query heads and one KV head. What does block 5 hold at worker 0, and what at
 # worker 1? Does each need a block table of its own? And what must they tell each other to get the layer's result?

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Rank 0 may have nothing to do for long. A process that ends closes its connections, which the others notice at once.
-PATIENCE = timedelta(days=1)
+PATIENCE = timedelta(days=1)  # rank 0 may have nothing to do for long; if it ends, the others see that at once
 _groups = count()
 
 
@@ -106,6 +105,8 @@ def _broadcast(plan: StepPlan | None) -> StepPlan | None:
 
 @contextmanager
 def _group() -> Iterator[Shard]:
+    if "RANK" not in os.environ:
+        raise InvalidConfig("tensor parallelism needs several processes: torchrun --nproc-per-node 2 …")
     store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
     store = dist.PrefixStore(f"minipaged-{next(_groups)}", store)  # it keeps the addresses of earlier groups
     backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"

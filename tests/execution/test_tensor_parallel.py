@@ -7,8 +7,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -20,13 +20,14 @@ from minipaged.config import EngineConfig
 from minipaged.errors import InvalidConfig, InvalidRequest, ModelError, StepFailed
 from minipaged.events import Admitted, Copied, Preempted
 from minipaged.execution import tensor_parallel
+from minipaged.execution.attention import attention
 from minipaged.execution.tensor_parallel import plain
 from minipaged.scheduling.plan import StepPlan
 from tests.checkpoints import save_llama
 from tests.models.families import config_of, randomize
 
 ROOT = Path(__file__).parent.parent.parent
-LIMIT = 120  # seconds until a worker is killed; whoever waits for it hears of that
+LIMIT = timedelta(seconds=120)  # nobody waits longer for another process
 
 WORKER = """
 import json, sys
@@ -62,28 +63,29 @@ class Worker:
     def run(self, use, model, **settings):
         """`tensor_parallel.run` on both ranks."""
         print(json.dumps([str(model), settings]), file=self.process.stdin, flush=True)
-        watchdog = threading.Timer(LIMIT, self.process.kill)
-        watchdog.start()
-        try:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(tensor_parallel, "_groups", self._groups)
-                for name, value in (self._env | {"RANK": "0", "LOCAL_RANK": "0"}).items():
-                    patch.setenv(name, value)
-                return tensor_parallel.run(use, str(model), **settings)
-        finally:
-            watchdog.cancel()
-            assert not dist.is_initialized()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tensor_parallel, "_groups", self._groups)
+            patch.setattr(tensor_parallel, "PATIENCE", LIMIT)
+            for name, value in (self._env | {"RANK": "0", "LOCAL_RANK": "0"}).items():
+                patch.setenv(name, value)
+            return tensor_parallel.run(use, str(model), **settings)
 
     def outcome(self):
         """What the last run was for rank 1: ``None``, or the name of an error."""
         return json.loads(self.process.stdout.readline())
+
+    def end(self):
+        try:
+            self.process.communicate(timeout=LIMIT.seconds)
+        finally:
+            self.process.kill()
 
 
 @pytest.fixture(scope="module")
 def worker():
     worker = Worker()
     yield worker
-    worker.process.communicate(timeout=LIMIT)
+    worker.end()
 
 
 @pytest.fixture(scope="module")
@@ -163,13 +165,24 @@ def test_what_one_rank_refuses_all_refuse(worker, checkpoint, monkeypatch):
     assert worker.outcome() == "InvalidConfig"
 
 
+def test_without_torchrun_there_are_no_processes(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InvalidConfig, match="torchrun --nproc-per-node 2"):
+        tensor_parallel.run(None)
+
+
 def test_an_error_between_two_steps_lets_the_others_go(worker, checkpoint):
     def use(llm):
         with pytest.raises(InvalidConfig, match="one engine"):
             llm.build_engine(EngineConfig())
-        return len(llm.generate([5, 6], SamplingParams(max_tokens=2)))
+        llm.engine.add_request("watched", [5, 6], SamplingParams(max_tokens=2, ignore_eos=True))
+        llm.engine.step()
+        with pytest.raises(InvalidRequest, match="other processes have the other heads"):
+            attention(llm.engine, 0, 1)
+        llm.engine.step()
+        return llm.engine.has_unfinished()
 
-    assert worker.run(use, checkpoint["llama"]) == 1
+    assert worker.run(use, checkpoint["llama"]) is False
     assert worker.outcome() is None
     with pytest.raises(InvalidRequest, match="the prompt is empty"):
         worker.run(lambda llm: llm.generate([[]]), checkpoint["llama"])
@@ -205,7 +218,7 @@ def test_the_worker_dies(checkpoint):
 
     with pytest.raises(StepFailed, match="another process of the group is gone"):
         worker.run(use, checkpoint["llama"])
-    worker.process.communicate(timeout=LIMIT)
+    worker.end()
 
 
 def test_a_worker_is_told_all_that_a_plan_does():
@@ -222,7 +235,7 @@ def test_torchrun_generate():
     command = ["-m", "minipaged", "generate", "Once upon a time", "--temperature", "0", "--max-tokens", "6", "--json"]
     done = subprocess.run(
         [*torchrun, *command],
-        cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT, capture_output=True, text=True, timeout=LIMIT.seconds, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (output,) = json.loads(done.stdout)["outputs"]
