@@ -53,7 +53,10 @@ def run(use: Callable[[LLM], T], model: str = "tiny", **settings: Any) -> T | No
             finally:
                 if not runner.in_step:  # else the others wait there, and see that rank 0 leaves
                     _broadcast(None)
-        _work(runner)  # nobody asks this rank's engine for anything
+        with suppress(ValueError):  # not in the main thread, which alone hears of Ctrl-C
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # everybody gets it, but rank 0 ends the work
+        while (plan := _broadcast(None)) is not None:
+            runner.execute(plan)  # its engine is never asked for anything
     return None
 
 
@@ -86,13 +89,6 @@ class LeadingRunner(ModelRunner):
         logits = super().execute(plan)
         self.in_step = False
         return logits
-
-
-def _work(runner: ModelRunner) -> None:
-    with suppress(ValueError):  # not in the main thread, which alone hears of Ctrl-C
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # everybody gets it, but rank 0 ends the work
-    while (plan := _broadcast(None)) is not None:
-        runner.execute(plan)
 
 
 def _broadcast(plan: StepPlan | None) -> StepPlan | None:

@@ -1,4 +1,4 @@
-"""One scheduler, two processes: this one is rank 0, and a single worker is rank 1 for all tests."""
+"""One scheduler, two processes: this one is rank 0, and one worker is rank 1 for all tests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.checkpoints import save_llama
 from tests.models.families import config_of, randomize
 
 ROOT = Path(__file__).parent.parent.parent
-LIMIT = timedelta(seconds=120)  # nobody waits longer for another process
+LIMIT = timedelta(seconds=240)  # nobody waits longer for another process
 
 WORKER = """
 import json, sys
@@ -82,20 +82,28 @@ class Worker:
 
 
 @pytest.fixture(scope="module")
-def worker():
-    worker = Worker()
-    yield worker
-    worker.end()
+def workers():
+    workers = []
+    yield workers
+    for worker in workers:
+        worker.end()
+
+
+@pytest.fixture
+def worker(workers):
+    """The same for all, as long as it lives."""
+    if not workers or workers[-1].process.poll() is not None:
+        workers.append(Worker())
+    return workers[-1]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A Llama with grouped queries, and a GPT-2."""
-    gpt2 = transformers.GPT2LMHeadModel(config_of("gpt2"))
+    gpt2, directory = transformers.GPT2LMHeadModel(config_of("gpt2")), tmp_path_factory.mktemp("gpt2")
     randomize(gpt2)
-    gpt2.save_pretrained(tmp_path_factory.mktemp("gpt2"))
-    llama = save_llama(tmp_path_factory.mktemp("llama"), vocab_size=131)
-    return {"llama": llama, "gpt2": tmp_path_factory.getbasetemp() / "gpt20"}
+    gpt2.save_pretrained(directory)
+    return {"llama": save_llama(tmp_path_factory.mktemp("llama"), vocab_size=131), "gpt2": directory}
 
 
 def work(llm):
@@ -207,9 +215,7 @@ def test_ctrl_c_in_the_midst_of_a_step_lets_the_others_go(worker, checkpoint):
     assert worker.outcome() == "WorkerFailed"
 
 
-def test_the_worker_dies(checkpoint):
-    worker = Worker()
-
+def test_the_worker_dies(worker, checkpoint):
     def use(llm):
         llm.generate([5, 6], SamplingParams(max_tokens=2))
         worker.process.kill()
@@ -218,7 +224,6 @@ def test_the_worker_dies(checkpoint):
 
     with pytest.raises(StepFailed, match="another process of the group is gone"):
         worker.run(use, checkpoint["llama"])
-    worker.end()
 
 
 def test_a_worker_is_told_all_that_a_plan_does():
