@@ -129,7 +129,7 @@ export class Sequences {
     const meta = element("span", "mp-meta", node);
     const state = element("span", "mp-state", node, { "data-testid": "state" });
     const table = element("div", "mp-table", node, { "data-testid": "table" });
-    const hit = element("span", "mp-hit", node, { "data-testid": "hit", hidden: "", title: "found in the prefix cache" });
+    const hit = element("span", "mp-hit", node, { "data-testid": "hit", hidden: "" });
     return { node, rails, line, prompt, output, meta, state, table, hit, chips: [] };
   }
 
