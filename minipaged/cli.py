@@ -7,8 +7,10 @@ torch, transformers and gradio take seconds to import, so each command imports w
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,8 +39,9 @@ from minipaged.cli_options import fail as _fail
 from minipaged.cli_options import given as _given
 from minipaged.cli_options import load as _load
 from minipaged.cli_options import sampling as _sampling
-from minipaged.config import EngineConfig
-from minipaged.errors import MinipagedError
+from minipaged.cli_options import torchrun as _torchrun
+from minipaged.config import EngineConfig, SamplingParams
+from minipaged.errors import InvalidConfig, MinipagedError
 from minipaged.experiments.cli import app as experiments
 from minipaged.labs.cli import app as labs
 from minipaged.labs.grade import command as grade
@@ -64,8 +67,18 @@ app.add_typer(kernels, name="kernels")
 def main() -> None:
     """Entry point. Exit codes: 0; 1 for what went wrong while running; 2 for what the user can mend; 130 after Ctrl-C.
 
-    With 1 and 2 one line says what.
+    With 1 and 2 one line says what. Of several processes that torchrun started, the first one alone says anything.
     """
+    if _torchrun() and os.environ["RANK"] != "0":
+        # Nor does the exit code of another: torchrun would end the first one for it, in the midst of its message. Only
+        # the traceback of a bug gets out of here.
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere), suppress(SystemExit):
+            _main()
+    else:
+        _main()
+
+
+def _main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that knows no emoji shows "?" rather than a traceback
             stream.reconfigure(errors="replace")
@@ -91,6 +104,9 @@ def _root(
     if version:
         print(f"minipaged {__version__}")
         raise typer.Exit
+    if _torchrun() and context.invoked_subcommand != "generate":
+        command = context.invoked_subcommand or "visualize"
+        raise InvalidConfig(f"{command!r} is for a single process; of the commands only 'generate' goes with torchrun")
     if context.invoked_subcommand is None:
         visualize()
 
@@ -190,7 +206,7 @@ def generate(
     kv_dtype: KvDtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Continue a text."""
+    """Continue a text. With torchrun, several processes share the model (tensor parallelism)."""
     params = _sampling(
         n=n,
         temperature=temperature,
@@ -203,19 +219,28 @@ def generate(
         logprobs=0 if as_json else None,  # the sampled tokens' only, for cumulative_logprob
     )
     settings = _given(device=device, dtype=dtype, memory=memory, attention=attention, kv_dtype=kv_dtype)
-    llm = _load(model, **settings)
-    if n == 1 and not as_json:
+    if _torchrun():
+        from minipaged.execution.tensor_parallel import run
+
+        run(lambda llm: _answer(llm, prompt, params, as_json), model, **settings)
+    else:
+        _answer(_load(model, **settings), prompt, params, as_json)
+
+
+def _answer(llm: LLM, prompt: str, params: SamplingParams, as_json: bool) -> None:
+    if params.n == 1 and not as_json:
         _print_stream(llm.stream(prompt, params))
         return
     outputs = llm.generate(prompt, params)[0].outputs
     if as_json:
         keys = ("index", "text", "token_ids", "finish_reason", "cumulative_logprob")
         samples = [{key: getattr(output, key) for key in keys} for output in outputs]
-        print(json.dumps({"model": model, "prompt": prompt, "outputs": samples}, ensure_ascii=False))
+        answer = {"model": llm.engine.config.model, "prompt": prompt, "outputs": samples}
+        print(json.dumps(answer, ensure_ascii=False))
         return
     console = Console()
     for output in outputs:
-        console.rule(f"{output.index + 1} of {n}, finished by {output.finish_reason}")
+        console.rule(f"{output.index + 1} of {params.n}, finished by {output.finish_reason}")
         print(output.text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,11 @@ def load(model: str, **settings: Any) -> LLM:
     from minipaged.llm import LLM
 
     return LLM(model, **settings)
+
+
+def torchrun() -> bool:
+    """Whether torchrun has started several processes, of which this is one."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def sampling(**options: Any) -> SamplingParams:

@@ -58,8 +58,8 @@ class EngineConfig:
         attention: what computes it. ``"triton"``: kernels that follow the block tables, on CUDA. ``"native"``: C++ on
             a CPU, compiled at first use, and with it the rest of a step in the same call; int8 and float16 are left to
             torch. ``"torch"``: plain torch, anywhere. ``"flex"``: torch's FlexAttention, on CUDA, with a block size
-            that 16 divides. ``"auto"``: Triton where there are both CUDA and Triton, native on a CPU with a C++ compiler,
-            else torch.
+            that 16 divides. ``"auto"``: Triton where there are both CUDA and Triton, native on a CPU with a C++
+            compiler, else torch.
         cuda_graphs: launch the kernels of a decode step all at once, as a recorded graph. ``None``: where that can be,
             which is with attention by Triton on CUDA.
         block_size: tokens a KV block holds (paper §4.1). ``None``: 16, the paper's default, unless vAttention needs

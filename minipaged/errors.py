@@ -49,7 +49,8 @@ class InvariantViolation(MinipagedError, AssertionError):
 
 
 class WorkerFailed(MinipagedError, RuntimeError):
-    """A worker of a batch over Ray died or raised, or Ray did. The answers written so far stay."""
+    """A worker of a batch over Ray died or raised, or Ray did: the answers written so far stay. Or another process of
+    a tensor-parallel group ended before the work did."""
 
 
 class StepFailed(MinipagedError, RuntimeError):

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -24,9 +25,11 @@ from minipaged.execution.kv_cache import KVCache, blocks_that_fit
 from minipaged.execution.native_forward import NativeForward
 from minipaged.execution.runner import ModelRunner
 from minipaged.execution.sampler import sample
+from minipaged.execution.tensor_parallel import LeadingRunner, check, gather, neighbours, together
 from minipaged.execution.virtual_memory import Layout, VirtualKVCache, page_size
 from minipaged.kernels.backend import choose, kernels_for
 from minipaged.models.loader import LoadedModel, device_of, load_model
+from minipaged.models.shard import Shard
 from minipaged.outputs import CompletionOutput, Delta, RequestOutput, differences
 
 Prompt = str | list[int]
@@ -37,22 +40,15 @@ class LLM:
     """A model and an engine that serves it. Threads may share it: what they ask for is batched together.
 
     Takes the fields of `EngineConfig` as keywords. Raises `InvalidConfig` or `ModelError` before anything is loaded
-    in vain.
+    in vain. ``shard`` is for `execution.tensor_parallel.run`, which makes one LLM of several processes.
 
     >>> llm = LLM("tiny")
     >>> print(llm.generate("Once upon a time", SamplingParams(seed=1))[0].outputs[0].text)
     """
 
-    def __init__(self, model: str = "tiny", **settings: Any) -> None:
-        try:
-            config = EngineConfig(model=model, **settings)
-        except TypeError as error:
-            raise InvalidConfig(f"{error}; see EngineConfig for what there is") from None
-        device = device_of(config.device)
-        use_graphs(config, choose(config.attention, device)[0], device)  # complains now, not after loading
-        if config.memory == "vattention":
-            page_size(device)  # so does this
-        loaded = load_model(config.model, config.device, config.dtype)
+    def __init__(self, model: str = "tiny", *, shard: Shard | None = None, **settings: Any) -> None:
+        load = partial(_load, model, settings, shard)
+        config, loaded = load() if shard is None else together(load)
         self.tokenizer = loaded.tokenizer
         self._loaded = loaded
         self.engine = _build_engine(config, loaded)
@@ -67,6 +63,8 @@ class LLM:
 
         ``config`` may differ in everything but model, device and dtype. Raises `InvalidConfig`.
         """
+        if self._loaded.shard is not None:
+            raise InvalidConfig("tensor parallelism goes with one engine: the other processes work for that alone")
         parts = {"make_memory": self.engine.make_memory, "make_scheduler": self.engine.make_scheduler}
         return _build_engine(config, self._loaded, **parts)
 
@@ -254,6 +252,20 @@ class LLM:
             self._close(request_id)
 
 
+def _load(model: str, settings: dict[str, Any], shard: Shard | None) -> tuple[EngineConfig, LoadedModel]:
+    try:
+        config = EngineConfig(model=model, **settings)
+    except TypeError as error:
+        raise InvalidConfig(f"{error}; see EngineConfig for what there is") from None
+    device = device_of(config.device)
+    use_graphs(config, choose(config.attention, device)[0], device)  # complains now, not after loading
+    if config.memory == "vattention":
+        page_size(device)  # so does this
+    if shard is not None:
+        check(config, device)  # and this
+    return config, load_model(config.model, config.device, config.dtype, shard)
+
+
 def _build_engine(config: EngineConfig, loaded: LoadedModel, **parts: Any) -> Engine:
     """Fills in what depends on the model and the machine, and makes the KV cache. ``parts``: others than usual."""
     spec = loaded.spec
@@ -273,12 +285,15 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel, **parts: Any) -> En
     bytes_per_block = KVCache.bytes_per_block(spec.num_layers, block_size, *heads, dtype)
     useful = config.max_num_seqs * -(-max_model_len // block_size)
     swap_blocks = config.swap_blocks if config.preemption == "swap" else 0
-    num_blocks = blocks_that_fit(
-        bytes_per_block, loaded.device, wanted=config.num_blocks, useful=useful, swap_blocks=swap_blocks
+    shard = loaded.shard
+    bytes_here = bytes_per_block if shard is None else bytes_per_block * neighbours(loaded.device)
+    fit = partial(
+        blocks_that_fit, bytes_here, loaded.device, wanted=config.num_blocks, useful=useful, swap_blocks=swap_blocks
     )
+    num_blocks = fit() if shard is None else min(gather(together(fit)))  # one block table for all
     config = replace(config, block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len)
     swap_blocks = config.swap_space(num_blocks)
-    graphs = use_graphs(config, kernels.name, loaded.device)
+    graphs = shard is None and use_graphs(config, kernels.name, loaded.device)
     kv_cache: KVCache
     if virtual:
         slots = {"max_num_seqs": config.max_num_seqs, "max_model_len": max_model_len}
@@ -287,9 +302,10 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel, **parts: Any) -> En
         # With graphs one block more, which the block tables know nothing of.
         sizes = (num_blocks + int(graphs), block_size)
         kv_cache = KVCache(spec.num_layers, *sizes, *heads, dtype, loaded.device, swap_blocks, kernels)
+    runner = LeadingRunner if shard is not None and shard.rank == 0 else ModelRunner
     return Engine(
         config,
-        ModelRunner(loaded.model, kv_cache, loaded.device, _at_once(config, loaded, kv_cache, graphs)),
+        runner(loaded.model, kv_cache, loaded.device, _at_once(config, loaded, kv_cache, graphs)),
         sample,
         vocab_size=spec.vocab_size,
         eos_token_ids=spec.eos_token_ids,
@@ -305,7 +321,9 @@ def _at_once(
     """What runs a step in one go: recorded graphs on a GPU, C++ on a CPU."""
     if graphs:
         return _graphs(config, loaded, kv_cache)
-    return NativeForward(loaded.model, kv_cache) if NativeForward.serves(loaded.model, kv_cache) else None
+    if loaded.shard is None and NativeForward.serves(loaded.model, kv_cache):  # which sums over no ranks
+        return NativeForward(loaded.model, kv_cache)
+    return None
 
 
 def _graphs(config: EngineConfig, loaded: LoadedModel, kv_cache: KVCache) -> DecodeGraphs:

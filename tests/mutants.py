@@ -30,6 +30,7 @@ from minipaged.memory.managers.virtual import VirtualTables
 from minipaged.memory.pool import BlockPool
 from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.table import BlockTables
+from minipaged.models.shard import Shard
 from minipaged.request import Request
 from minipaged.scheduling.scheduler import Scheduler
 from tests import test_engine as engine
@@ -41,6 +42,7 @@ from tests.memory import test_tables as tables
 from tests.memory import test_virtual as virtual
 from tests.memory.test_buddy import BuddyMachine
 from tests.memory.test_state_machine import FIXED, MemoryMachine
+from tests.models import test_shard as shards
 from tests.scheduling import test_scheduler as scheduler
 from tests.test_fuzz import Trace
 
@@ -590,5 +592,22 @@ MUTANTS = [
         "is_causal=visible is None",
         "is_causal=False",
         (partial(virtual_memory.test_attention_on_slots_equals_attention_on_blocks, False, None, 1),),
+    ),
+    # --- tensor parallelism ---
+    Mutant(
+        "a bias counts once for every rank",
+        Shard,
+        "join",
+        "linear.bias.zero_()",
+        "pass",
+        (shards.test_only_one_summand_has_the_bias,),
+    ),
+    Mutant(
+        "of queries, keys and values side by side the first rank gets the queries",
+        Shard,
+        "part",
+        '3 if "c_attn" in name else 1',
+        "1",
+        (shards.test_of_fused_projections_each_is_shared_out,),
     ),
 ]

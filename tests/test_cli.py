@@ -139,6 +139,20 @@ def test_wrong_usage_is_exit_code_2(run, args):
     assert "Usage" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("args", [["serve"], [], ["generate", "x", "--no-such-option"]])
+def test_of_torchruns_processes_the_first_alone_complains(monkeypatch, capsys, run, args):
+    """And the others end well: torchrun would end the first for them, before it has said what is wrong."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    code, out, err = run(*args)
+    assert (code, out) == (2, "")
+    assert ("No such option" if len(args) > 1 else "only 'generate' goes with torchrun") in err
+    monkeypatch.setenv("RANK", "1")
+    cli.main()
+    assert tuple(capsys.readouterr()) == ("", "")
+
+
 @pytest.mark.parametrize("error", [StepFailed("the step failed: out of memory", []), InvariantViolation("block 3")])
 def test_what_went_wrong_while_running_is_one_line_and_exit_code_1(monkeypatch, run, error):
     def stream(*args):

@@ -260,6 +260,52 @@ source(reference.store_kv)
 # What does paging cost? The paper measured its kernel 20 to 26 % slower than attention over contiguous memory. A whole
 # step also has its products with the weights, which do not care where keys lie. And many more texts run at once.
 #
+# ## One block table, many workers
+#
+# A model that is too large for one device is split: every worker gets some of the *heads*, with their part of the
+# weights (*tensor parallelism*). Each head attends on its own, as you saw. After attention, a matrix `W` mixes the
+# heads of a token; a worker multiplies with the columns of `W` that belong to its heads.
+#
+# **Predict.** Two workers, each with two query heads and one KV head. What does block 5 hold at worker 0, and what at
+# worker 1? Does each need a block table of its own? And what must they tell each other to get the layer's result?
+#
+# <details><summary>Then look</summary>
+
+# %%
+W = torch.randn(H * D, H * D)  # [what comes out, H · D]
+
+
+def worker(rank, queries, tables, lengths):
+    """One of two: half the heads, half the columns of W, a pool of its own. The tables are everybody's."""
+    heads, kv_heads = slice(2 * rank, 2 * rank + 2), slice(rank, rank + 1)
+    my_k, my_v = k_cache[:, :, kv_heads].clone(), v_cache[:, :, kv_heads].clone()  # on another device, say
+    out = reference.paged_decode(queries[:, heads], my_k, my_v, tables, lengths, SCALE)  # [B, 2, D]
+    return out.flatten(1) @ W[:, 2 * D * rank : 2 * D * (rank + 1)].T
+
+
+whole = both.flatten(1) @ W.T
+summands = [worker(rank, queries, tables, lengths) for rank in range(2)]
+print("text 0, worker 0:", [round(x, 2) for x in summands[0][0, :4].tolist()])
+print("text 0, worker 1:", [round(x, 2) for x in summands[1][0, :4].tolist()])
+print("text 0, whole:   ", [round(x, 2) for x in whole[0, :4].tolist()])
+print("the sum is the whole:", torch.allclose(summands[0] + summands[1], whole, atol=1e-5))
+
+# %% [markdown]
+# Block 5 holds the keys and values of the same tokens at both, each of other heads. So *one* table serves all workers,
+# and one scheduler, which sends its plan for the step to all of them (§4.6 of the paper). What the workers compute are
+# summands: they add them up once after attention and once after the MLP, whose width is split in the same way.
+# </details>
+#
+# The real thing is `torchrun --nproc-per-node 2 -m minipaged generate "Once upon a time"`: two processes. This is what
+# the first one does in a step, while the others wait for the plan. (`plain` leaves out what only a scheduler knows:
+# requests, and how their tokens are to be sampled.)
+
+# %%
+from minipaged.execution.tensor_parallel import LeadingRunner
+
+source(LeadingRunner.execute)
+
+# %% [markdown]
 # ## In the visualizer
 #
 # Start `make demo` (or `minipaged visualize`) and choose **Eight stories** (menu *scenario*). Click a token of a text.

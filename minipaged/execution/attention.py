@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minipaged.errors import InvalidRequest
 from minipaged.execution.batch import Batch
+from minipaged.execution.tensor_parallel import LeadingRunner
 from minipaged.kernels import reference
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def attention(engine: Engine, seq_id: int, position: int) -> Tensor:
     runner: Any = engine.runner
     if not hasattr(runner, "model"):
         raise InvalidRequest("this engine runs without a model to look into")
+    if isinstance(runner, LeadingRunner):
+        raise InvalidRequest("other processes have the other heads, and compute only what is planned; look on in one")
     return _forward(runner, seq.tokens[position], position, engine.memory.tables[seq_id])
 
 

@@ -73,8 +73,9 @@ class Attention(nn.Module):
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim, self.scale = layer, config.head_dim, config.head_dim**-0.5
-        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.c_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        width = config.num_heads * config.head_dim  # that of the residual stream, but on one of several ranks
+        self.c_attn = nn.Linear(config.hidden_size, 3 * width)
+        self.c_proj = nn.Linear(width, config.hidden_size)
 
     def forward(self, x: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
         qkv = self.c_attn(x).unflatten(-1, (3, -1, self.head_dim))  # [T, 3·H·D] → [T, 3, H, D]

@@ -17,6 +17,7 @@ from minipaged.errors import ModelError
 from minipaged.models.gpt2 import GPT2, GPT2Config
 from minipaged.models.layers import require_plain
 from minipaged.models.llama import Llama, LlamaConfig
+from minipaged.models.shard import Shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What the engine must know of a model without looking inside.
+    """What the engine must know of a model without looking inside; of a shard, its own heads.
 
     Attributes:
         max_model_len: tokens a sequence may reach, prompt included.
@@ -66,7 +67,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its weights, and its tokenizer where the directory holds one."""
+    """A model, or one rank's shard of it, with its weights, and its tokenizer where the directory holds one."""
 
     model: nn.Module  # (batch, kv_cache) → logits [R, V] float32
     spec: ModelSpec
@@ -74,9 +75,12 @@ class LoadedModel:
     directory: Path
     device: torch.device
     dtype: torch.dtype
+    shard: Shard | None = None  # all of it
 
 
-def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(
+    model: str, device: str = "auto", dtype: str = "auto", shard: Shard | None = None
+) -> LoadedModel:
     """Finds, reads and checks a model.
 
     Args:
@@ -84,6 +88,7 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
         device: ``"auto"`` takes CUDA where there is one, else the CPU.
         dtype: one of `DTYPES`, or ``"auto"``: what ``config.json`` states; on a CPU float32, but for `LARGE` models
             stored in bfloat16 where the CPU computes with that in hardware.
+        shard: read only this part of it, one of several processes'; ``None``: all.
 
     Raises ModelError, with what to do about it, for whatever cannot be found, read or supported.
     """
@@ -92,13 +97,17 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
     config = _read_json(directory / "config.json")
     architecture, network_class, config_class = _architecture(config, directory)
     with torch.device("meta"):  # shapes without memory: no minutes lost on random weights
-        network = network_class(config_class.from_config(config, architecture))
-    what = _dtype(dtype, where, config, sum(parameter.numel() for parameter in network.parameters()))
+        whole = network_class(config_class.from_config(config, architecture))
+        network = whole if shard is None else network_class(shard.config(whole.config))
+    shapes = {name: place.shape for name, place in whole.checkpoint_views()}
+    what = _dtype(dtype, where, config, sum(parameter.numel() for parameter in whole.parameters()))
     _allocate(network, where, what)
-    _load_weights(network, directory)
-    tokenizer = _load_tokenizer(directory)
+    _load_weights(network, directory, shapes, shard)
+    if shard is not None:
+        shard.join(network)
+    tokenizer = None if shard and shard.rank else _load_tokenizer(directory)  # workers see no text
     spec = _spec(architecture, network.config, _eos_token_ids(directory, config, tokenizer))
-    return LoadedModel(network.eval(), spec, tokenizer, directory, where, what)
+    return LoadedModel(network.eval(), spec, tokenizer, directory, where, what, shard)
 
 
 # --- where --------------------------------------------------------------------------------------------------
@@ -244,8 +253,11 @@ def _allocate(network: nn.Module, device: torch.device, dtype: torch.dtype) -> N
     network.to(device)
 
 
-def _load_weights(network: Llama | GPT2, directory: Path) -> None:
-    """Copies each tensor of the checkpoint to its place, one by one: the weights never exist twice."""
+def _load_weights(network: Llama | GPT2, directory: Path, shapes: dict[str, torch.Size], shard: Shard | None) -> None:
+    """Copies each tensor of the checkpoint to its place, one by one: the weights never exist twice.
+
+    ``shapes``: what the tensors must have, whatever part of them the shard wants.
+    """
     places = dict(network.checkpoint_views())
     head = None
     for file, name, tensor in _tensors(directory):
@@ -253,7 +265,14 @@ def _load_weights(network: Llama | GPT2, directory: Path) -> None:
         if name == "lm_head.weight" and network.config.tied:
             head = tensor  # some save it nevertheless
         elif not name.endswith(COMPUTED):
-            _copy(tensor, places.pop(name, None), f"{file}: tensor {name!r}")
+            place, what = places.pop(name, None), f"{file}: tensor {name!r}"
+            if place is None:
+                raise ModelError(f"{what} is not part of this architecture, or is there twice")
+            if tensor.shape != shapes[name]:
+                raise ModelError(
+                    f"{what} has shape {list(tensor.shape)}, but config.json implies {list(shapes[name])}"
+                )
+            place.copy_(tensor if shard is None else shard.part(name, tensor, place.shape))
     if places:
         more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
         raise ModelError(f"{directory}: the checkpoint lacks tensor {min(places)!r}{more}")
@@ -263,15 +282,6 @@ def _load_weights(network: Llama | GPT2, directory: Path) -> None:
             f"{directory}: config.json ties the head to the token embedding (tie_word_embeddings), but the "
             "checkpoint's tensor 'lm_head.weight' differs from it"
         )
-
-
-def _copy(tensor: Tensor, place: Tensor | None, what: str) -> None:
-    if place is None:
-        raise ModelError(f"{what} is not part of this architecture, or is there twice")
-    if place.shape != tensor.shape:
-        shapes = f"{list(tensor.shape)}, but config.json implies {list(place.shape)}"
-        raise ModelError(f"{what} has shape {shapes}")
-    place.copy_(tensor)
 
 
 def _tensors(directory: Path) -> Iterator[tuple[Path, str, Tensor]]:

@@ -148,6 +148,13 @@ def test_tabs_enlarging_and_what_each_chart_draws(serve: Callable[..., Visualize
     page.locator("[data-testid=chart-now]").filter(has_text=found).wait_for()
     assert metrics.cached_tokens >= 16
 
+    page.set_viewport_size({"width": 1000, "height": 720})  # too narrow for all tabs and buttons in a line
+    page.click("[data-testid=tab-waste]")
+    places = [page.locator(f"[data-testid={name}]").bounding_box() for name in ("tab-waste", "enlarge")]
+    assert abs(places[0]["y"] - places[1]["y"]) < 3, "the button has not wrapped below the tabs"
+    page.set_viewport_size({"width": 1280, "height": 720})
+    page.click("[data-testid=tab-prefix]")
+
     page.click("[data-testid=enlarge]")
     page.evaluate("document.activeElement.blur()")
     wide = "document.querySelector('[data-testid=chart-prefix] svg').clientWidth"

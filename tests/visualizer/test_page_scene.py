@@ -255,6 +255,8 @@ def test_a_find_in_the_prefix_cache_is_seen(serve: Callable[..., Visualizer], pa
     assert arrows == sorted(event["block"] for event in found)
     hit = page.locator("[data-testid=sequence][data-seq='1'] [data-testid=hit]")
     assert hit.text_content() == f"{tokens} tokens from the cache" and hit.is_visible()
+    table = page.locator("[data-testid=sequence][data-seq='1'] [data-testid=table]").bounding_box()
+    assert hit.bounding_box()["x"] >= table["x"] + table["width"], "it covers no entry, however many there are"
     chips = page.locator("[data-testid=sequence][data-seq='1'] .mp-found")
     assert chips.evaluate_all("c => c.map(x => Number(x.dataset.chip))") == [event["block"] for event in found]
     assert page.locator("[data-testid=sequence][data-seq='0'] [data-testid=hit]").is_hidden()

@@ -275,7 +275,8 @@ function renderPlace(row, { id, parent, depth, skipped, rails }) {
 function renderHit(state, id, row) {
   const { table, num_cached: tokens } = state.seqs[id];
   setHidden(row.hit, !tokens || !table.length);
-  if (!row.hit.hidden) setText(row.hit, `${plural(tokens, "token")} from the cache`);
+  const crowded = table.length >= CROWDED;
+  if (!row.hit.hidden) setText(row.hit, crowded ? `${tokens} cached` : `${plural(tokens, "token")} from the cache`);
   row.chips.forEach(({ node }, logical) => {
     node.classList.toggle("mp-found", (logical + 1) * state.config.block_size <= tokens);
   });

@@ -1,0 +1,148 @@
+"""Tensor parallelism: one scheduler and one block table, many workers (paper §4.6).
+
+Each process, a *rank*, computes with its shard of the model (`models.shard`) and keeps the keys and values of its own
+heads. Block 7 of every rank's pool holds the same tokens, other heads; hence a single block table serves all of them.
+Rank 0 has the engine, with a scheduler like any other. It sends each plan to the others before it executes it, too.
+Plans travel through gloo, and so do sums on a CPU; sums over GPUs go through NCCL.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from itertools import count
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minipaged.config import EngineConfig
+from minipaged.errors import InvalidConfig, MinipagedError, WorkerFailed
+from minipaged.execution.runner import ModelRunner
+from minipaged.models.shard import Shard, connected
+from minipaged.scheduling.plan import StepPlan
+
+if TYPE_CHECKING:
+    from minipaged.llm import LLM
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=1)  # rank 0 may have nothing to do for long; if it ends, the others see that at once
+_groups = count()
+
+
+def run(use: Callable[[LLM], T], model: str = "tiny", **settings: Any) -> T | None:
+    """An LLM of all the processes that torchrun started, each of which calls this with the same arguments.
+
+    On rank 0, ``use`` is called with an `LLM`, and its result returned. The others work for that, ignoring Ctrl-C,
+    until ``use`` returns or raises; their result is ``None``. ``settings`` are those of `EngineConfig`, without CUDA
+    graphs and vAttention. Raises `InvalidConfig` or `ModelError` on all ranks; `WorkerFailed` where one lost another.
+    """
+    from minipaged.llm import LLM
+
+    with _group() as shard:
+        llm = LLM(model, shard=shard, **settings)
+        runner: Any = llm.engine.runner
+        if shard.rank == 0:
+            try:
+                return use(llm)
+            finally:
+                if not runner.in_step:  # else the others wait there, and see that rank 0 leaves
+                    _broadcast(None)
+        with suppress(ValueError):  # not in the main thread, which alone hears of Ctrl-C
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # everybody gets it, but rank 0 ends the work
+        while (plan := _broadcast(None)) is not None:
+            runner.execute(plan)  # its engine is never asked for anything
+    return None
+
+
+class PlainChunk(NamedTuple):
+    """What `build_batch` asks of a chunk: a worker knows of no request and no sequence."""
+
+    start: int
+    num_tokens: int
+    num_rows: int
+    token_ids: list[int]
+    block_table: list[int]
+
+
+def plain(plan: StepPlan) -> StepPlan:
+    """The plan for a worker. It asks for no logits: rank 0 has them all."""
+    chunks: list[Any] = [PlainChunk(c.start, c.num_tokens, 0, c.token_ids, c.block_table) for c in plan.chunks]
+    return StepPlan(plan.step, chunks, plan.swap_outs, plan.swap_ins, plan.copies)
+
+
+class LeadingRunner(ModelRunner):
+    """Rank 0's runner: tells the others what to do, and does it too."""
+
+    in_step = False  # if True when no step is running: the last one broke off, and nobody knows where the others are
+
+    def execute(self, plan: StepPlan) -> Tensor:
+        if self.in_step:
+            raise WorkerFailed("an earlier step broke off, and the processes are out of step since; start them again")
+        self.in_step = True
+        _broadcast(plain(plan))
+        logits = super().execute(plan)
+        self.in_step = False
+        return logits
+
+
+def _broadcast(plan: StepPlan | None) -> StepPlan | None:
+    """Rank 0's plan, on every rank."""
+    box = [plan]
+    with connected():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextmanager
+def _group() -> Iterator[Shard]:
+    if "RANK" not in os.environ:
+        raise InvalidConfig("tensor parallelism needs several processes: torchrun --nproc-per-node 2 …")
+    store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store = dist.PrefixStore(f"minipaged-{next(_groups)}", store)  # it keeps the addresses of earlier groups
+    backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    try:
+        yield Shard(rank, world)
+    finally:
+        dist.destroy_process_group()
+
+
+def check(config: EngineConfig, device: torch.device) -> None:
+    """Raises `InvalidConfig` for what does not go with several processes; takes this one's GPU."""
+    if config.memory == "vattention" or config.cuda_graphs or device.type == "mps":
+        raise InvalidConfig('tensor parallelism excludes memory="vattention", cuda_graphs=True and device="mps"')
+    if device.type == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise InvalidConfig(f"each process needs a GPU of its own; here are {torch.cuda.device_count()}")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def neighbours(device: torch.device) -> int:
+    """How many of the processes share a device's memory: on a CPU all those of this machine."""
+    return 1 if device.type == "cuda" else int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+def gather(value: T) -> list[T]:
+    """The value of every process, by rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    with connected():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def together(do: Callable[[], T]) -> T:
+    """Every process does this. What one raises all raise, so that none waits for it in vain."""
+    failed: MinipagedError | None = None
+    try:
+        result = do()
+    except MinipagedError as error:
+        failed = error
+    for failure in filter(None, gather(failed)):
+        raise failure
+    return result
