@@ -15,15 +15,6 @@
 #endif
 
 constexpr int64_t ROWS = 32;  // of weights, at a time
-// Up to so many tokens are multiplied one by one: measured.
-#ifdef __AMX_BF16__
-template <typename T>
-constexpr int64_t FEW = UNIT<T> == 2 ? 1 : 8;
-#else
-template <typename T>
-constexpr int64_t FEW = 8;
-#endif
-
 // --- few tokens ------------------------------------------------------------------------------------------------
 
 // COUNT outputs of one token: rows n … of the weights, each against x.
@@ -79,9 +70,14 @@ static void block(const T *w, int64_t K, const T *columns, bool two, float *sums
 }
 
 #if defined(__AMX_BF16__) && defined(__linux__)
+// Whether Linux lets this process use AMX, which has to be asked for once.
+static bool has_tiles() {
+    static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+    return granted;
+}
+
 // The same in AMX: a tile of 16 weight rows times a tile of 16 tokens, 32 channels at once.
-template <>
-void block<bf16>(const bf16 *w, int64_t K, const bf16 *columns, bool two, float *sums) {
+static void block_of_tiles(const bf16 *w, int64_t K, const bf16 *columns, bool two, float *sums) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -106,19 +102,21 @@ void block<bf16>(const bf16 *w, int64_t K, const bf16 *columns, bool two, float 
     }
 }
 
-// Tiles have to be asked for once a process, and shaped once a thread and step: torch shapes them otherwise.
+// Tiles are shaped once a thread and step, for torch shapes them otherwise.
 static void begin_tiles() {
-    static const long granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */);
-    (void)granted;
     static const struct {
         uint8_t palette = 1, start = 0, reserved[14] = {};
         uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } shape;  // static: compilers overlook that the instruction reads more of it than its first words
-    _tile_loadconfig(&shape);
+    if (has_tiles()) _tile_loadconfig(&shape);
 }
-static void end_tiles() { _tile_release(); }
+static void end_tiles() {
+    if (has_tiles()) _tile_release();
+}
 #else
+static bool has_tiles() { return false; }
+static void block_of_tiles(const bf16 *, int64_t, const bf16 *, bool, float *) {}
 static void begin_tiles() {}
 static void end_tiles() {}
 #endif
@@ -132,7 +130,8 @@ static void linear(const T *x, const T *w, const T *bias, O *out, int64_t M, int
     const auto put = [&](int64_t m, int64_t n, float value) {
         out[m * N + n] = O(T(bias ? value + float(bias[n]) : value));
     };
-    const bool few = M <= FEW<T>;
+    const bool tiles = UNIT<T> == 2 && has_tiles();
+    const bool few = M <= (tiles ? 1 : 8);  // measured
     if (!few) lay_in_columns(x, columns, M, K);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < N; n += ROWS) {
@@ -149,7 +148,10 @@ static void linear(const T *x, const T *w, const T *bias, O *out, int64_t M, int
         }
         alignas(64) float sums[2 * ROWS * LANES];
         for (int64_t m = 0; m < M; m += 2 * LANES) {
-            block<T>(w + n * K, K, columns + m * K, M - m > LANES, sums);
+            if (tiles)
+                block_of_tiles((const bf16 *)w + n * K, K, (const bf16 *)columns + m * K, M - m > LANES, sums);
+            else
+                block<T>(w + n * K, K, columns + m * K, M - m > LANES, sums);
             for (int64_t i = m; i < M && i < m + 2 * LANES; i += LANES)
                 for (int64_t j = 0; j < ROWS; j += LANES) {
                     alignas(64) float turned[LANES * LANES];

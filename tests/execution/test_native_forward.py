@@ -1,6 +1,7 @@
 """A whole step in C++ against the model's own forward: every family, every way through the kernels."""
 
 import os
+import platform
 import shutil
 
 import pytest
@@ -158,3 +159,15 @@ def test_an_engine_uses_it_unless_attention_is_torchs(tmp_path):
         assert isinstance(llm.engine.runner.at_once, NativeForward) == (attention == "native")
         found.append([out.outputs[0].token_ids for out in llm.generate(prompts, params)])
     assert found[0] == found[1]
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="only Linux has to be asked for AMX")
+def test_where_the_system_does_not_let_amx_be_used_other_instructions_serve(tmp_path, monkeypatch):
+    """A sandbox may say no to what the processor could do; its instructions would then end the process."""
+    source = tmp_path / "native.cpp"
+    source.write_text("#include <sys/syscall.h>\n#undef SYS_arch_prctl\n#define SYS_arch_prctl -1\n" + (
+        f'#include "{native.SOURCE}"\n'))  # fmt: skip
+    monkeypatch.setattr(native, "SOURCE", source)
+    functions = native._built(shutil.which(os.environ.get("CXX") or "c++"), ("-march=native", "-Wno-unknown-pragmas"))
+    model = load(tmp_path / "model", "llama3", "bfloat16")
+    assert_same(model, torch.bfloat16, functions["forward", torch.bfloat16], 0.06)
