@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -25,6 +26,8 @@ from minipaged.execution.runner import ModelRunner
 from minipaged.execution.sampler import sample
 from minipaged.execution.virtual_memory import Layout, VirtualKVCache, page_size
 from minipaged.kernels.backend import choose, kernels_for
+from minipaged.memory.managers import make_manager
+from minipaged.memory.prediction import closing_words
 from minipaged.models.loader import LoadedModel, device_of, load_model
 from minipaged.outputs import CompletionOutput, Delta, RequestOutput, differences
 
@@ -277,6 +280,8 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel, **parts: Any) -> En
     )
     config = replace(config, block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len)
     swap_blocks = config.swap_space(num_blocks)
+    if loaded.tokenizer is not None:
+        parts = {"make_memory": partial(make_manager, closing=closing_words(loaded.tokenizer))} | parts
     graphs = use_graphs(config, kernels.name, loaded.device)
     kv_cache: KVCache
     if virtual:

@@ -24,7 +24,7 @@ PAGED: dict[str, Any] = DEMO_SETTINGS | {
     "tensor_slicing": False,
 }
 
-UNCACHED: dict[str, Any] = {"enable_prefix_caching": False, "eviction_policy": None}
+UNCACHED: dict[str, Any] = {"enable_prefix_caching": False, "eviction": None, "eviction_policy": None}
 
 NUM_ALTERNATIVES = 5  # likeliest tokens that the page can show beside each sampled one
 
