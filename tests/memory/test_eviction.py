@@ -180,8 +180,8 @@ def test_the_oldest_goes_first_and_only_lru_cares_for_a_hit():
 
 def test_all_zeros_empty_the_cache():
     policy = FlushWhenAll0(lambda tokens: False)
-    # 4 finds the cache full: 1 and 2 go, then 3, although 4 to 6 are younger and 5 might have replaced 4.
-    assert faults([1, 2, 3, 4, 5, 6, 4, 5, 6], 3, policy) == [1] * 6 + [0] * 3
+    # 4 finds the cache full, and 1 to 3 are given up. 2 is found before its block is needed, and counts as new.
+    assert faults([1, 2, 3, 4, 2, 5, 4, 2, 5], 3, policy) == [1, 1, 1, 1, 0, 1, 0, 0, 0]
     assert "all bits were 0" in policy.reason
 
 
@@ -279,6 +279,31 @@ def test_a_beginning_outlives_a_copy_of_it_that_others_go_on_from():
     tables.open(2)
     tables.reserve(Write(2, 0, 6))  # two blocks are free; the third has to be evicted
     assert len(tables.match([1, 1, 2, 2, 3])) == 1  # its end is gone, not its beginning, though that is older
+
+
+def test_a_block_has_the_bit_of_its_latest_request():
+    tables = BlockTables(8, 2, policy=FlushWhenAll0(Given([False, True, False])))
+    cache = tables._cache
+    use(tables, 0, [1, 1, 2, 2, 9])
+    use(tables, 1, [1, 1, 3, 3, 9])
+    assert cache.bits == {}  # whoever runs is not evicted
+    tables.free(0)
+    assert cache.bits == {0: False, 1: False}
+    tables.free(1)
+    assert cache.bits[0] is True and cache.bits[1] is False
+    use(tables, 2, [1, 1, 3, 3, 8])
+    tables.free(2)
+    assert not any(cache.bits.values())
+
+
+def test_a_block_that_is_evicted_loses_its_bit():
+    tables = BlockTables(2, 2, policy=Mark0(Given([True])))
+    use(tables, 0, [1, 1, 0])
+    tables.free(0)
+    assert tables._cache.bits == {0: True}
+    tables.open(1)
+    tables.reserve(Write(1, 0, 4))
+    assert tables._cache.bits == {}
 
 
 def test_the_path_of_a_block_whose_beginning_is_gone_is_unknown():
