@@ -209,8 +209,8 @@ def chat_hits(quick: bool, progress: Progress) -> dict[str, float]:
     return found
 
 
-def found_percent(chats: Chats, policy: LeafFirst) -> float:
-    """Serves the chats on the engine with this policy."""
+def found_percent(chats: Chats, policy: LeafFirst, **settings: Any) -> float:
+    """Serves the chats on the engine with this policy. ``settings``: other fields of `EngineConfig` than usual."""
     computed = 0
 
     def look(engine: Engine, plan: StepPlan) -> None:
@@ -220,5 +220,5 @@ def found_percent(chats: Chats, policy: LeafFirst) -> float:
             if isinstance(policy, Belady):
                 policy.admitted(chunk.request.request_id)
 
-    simulate(chats.requests, watch=look, eviction_policy=lambda: policy, **CHAT)
+    simulate(chats.requests, watch=look, eviction_policy=lambda: policy, **CHAT | settings)
     return 100 * (1 - computed / sum(request.num_prompt for request in chats.requests))

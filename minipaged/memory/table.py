@@ -75,8 +75,8 @@ class BlockTables:
         self.tables: dict[int, list[int]] = {}
         self.swapped: dict[int, list[int]] = {}  # tables of swapped-out sequences, in blocks of the swap pool
         self._prefixes: dict[int, list[int]] = {}  # seq_id -> names of the prefixes that end its full blocks
-        self._num_prompt: dict[int, int] = {}  # of sequences that are predicted
-        self._bits: dict[int, bool] = {}  # what was predicted of them
+        self._num_prompt: dict[int, int] = {}  # of sequences of which something is about to be predicted
+        self._bits: dict[int, bool] = {}  # what has been predicted of sequences
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens: the ceiling of their quotient."""
@@ -217,13 +217,17 @@ class BlockTables:
             raise BlockError(f"sequence {seq_id} has no block table; was it freed twice?")
         blocks = tables.pop(seq_id)[::-1]
         del self._prefixes[seq_id]
-        self._num_prompt.pop(seq_id, None)
-        bit = self._bits.pop(seq_id, None)
-        if self._cache and bit is not None and pool is self.pool:
-            self._cache.note(blocks, bit)
+        self._note(seq_id, blocks if pool is self.pool else [])
         for block in blocks:
             pool.free(block)
         self._events.emit(Freed, seq_id, blocks)
+
+    def _note(self, seq_id: int, blocks: list[int]) -> None:
+        """The sequence gives these blocks up: what was predicted of its request stays with them."""
+        self._num_prompt.pop(seq_id, None)
+        bit = self._bits.pop(seq_id, None)
+        if self._cache and bit is not None and blocks:
+            self._cache.note(blocks, bit)
 
     def can_swap_out(self, seq_ids: Seq[int]) -> bool:
         """Whether the swap space can take these sequences' blocks, each of which moves once."""
