@@ -24,10 +24,10 @@ from minipaged.execution.runner import ModelRunner
 from minipaged.execution.virtual_memory import VirtualKVCache
 from minipaged.kernels import contiguous as contiguous_kernel
 from minipaged.kernels import reference
+from minipaged.memory.eviction import FlushWhenAll0, LeafFirst
 from minipaged.memory.managers.buddy import BuddyPool
 from minipaged.memory.managers.contiguous import ContiguousTables
 from minipaged.memory.managers.virtual import VirtualTables
-from minipaged.memory.eviction import FlushWhenAll0, LeafFirst
 from minipaged.memory.pool import BlockPool
 from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.table import BlockTables

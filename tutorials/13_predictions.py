@@ -52,7 +52,7 @@ while len(requests) < 3000:
     if rng.random() < 0.02:  # a scan: ten pages, never asked for again
         requests += [f"scan {len(requests)}.{i}" for i in range(10)]
     else:
-        requests.append(min(int(rng.paretovariate(0.7)), 200))  # some pages are asked for much more often than others
+        requests.append(min(int(rng.paretovariate(0.7)), 200))  # some pages are asked for much more often
 K = 20
 print(f"{len(requests)} requests for {len(set(requests))} pages; LRU: {faults(LRU(K), requests)} faults")
 
@@ -60,7 +60,8 @@ print(f"{len(requests)} requests for {len(set(requests))} pages; LRU: {faults(LR
 # ## The best there is
 #
 # In 1966 Belady said what the best rule is: evict the page that is *requested latest* from now on. No rule makes fewer
-# faults. It needs the future, so it is no rule for an engine, but it is the ruler against which all others are measured.
+# faults. It needs the future, so it is no rule for an engine, but it is the ruler against which all others are
+# measured.
 
 
 # %%
@@ -87,14 +88,14 @@ def belady(requests, k):
 
 
 best, right_bits = belady(requests, K)
-print(f"Belady: {best} faults; of {len(requests)} requests, {sum(right_bits)} were for pages that it then evicted unused")
+print(f"Belady: {best} faults; after {sum(right_bits)} of {len(requests)} requests it evicted the page unused")
 
 # %% [markdown]
 # ## One bit
 #
 # `right_bits` is all that a cache needs to know of the future: one bit for each request. **1**: Belady would evict this
-# page before it is requested again. **0**: it would keep it. The bit comes with the request, and the page keeps it until
-# its next request.
+# page before it is requested again. **0**: it would keep it. The bit comes with the request, and the page keeps it
+# until its next request.
 #
 # The simplest rule that listens, called *FlushWhenAll0*: evict a page with bit 1. If there is none, empty the cache.
 
@@ -120,8 +121,8 @@ class FlushWhenAll0(LRU):
 
 
 # %% [markdown]
-# **Predict.** With all bits right: how many faults does FlushWhenAll0 make? More than Belady, fewer, or as many? And how
-# often does it empty the cache?
+# **Predict.** With all bits right: how many faults does FlushWhenAll0 make? More than Belady, fewer, or as many? And
+# how often does it empty the cache?
 #
 # <details><summary>Then look</summary>
 
@@ -168,8 +169,8 @@ print("LRU, no bits:   ", faults(LRU(K), requests))
 # ## A net to fall into
 #
 # Emptying the cache is rash. When no bit helps, one could do what one would do without bits. *Marking* does well then:
-# a page that is used gets a mark, a random page *without* a mark goes, and when all are marked, all marks are wiped off.
-# A wrong 0 then costs not k − 1 pages in the worst case but about log k in the mean.
+# a page that is used gets a mark, a random page *without* a mark goes, and when all are marked, all marks are wiped
+# off. A wrong 0 then costs not k − 1 pages in the worst case but about log k in the mean.
 
 
 # %%
@@ -206,9 +207,9 @@ for rate in (0, 0.1, 0.3, 1):
 print(f"Belady: {best}, LRU: {faults(LRU(K), requests)}")
 
 # %% [markdown]
-# With right bits both are Belady. With some errors Mark0 stays nearer to it. And if *all* bits are wrong, it throws away
-# all that is good and keeps all that is not: who believes everything can be fooled completely. (To make a rule that is
-# never much worse than marking, stop listening when the bits have been wrong too often.)
+# With right bits both are Belady. With some errors Mark0 stays nearer to it. And if *all* bits are wrong, it throws
+# away all that is good and keeps all that is not: who believes everything can be fooled completely. (To make a rule
+# that is never much worse than marking, stop listening when the bits have been wrong too often.)
 #
 # ## Pages that hang together
 #
@@ -238,9 +239,9 @@ source(EnginesMark0.choose)
 # ## A guess about chats
 #
 # Where do bits come from, in an engine? A chat that goes on sends all that was said before, and finds it in the cache.
-# A chat that has ended never will. So the question is: *was this the last turn?* minipaged's `LastTurn` looks at how many
-# turns there have been, and whether the user said thanks or goodbye. It counts, of the chats it has seen, how many went
-# on after such a turn and how many did not, and says what the majority did.
+# A chat that has ended never will. So the question is: *was this the last turn?* minipaged's `LastTurn` looks at how
+# many turns there have been, and whether the user said thanks or goodbye. It counts, of the chats it has seen, how many
+# went on after such a turn and how many did not, and says what the majority did.
 
 # %%
 from minipaged.memory.prediction import LastTurn
@@ -305,8 +306,8 @@ last = {tuple(prompt) for prompt in prompts if not any(p[: len(prompt)] == promp
 print(f"{len(prompts)} prompts, of which {len(last)} are last turns; {sum(map(says_goodbye, prompts))} say goodbye")
 
 # %% [markdown]
-# **Predict.** Of all tokens in the prompts, LRU finds a part in the cache. Does it find more with guessed last turns? And
-# if they are *known*, can anything be better still?
+# **Predict.** Of all tokens in the prompts, LRU finds a part in the cache. Does it find more with guessed last turns?
+# And if they are *known*, can anything be better still?
 #
 # <details><summary>Then look</summary>
 
@@ -321,8 +322,8 @@ print(f"LRU, 5,000 blocks:     {found(EnginesLRU(), prompts, num_blocks=5000):.1
 # %% [markdown]
 # Guesses are nearly as good as knowledge here, and knowledge finds nearly all that could ever be found. That is because
 # this office is kind to guesses: who has ended is the *only* thing that matters, and most people say goodbye. On chats
-# with long breaks, where many more are open than fit, knowing who has ended helps less: one would have to know *when* the
-# others come back. `minipaged experiments run eviction` measures such chats on the whole engine.
+# with long breaks, where many more are open than fit, knowing who has ended helps less: one would have to know *when*
+# the others come back. `minipaged experiments run eviction` measures such chats on the whole engine.
 # </details>
 #
 # On an engine: `LLM("tiny", eviction="mark-0")`, or `minipaged serve --eviction mark-0`. There words of goodbye are
@@ -340,9 +341,9 @@ print(f"LRU, 5,000 blocks:     {found(EnginesLRU(), prompts, num_blocks=5000):.1
 #
 # ## Exercises
 #
-# **1. Attack the bound.** FlushWhenAll0 makes at most OPT + (k − 1)·η₀ + η₁ faults. Try it on 2,000 random sequences with
-# random bits, for caches of 1 to 4 pages. Does the bound always hold? How near does anything come to it? Find a sequence
-# and bits that meet it exactly, with at least one wrong 0.
+# **1. Attack the bound.** FlushWhenAll0 makes at most OPT + (k − 1)·η₀ + η₁ faults. Try it on 2,000 random sequences
+# with random bits, for caches of 1 to 4 pages. Does the bound always hold? How near does anything come to it? Find a
+# sequence and bits that meet it exactly, with at least one wrong 0.
 #
 # <details><summary>Answer</summary>
 
@@ -410,8 +411,8 @@ for kind in (AnyBlock, AnyLeaf):
 #
 # **3. When to stop listening.** If all bits are wrong, Mark0 is far worse than a cache without bits. Make it doubt: at
 # each eviction it takes one page with a 1 and watches it, whether it evicts it or not. If that page is asked for soon,
-# before k pages have been brought in, the 1 was wrong. While more than half of the latest 1s that it watched were wrong,
-# it goes by marks alone. What does the doubt cost with right bits, and what does it save with wrong ones?
+# before k pages have been brought in, the 1 was wrong. While more than half of the latest 1s that it watched were
+# wrong, it goes by marks alone. What does the doubt cost with right bits, and what does it save with wrong ones?
 #
 # <details><summary>Answer</summary>
 
@@ -451,8 +452,8 @@ for rate in (0, 0.1, 0.3, 1):
 print(f"no bits: marking {faults(Mark0(K), requests)}")
 
 # %% [markdown]
-# Right bits cost nothing, and if all are wrong it comes near to marking. In between it sometimes stops listening to bits
-# that still helped. Since it goes on watching while it does not listen, it can begin to trust again.
+# Right bits cost nothing, and if all are wrong it comes near to marking. In between it sometimes stops listening to
+# bits that still helped. Since it goes on watching while it does not listen, it can begin to trust again.
 # </details>
 #
 # **Back to** [the list of tutorials](README.md)

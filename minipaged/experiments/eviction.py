@@ -74,9 +74,9 @@ def assumed(number: int) -> list[str]:
         f"probability 2/3 each another. Users take {1000 * READING:g} ms for each token of "
         f"an answer, then {THINKING:g} s in the mean (exponential), and say goodbye in "
         f"{GOODBYE:.0%} of last turns and {FALSE_GOODBYE:.0%} of others: that is what a predictor can see.",
-        "Belady on the engine gives up the leaf that is needed latest; with prefixes that form trees, and sequences that "
-        "take blocks from the cache, that need not be the best there is. LRU and FIFO come to the same in chats: what "
-        "they evict are the ends of conversations, which are used just when they are computed.",
+        "Belady on the engine gives up the leaf that is needed latest; with prefixes that form trees, and "
+        "sequences that take blocks from the cache, that need not be the best there is. LRU and FIFO come to the "
+        "same in chats: what they evict are the ends of conversations, which are used just when they are computed.",
     ]
 
 

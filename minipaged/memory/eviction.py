@@ -209,7 +209,7 @@ class Belady(LeafFirst):
         return block, "never used again" if when == inf else f"used again by request {when:g}, later than all others"
 
     def next_use(self, block: int) -> float:
-        """The number of the first request, of those not yet admitted, that will look for the block; infinite if none."""
+        """The number of the first request, of those not yet admitted, that will look for the block; else infinite."""
         node = self._node_of[block]
         uses = self._uses[node] if node else []
         index = bisect_left(uses, len(self._seen))

@@ -99,7 +99,7 @@ class Given:
 
 
 def discard_bits(requests: Seq[Hashable], k: int) -> list[bool]:
-    """For each request whether Belady's algorithm, with room for k pages, evicts its page before it is next requested."""
+    """For each request whether Belady's algorithm, with room for k pages, evicts its page before its next request."""
     uses: dict[Hashable, list[int]] = {}
     for number, page in enumerate(requests):
         uses.setdefault(page, []).append(number)

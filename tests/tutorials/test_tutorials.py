@@ -48,7 +48,7 @@ def test_there_are_thirteen_tutorials():
 
 
 def test_pages_and_pictures_are_up_to_date(tmp_path):
-    """Runs every tutorial. All in one process, each with names of its own: torch is imported once, not thirteen times."""
+    """Runs every tutorial. All in one process, each with names of its own: torch is imported once, not thirteenfold."""
     done = python(FOLDER / "build.py", "--check", cwd=tmp_path)
     assert "stale" not in done.stdout, done.stdout
     refused = re.findall(r"(?m)^(\d\d)_\w+\.py: not checked\. \S", done.stderr)
