@@ -363,9 +363,18 @@ WITHOUT_HOLES = Scenario(
     tab="waste",
 )
 
-_WAIT = "Tell me a story about a brave mouse who found a golden key. I will ask you for another one when you are done."
-_BYE = "Tell me a story about a king who bakes bread at night for all the town. This is my last one. Thanks, bye!"
-_TALE = "Tell me a story about a fox and an owl who live in a big forest. The fox is hungry and the owl is very wise."
+_WAIT = (
+    "Tell me a story about a brave mouse who found a golden key in the garden. I will ask you for another one as soon "
+    "as you are done."
+)
+_BYE = (
+    "Tell me a story about a king who bakes bread at night for all the people of the town. This is my last one. "
+    "Thanks, bye!"
+)
+_TALE = (
+    "Tell me a story about a fox and an owl who live in a big forest near the sea. The fox is hungry and the owl is "
+    "wise."
+)
 
 PREDICTIONS = Scenario(
     "Who comes back?",

@@ -97,7 +97,7 @@ class PrefixCache:
     def predict(self, tokens: Seq[int]) -> bool:
         """Asks the policy's predictor about a prompt: 1 if its blocks will not be needed again in time."""
         assert self._tree is not None and self._tree.predict is not None
-        return self._tree.predict(tokens)
+        return bool(self._tree.predict(tokens))
 
     def note(self, blocks: Iterable[int], bit: bool) -> None:
         """This was predicted of the request that used these blocks; those that are cached keep it in mind."""

@@ -223,7 +223,10 @@ class BlockTables:
         self._events.emit(Freed, seq_id, blocks)
 
     def _note(self, seq_id: int, blocks: list[int]) -> None:
-        """The sequence gives these blocks up: what was predicted of its request stays with them."""
+        """The sequence gives these blocks up: what was predicted of its request stays with them.
+
+        Also when it is preempted and will come back soon; a 1 is wrong for that while.
+        """
         self._num_prompt.pop(seq_id, None)
         bit = self._bits.pop(seq_id, None)
         if self._cache and bit is not None and blocks:
