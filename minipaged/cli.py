@@ -24,6 +24,7 @@ from minipaged.cli_options import (
     Attention,
     Device,
     Dtype,
+    Eviction,
     KvDtype,
     MaxTokens,
     Memory,
@@ -126,6 +127,7 @@ def visualize(
     max_model_len: Annotated[int | None, typer.Option(help="Tokens a sequence may reach.")] = None,
     preemption: Annotated[str | None, typer.Option(help="What a full pool does: recompute or swap.")] = None,
     memory: Memory = None,
+    eviction: Eviction = None,
     classroom: Annotated[
         bool, typer.Option("--classroom", help="Others may watch; only who has the printed address controls.")
     ] = False,
@@ -159,6 +161,7 @@ def visualize(
         max_model_len=max_model_len,
         preemption=preemption,
         memory=memory,
+        eviction=eviction,
     )
     if lab is not None:
         from minipaged.labs.live import settings_of

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minipaged.config import ATTENTIONS, DEVICES, DTYPES, KV_DTYPES, MANAGERS, EngineConfig, SamplingParams
+from minipaged.config import ATTENTIONS, DEVICES, DTYPES, EVICTIONS, KV_DTYPES, MANAGERS, EngineConfig, SamplingParams
 
 if TYPE_CHECKING:
     from minipaged.llm import LLM
@@ -20,6 +20,7 @@ Model = Annotated[str, typer.Option(help="'tiny' (embedded), a directory (Huggin
 Device = Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}.")]
 Dtype = Annotated[str, typer.Option(help=f"Of weights and KV cache: {', '.join(DTYPES)}.")]
 Memory = Annotated[str | None, typer.Option(help=f"Who decides on slots: {', '.join(MANAGERS)}.")]
+Eviction = Annotated[str | None, typer.Option(help=f"Which cached block is given up first: {', '.join(EVICTIONS)}.")]
 Attention = Annotated[str | None, typer.Option(help=f"What computes it: {', '.join(ATTENTIONS)}.")]
 KvDtype = Annotated[str | None, typer.Option(help=f"Of the KV cache alone: {', '.join(KV_DTYPES)}.")]
 Temperature = Annotated[float | None, typer.Option(help="Divides the logits; 0 is greedy. Default: 1.")]

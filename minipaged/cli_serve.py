@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from minipaged.cli_options import DEFAULT, Attention, Device, Dtype, KvDtype, Memory, Model, fail, given, load
+from minipaged.cli_options import DEFAULT, Attention, Device, Dtype, Eviction, KvDtype, Memory, Model, fail, given, load
 from minipaged.config import EngineConfig
 
 NumBlocks = Annotated[int | None, typer.Option(help="KV blocks in the pool. Default: what fits.")]
@@ -27,6 +27,7 @@ def serve(
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
     memory: Memory = None,
+    eviction: Eviction = None,
     attention: Attention = None,
     kv_dtype: KvDtype = None,
     num_blocks: NumBlocks = None,
@@ -54,8 +55,8 @@ def serve(
     limits = Limits(max_concurrent=max_concurrent, max_queue=max_queue, timeout=timeout, grace=grace)
     sock = bind(host, port)
     settings = given(
-        memory=memory, attention=attention, kv_dtype=kv_dtype, num_blocks=num_blocks, max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
+        memory=memory, eviction=eviction, attention=attention, kv_dtype=kv_dtype, num_blocks=num_blocks,
+        max_num_seqs=max_num_seqs, max_model_len=max_model_len,
     )  # fmt: skip
     llm = load(model, device=device, dtype=dtype, **settings)
     server = Server(llm, name=name, keys=api_key or (), host=host, limits=limits, visualize=visualize)

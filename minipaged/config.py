@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from minipaged.errors import InvalidConfig, InvalidRequest
+from minipaged.memory.eviction import BY_NAME
 from minipaged.memory.waste import AHEAD
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ PREEMPTIONS = ("recompute", "swap")
 MANAGERS = ("paged", *AHEAD, "vattention")
 MAPPINGS = ("sync", "eager", "async")
 BATCHINGS = ("continuous", "static")
+EVICTIONS = tuple(BY_NAME)
 CHOICES = {
     "device": DEVICES,
     "dtype": DTYPES,
@@ -82,8 +84,10 @@ class EngineConfig:
             have ended (FasterTransformer's way, paper §6.1).
         enable_prefix_caching: keep full blocks of finished requests and share them with prompts that start alike.
             ``None``: where the memory manager can.
-        eviction_policy: a class, or anything that makes an `EvictionPolicy` when called: which cached block is given up
-            first. ``None``: the least recently used.
+        eviction: which cached block is given up first: ``"lru"``, ``"fifo"``, ``"marker"``, or by predicting a chat's
+            last turn ``"flush-when-all-0"``, ``"mark-0"``, ``"mark-and-predict"`` (see `minipaged.memory.eviction`).
+            ``None``: the least recently used.
+        eviction_policy: one of your own instead: a class, or anything that makes an `EvictionPolicy` when called.
         preemption: what a request loses when blocks run out: ``"recompute"`` drops its KV and computes it again later,
             ``"swap"`` moves its blocks to the CPU and back (paper §4.5).
         swap_blocks: CPU blocks to swap to. ``None`` with ``"swap"``: as many as the pool has.
@@ -106,6 +110,7 @@ class EngineConfig:
     mapping: str | None = None
     batching: str = "continuous"
     enable_prefix_caching: bool | None = None
+    eviction: str | None = None
     eviction_policy: Callable[[], EvictionPolicy] | None = None
     preemption: str = "recompute"
     swap_blocks: int | None = None
@@ -129,14 +134,18 @@ class EngineConfig:
             raise InvalidConfig(f"cuda_graphs must be True, False or None, not {self.cuda_graphs!r}")
         if self.enable_prefix_caching is not None and not isinstance(self.enable_prefix_caching, bool):
             raise InvalidConfig(f"enable_prefix_caching must be True or False, not {self.enable_prefix_caching!r}")
-        caching = self.enable_prefix_caching or self.eviction_policy is not None
+        if self.eviction is not None and self.eviction not in EVICTIONS:
+            raise InvalidConfig(f"eviction must be one of {', '.join(EVICTIONS)}, not {self.eviction!r}")
+        caching = self.enable_prefix_caching or self.eviction_policy is not None or self.eviction is not None
         if self.memory in AHEAD and (caching or self.preemption != "recompute"):
             raise InvalidConfig(
                 f"memory={self.memory!r} neither shares prefixes nor preempts anybody: leave enable_prefix_caching, "
-                "eviction_policy and preemption as they are by default"
+                "eviction, eviction_policy and preemption as they are by default"
             )
         if self.eviction_policy is not None and not (self.caches_prefixes and callable(self.eviction_policy)):
             raise InvalidConfig("eviction_policy must make a policy when called, and needs enable_prefix_caching=True")
+        if self.eviction is not None and (self.eviction_policy is not None or not self.caches_prefixes):
+            raise InvalidConfig("eviction needs enable_prefix_caching=True, and no eviction_policy beside it")
         if self.attention == "flex" and ((self.block_size or 0) % 16 or self.kv_dtype != "auto"):
             raise InvalidConfig('attention="flex" needs a block_size that 16 divides, and kv_dtype="auto"')
         if self.swap_blocks is not None and self.preemption != "swap":

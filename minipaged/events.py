@@ -185,10 +185,21 @@ class Cached(Event):
 
 @dataclass(frozen=True, slots=True)
 class Evicted(Event):
-    """A block that nobody used left the prefix cache, to be handed out anew."""
+    """A block that nobody used left the prefix cache, to be handed out anew. ``reason``: the policy's, in words."""
 
     type: ClassVar[str] = "evicted"
     block: int
+    reason: str = ""  # recordings from before policies gave any do not say
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted(Event):
+    """These cached blocks were used by a request of which was predicted: 1 (``discard``), they will not be needed
+    again in time, or 0, they will. An eviction policy goes by it."""
+
+    type: ClassVar[str] = "predicted"
+    blocks: list[int]
+    discard: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,8 +349,9 @@ class State:
     """The engine's state rebuilt from its events: ``state.apply(event)`` for each, in order.
 
     ``waiting``, ``running`` and ``swapped`` hold request ids in queue order. ``ref_counts[b]`` is how many block tables
-    name block b, ``swap_ref_counts`` the same on the CPU; ``cached[b]`` the prefix cache's name for it. ``scheduled``
-    is this step's token budget, as spent so far. Of requests that have ended only the last `KEPT` stay, so that a state
+    name block b, ``swap_ref_counts`` the same on the CPU; ``cached[b]`` the prefix cache's name for it, and
+    ``predicted[b]`` whether a prediction says that it will not be needed. ``scheduled`` is this step's token budget, as
+    spent so far. Of requests that have ended only the last `KEPT` stay, so that a state
     does not grow with the time that an engine runs; ``forgotten`` counts the sequences of the others.
     """
 
@@ -355,6 +367,7 @@ class State:
     ref_counts: list[int] = field(default_factory=list)
     swap_ref_counts: list[int] = field(default_factory=list)
     cached: dict[int, int] = field(default_factory=dict)
+    predicted: dict[int, bool] = field(default_factory=dict)
     scheduled: list[tuple[int, int, int]] = field(default_factory=list)
     error: str | None = None
 
@@ -370,6 +383,7 @@ class State:
         state = cls(**data)
         state.seqs = {int(seq_id): SeqState(**seq) for seq_id, seq in data["seqs"].items()}
         state.cached = {int(block): prefix for block, prefix in data["cached"].items()}
+        state.predicted = {int(block): bit for block, bit in state.predicted.items()}
         state.scheduled = [(seq_id, start, count) for seq_id, start, count in data["scheduled"]]
         return state
 
@@ -459,6 +473,10 @@ class State:
 
     def _evicted(self, e: Evicted) -> None:
         del self.cached[e.block]
+        self.predicted.pop(e.block, None)
+
+    def _predicted(self, e: Predicted) -> None:
+        self.predicted.update(dict.fromkeys(e.blocks, e.discard))
 
     def _forked(self, e: Forked) -> None:
         parent = self.seqs[e.parent]

@@ -28,6 +28,8 @@ from minipaged.execution.sampler import sample
 from minipaged.execution.tensor_parallel import LeadingRunner, check, gather, neighbours, together
 from minipaged.execution.virtual_memory import Layout, VirtualKVCache, page_size
 from minipaged.kernels.backend import choose, kernels_for
+from minipaged.memory.managers import make_manager
+from minipaged.memory.prediction import closing_words
 from minipaged.models.loader import LoadedModel, device_of, load_model
 from minipaged.models.shard import Shard
 from minipaged.outputs import CompletionOutput, Delta, RequestOutput, differences
@@ -293,6 +295,8 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel, **parts: Any) -> En
     num_blocks = fit() if shard is None else min(gather(together(fit)))  # one block table for all
     config = replace(config, block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len)
     swap_blocks = config.swap_space(num_blocks)
+    if loaded.tokenizer is not None:
+        parts = {"make_memory": partial(make_manager, closing=closing_words(loaded.tokenizer))} | parts
     graphs = shard is None and use_graphs(config, kernels.name, loaded.device)
     kv_cache: KVCache
     if virtual:

@@ -24,6 +24,7 @@ from minipaged.execution.runner import ModelRunner
 from minipaged.execution.virtual_memory import VirtualKVCache
 from minipaged.kernels import contiguous as contiguous_kernel
 from minipaged.kernels import reference
+from minipaged.memory.eviction import FlushWhenAll0, LeafFirst
 from minipaged.memory.managers.buddy import BuddyPool
 from minipaged.memory.managers.contiguous import ContiguousTables
 from minipaged.memory.managers.virtual import VirtualTables
@@ -38,6 +39,7 @@ from tests.execution import test_reference, test_runner
 from tests.execution import test_virtual_memory as virtual_memory
 from tests.memory import test_buddy as buddy
 from tests.memory import test_contiguous as contiguous
+from tests.memory import test_eviction as eviction
 from tests.memory import test_tables as tables
 from tests.memory import test_virtual as virtual
 from tests.memory.test_buddy import BuddyMachine
@@ -215,8 +217,8 @@ MUTANTS = [
         "an evicted block stays in the index",
         PrefixCache,
         "evict",
-        "del self._index[self._key_of.pop(block)]",
-        "del self._key_of[block]",
+        "del self._index[key], self._block_of",
+        "del self._block_of",
         (fuzz, machine, tables.test_an_evicted_block_leaves_the_index_and_its_twin_stays_valid),
     ),
     Mutant(
@@ -226,6 +228,38 @@ MUTANTS = [
         "self._cache.revive(block)",
         "pass",
         (fuzz, machine, tables.test_a_hit_on_a_block_without_owner_takes_it_from_the_free_count),
+    ),
+    Mutant(
+        "a beginning is evicted before those that continue it, who can never be found again then",
+        LeafFirst,
+        "leaves",
+        " if self._cache.is_leaf(block)",
+        "",
+        (eviction.test_a_beginning_outlives_a_copy_of_it_that_others_go_on_from,),
+    ),
+    Mutant(
+        "a block that is used for something else keeps the prediction of what it held before",
+        PrefixCache,
+        "evict",
+        "self.bits.pop(block, None)",
+        "pass",
+        (eviction.test_a_block_that_is_evicted_loses_its_bit,),
+    ),
+    Mutant(
+        "only blocks that were computed anew get the bit of a request, not those it found",
+        PrefixCache,
+        "note",
+        "if block in self]",
+        "if block in self and block not in self.bits]",
+        (eviction.test_a_block_has_the_bit_of_its_latest_request,),
+    ),
+    Mutant(
+        "a flush gives up what came after it, too",
+        FlushWhenAll0,
+        "remove",
+        "self._flushed.discard(block)",
+        "pass",
+        (eviction.test_all_zeros_empty_the_cache,),
     ),
     Mutant(
         "heads are freed before tails",

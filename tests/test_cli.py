@@ -117,6 +117,8 @@ print("SLOW", {"torch", "transformers", "gradio", "plotly"} & set(sys.modules))
         (["chat", "--url", "http://127.0.0.1:1/v1", "--kv-dtype", "int8"], "the server's business"),
         (["generate", "x", "--kv-dtype", "int3"], "kv_dtype must be one of"),
         (["serve", "--port", "0", "--memory", "infinite"], "memory must be one of"),
+        (["serve", "--port", "0", "--eviction", "belady"], "eviction must be one of lru, fifo"),
+        (["visualize", "--eviction", "fifo", "--memory", "orca-max"], "neither shares prefixes nor preempts"),
         (["serve", "--port", "0", "--max-concurrent", "0"], "max_concurrent is too small"),
         (["serve", "--port", "0", "--api-key", ""], "an API key must not be empty"),
         (["bench", "serve", "--lengths", "novels"], "lengths must be one of"),
@@ -464,7 +466,7 @@ def test_sharing_is_asked_for(run, launched):
 
 
 def test_visualize_hands_on_what_was_given(run, launched):
-    code, _, _ = run(*"visualize --model m --port 8000 --block-size 4 --num-blocks 32 --memory orca-max".split())
+    code, _, _ = run(*"visualize --model m --port 8000 --block-size 4 --num-blocks 32 --eviction mark-0".split())
     assert code == 130  # as launch returns on Ctrl-C only
     assert (launched["model"], launched["port"]) == ("m", 8000)
     assert launched["settings"] == DEMO_SETTINGS | {
@@ -472,7 +474,7 @@ def test_visualize_hands_on_what_was_given(run, launched):
         "dtype": "auto",
         "block_size": 4,
         "num_blocks": 32,
-        "memory": "orca-max",
+        "eviction": "mark-0",
     }
 
 

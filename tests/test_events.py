@@ -10,8 +10,9 @@ from tests.fake import fake_engine
 
 
 def busy_engine():
-    """Forks, copies, shares, evicts, swaps and preempts within a few dozen steps."""
-    return fake_engine(num_blocks=14, block_size=4, max_num_seqs=6, preemption="swap", swap_blocks=8)
+    """Forks, copies, shares, predicts, evicts, swaps and preempts within a few dozen steps."""
+    settings = {"preemption": "swap", "swap_blocks": 8, "eviction": "mark-0"}
+    return fake_engine(num_blocks=14, block_size=4, max_num_seqs=6, **settings)
 
 
 def add_requests(engine):

@@ -446,7 +446,7 @@ def found(policy):
     return total
 
 
-from minipaged.memory.prefix_cache import LRU
+from minipaged.memory.eviction import LRU
 
 print("LRU: ", found(LRU()), "blocks found of at most", 2 * 45)
 print("MRU: ", found(MostRecent()), "blocks found of at most", 2 * 45)

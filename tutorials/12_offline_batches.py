@@ -307,7 +307,7 @@ source(Scheduler._admit)
 # had come between?
 #
 # Source lines: `match` in [`minipaged/memory/table.py`](../minipaged/memory/table.py), `LRU` in
-# [`minipaged/memory/prefix_cache.py`](../minipaged/memory/prefix_cache.py), `_admit` in
+# [`minipaged/memory/eviction.py`](../minipaged/memory/eviction.py), `_admit` in
 # [`minipaged/scheduling/scheduler.py`](../minipaged/scheduling/scheduler.py).
 #
 # ## Exercises

@@ -204,7 +204,7 @@ def _config(payload: dict[str, Any], old: EngineConfig) -> EngineConfig:
     if changes.get("model", old.model) != old.model:
         changes["max_model_len"] = None  # the new model's own
     if changes.get("enable_prefix_caching") is False or changes.get("memory") in AHEAD:
-        changes["eviction_policy"] = None
+        changes |= {"eviction": None, "eviction_policy": None}
     if changes.get("memory", old.memory) != "vattention":
         changes |= {"mapping": None, "tensor_slicing": False}
     return replace(old, **changes)

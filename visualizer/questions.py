@@ -16,6 +16,7 @@ from minipaged.events import (
     Allocated,
     Copied,
     Event,
+    Evicted,
     Finished,
     Forked,
     Preempted,
@@ -149,6 +150,25 @@ def _cached(state: State, events: list[Event]) -> Question | None:
     )
 
 
+def _given_up(state: State, events: list[Event]) -> Question | None:
+    evicted = _of(Evicted, events)
+    unused = [block for block in sorted(state.cached, key=state.cached.__getitem__) if not state.ref_counts[block]]
+    ones = [block for block in unused if state.predicted.get(block)]
+    zeros = [block for block in unused if not state.predicted.get(block)]
+    if not evicted or evicted[0].block not in ones or len(ones) < 2 or not zeros:
+        return None
+    block = evicted[0].block
+    # Names are given in order, so the first of the 1s is the beginning of what the others continue.
+    asked = sorted({block, next(one for one in ones if one != block), *zeros[: CHOICES - 2]})
+    return Question(
+        "No block is free, so a cached one is given up. Its bit says whether its chat said goodbye (1). Which one?",
+        [f"block {b}, bit {int(b in ones)}" for b in asked],
+        asked.index(block),
+        f"Bit 1, and nothing continues it: without block {block}, what comes before it can still be found. "
+        f"Block {zeros[0]} is older, but may be needed again.",
+    )
+
+
 def _common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
@@ -251,6 +271,7 @@ QUESTIONS: dict[str, Callable[[State, list[Event]], Question | None]] = {
     "copies": _copies,
     "pruned": _pruned,
     "cached": _cached,
+    "given_up": _given_up,
     "moved": _moved,
     "chunk": _chunk,
     "admitted": _admitted,

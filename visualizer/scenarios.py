@@ -24,7 +24,7 @@ PAGED: dict[str, Any] = DEMO_SETTINGS | {
     "tensor_slicing": False,
 }
 
-UNCACHED: dict[str, Any] = {"enable_prefix_caching": False, "eviction_policy": None}
+UNCACHED: dict[str, Any] = {"enable_prefix_caching": False, "eviction": None, "eviction_policy": None}
 
 NUM_ALTERNATIVES = 5  # likeliest tokens that the page can show beside each sampled one
 
@@ -363,9 +363,55 @@ WITHOUT_HOLES = Scenario(
     tab="waste",
 )
 
+_WAIT = (
+    "Tell me a story about a brave mouse who found a golden key in the garden. I will ask you for another one as soon "
+    "as you are done."
+)
+_BYE = (
+    "Tell me a story about a king who bakes bread at night for all the people of the town. This is my last one. "
+    "Thanks, bye!"
+)
+_TALE = (
+    "Tell me a story about a fox and an owl who live in a big forest near the sea. The fox is hungry and the owl is "
+    "wise."
+)
+
+PREDICTIONS = Scenario(
+    "Who comes back?",
+    (
+        Arrival(0, _WAIT, max_tokens=24, min_tokens=24, seed=1, chat=True),
+        Arrival(14, _BYE, max_tokens=24, min_tokens=24, seed=2, chat=True),
+        Arrival(56, _TALE, max_tokens=66, min_tokens=66, seed=3, chat=True),
+        Arrival(
+            116,
+            _WAIT,
+            max_tokens=24,
+            min_tokens=24,
+            seed=4,
+            messages=(
+                {"role": "user", "content": _WAIT},
+                {"role": "assistant", "content": "Once upon a time there was a brave mouse."},
+                {"role": "user", "content": "And now one about a little red boat."},
+            ),
+        ),
+    ),
+    key="predictions",
+    watch=(
+        "When a chat's answer is there, its blocks stay cached. A prediction marks them: 0 for A, whose user will "
+        "probably ask again, 1 for B, whose user said goodbye. Then C needs blocks: A's are unused for longer, but B's "
+        "are given up, ends before beginnings. So D, the next question of A's user, finds what was said before."
+    ),
+    settings=PAGED
+    | {"num_blocks": 10, "enable_prefix_caching": True, "eviction": "flush-when-all-0", "eviction_policy": None},
+    question="given_up",
+    tab="prefix",
+)
+
 SCENARIOS: dict[str, Scenario] = {
     scenario.key: scenario
-    for scenario in (OPENING, SAMPLES, BEAMS, PREFIX, RECOMPUTE, SWAP, CHUNKED, BURST, FRAGMENTATION, WITHOUT_HOLES)
+    for scenario in (
+        OPENING, SAMPLES, BEAMS, PREFIX, PREDICTIONS, RECOMPUTE, SWAP, CHUNKED, BURST, FRAGMENTATION, WITHOUT_HOLES
+    )
 }
 
 

@@ -41,6 +41,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "filled": Scheduler.commit,
     "cached": PrefixCache.insert,
     "evicted": PrefixCache.evict,
+    "predicted": PrefixCache.note,
     "forked": BlockTables.fork,
     "sampled": Scheduler._take,
     "freed": BlockTables.free,

@@ -68,5 +68,6 @@ _ENTRIES = (
     Entry("recompute-vs-swap", "Getting preempted requests back", "PagedAttention, Fig. 19", 1),
     Entry("page-groups", "How finely memory has to be mapped", "vAttention, sizes of page-groups", 2),
     Entry("mapping", "What mapping costs a step, now or in the background", "vAttention, mapping in the background", 2),
+    Entry("eviction", "Which cached block to give up, by predictions", "Succinct predictions, hits by errors", 3),
     Entry("burstiness", "Preemptions by the burstiness of arrivals", "BurstGPT's Gamma arrivals", 1),
 )

@@ -75,6 +75,8 @@ class BlockTables:
         self.tables: dict[int, list[int]] = {}
         self.swapped: dict[int, list[int]] = {}  # tables of swapped-out sequences, in blocks of the swap pool
         self._prefixes: dict[int, list[int]] = {}  # seq_id -> names of the prefixes that end its full blocks
+        self._num_prompt: dict[int, int] = {}  # of sequences of which something is about to be predicted
+        self._bits: dict[int, bool] = {}  # what has been predicted of sequences
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens: the ceiling of their quotient."""
@@ -121,6 +123,8 @@ class BlockTables:
             raise BlockError(f"sequence {seq_id} has a block table already")
         self.tables[seq_id] = []
         self._prefixes[seq_id] = [hit.prefix for hit in hits]
+        if demand is not None and self._cache and self._cache.predicts:
+            self._num_prompt[seq_id] = demand.num_prompt
         for hit in hits:
             self._share(seq_id, hit.block, "prefix")
 
@@ -176,6 +180,8 @@ class BlockTables:
         """
         if not self._cache:
             return
+        if seq_id in self._num_prompt:
+            self._bits[seq_id] = self._cache.predict(tokens[: self._num_prompt.pop(seq_id)])
         prefixes, table = self._prefixes[seq_id], self.tables[seq_id]
         while (len(prefixes) + 1) * self.block_size <= num_computed:
             start = len(prefixes) * self.block_size
@@ -196,6 +202,8 @@ class BlockTables:
             raise BlockError(f"sequence {child} has a block table already")
         self.tables[child] = []
         self._prefixes[child] = list(self._prefixes[parent])
+        if parent in self._bits:
+            self._bits[child] = self._bits[parent]
         for block in self.tables[parent]:
             self._share(child, block, "fork")
 
@@ -209,9 +217,20 @@ class BlockTables:
             raise BlockError(f"sequence {seq_id} has no block table; was it freed twice?")
         blocks = tables.pop(seq_id)[::-1]
         del self._prefixes[seq_id]
+        self._note(seq_id, blocks if pool is self.pool else [])
         for block in blocks:
             pool.free(block)
         self._events.emit(Freed, seq_id, blocks)
+
+    def _note(self, seq_id: int, blocks: list[int]) -> None:
+        """The sequence gives these blocks up: what was predicted of its request stays with them.
+
+        Also when it is preempted and will come back soon; a 1 is wrong for that while.
+        """
+        self._num_prompt.pop(seq_id, None)
+        bit = self._bits.pop(seq_id, None)
+        if self._cache and bit is not None and blocks:
+            self._cache.note(blocks, bit)
 
     def can_swap_out(self, seq_ids: Seq[int]) -> bool:
         """Whether the swap space can take these sequences' blocks, each of which moves once."""

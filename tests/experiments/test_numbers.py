@@ -6,7 +6,7 @@ from statistics import fmean
 import pytest
 
 from minipaged import LLM
-from minipaged.experiments import block_size, latency, saturation, waste
+from minipaged.experiments import block_size, eviction, latency, saturation, waste
 from minipaged.experiments.beam_search import saved
 from minipaged.experiments.burstiness import served
 from minipaged.experiments.parallel_sampling import BlocksSaved
@@ -122,6 +122,30 @@ def test_larger_blocks_waste_more():
 def test_preemptions_rise_with_burstiness():
     means = [fmean(served(cv, 0.7, 200, seed, SMALL).preemptions for seed in range(3)) for cv in (1, 1.41, 3)]
     assert means == sorted(means) and means[-1] > 1.2 * means[0]
+
+
+def test_right_bits_are_belady_and_wrong_ones_cost_more_the_more_there_are():
+    requests = eviction.zipf_with_scans(2000)
+    hits = {name: eviction.hit_percent(requests, p) for name, p in eviction.without_predictions(requests).items()}
+    assert hits["LRU"] < hits["Belady"] - 10
+    bits = eviction.discard_bits(requests, eviction.K)
+    for make in eviction.DISCARD.values():
+        assert eviction.hit_percent(requests, make(bits)) == hits["Belady"]
+    curves = eviction.sweep(requests, silent)
+    assert len(curves) == 6
+    for rates, values in curves.values():
+        assert values[0] > values[3] > values[-1] and rates[0] == 0 and rates[-1] == 1
+    few, all_ones = (curves["Mark0, 0s that became 1"][1][index] for index in (1, -1))
+    assert few > curves["Mark0, 1s that became 0"][1][1] and all_ones < hits["LRU"]
+
+
+def test_whoever_knows_last_turns_finds_more_of_a_chat():
+    chats = eviction.conversations(60)
+    assert 0 < len(chats.last) < len(chats.requests)
+    policies = eviction.chat_policies(chats)
+    names = ("LRU", "Mark0, last turn known", "Belady")
+    found = [eviction.found_percent(chats, policies[name], num_blocks=400) for name in names]
+    assert found == sorted(found) and found[2] > 1.2 * found[0]
 
 
 def test_a_rate_is_found_from_either_side():

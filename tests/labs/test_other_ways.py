@@ -231,6 +231,28 @@ def order_requests(prompts, num_outputs):
     for group in sorted(groups.values(), key=ratio)[::-1]:
         order += sorted(group, key=lambda i: prompts[i], reverse=True)
     return order
+
+class ListeningPolicy:
+    def __init__(self):
+        self.rows = []  # [block, parent, bit, whether it is given up]
+
+    def add(self, block, parent, bit):
+        self.rows.append([block, parent, bit, False])
+
+    def remove(self, block):
+        self.rows = [row for row in self.rows if row[0] != block]
+
+    def evict(self):
+        ends = [row for row in self.rows if all(other[1] != row[0] for other in self.rows)]
+        doomed = [row for row in ends if row[3]]
+        if not doomed:
+            doomed = [row for row in ends if row[2]]
+        if not doomed:
+            for row in self.rows:
+                row[3] = True
+            doomed = ends
+        self.remove(doomed[0][0])
+        return doomed[0][0]
 """
 
 WAYS = {"A1": SETS, "A2": LOOPS, "A5": ONE_LIST, "A6": WHOLE_BEGINNINGS, "A7": PART_BY_PART, "A8": ONE_DICTIONARY}

@@ -191,14 +191,23 @@ def test_an_evicted_block_leaves_the_index_and_its_twin_stays_valid():
 
 
 def test_tails_are_evicted_before_heads():
-    tables = BlockTables(3, 2)
-    prompt = [1, 2, 3, 4, 5, 6]
-    head, middle, tail = filled(tables, 0, prompt)
-    tables.free(0)
-    tables.open(1)
-    tables.reserve(Write(1, 0, 4))
-    assert tables.tables[1] == [tail, middle]
-    assert tables.match([*prompt, 7]) == [Hit(1, head)]
+    class Oldest(list):
+        """A policy that knows nothing of trees, so that the order of freeing decides."""
+
+        add = list.append
+
+        def evict(self):
+            return self.pop(0)
+
+    for policy in (None, Oldest()):
+        tables = BlockTables(3, 2, policy=policy)
+        prompt = [1, 2, 3, 4, 5, 6]
+        head, middle, tail = filled(tables, 0, prompt)
+        tables.free(0)
+        tables.open(1)
+        tables.reserve(Write(1, 0, 4))
+        assert tables.tables[1] == [tail, middle]
+        assert tables.match([*prompt, 7]) == [Hit(1, head)]
 
 
 def test_a_hit_on_a_block_without_owner_takes_it_from_the_free_count():

@@ -43,12 +43,12 @@ def builder() -> ModuleType:
     return module
 
 
-def test_there_are_twelve_tutorials():
-    assert [script.name[:2] for script in SCRIPTS] == [f"{number:02}" for number in range(1, 13)]
+def test_there_are_thirteen_tutorials():
+    assert [script.name[:2] for script in SCRIPTS] == [f"{number:02}" for number in range(1, 14)]
 
 
 def test_pages_and_pictures_are_up_to_date(tmp_path):
-    """Runs every tutorial. All in one process, each with names of its own: torch is imported once, not twelve times."""
+    """Runs every tutorial. All in one process, each with names of its own: torch is imported once, not thirteenfold."""
     done = python(FOLDER / "build.py", "--check", cwd=tmp_path)
     assert "stale" not in done.stdout, done.stdout
     refused = re.findall(r"(?m)^(\d\d)_\w+\.py: not checked\. \S", done.stderr)
@@ -177,7 +177,7 @@ def test_every_link_leads_somewhere(page):
 
 def test_the_guide_outlines_every_tutorial_and_calls_questions_by_options_that_exist():
     guide = (FOLDER / "INSTRUCTORS.md").read_text(encoding="utf-8")
-    assert re.findall(r"(?m)^\*\*(\d+) · ", guide) == [str(number) for number in range(1, 13)]
+    assert re.findall(r"(?m)^\*\*(\d+) · ", guide) == [str(number) for number in range(1, 14)]
     options = {option for call in re.findall(r"questions\.py (.+)", guide) for option in re.findall(r"--[\w-]+", call)}
     assert options == set(re.findall(r'"(--[\w-]+)"', (FOLDER / "questions.py").read_text(encoding="utf-8")))
 

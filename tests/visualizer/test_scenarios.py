@@ -18,7 +18,7 @@ from visualizer.scenarios import SCENARIOS, Scenario, menu
 STEPS = int(20 * DEFAULT_RATE)  # what a viewer sees in twenty seconds
 # How many steps it takes to see the point, where that is less.
 ENOUGH = {"opening": 235, "samples": 20, "beams": 40, "prefix": 130, "recompute": 120, "swap": 120, "chunked": 32,
-          "burst": 90, "fragmentation": 80, "without-holes": 40}  # fmt: skip
+          "burst": 90, "fragmentation": 80, "without-holes": 40, "predictions": 112}  # fmt: skip
 
 
 @dataclass
@@ -158,6 +158,17 @@ def test_a_shared_system_prompt_is_found_in_the_cache(run: Run) -> None:
     assert all(ends[seq_id] < step_of(run, others[2]) for seq_id in (0, 1, 2)), "D asks when the others have gone"
 
 
+@of("predictions")
+def test_who_said_goodbye_is_evicted_first_and_who_comes_back_finds_all(run: Run) -> None:
+    kept, given_up = run.of("predicted")[:2]
+    assert not kept.discard and given_up.discard
+    evicted = [event for event in run.of("evicted") if "bit is 1" in event.reason]
+    assert [event.block for event in evicted] == given_up.blocks, "the end first"
+    assert right(run) == f"block {given_up.blocks[0]}, bit 1"
+    back = run.of("admitted")[3]
+    assert back.num_cached >= 32 and back.num_cached // 16 >= len(kept.blocks) - 1
+
+
 @of("recompute")
 def test_without_room_the_last_to_come_is_computed_again(run: Run) -> None:
     (first, *_) = run.of("preempted")
@@ -258,8 +269,9 @@ def test_the_two_scenarios_about_holes_have_the_same_requests() -> None:
         {"preemption": "swap", "swap_blocks": 8, "enable_prefix_caching": True},
         {"enable_prefix_caching": False},
         {"eviction_policy": LRU},
+        {"eviction": "fifo"},
     ],
-    ids=["contiguous", "swap", "no cache", "policy"],
+    ids=["contiguous", "swap", "no cache", "policy", "fifo"],
 )
 def test_a_scenario_brings_what_it_is_about(key: str, home: dict[str, Any]) -> None:
     config = replace(EngineConfig(**home), **SCENARIOS[key].settings)

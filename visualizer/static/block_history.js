@@ -119,8 +119,13 @@ const READ = {
     history.tell(e.block, "cached", `full: enters the prefix cache as prefix ${e.prefix}`);
   },
   evicted(history, e) {
-    history.tell(e.block, "evicted", "evicted from the prefix cache, to be used anew");
+    history.tell(e.block, "evicted", `evicted from the prefix cache, to be used anew${e.reason ? `: ${e.reason}` : ""}`);
     history.contents.delete(e.block);
+  },
+  predicted(history, e) {
+    for (const block of e.blocks) {
+      history.tell(block, "predicted", e.discard ? "predicted: not needed again (1)" : "predicted: needed again (0)");
+    }
   },
   freed(history, e, { seqs, ref_counts, swap_ref_counts }) {
     const onCpu = seqs[e.seq_id].swap_table.length > 0;

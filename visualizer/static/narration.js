@@ -7,7 +7,7 @@ import { reservesAhead } from "./reducer.js";
 // Most telling first.
 const ORDER = [
   "engine_error", "preempted", "resumed", "copied", "forked", "shared", "admitted", "finished", "request_added",
-  "evicted", "allocated", "sampled",
+  "evicted", "predicted", "allocated", "sampled",
 ];
 const WINDOW = 14; // records a telling sentence stays while less telling ones go by
 
@@ -58,7 +58,10 @@ const TELL = {
       `${plural(blocks, "block")}, and nothing is copied.`];
   },
 
-  evicted: (e) => ["eviction", `No free block is left, so cached block ${e.block} is emptied and used again.`],
+  evicted: (e) => ["eviction", `No free block is left, so cached block ${e.block} is emptied and used again` +
+    `${e.reason ? `. Why this one: ${e.reason}` : ""}.`],
+
+  predicted: (e) => e.blocks.length ? ["prediction", describe(e)] : null,
 
   shared(e, record, state) {
     if (e.reason !== "prefix") return null;

@@ -108,6 +108,7 @@ export class Pool {
     setText(this.count, this.ahead ? `${state.config.memory}: ${used} taken, ${empty} of them empty · ${free} free`
       : `${used} in use · ${cached} cached · ${free} free`);
     if (calm !== null) this.land(player, calm);
+    this.legend.toggleAttribute("data-predicted", Object.keys(state.predicted).length > 0);
     this.renderInspect(state, lit);
   }
 
@@ -133,21 +134,24 @@ export class Pool {
       cell.dataset.fill = fill;
       inkNode.style.width = `${(100 * fill) / size}%`;
     }
-    const look = `${kind} ${own}`;
+    const bit = kind === "cached" ? state.predicted[block] : undefined;
+    const look = `${kind} ${own} ${bit}`;
     if (look === this.looks[block]) return;
     const before = this.looks[block]?.split(" ", 1)[0];
     this.looks[block] = look;
     cell.className = `mp-cell mp-${kind}`;
     cell.dataset.refs = own.length;
     // Small cells show no number, and one that is free nothing at all.
-    cell.setAttribute("aria-label", `block ${block}, ${own.length ? `of ${list(own.map(letter))}` : kind}`);
+    const guess = bit === undefined ? "" : `, bit ${Number(bit)}: ${bit ? "not needed again" : "needed again"}`;
+    cell.setAttribute("aria-label", `block ${block}, ${own.length ? `of ${list(own.map(letter))}` : kind}${guess}`);
     cell.dataset.kind = kind;
+    cell.dataset.bit = bit === undefined ? "" : Number(bit);
     cell.style.setProperty("--hue", own.length ? colour(own[0]) : "transparent");
     cell.style.setProperty("--slots", size);
     inkNode.style.backgroundImage = own.length > 1 ? stripes(own) : "";
     who.style.background = own.length ? colour(own[0]) : "";
     who.style.color = own.length ? ink(own[0]) : "";
-    setText(who, own.length ? letter(own[0]) + (own.length > 1 ? `×${own.length}` : "") : "");
+    setText(who, own.length ? letter(own[0]) + (own.length > 1 ? `×${own.length}` : "") : cell.dataset.bit);
     if (calm && (before === "free" || before === "cached")) cell.dataset.flash = other(cell.dataset.flash);
   }
 
@@ -187,7 +191,9 @@ export class Pool {
       words = `Block ${block} · ${own.length > 1 ? `shared by ${list(own.map(letter))}` : `owned by ${letter(own[0])}`}` +
         ` · logical ${logical} · ${fill} of ${plural(size, "slot")} filled` + (quote ? ` · “${quote}”` : "");
     } else if (block in state.cached) {
-      words = `Block ${block} · cached: nobody needs it now, but a prompt that begins alike can take it over. Evicted when blocks run out.`;
+      const bit = state.predicted[block];
+      const guess = bit === undefined ? "" : bit ? " Bit 1: it will probably not be needed again." : " Bit 0: it will probably be needed again.";
+      words = `Block ${block} · cached: nobody needs it now, but a prompt that begins alike can take it over. Evicted when blocks run out.${guess}`;
     }
     setText(this.inspect, words);
   }

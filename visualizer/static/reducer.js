@@ -17,6 +17,7 @@ export class State {
     this.ref_counts = [];
     this.swap_ref_counts = [];
     this.cached = {};
+    this.predicted = {};
     this.scheduled = [];
     this.error = null;
   }
@@ -145,6 +146,10 @@ const HANDLERS = {
   },
   evicted(state, e) {
     delete state.cached[e.block];
+    delete state.predicted[e.block];
+  },
+  predicted(state, e) {
+    for (const block of e.blocks) state.predicted[block] = e.discard;
   },
   forked(state, e) {
     const parent = state.seqs[e.parent];

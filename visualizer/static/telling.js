@@ -32,7 +32,9 @@ export const TELLING = {
   filled: (e) => `The keys and values of ${letter(e.seq_id)}'s ${e.num_tokens === 1 ? `token ${e.start}` : `tokens ${e.start} to ${e.start + e.num_tokens - 1}`} ` +
     "are in their slots now.",
   cached: (e) => `Block ${e.block} is full: from now on the prefix cache can find it.`,
-  evicted: (e) => `Block ${e.block} leaves the prefix cache, to be handed out anew.`,
+  evicted: (e) => `Block ${e.block} leaves the prefix cache, to be handed out anew${e.reason ? `: ${e.reason}` : ""}.`,
+  predicted: (e) => `A prediction marks cached ${blocks(e.blocks)} with ${e.discard
+    ? "1: they will probably not be needed again" : "0: they will probably be needed again"}.`,
   forked: (e) => `${letter(e.child)} forks off ${letter(e.parent)}, and begins as its copy.`,
   sampled: (e) => `${letter(e.seq_id)} writes “${e.text}”.`,
   freed: (e) => `${letter(e.seq_id)} gives back ${blocks(e.blocks)}.`,

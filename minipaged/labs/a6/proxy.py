@@ -100,7 +100,8 @@ class LabTables(BlockTables):
 
     def __init__(self, student: Any, config: EngineConfig, events: EventLog, hash_bits: int = 32) -> None:
         assert config.num_blocks is not None and config.block_size is not None
-        if not config.caches_prefixes or config.memory != "paged" or config.eviction_policy:
+        other = config.eviction_policy or config.eviction not in (None, "lru")
+        if not config.caches_prefixes or config.memory != "paged" or other:
             raise InvalidConfig("lab A6 needs memory='paged', prefix caching, and no other eviction policy")
         swap_blocks = config.swap_space(config.num_blocks)
         super().__init__(config.num_blocks, config.block_size, events, swap_blocks=swap_blocks)

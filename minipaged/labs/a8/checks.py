@@ -1,4 +1,4 @@
-"""What lab A8's memory and order must do."""
+"""What lab A8's memory, order and policy must do."""
 
 from __future__ import annotations
 
@@ -118,4 +118,88 @@ def _by_ratio(prompts: list[list[int]], outputs: list[int], order: list[int]) ->
             )  # fmt: skip
 
 
-CHECKS = {"A8.1": a8_1, "A8.2": a8_2, "A8.3": a8_3}
+class _Cache:
+    """A cache of blocks that grow on each other, asking the student's policy, and what that must answer."""
+
+    def __init__(self, trial: Trial, tape: Tape) -> None:
+        tape.say("policy = ListeningPolicy()")
+        self.policy, self.tape = trial.student.new("ListeningPolicy"), tape
+        self.parents: dict[int, int | None] = {}  # of all blocks that can be found
+        self.unused: dict[int, int] = {}  # block → bit, unused for longest first
+        self.given_up: set[int] = set()
+        self.next = 0
+
+    def text(self, begins_like: int, more: int, bit: int) -> None:
+        """A text that begins like an earlier one, or like none, has ``more`` blocks of its own, and ends at once."""
+        known = [None, *self.parents]
+        block: int | None = known[begins_like % len(known)]
+        path: list[int] = []
+        while block is not None:
+            path.insert(0, block)
+            block = self.parents[block]
+        for found in path:
+            self._call("remove", found)
+            del self.unused[found]
+            self.given_up.discard(found)
+        for _ in range(more):
+            self.parents[self.next] = path[-1] if path else None
+            path.append(self.next)
+            self.next += 1
+        for own in reversed(path):
+            self._call("add", own, self.parents[own], bit)
+            self.unused[own] = bit
+
+    def evict(self) -> None:
+        leaves = [block for block in self.unused if block not in set(self.parents.values())]
+        ones = [block for block in leaves if self.unused[block]]
+        if not self.given_up and not ones:
+            self.given_up = set(self.unused)
+        wanted = next(block for block in leaves if block in self.given_up) if self.given_up else ones[0]
+        self.tape.say(f"policy.evict() must return {wanted}")
+        said = self._call("evict")
+        if said != wanted or type(said) is not int:
+            raise Violation(f"evict() returned {said!r}, not {wanted}: {self._why(said, leaves, ones)}", "evict")
+        del self.unused[wanted], self.parents[wanted]
+        self.given_up.discard(wanted)
+
+    def _why(self, said: object, leaves: list[int], ones: list[int]) -> str:
+        if said not in self.unused:
+            return "that is no block without a user"
+        if said not in leaves:
+            return f"block {next(b for b, parent in self.parents.items() if parent == said)} continues it"
+        if self.given_up:
+            return f"blocks {sorted(self.given_up)} have been given up, and of their ends that is unused for longest"
+        return f"of the ends, {ones} have bit 1, and the first of these is unused for longest"
+
+    def _call(self, method: str, *args: object) -> object:
+        if method != "evict":
+            self.tape.say(f"policy.{method}({', '.join(map(str, args))})")
+        return self.policy.call(method, *args)
+
+
+def _listen(trial: Trial, trace: Trace, tape: Tape) -> None:
+    """Steps: ("text", (begins like which, blocks of its own, bit)), ("evict", how many)."""
+    cache = _Cache(trial, tape)
+    for action, value in trace:
+        if action == "text":
+            cache.text(*value)
+        for _ in range(min(value, len(cache.unused)) if action == "evict" else 0):
+            cache.evict()
+
+
+def a8_4(trial: Trial) -> None:
+    """Texts with and without a common beginning, told to come back or not, some of them found again."""
+    ends_first = [("text", (0, 3, 1)), ("text", (0, 1, 0)), ("text", (1, 1, 1)), ("evict", 3)]
+    flush = [("text", (0, 2, 0)), ("text", (0, 2, 0)), ("evict", 1), ("text", (0, 1, 1)), ("evict", 4)]
+    rescued = [("text", (0, 1, 0)), ("text", (0, 1, 0)), ("text", (0, 1, 0)), ("evict", 1), ("text", (1, 0, 0))]
+    rescued += [("text", (0, 1, 0)), ("evict", 3)]
+    trial.search([ends_first, flush, rescued], partial(_listen, trial))
+    for _ in range(25):
+        random = trial.random
+        texts = [("text", (random.randrange(12), random.randint(1, 3), random.randrange(2))) for _ in range(8)]
+        evictions = [("evict", random.randint(1, 3)) for _ in range(5)]
+        steps = random.sample([*texts, *evictions], 13)
+        trial.search([steps], partial(_listen, trial))
+
+
+CHECKS = {"A8.1": a8_1, "A8.2": a8_2, "A8.3": a8_3, "A8.4": a8_4}

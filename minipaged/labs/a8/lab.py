@@ -1,13 +1,15 @@
-"""Lab A8: vAttention's mapping on demand, and BatchLLM's order of requests."""
+"""Lab A8: vAttention's mapping on demand, BatchLLM's order of requests, and eviction that listens to predictions."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from minipaged.labs.a8 import reference
 from minipaged.labs.lab import Lab, Mutant, Source, Task
+from minipaged.memory.eviction import FlushWhenAll0
 from minipaged.memory.managers.virtual import VirtualTables
+from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.table import Write
 
 
@@ -51,7 +53,21 @@ def engine() -> dict[str, Any]:
             self.engine.free(slot)
             del self.lengths[slot]
 
-    return {"VirtualMemory": VirtualMemory, "order_requests": reference.order_requests}
+    class ListeningPolicy(FlushWhenAll0):
+        def __init__(self) -> None:
+            super().__init__(lambda tokens: False)
+            self.bits, self.parents = dict[int, bool](), dict[int, int | None]()
+            self.bind(cast(PrefixCache, self))  # here it knows by itself what it asks of a cache
+
+        def add(self, block: int, parent: int | None = None, bit: int = 0) -> None:
+            self.bits[block], self.parents[block] = bool(bit), parent
+            super().add(block)
+
+        def is_leaf(self, block: int) -> bool:
+            return not any(self.parents[other] == block for other in self._blocks)
+
+    names = {"VirtualMemory": VirtualMemory, "ListeningPolicy": ListeningPolicy}
+    return names | {"order_requests": reference.order_requests}
 
 
 MUTANTS = (
@@ -105,18 +121,43 @@ MUTANTS = (
         "key=ratio, reverse=True",
         "key=ratio",
     ),
+    Mutant(
+        "a beginning is evicted, and all that continues it can never be found again, but stays",
+        "A8.4",
+        "leaves = [block for block in self.blocks if block not in parents]",
+        "leaves = list(self.blocks)",
+    ),
+    Mutant(
+        "of the blocks with bit 1 the one goes that was used last",
+        "A8.4",
+        "else ones[0]",
+        "else ones[-1]",
+    ),
+    Mutant(
+        "if all bits are 0, one block goes and not all: whoever is predicted wrongly fills the cache for ever",
+        "A8.4",
+        "        self.remove(block)\n        return block",
+        "        self.remove(block)\n        self.given_up.clear()\n        return block",
+    ),
+    Mutant(
+        "a block that was found in time is evicted next all the same",
+        "A8.4",
+        "self.given_up.discard(block)",
+        "pass",
+    ),
 )
 
 LAB = Lab(
     key="A8",
-    title="Pages on demand (vAttention), and an order that shares (BatchLLM)",
-    minutes=75,
+    title="Pages on demand (vAttention), an order that shares (BatchLLM), a cache that listens",
+    minutes=100,
     file="later_papers.py",
     sources=(Source("minipaged.labs.a8.reference"),),
     tasks=(
         Task("A8.1", "Map what is needed", 3),
         Task("A8.2", "Leave mapped, reclaim late", 4, needs=("A8.1",)),
         Task("A8.3", "An order of requests", 3),
+        Task("A8.4", "Listen to predictions", 3),
     ),
     mutants=MUTANTS,
     engine=engine,

@@ -1,4 +1,4 @@
-"""Lab A8: memory that is mapped when it is needed (vAttention), and an order that shares most (BatchLLM).
+"""Lab A8: memory mapped when it is needed (vAttention), an order that shares (BatchLLM), a cache that listens.
 
 You write what raises NotImplementedError. README.md, beside this file, says what it must do.
 """
@@ -71,3 +71,35 @@ def order_requests(prompts: list[list[int]], num_outputs: list[int]) -> list[int
         return sum(num_outputs[index] for index in group) / len(computed)
 
     return [index for group in sorted(groups.values(), key=ratio, reverse=True) for index in group]
+
+
+class ListeningPolicy:
+    """Which cached block is given up first, by predictions of one bit."""
+
+    def __init__(self) -> None:
+        # Blocks that nobody uses → (the block before it in its text, or None; its bit). Unused for longest comes first.
+        self.blocks: dict[int, tuple[int | None, int]] = {}
+        self.given_up: set[int] = set()  # those that go before all others
+
+    # lab: A8.4
+    def add(self, block: int, parent: int | None, bit: int) -> None:
+        """Nobody uses ``block`` any more. Bit 1: it is predicted that nobody will; 0: that somebody will."""
+        self.blocks[block] = parent, bit
+
+    # lab: A8.4
+    def remove(self, block: int) -> None:
+        """Somebody has found ``block`` and uses it again."""
+        del self.blocks[block]
+        self.given_up.discard(block)
+
+    # lab: A8.4
+    def evict(self) -> int:
+        """Chooses a block that nobody uses, forgets it and returns it. There is one."""
+        parents = {parent for parent, _ in self.blocks.values()}
+        leaves = [block for block in self.blocks if block not in parents]
+        ones = [block for block in leaves if self.blocks[block][1]]
+        if not self.given_up and not ones:
+            self.given_up = set(self.blocks)
+        block = next(block for block in leaves if block in self.given_up) if self.given_up else ones[0]
+        self.remove(block)
+        return block

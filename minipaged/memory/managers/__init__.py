@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from minipaged.events import EventLog
+from minipaged.memory.eviction import BY_NAME, Closing
 from minipaged.memory.managers.contiguous import ContiguousTables
 from minipaged.memory.managers.virtual import VirtualTables
 from minipaged.memory.table import BlockTables, Copy, Demand, Hit, Write
@@ -127,13 +129,17 @@ class MemoryManager(Protocol):
         """Raises `InvariantViolation` if the books are wrong, or do not suit the tokens that sequences computed."""
 
 
-def make_manager(config: EngineConfig, events: EventLog) -> MemoryManager:
-    """The manager that ``config.memory`` names. ``num_blocks`` and ``max_model_len`` must be numbers."""
+def make_manager(config: EngineConfig, events: EventLog, closing: Closing | None = None) -> MemoryManager:
+    """The manager that ``config.memory`` names. ``num_blocks`` and ``max_model_len`` must be numbers.
+
+    ``closing`` tells from a prompt's tokens whether a user has said goodbye, for eviction by predictions.
+    """
     num_blocks, block_size, max_model_len = config.num_blocks, config.block_size, config.max_model_len
     assert num_blocks is not None and block_size is not None and max_model_len is not None
     if config.memory in AHEAD:
         return ContiguousTables(config.memory, num_blocks, block_size, max_model_len, events)
-    policy = config.eviction_policy() if config.eviction_policy else None
+    make_policy = config.eviction_policy or partial(BY_NAME[config.eviction or "lru"], config.seed, closing)
+    policy = make_policy() if config.caches_prefixes else None
     paged = (num_blocks, block_size, events, config.caches_prefixes, policy, config.swap_space(num_blocks))
     if config.memory == "vattention":
         mapping = config.mapping or "async"
