@@ -221,6 +221,30 @@ class Sampled(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Proposed(Event):
+    """The step also computed a draft of what comes next: these tokens, which the sequence may turn out not to have."""
+
+    type: ClassVar[str] = "proposed"
+    seq_id: int
+    token_ids: list[int]
+    pieces: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Speculated(Event):
+    """Of ``proposed`` tokens the first ``accepted`` were what the sequence says; the others are taken back.
+
+    ``blocks``, which hold none but those, are given back, tail first. A sequence that has ended gave up all before.
+    """
+
+    type: ClassVar[str] = "speculated"
+    seq_id: int
+    proposed: int
+    accepted: int
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Freed(Event):
     """The sequence gave up its whole block table, listed in the order the references were dropped (tail first).
 
@@ -331,6 +355,8 @@ class SeqState:
     parent: int | None = None
     finish_reason: str | None = None
     limit: int = 0  # tokens it has when it ends, unless it ends earlier
+    proposed: list[str] = field(default_factory=list)  # texts of the tokens that it speculates on
+    taken_back: list[str] = field(default_factory=list)  # of those that were wrong, until the next step
 
 
 @dataclass
@@ -395,6 +421,8 @@ class State:
     def _step_started(self, e: StepStarted) -> None:
         self.step = e.step
         self.scheduled = []
+        for seq in self.seqs.values():
+            seq.proposed, seq.taken_back = [], []
 
     def _admitted(self, e: Admitted) -> None:
         self.waiting.remove(e.request_id)
@@ -481,6 +509,16 @@ class State:
         seq.tokens.append(e.token_id)
         seq.pieces.append(e.text)
         seq.logprobs.append(e.logprob)
+
+    def _proposed(self, e: Proposed) -> None:
+        self.seqs[e.seq_id].proposed = list(e.pieces)
+
+    def _speculated(self, e: Speculated) -> None:
+        seq = self.seqs[e.seq_id]
+        seq.proposed, seq.taken_back = [], seq.proposed[e.accepted :]
+        for block in e.blocks:
+            assert seq.table.pop() == block, f"block tables shrink at their end: {e}"
+            self.ref_counts[block] -= 1
 
     def _freed(self, e: Freed) -> None:
         seq = self.seqs[e.seq_id]
