@@ -27,7 +27,9 @@ from minipaged.cli_options import (
     Memory,
     MinP,
     Model,
+    NumSpeculativeTokens,
     Seed,
+    Speculate,
     Stop,
     Temperature,
     TopK,
@@ -110,6 +112,8 @@ def visualize(
     max_model_len: Annotated[int | None, typer.Option(help="Tokens a sequence may reach.")] = None,
     preemption: Annotated[str | None, typer.Option(help="What a full pool does: recompute or swap.")] = None,
     memory: Memory = None,
+    speculate: Speculate = None,
+    num_speculative_tokens: NumSpeculativeTokens = None,
     classroom: Annotated[
         bool, typer.Option("--classroom", help="Others may watch; only who has the printed address controls.")
     ] = False,
@@ -143,6 +147,8 @@ def visualize(
         max_model_len=max_model_len,
         preemption=preemption,
         memory=memory,
+        speculate=speculate,
+        num_speculative_tokens=num_speculative_tokens,
     )
     if lab is not None:
         from minipaged.labs.live import settings_of
@@ -188,6 +194,8 @@ def generate(
     memory: Memory = None,
     attention: Attention = None,
     kv_dtype: KvDtype = None,
+    speculate: Speculate = None,
+    num_speculative_tokens: NumSpeculativeTokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Continue a text."""
@@ -202,7 +210,10 @@ def generate(
         seed=seed,
         logprobs=0 if as_json else None,  # the sampled tokens' only, for cumulative_logprob
     )
-    settings = _given(device=device, dtype=dtype, memory=memory, attention=attention, kv_dtype=kv_dtype)
+    settings = _given(
+        device=device, dtype=dtype, memory=memory, attention=attention, kv_dtype=kv_dtype, speculate=speculate,
+        num_speculative_tokens=num_speculative_tokens,
+    )  # fmt: skip
     llm = _load(model, **settings)
     if n == 1 and not as_json:
         _print_stream(llm.stream(prompt, params))

@@ -114,12 +114,16 @@ class Copied(Event):
 
 @dataclass(frozen=True, slots=True)
 class Scheduled(Event):
-    """This step computes tokens [start, start + num_tokens) of the sequence: a decode (1) or a prefill chunk."""
+    """This step computes tokens [start, start + num_tokens) of the sequence: a decode (1) or a prefill chunk.
+
+    The last ``num_draft`` of them are guesses (see `Proposed`).
+    """
 
     type: ClassVar[str] = "scheduled"
     seq_id: int
     start: int
     num_tokens: int
+    num_draft: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,7 +385,7 @@ class State:
     ref_counts: list[int] = field(default_factory=list)
     swap_ref_counts: list[int] = field(default_factory=list)
     cached: dict[int, int] = field(default_factory=dict)
-    scheduled: list[tuple[int, int, int]] = field(default_factory=list)
+    scheduled: list[tuple[int, int, int, int]] = field(default_factory=list)
     error: str | None = None
 
     def apply(self, event: Event) -> None:
@@ -396,7 +400,7 @@ class State:
         state = cls(**data)
         state.seqs = {int(seq_id): SeqState(**seq) for seq_id, seq in data["seqs"].items()}
         state.cached = {int(block): prefix for block, prefix in data["cached"].items()}
-        state.scheduled = [(seq_id, start, count) for seq_id, start, count in data["scheduled"]]
+        state.scheduled = [tuple(entry) for entry in data["scheduled"]]
         return state
 
     # One method per event type, named after it.
@@ -444,7 +448,7 @@ class State:
         self.ref_counts[e.dst] += 1
 
     def _scheduled(self, e: Scheduled) -> None:
-        self.scheduled.append((e.seq_id, e.start, e.num_tokens))
+        self.scheduled.append((e.seq_id, e.start, e.num_tokens, e.num_draft))
 
     def _preempted(self, e: Preempted) -> None:
         self.running.remove(e.request_id)

@@ -24,7 +24,6 @@ from minipaged.execution.kv_cache import KVCache, blocks_that_fit
 from minipaged.execution.runner import ModelRunner
 from minipaged.execution.sampler import sample
 from minipaged.execution.speculative import SpeculativeRunner
-from minipaged.execution.speculative import SpeculativeRunner
 from minipaged.execution.virtual_memory import Layout, VirtualKVCache, page_size
 from minipaged.kernels.backend import Kernels, choose, kernels_for
 from minipaged.models.loader import LoadedModel, device_of, load_model
@@ -276,7 +275,7 @@ class LLM:
             self._close(request_id)
 
 
-def _build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None, **parts: Any) -> Engine:
+def _build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None = None, **parts: Any) -> Engine:
     """Fills in what depends on the models and the machine, and makes the KV cache. ``parts``: others than usual."""
     spec = loaded.spec
     max_model_len = config.max_model_len or spec.max_model_len

@@ -25,7 +25,7 @@ def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken | None]:
     on. Prompt log-probabilities, where asked for, are written into their request.
     """
     logits = logits.float()
-    rows, end = [], 0
+    rows, end = list[int](), 0
     for chunk in plan.chunks:
         end += chunk.num_rows
         rows += range(end - 1 - len(chunk.draft), end) if chunk.draft else [end - 1] * len(chunk.samples)

@@ -92,7 +92,7 @@ class Scheduler:
         self.memory.seal(plan)
         if self.events.active:
             for chunk in plan.chunks:
-                self.events.emit(Scheduled, chunk.seq.seq_id, chunk.start, chunk.num_tokens)
+                self.events.emit(Scheduled, chunk.seq.seq_id, chunk.start, chunk.num_tokens, len(chunk.draft))
         return plan
 
     def blocks_to_hold(self, request: Request) -> int:
@@ -301,7 +301,8 @@ class Scheduler:
     def commit(self, plan: StepPlan, sampled: Seq[SampledToken | None]) -> list[Request]:
         """Applies a step's results: KV is in place, tokens are appended, forks made, finished sequences freed.
 
-        ``sampled`` has an entry for each of ``plan.samples``, ``None`` behind a draft's first wrong token. Returns the requests that got a token or lost a sequence.
+        ``sampled`` has an entry for each of ``plan.samples``, ``None`` behind a draft's first wrong token. Returns the
+        requests that got a token or lost a sequence.
         """
         watched = self.events.active
         for chunk in plan.chunks:

@@ -79,8 +79,8 @@ class Speculation:
             request, seq = chunk.request, chunk.seq
             # The model itself adds a token behind an accepted draft; none may be beyond what the request allows.
             count = min(self.num_tokens, budget, request.max_output - seq.num_output - 1)
-            alone = chunk.samples == [seq] and request.live[-1].seq_id in scheduler.memory.tables  # nobody forks off here
-            decodes = chunk.num_tokens == 1 and alone and not request.beams
+            forked = request.live[-1].seq_id in scheduler.memory.tables  # else others will fork off it after this step
+            decodes = chunk.num_tokens == 1 and chunk.samples == [seq] and forked and not request.beams
             if decodes and count > 0 and self._place(chunk, count, plan, scheduler):
                 self._drafted.setdefault(request, []).append(chunk)
                 budget -= len(chunk.draft)

@@ -1,7 +1,6 @@
 """Speculation changes how fast tokens come, and neither which nor how likely: on real models, seed for seed."""
 
 from collections import Counter
-from itertools import product
 from random import Random
 
 import pytest
