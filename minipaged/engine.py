@@ -130,7 +130,7 @@ class Engine:
         plan = self.scheduler.schedule()
         try:
             logits = self.runner.execute(plan)  # without chunks too: a step may do nothing but swap out
-            tokens: Seq[SampledToken | None] = self.sampler(logits, plan) if plan.chunks else []
+            tokens = self.sampler(logits, plan) if plan.chunks else []
         except BaseException as error:
             self._give_up(plan, error)
             raise

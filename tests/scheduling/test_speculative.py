@@ -1,12 +1,15 @@
 """Speculation as bookkeeping: what is guessed, who may guess, and that nothing of a wrong guess is left behind."""
 
 from random import Random
+from unittest.mock import patch
 
 import pytest
 
 from minipaged.config import SamplingParams
 from minipaged.request import Sequence
+from minipaged.scheduling.plan import StepPlan
 from minipaged.scheduling.speculative import PromptLookup
+from tests import fake
 from tests.fake import fake_engine, next_token, random_prompt, unbatched
 
 
@@ -152,6 +155,25 @@ def test_samples_speculate_each_for_itself_and_beams_not_at_all():
     assert len({e.seq_id for e in told}) == 5
     for name, prompt in prompts.items():
         assert done[name].token_ids == unbatched(prompt, LONG, 0, 200)
+
+
+def test_who_computes_for_others_too_does_not_guess():
+    """Two samples say the same, the second faster. Preempted, the first leads and the other forks off it."""
+    engine, told = speculating(block_size=1, num_blocks=60)
+    guess = engine.scheduler.speculation.propose
+    engine.scheduler.speculation.propose = lambda seq, count: guess(seq, count if seq.seq_id or len(told) > 1 else 0)
+    with patch.object(fake, "next_token", lambda context, branch: next_token(context, 0)):
+        engine.add_request("a", [1, 2, 3], SamplingParams(n=2, max_tokens=21, ignore_eos=True))
+        for _ in range(3):
+            engine.step()
+        (request,) = engine.scheduler.running
+        assert [seq.num_output for seq in request.live] == [3, 11] and [event.seq_id for event in told] == [1, 1]
+        engine.scheduler._preempt(request, StepPlan(3))
+        engine.step()  # the cache has all but the first one's newest token
+        engine.check()
+        assert [seq.num_output for seq in request.live] == [4, 11] and len(told) == 2
+        finish(engine)
+    assert request.seqs[0].tokens == request.seqs[1].tokens and len(request.seqs[0].tokens) == 24
 
 
 def test_a_step_that_fails_leaves_nothing_of_its_guesses():
