@@ -103,7 +103,9 @@ class Speculation:
         for chunk in self._drafted.pop(request, ()):
             seq, end, memory = chunk.seq, chunk.start + 1, scheduler.memory
             accepted, blocks = 0, list[int]()
-            for token, guess in zip(seq.tokens[end:], chunk.draft, strict=False):
+            # Of who goes on, the newest token is the model's own and has no KV, even if it is what was guessed.
+            said = seq.tokens[end:] if seq.finish_reason else seq.tokens[end:-1]
+            for token, guess in zip(said, chunk.draft, strict=False):
                 if token != guess:
                     break
                 accepted += 1

@@ -176,6 +176,18 @@ def test_who_computes_for_others_too_does_not_guess():
     assert request.seqs[0].tokens == request.seqs[1].tokens and len(request.seqs[0].tokens) == 24
 
 
+def test_a_model_may_say_what_was_guessed_and_yet_not_accept_the_guess():
+    """Rejection sampling may, when rounding leaves nothing else to say: the sequence goes on, its newest token to do."""
+    engine, told = speculating()
+    sampler = engine.sampler
+    engine.sampler = lambda *step: [token if i == 0 else None for i, token in enumerate(sampler(*step))]
+    engine.add_request("a", [1, 2, 3], LONG)
+    for count in range(1, 22):
+        assert len(engine.step()[0].outputs[0].token_ids) == count
+        engine.check()
+    assert not engine.has_unfinished() and {event.accepted for event in told} == {0}
+
+
 def test_a_step_that_fails_leaves_nothing_of_its_guesses():
     engine, _ = speculating(num_blocks=20)
     engine.add_request("a", [1, 2, 3], LONG)
