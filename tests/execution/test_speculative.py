@@ -141,7 +141,8 @@ ENGINES = {
     "swap": {"num_blocks": 24, "preemption": "swap", "swap_blocks": 24},
     "one token a block": {"block_size": 1, "num_blocks": 200},
     "contiguous": {"memory": "orca-pow2", "num_blocks": 256},
-    "torch": {"attention": "torch", "kv_dtype": "auto", "block_size": 16},
+    "vattention": {"memory": "vattention", "block_size": None},
+    "torch": {"attention": "torch", "block_size": 16},
 }
 
 
