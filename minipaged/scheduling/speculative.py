@@ -99,7 +99,8 @@ class Speculation:
         return bool(draft)
 
     def settle(self, request: Request, scheduler: Scheduler) -> None:
-        """The request's sequences have taken their tokens: those of the draft among them have KV, the others had."""
+        """The request's sequences have taken their tokens: those that were guessed have KV, and the wrong guesses'
+        blocks are given back."""
         for chunk in self._drafted.pop(request, ()):
             seq, end, memory = chunk.seq, chunk.start + 1, scheduler.memory
             accepted, blocks = 0, list[int]()

@@ -177,7 +177,7 @@ def test_who_computes_for_others_too_does_not_guess():
 
 
 def test_a_model_may_say_what_was_guessed_and_yet_not_accept_the_guess():
-    """Rejection sampling may, when rounding leaves nothing else to say: the sequence goes on, its newest token to do."""
+    """Rejection sampling may, when rounding leaves nothing else to say. The newest token is yet to be computed then."""
     engine, told = speculating()
     sampler = engine.sampler
     engine.sampler = lambda *step: [token if i == 0 else None for i, token in enumerate(sampler(*step))]
