@@ -30,7 +30,9 @@ from minipaged.cli_options import (
     Memory,
     MinP,
     Model,
+    NumSpeculativeTokens,
     Seed,
+    Speculate,
     Stop,
     Temperature,
     TopK,
@@ -128,6 +130,8 @@ def visualize(
     preemption: Annotated[str | None, typer.Option(help="What a full pool does: recompute or swap.")] = None,
     memory: Memory = None,
     eviction: Eviction = None,
+    speculate: Speculate = None,
+    num_speculative_tokens: NumSpeculativeTokens = None,
     classroom: Annotated[
         bool, typer.Option("--classroom", help="Others may watch; only who has the printed address controls.")
     ] = False,
@@ -162,6 +166,8 @@ def visualize(
         preemption=preemption,
         memory=memory,
         eviction=eviction,
+        speculate=speculate,
+        num_speculative_tokens=num_speculative_tokens,
     )
     if lab is not None:
         from minipaged.labs.live import settings_of
@@ -207,6 +213,8 @@ def generate(
     memory: Memory = None,
     attention: Attention = None,
     kv_dtype: KvDtype = None,
+    speculate: Speculate = None,
+    num_speculative_tokens: NumSpeculativeTokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Continue a text. With torchrun, several processes share the model (tensor parallelism)."""
@@ -221,7 +229,10 @@ def generate(
         seed=seed,
         logprobs=0 if as_json else None,  # the sampled tokens' only, for cumulative_logprob
     )
-    settings = _given(device=device, dtype=dtype, memory=memory, attention=attention, kv_dtype=kv_dtype)
+    settings = _given(
+        device=device, dtype=dtype, memory=memory, attention=attention, kv_dtype=kv_dtype, speculate=speculate,
+        num_speculative_tokens=num_speculative_tokens,
+    )  # fmt: skip
     if _torchrun():
         from minipaged.execution.tensor_parallel import run
 

@@ -24,7 +24,9 @@ from minipaged.cli_options import (
     Memory,
     MinP,
     Model,
+    NumSpeculativeTokens,
     Seed,
+    Speculate,
     Temperature,
     TopK,
     TopP,
@@ -70,17 +72,23 @@ def chat(
     memory: Memory = None,
     attention: Attention = None,
     kv_dtype: KvDtype = None,
+    speculate: Speculate = None,
+    num_speculative_tokens: NumSpeculativeTokens = None,
 ) -> None:
     """Talk with a chat model, here or on an OpenAI-compatible server."""
     options = given(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, seed=seed
     )
-    settings = given(memory=memory, attention=attention, kv_dtype=kv_dtype)
+    settings = given(
+        memory=memory, attention=attention, kv_dtype=kv_dtype, speculate=speculate,
+        num_speculative_tokens=num_speculative_tokens,
+    )  # fmt: skip
     if url is None:
         params = sampling(**options)  # complains before the model is loaded
         backend = _embedded(load(model, device=device, dtype=dtype, **settings), params)
     elif settings or (device, dtype) != (DEFAULT.device, DEFAULT.dtype):
-        raise InvalidRequest("device, dtype, memory, attention and kv-dtype are the server's business, not the chat's")
+        what = "device, dtype, memory, attention, kv-dtype and speculate"
+        raise InvalidRequest(f"{what} are the server's business, not the chat's")
     else:
         backend = _remote(url, api_key, model, options)
     Chat(backend, system).run()

@@ -23,6 +23,10 @@ Memory = Annotated[str | None, typer.Option(help=f"Who decides on slots: {', '.j
 Eviction = Annotated[str | None, typer.Option(help=f"Which cached block is given up first: {', '.join(EVICTIONS)}.")]
 Attention = Annotated[str | None, typer.Option(help=f"What computes it: {', '.join(ATTENTIONS)}.")]
 KvDtype = Annotated[str | None, typer.Option(help=f"Of the KV cache alone: {', '.join(KV_DTYPES)}.")]
+Speculate = Annotated[
+    str | None, typer.Option(help="Guess tokens ahead and check them together: prompt-lookup, or a draft model.")
+]
+NumSpeculativeTokens = Annotated[int | None, typer.Option(help="So many at once, with --speculate. Default: 4.")]
 Temperature = Annotated[float | None, typer.Option(help="Divides the logits; 0 is greedy. Default: 1.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this total.")]
 TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens.")]

@@ -12,7 +12,21 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from minipaged.cli_options import DEFAULT, Attention, Device, Dtype, Eviction, KvDtype, Memory, Model, fail, given, load
+from minipaged.cli_options import (
+    DEFAULT,
+    Attention,
+    Device,
+    Dtype,
+    Eviction,
+    KvDtype,
+    Memory,
+    Model,
+    NumSpeculativeTokens,
+    Speculate,
+    fail,
+    given,
+    load,
+)
 from minipaged.config import EngineConfig
 
 NumBlocks = Annotated[int | None, typer.Option(help="KV blocks in the pool. Default: what fits.")]
@@ -33,6 +47,8 @@ def serve(
     num_blocks: NumBlocks = None,
     max_num_seqs: MaxNumSeqs = None,
     max_model_len: MaxModelLen = None,
+    speculate: Speculate = None,
+    num_speculative_tokens: NumSpeculativeTokens = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
     name: Annotated[str, typer.Option(help="What clients call the model. Default: as --model.")] = "",
@@ -56,7 +72,8 @@ def serve(
     sock = bind(host, port)
     settings = given(
         memory=memory, eviction=eviction, attention=attention, kv_dtype=kv_dtype, num_blocks=num_blocks,
-        max_num_seqs=max_num_seqs, max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs, max_model_len=max_model_len, speculate=speculate,
+        num_speculative_tokens=num_speculative_tokens,
     )  # fmt: skip
     llm = load(model, device=device, dtype=dtype, **settings)
     server = Server(llm, name=name, keys=api_key or (), host=host, limits=limits, visualize=visualize)
@@ -77,6 +94,8 @@ def batch(
     num_blocks: NumBlocks = None,
     max_num_seqs: MaxNumSeqs = None,
     max_model_len: MaxModelLen = None,
+    speculate: Speculate = None,
+    num_speculative_tokens: NumSpeculativeTokens = None,
     ray: Annotated[
         bool, typer.Option("--ray", help="Several workers: on this machine's Ray cluster, or else on one it starts.")
     ] = False,
@@ -95,7 +114,7 @@ def batch(
     todo = batches.open_batch(prompts, out)
     settings = given(
         memory=memory, attention=attention, kv_dtype=kv_dtype, num_blocks=num_blocks, max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
+        max_model_len=max_model_len, speculate=speculate, num_speculative_tokens=num_speculative_tokens,
     )  # fmt: skip
     settings |= {"model": model, "device": device, "dtype": dtype}
     if ray:

@@ -24,6 +24,7 @@ MANAGERS = ("paged", *AHEAD, "vattention")
 MAPPINGS = ("sync", "eager", "async")
 BATCHINGS = ("continuous", "static")
 EVICTIONS = tuple(BY_NAME)
+PROMPT_LOOKUP = "prompt-lookup"
 CHOICES = {
     "device": DEVICES,
     "dtype": DTYPES,
@@ -91,6 +92,11 @@ class EngineConfig:
         preemption: what a request loses when blocks run out: ``"recompute"`` drops its KV and computes it again later,
             ``"swap"`` moves its blocks to the CPU and back (paper §4.5).
         swap_blocks: CPU blocks to swap to. ``None`` with ``"swap"``: as many as the pool has.
+        speculate: guess a sequence's next tokens and compute them in one step; those that the model does not say itself
+            are taken back, so that results are distributed as ever. ``"prompt-lookup"`` guesses what followed the
+            newest tokens when they last occurred; else a smaller model with the same vocabulary, named like ``model``.
+            With prompt lookup a seed gives the same tokens as without. Beam searches go on one token at a time.
+        num_speculative_tokens: at most so many are guessed at once. ``None`` with ``speculate``: 4.
         seed: of the random numbers of requests that bring no seed of their own.
     """
 
@@ -114,6 +120,8 @@ class EngineConfig:
     eviction_policy: Callable[[], EvictionPolicy] | None = None
     preemption: str = "recompute"
     swap_blocks: int | None = None
+    speculate: str | None = None
+    num_speculative_tokens: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -151,6 +159,7 @@ class EngineConfig:
         if self.swap_blocks is not None and self.preemption != "swap":
             raise InvalidConfig('swap_blocks has no effect without preemption="swap"; set both or neither')
         self._check_virtual_memory()
+        self._check_speculation()
         if self.max_num_batched_tokens < self.max_num_seqs:
             # Decodes come first: every running sequence must get its token in every step.
             raise InvalidConfig(
@@ -170,6 +179,24 @@ class EngineConfig:
                 'memory="vattention" attends with plain torch to keys and values as they are; '
                 "leave attention and kv_dtype out"
             )
+
+    def _check_speculation(self) -> None:
+        if self.speculate is not None and (not isinstance(self.speculate, str) or not self.speculate):
+            raise InvalidConfig(f"speculate must be {PROMPT_LOOKUP!r} or name a draft model, not {self.speculate!r}")
+        if self.num_speculative_tokens is not None:
+            _whole(self.num_speculative_tokens, "num_speculative_tokens", 1, InvalidConfig)
+            if self.speculate is None:
+                raise InvalidConfig("num_speculative_tokens has no effect without speculate; set both or neither")
+        if self.drafts_with_model and self.memory == "vattention":
+            raise InvalidConfig(
+                'memory="vattention" maps the KV cache of one model, and a draft model has its own; '
+                f'use speculate="{PROMPT_LOOKUP}" or memory="paged"'
+            )
+
+    @property
+    def drafts_with_model(self) -> bool:
+        """Whether `speculate` names a draft model."""
+        return self.speculate not in (None, PROMPT_LOOKUP)
 
     @property
     def caches_prefixes(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
@@ -24,6 +25,7 @@ from minipaged.request import Request, Sequence, Status
 from minipaged.scheduling.beam import BeamSearch
 from minipaged.scheduling.plan import SampledToken, StepPlan
 from minipaged.scheduling.scheduler import Scheduler
+from minipaged.scheduling.speculative import make_speculation
 
 
 class Runner(Protocol):
@@ -32,7 +34,7 @@ class Runner(Protocol):
     def execute(self, plan: StepPlan) -> Any:
         """Runs the plan's swaps, copies and chunks, of which there may be none.
 
-        Returns logits [R, vocab], a row for each chunk that samples.
+        Returns logits [R, vocab], a row for each chunk that samples, and one more for each token of its draft.
         """
 
 
@@ -81,7 +83,7 @@ class Engine:
         self,
         config: EngineConfig,
         runner: Runner,
-        sampler: Callable[[Any, StepPlan], list[SampledToken]],
+        sampler: Callable[[Any, StepPlan], Seq[SampledToken | None]],
         *,
         vocab_size: int,
         eos_token_ids: frozenset[int] = frozenset(),
@@ -105,6 +107,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             static_batching=config.batching == "static",
             events=self.events,
+            speculation=make_speculation(config),
         )
         self._requests: dict[str, Request] = {}
         self._arrivals = count()

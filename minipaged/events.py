@@ -114,12 +114,16 @@ class Copied(Event):
 
 @dataclass(frozen=True, slots=True)
 class Scheduled(Event):
-    """This step computes tokens [start, start + num_tokens) of the sequence: a decode (1) or a prefill chunk."""
+    """This step computes tokens [start, start + num_tokens) of the sequence: a decode (1) or a prefill chunk.
+
+    The last ``num_draft`` of them are guesses (see `Proposed`).
+    """
 
     type: ClassVar[str] = "scheduled"
     seq_id: int
     start: int
     num_tokens: int
+    num_draft: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +233,30 @@ class Sampled(Event):
     text: str
     logprob: float | None
     top: list[list[Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposed(Event):
+    """The step also computed a draft of what comes next: these tokens, which the sequence may turn out not to have."""
+
+    type: ClassVar[str] = "proposed"
+    seq_id: int
+    token_ids: list[int]
+    pieces: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Speculated(Event):
+    """Of ``proposed`` tokens the first ``accepted`` were what the sequence says; the others are taken back.
+
+    ``blocks``, which hold none but those, are given back, tail first. A sequence that has ended gave up all before.
+    """
+
+    type: ClassVar[str] = "speculated"
+    seq_id: int
+    proposed: int
+    accepted: int
+    blocks: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +370,8 @@ class SeqState:
     parent: int | None = None
     finish_reason: str | None = None
     limit: int = 0  # tokens it has when it ends, unless it ends earlier
+    proposed: list[str] = field(default_factory=list)  # texts of the tokens that it speculates on
+    taken_back: list[str] = field(default_factory=list)  # of those that were wrong, until the next step
 
 
 @dataclass
@@ -368,7 +398,7 @@ class State:
     swap_ref_counts: list[int] = field(default_factory=list)
     cached: dict[int, int] = field(default_factory=dict)
     predicted: dict[int, bool] = field(default_factory=dict)
-    scheduled: list[tuple[int, int, int]] = field(default_factory=list)
+    scheduled: list[tuple[int, int, int, int]] = field(default_factory=list)
     error: str | None = None
 
     def apply(self, event: Event) -> None:
@@ -384,7 +414,7 @@ class State:
         state.seqs = {int(seq_id): SeqState(**seq) for seq_id, seq in data["seqs"].items()}
         state.cached = {int(block): prefix for block, prefix in data["cached"].items()}
         state.predicted = {int(block): bit for block, bit in state.predicted.items()}
-        state.scheduled = [(seq_id, start, count) for seq_id, start, count in data["scheduled"]]
+        state.scheduled = [tuple(entry) for entry in data["scheduled"]]
         return state
 
     # One method per event type, named after it.
@@ -409,6 +439,8 @@ class State:
     def _step_started(self, e: StepStarted) -> None:
         self.step = e.step
         self.scheduled = []
+        for seq in self.seqs.values():
+            seq.proposed, seq.taken_back = [], []
 
     def _admitted(self, e: Admitted) -> None:
         self.waiting.remove(e.request_id)
@@ -430,7 +462,7 @@ class State:
         self.ref_counts[e.dst] += 1
 
     def _scheduled(self, e: Scheduled) -> None:
-        self.scheduled.append((e.seq_id, e.start, e.num_tokens))
+        self.scheduled.append((e.seq_id, e.start, e.num_tokens, e.num_draft))
 
     def _preempted(self, e: Preempted) -> None:
         self.running.remove(e.request_id)
@@ -499,6 +531,16 @@ class State:
         seq.tokens.append(e.token_id)
         seq.pieces.append(e.text)
         seq.logprobs.append(e.logprob)
+
+    def _proposed(self, e: Proposed) -> None:
+        self.seqs[e.seq_id].proposed = list(e.pieces)
+
+    def _speculated(self, e: Speculated) -> None:
+        seq = self.seqs[e.seq_id]
+        seq.proposed, seq.taken_back = [], seq.proposed[e.accepted :]
+        for block in e.blocks:
+            assert seq.table.pop() == block, f"block tables shrink at their end: {e}"
+            self.ref_counts[block] -= 1
 
     def _freed(self, e: Freed) -> None:
         seq = self.seqs[e.seq_id]

@@ -25,9 +25,10 @@ from minipaged.execution.kv_cache import KVCache, blocks_that_fit
 from minipaged.execution.native_forward import NativeForward
 from minipaged.execution.runner import ModelRunner
 from minipaged.execution.sampler import sample
+from minipaged.execution.speculative import SpeculativeRunner
 from minipaged.execution.tensor_parallel import LeadingRunner, check, gather, neighbours, together
 from minipaged.execution.virtual_memory import Layout, VirtualKVCache, page_size
-from minipaged.kernels.backend import choose, kernels_for
+from minipaged.kernels.backend import Kernels, choose, kernels_for
 from minipaged.memory.managers import make_manager
 from minipaged.memory.prediction import closing_words
 from minipaged.models.loader import LoadedModel, device_of, load_model
@@ -52,8 +53,8 @@ class LLM:
         load = partial(_load, model, settings, shard)
         config, loaded = load() if shard is None else together(load)
         self.tokenizer = loaded.tokenizer
-        self._loaded = loaded
-        self.engine = _build_engine(config, loaded)
+        self._loaded, self._drafts = loaded, dict[str, LoadedModel]()
+        self.engine = _build_engine(config, loaded, self._draft(config))
         self._ids = count()
         self._lock = threading.RLock()
         self._in_engine = False
@@ -68,7 +69,7 @@ class LLM:
         if self._loaded.shard is not None:
             raise InvalidConfig("tensor parallelism goes with one engine: the other processes work for that alone")
         parts = {"make_memory": self.engine.make_memory, "make_scheduler": self.engine.make_scheduler}
-        return _build_engine(config, self._loaded, **parts)
+        return _build_engine(config, self._loaded, self._draft(config), **parts)
 
     def generate(
         self,
@@ -150,6 +151,27 @@ class LLM:
 
     # --- driving the engine -----------------------------------------------------------------------------------
     # Whoever waits for output steps the engine, for everybody; a lock lets several threads take turns.
+
+    def _draft(self, config: EngineConfig) -> LoadedModel | None:
+        """The draft model that ``config`` asks for, loaded once."""
+        if config.speculate is None or not config.drafts_with_model:
+            return None
+        if config.speculate not in self._drafts:
+            self._drafts[config.speculate] = load_model(config.speculate, config.device, config.dtype)
+        draft, spec, own = self._drafts[config.speculate], self._drafts[config.speculate].spec, self._loaded.spec
+        vocabularies = [model.tokenizer.get_vocab() for model in (draft, self._loaded) if model.tokenizer is not None]
+        if spec.vocab_size != own.vocab_size or (len(vocabularies) == 2 and vocabularies[0] != vocabularies[1]):
+            sizes = f"{spec.vocab_size} tokens and {own.vocab_size}"
+            raise InvalidConfig(
+                f"a draft model must have the model's own vocabulary, but those of {config.speculate} and "
+                f"{config.model} differ ({sizes}); take a smaller one of the same family"
+            )
+        if spec.max_model_len < (config.max_model_len or own.max_model_len):
+            raise InvalidConfig(
+                f"the draft model {config.speculate} was made for {spec.max_model_len} tokens at most; "
+                "set max_model_len to that or less"
+            )
+        return draft
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> str:
         if not isinstance(prompt, (str, list)):
@@ -268,8 +290,8 @@ def _load(model: str, settings: dict[str, Any], shard: Shard | None) -> tuple[En
     return config, load_model(config.model, config.device, config.dtype, shard)
 
 
-def _build_engine(config: EngineConfig, loaded: LoadedModel, **parts: Any) -> Engine:
-    """Fills in what depends on the model and the machine, and makes the KV cache. ``parts``: others than usual."""
+def _build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None = None, **parts: Any) -> Engine:
+    """Fills in what depends on the models and the machine, and makes the KV cache. ``parts``: others than usual."""
     spec = loaded.spec
     max_model_len = config.max_model_len or spec.max_model_len
     if max_model_len > spec.max_model_len:
@@ -278,13 +300,12 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel, **parts: Any) -> En
     # Contiguous attention is torch's own, and so is what goes with it.
     kernels = kernels_for("torch" if virtual else config.attention, loaded.device)
     heads = (spec.num_kv_heads, spec.head_dim)
-    dtype = torch.int8 if config.kv_dtype == "int8" else loaded.dtype
-    layout = Layout(spec.num_layers, *heads, dtype, config.tensor_slicing)
+    layout = Layout(spec.num_layers, *heads, _kv_dtype(config, loaded), config.tensor_slicing)
     block_size = config.block_size
     if virtual:
         block_size = layout.block_size(block_size, config.max_num_seqs, max_model_len, loaded.device)
     assert block_size is not None
-    bytes_per_block = KVCache.bytes_per_block(spec.num_layers, block_size, *heads, dtype)
+    bytes_per_block = sum(_bytes_per_block(config, model, block_size) for model in (loaded, draft) if model is not None)
     useful = config.max_num_seqs * -(-max_model_len // block_size)
     swap_blocks = config.swap_blocks if config.preemption == "swap" else 0
     shard = loaded.shard
@@ -303,13 +324,16 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel, **parts: Any) -> En
         slots = {"max_num_seqs": config.max_num_seqs, "max_model_len": max_model_len}
         kv_cache = VirtualKVCache(layout, num_blocks, block_size, loaded.device, swap_blocks, **slots)
     else:
-        # With graphs one block more, which the block tables know nothing of.
-        sizes = (num_blocks + int(graphs), block_size)
-        kv_cache = KVCache(spec.num_layers, *sizes, *heads, dtype, loaded.device, swap_blocks, kernels)
-    runner = LeadingRunner if shard is not None and shard.rank == 0 else ModelRunner
+        kv_cache = _kv_cache(config, loaded, kernels, graphs)
+    own = (loaded.model, kv_cache, loaded.device, _at_once(config, loaded, kv_cache, graphs))
+    runner = ModelRunner(*own) if shard is None or shard.rank else LeadingRunner(*own)
+    if draft is not None:
+        kv_cache = _kv_cache(config, draft, kernels, graphs)
+        at_once = _at_once(config, draft, kv_cache, graphs)
+        runner = SpeculativeRunner(ModelRunner(draft.model, kv_cache, draft.device, at_once), *own)
     return Engine(
         config,
-        runner(loaded.model, kv_cache, loaded.device, _at_once(config, loaded, kv_cache, graphs)),
+        runner,
         sample,
         vocab_size=spec.vocab_size,
         eos_token_ids=spec.eos_token_ids,
@@ -317,6 +341,24 @@ def _build_engine(config: EngineConfig, loaded: LoadedModel, **parts: Any) -> En
         bytes_per_block=bytes_per_block,
         **parts,
     )
+
+
+def _kv_dtype(config: EngineConfig, loaded: LoadedModel) -> torch.dtype:
+    return torch.int8 if config.kv_dtype == "int8" else loaded.dtype
+
+
+def _bytes_per_block(config: EngineConfig, loaded: LoadedModel, block_size: int) -> int:
+    spec = loaded.spec
+    heads = (spec.num_kv_heads, spec.head_dim)
+    return KVCache.bytes_per_block(spec.num_layers, block_size, *heads, _kv_dtype(config, loaded))
+
+
+def _kv_cache(config: EngineConfig, loaded: LoadedModel, kernels: Kernels, graphs: bool) -> KVCache:
+    """The KV cache of one model. With graphs it has one block more, which the block tables know nothing of."""
+    assert config.num_blocks and config.block_size
+    spec, sizes = loaded.spec, (config.num_blocks + int(graphs), config.block_size)
+    shape = (spec.num_layers, *sizes, spec.num_kv_heads, spec.head_dim)
+    return KVCache(*shape, _kv_dtype(config, loaded), loaded.device, config.swap_space(config.num_blocks), kernels)
 
 
 def _at_once(

@@ -22,6 +22,7 @@ from minipaged.events import (
     Preempted,
     RequestAdded,
     Sampled,
+    Speculated,
     State,
     StepFinished,
 )
@@ -93,6 +94,7 @@ class Metrics:
         self.usage: list[Usage] = []  # after each step
         self.batch_tokens: list[int] = []  # computed in each step
         self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
+        self.proposed_tokens = self.accepted_tokens = 0  # of speculation
 
     def __call__(self, event: Event) -> None:
         self.state.apply(event)
@@ -106,6 +108,9 @@ class Metrics:
             self.preemptions[event.mode] += 1
         elif isinstance(event, Sampled):
             self._token(event)
+        elif isinstance(event, Speculated):
+            self.proposed_tokens += event.proposed
+            self.accepted_tokens += event.accepted
         elif isinstance(event, StepFinished):
             self.batch_tokens.append(event.num_tokens)
             self.usage.append(usage(self.state))
@@ -125,6 +130,11 @@ class Metrics:
         """Fraction of the tokens of admitted requests that the prefix cache had."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
+    @property
+    def acceptance_rate(self) -> float:
+        """Fraction of the speculated tokens that the sequences took."""
+        return self.accepted_tokens / self.proposed_tokens if self.proposed_tokens else 0.0
+
     def summary(self) -> dict[str, Any]:
         """One flat dict, ready for printing or JSON. Means over steps weigh every step alike."""
         busy = [u for u in self.usage if u.used_blocks]
@@ -137,6 +147,7 @@ class Metrics:
             "token_slots_percent": 100 * sum(u.tokens for u in busy) / held if held else 100.0,
             "mean_sharing_percent": 100 * fmean(u.sharing for u in busy) if busy else 0.0,
             "prefix_hit_percent": 100 * self.hit_rate,
+            "speculation_accepted_percent": 100 * self.acceptance_rate,
             "copies": self.counts["copied"],
             "evictions": self.counts["evicted"],
             "preemptions_by_recompute": self.preemptions["recompute"],

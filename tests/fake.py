@@ -108,14 +108,27 @@ class FakeRunner:
         return tokens
 
 
-def fake_sampler(contexts: list[tuple[int, ...]], plan: StepPlan) -> list[SampledToken]:
-    return [
-        _top(next_logprobs(context), chunk.request.beams.candidates_per_beam)
-        if chunk.request.beams
-        else SampledToken(next_token(context, chunk.request.seqs.index(seq)))
-        for context, chunk in zip(contexts, plan.chunks, strict=True)
-        for seq in chunk.samples
-    ]
+def fake_sampler(contexts: list[tuple[int, ...]], plan: StepPlan) -> list[SampledToken | None]:
+    sampled: list[SampledToken | None] = []
+    for context, chunk in zip(contexts, plan.chunks, strict=True):
+        if chunk.draft:
+            sampled += _checked(context, chunk)
+        elif chunk.request.beams:
+            sampled += [_top(next_logprobs(context), chunk.request.beams.candidates_per_beam) for _ in chunk.samples]
+        else:
+            sampled += [SampledToken(next_token(context, chunk.request.seqs.index(seq))) for seq in chunk.samples]
+    return sampled
+
+
+def _checked(context: tuple[int, ...], chunk: Chunk) -> list[SampledToken | None]:
+    """The next token after each part of the draft, up to the first that is not what was guessed."""
+    branch, known = chunk.request.seqs.index(chunk.seq), len(context) - len(chunk.draft)
+    said: list[SampledToken | None] = []
+    for i in range(len(chunk.samples)):
+        said.append(SampledToken(next_token(context[: known + i], branch)))
+        if i < len(chunk.draft) and said[-1].token_id != context[known + i]:
+            break
+    return said + [None] * (len(chunk.samples) - len(said))
 
 
 def fake_engine(**settings: object) -> Engine:
@@ -130,6 +143,20 @@ def fake_engine(**settings: object) -> Engine:
         vocab_size=VOCAB,
         eos_token_ids=frozenset({EOS}),
     )
+
+
+def guess_at_random(engine: Engine, random: Random, right: float) -> None:
+    """Lets an engine that speculates guess each token with the probability ``right``; no prompt tells this model's."""
+
+    def propose(seq: Sequence, count: int) -> list[int]:
+        requests = engine.scheduler.running
+        branch = next(request.seqs.index(seq) for request in requests if seq in request.seqs)
+        tokens = list(seq.tokens)
+        for _ in range(random.randint(0, count)):
+            tokens.append(next_token(tokens, branch) if random.random() < right else random.randrange(VOCAB))
+        return tokens[len(seq.tokens) :]
+
+    engine.scheduler.speculation.propose = propose
 
 
 def random_prompt(random: Random, longest: int) -> list[int]:

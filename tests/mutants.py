@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from minipaged.engine import Engine
 from minipaged.events import EventLog
+from minipaged.execution import sampler
 from minipaged.execution.runner import ModelRunner
 from minipaged.execution.virtual_memory import VirtualKVCache
 from minipaged.kernels import contiguous as contiguous_kernel
@@ -34,8 +35,10 @@ from minipaged.memory.table import BlockTables
 from minipaged.models.shard import Shard
 from minipaged.request import Request
 from minipaged.scheduling.scheduler import Scheduler
+from minipaged.scheduling.speculative import Speculation
 from tests import test_engine as engine
 from tests.execution import test_reference, test_runner
+from tests.execution import test_speculative as sampled_drafts
 from tests.execution import test_virtual_memory as virtual_memory
 from tests.memory import test_buddy as buddy
 from tests.memory import test_contiguous as contiguous
@@ -46,6 +49,7 @@ from tests.memory.test_buddy import BuddyMachine
 from tests.memory.test_state_machine import FIXED, MemoryMachine
 from tests.models import test_shard as shards
 from tests.scheduling import test_scheduler as scheduler
+from tests.scheduling import test_speculative as drafts
 from tests.test_fuzz import Trace
 
 Check = Callable[[], object]
@@ -558,6 +562,79 @@ MUTANTS = [
         'self._finish(request, request.live[-1], "length")',
         '[self._finish(request, seq, "length") for seq in request.live]',
         (scheduler.test_of_branches_that_outgrow_the_pool_the_last_gives_way_to_the_others,),
+    ),
+    # --- speculation ---
+    Mutant(
+        "blocks of rejected tokens are kept",
+        BlockTables,
+        "trim",
+        "len(table) > self.blocks_for(num_tokens)",
+        "False",
+        (fuzz, drafts.test_wrong_guesses_give_their_blocks_back_and_are_never_found_in_the_cache),
+    ),
+    Mutant(
+        "rejected tokens count as computed",
+        Speculation,
+        "settle",
+        "seq.num_computed += accepted",
+        "seq.num_computed += len(chunk.draft)",
+        (fuzz,),
+    ),
+    Mutant(
+        "the prefix cache hears of tokens before they are accepted",
+        Scheduler,
+        "commit",
+        "known = chunk.num_tokens - len(chunk.draft)",
+        "known = chunk.num_tokens",
+        (fuzz, drafts.test_wrong_guesses_give_their_blocks_back_and_are_never_found_in_the_cache),
+    ),
+    Mutant(
+        "what follows an end within a right guess is said too",
+        Scheduler,
+        "commit",
+        "if seq.finish_reason is None:",
+        "if True:",
+        (fuzz, partial(drafts.test_what_ends_a_text_in_the_midst_of_a_right_guess_ends_it_there, 2)),
+    ),
+    Mutant(
+        "everybody guesses with the whole of what is left of the budget",
+        Speculation,
+        "extend",
+        "budget -= len(chunk.draft)",
+        "pass",
+        (drafts.test_guesses_take_only_what_is_left_of_budget_and_blocks,),
+    ),
+    Mutant(
+        "a guess is longer than the blocks that are free",
+        Speculation,
+        "_place",
+        "> memory.pool.num_free",
+        "> memory.pool.num_blocks",
+        (fuzz, drafts.test_nobody_is_preempted_for_a_guess),
+    ),
+    Mutant(
+        "others fork off a sequence together with the blocks of its guess",
+        Speculation,
+        "extend",
+        "request.live[-1].seq_id in scheduler.memory.tables",
+        "True",
+        (drafts.test_who_computes_for_others_too_does_not_guess,),
+    ),
+    Mutant(
+        "in place of a rejected token any is drawn, likely to have been guessed or not",
+        sampler,
+        "rejection_sample",
+        "(target[i] - guess[i]).clamp_min(0)",
+        "target[i]",
+        (partial(sampled_drafts.test_rejection_sampling_follows_the_model_whatever_was_guessed, "close"),),
+    ),
+    Mutant(
+        "guesses are accepted as often as the model would say them, however likely they were guessed",
+        sampler,
+        "rejection_sample",
+        "rng.random() * guess[i, token]",
+        "rng.random()",
+        (partial(sampled_drafts.test_rejection_sampling_follows_the_model_whatever_was_guessed, "close"),),
     ),
     # --- virtual memory ---
     Mutant(

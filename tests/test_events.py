@@ -1,18 +1,21 @@
 """Events, recordings and the reducer. That replay equals the engine's tables step by step is part of the fuzz."""
 
 import json
+from random import Random
 
 import pytest
 
 from minipaged.config import SamplingParams
 from minipaged.events import EVENT_TYPES, Recorder, State, event_from_dict, load_recording, replay
-from tests.fake import fake_engine
+from tests.fake import fake_engine, guess_at_random
 
 
 def busy_engine():
-    """Forks, copies, shares, predicts, evicts, swaps and preempts within a few dozen steps."""
-    settings = {"preemption": "swap", "swap_blocks": 8, "eviction": "mark-0"}
-    return fake_engine(num_blocks=14, block_size=4, max_num_seqs=6, **settings)
+    """Forks, copies, shares, predicts, evicts, swaps, preempts and guesses within a few dozen steps."""
+    sizes = {"num_blocks": 14, "block_size": 4, "max_num_seqs": 6, "swap_blocks": 8}
+    engine = fake_engine(preemption="swap", eviction="mark-0", speculate="prompt-lookup", **sizes)
+    guess_at_random(engine, Random(1), right=0.7)
+    return engine
 
 
 def add_requests(engine):

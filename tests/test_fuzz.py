@@ -9,7 +9,7 @@ from minipaged.config import SamplingParams
 from minipaged.errors import InvalidRequest
 from minipaged.events import State
 from minipaged.memory.waste import AHEAD
-from tests.fake import fake_engine, random_prompt, unbatched, unbatched_beams
+from tests.fake import fake_engine, guess_at_random, random_prompt, unbatched, unbatched_beams
 
 TRACES = 5000
 PARTS = 5
@@ -26,7 +26,9 @@ def random_engine(random: Random):
         if random.random() < 0.5:
             settings |= {"preemption": "swap", "swap_blocks": random.randint(1, 30)}
         slots = random.randint(24, 90)
-    return fake_engine(
+    if random.random() < 0.3:
+        settings |= {"speculate": "prompt-lookup", "num_speculative_tokens": random.randint(1, 7)}
+    engine = fake_engine(
         block_size=block_size,
         num_blocks=max(3, slots // block_size),
         max_num_seqs=max_num_seqs,
@@ -35,6 +37,9 @@ def random_engine(random: Random):
         batching="static" if random.random() < 0.15 else "continuous",
         **settings,
     )
+    if engine.scheduler.speculation:
+        guess_at_random(engine, random, right=random.choice((0.0, 0.6, 0.9, 1.0)))
+    return engine
 
 
 def random_params(random: Random) -> SamplingParams:
@@ -81,6 +86,9 @@ class Trace:
     def listen(self, event):
         self.state.apply(event)
         self.seen[event.type] += 1
+        if event.type == "speculated":
+            rejected = event.proposed - event.accepted
+            self.seen.update({"accepted": event.accepted, "rejected": rejected, "taken back": len(event.blocks)})
 
     def run(self, max_steps: int = 5000) -> Counter[str]:
         arrivals = sorted(self.random.randint(0, 10) for _ in range(self.random.randint(2, 5)))
@@ -142,6 +150,8 @@ class Trace:
         assert self.state.ref_counts == engine.memory.pool.ref_counts
         assert self.state.swap_ref_counts == engine.memory.swap_pool.ref_counts
         scheduler = engine.scheduler
+        for seq in (seq for request in scheduler.running for seq in request.live):
+            assert (seqs[seq.seq_id].tokens, seqs[seq.seq_id].num_computed) == (seq.tokens, seq.num_computed)
         for name in ("waiting", "running", "swapped"):
             assert getattr(self.state, name) == [r.request_id for r in getattr(scheduler, name)], name
 
@@ -182,5 +192,6 @@ def test_random_traces_give_the_tokens_of_an_unbatched_loop(part):
     # A fuzz that never meets the hard cases proves nothing.
     rare = ["preempted", "swapped_out", "swapped_in", "resumed", "copied", "forked", "shared", "cached", "evicted"]
     rare += ["aborted", "outgrown", "refused", "searched", "forked by hand", "static"]
+    rare += ["accepted", "rejected", "taken back"]
     rare += [*AHEAD, *(f"{manager} copied" for manager in AHEAD)]
     assert not [name for name in rare if totals[name] < 20], totals

@@ -4,7 +4,7 @@ import pytest
 
 from minipaged.config import SamplingParams
 from minipaged.metrics import Metrics, usage
-from tests.fake import fake_engine
+from tests.fake import fake_engine, next_token
 
 
 class Clock:
@@ -69,6 +69,18 @@ def test_hit_rate_counts_cached_tokens_of_admitted_prompts():
         engine.add_request(name, list(range(10)), params(1))
         engine.step()
     assert metrics.hit_rate == 8 / 20
+
+
+def test_accepted_guesses_are_counted():
+    engine, metrics, _ = watched(speculate="prompt-lookup", num_speculative_tokens=2)
+    wrong = lambda tokens: (next_token(tokens, 0) + 1) % 50  # noqa: E731
+    engine.scheduler.speculation.propose = lambda seq, count: [next_token(seq.tokens, 0), wrong(seq.tokens)][:count]
+    engine.add_request("a", [1, 2, 3], params(7))
+    while engine.has_unfinished():
+        engine.step()
+    # The prompt's token; three times a right guess and the model's own, the last time with no room for a wrong one.
+    assert (metrics.proposed_tokens, metrics.accepted_tokens) == (5, 3)
+    assert metrics.acceptance_rate == 0.6 and metrics.summary()["speculation_accepted_percent"] == 60
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap"])

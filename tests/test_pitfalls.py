@@ -21,6 +21,8 @@ FUZZ = "tests/test_fuzz.py::test_random_traces_give_the_tokens_of_an_unbatched_l
 LLM = "tests/test_llm.py"
 STREAM = "tests/text/test_stream.py"
 SAMPLER = "tests/execution/test_sampler.py"
+DRAFTS = "tests/scheduling/test_speculative.py"
+SPECULATION = "tests/execution/test_speculative.py"
 KERNELS = "tests/execution/test_reference.py"
 
 PITFALLS = {
@@ -152,6 +154,21 @@ PITFALLS = {
         f"{STREAM}::test_an_incomplete_tail_is_flushed_once",
         f"{STREAM}::test_any_tokens_at_all_byte_level",
         f"{STREAM}::test_any_tokens_at_all_byte_fallback",
+    ],
+    "speculation: rejected tokens leave blocks, cache entries or random numbers behind": [
+        f"{DRAFTS}::test_wrong_guesses_give_their_blocks_back_and_are_never_found_in_the_cache",
+        f"{SPECULATION}::test_a_seed_gives_the_same_tokens_whatever_is_guessed",
+        FUZZ,
+    ],
+    "speculation: tokens are more or less likely than without": [
+        f"{SPECULATION}::test_rejection_sampling_follows_the_model_whatever_was_guessed",
+        f"{SPECULATION}::test_with_a_draft_model_whole_texts_are_as_likely_as_without",
+    ],
+    "speculation: an end in the midst of what was accepted, and more after it": [
+        f"{DRAFTS}::test_what_ends_a_text_in_the_midst_of_a_right_guess_ends_it_there",
+    ],
+    "speculation: a draft model's KV is not where the model's is": [
+        f"{SPECULATION}::test_a_model_that_drafts_for_itself_is_always_right",
     ],
     "every one of several end-of-text tokens ends a sequence": [
         "tests/models/test_loader.py::test_eos_token_ids_come_from_all_three_files",

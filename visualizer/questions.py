@@ -20,7 +20,10 @@ from minipaged.events import (
     Finished,
     Forked,
     Preempted,
+    Proposed,
+    Sampled,
     Scheduled,
+    Speculated,
     State,
     SwappedOut,
 )
@@ -261,6 +264,24 @@ def _holes(state: State, events: list[Event]) -> Question | None:
     )
 
 
+def _guessed(state: State, events: list[Event]) -> Question | None:
+    ended = {event.seq_id for event in _of(Finished, events)}
+    going = [event for event in _of(Speculated, events) if event.seq_id not in ended]
+    told = next((event for event in going if 0 < event.accepted < event.proposed), None)
+    if told is None:
+        return None
+    name, accepted, proposed = letter(told.seq_id), told.accepted, told.proposed
+    guess = next("".join(event.pieces) for event in _of(Proposed, events) if event.seq_id == told.seq_id)
+    return _number(
+        f"{name} guesses that “{guess.strip()}” comes next, and computes these {proposed} tokens along. How many "
+        "tokens does it get in the next step?",
+        sum(event.seq_id == told.seq_id for event in _of(Sampled, events)),
+        (1, proposed, proposed + 1, accepted),
+        f"{accepted} of the {proposed} are what the model says by itself, and behind the last of these it says one "
+        "more. The rest is taken back.",
+    )
+
+
 def _free_pieces(state: State) -> list[int]:
     """Lengths of the runs of neighbouring blocks that are in no table."""
     return [len(list(run)) for count, run in groupby(state.ref_counts) if count == 0]
@@ -277,4 +298,5 @@ QUESTIONS: dict[str, Callable[[State, list[Event]], Question | None]] = {
     "admitted": _admitted,
     "first_blocks": _first_blocks,
     "holes": _holes,
+    "guessed": _guessed,
 }

@@ -22,6 +22,8 @@ PAGED: dict[str, Any] = DEMO_SETTINGS | {
     "batching": "continuous",
     "mapping": None,
     "tensor_slicing": False,
+    "speculate": None,
+    "num_speculative_tokens": None,
 }
 
 UNCACHED: dict[str, Any] = {"enable_prefix_caching": False, "eviction": None, "eviction_policy": None}
@@ -407,12 +409,48 @@ PREDICTIONS = Scenario(
     tab="prefix",
 )
 
+_CACHE = (
+    "The KV cache stores the keys and values of all earlier tokens. So the model does not have to compute them again "
+    "at every step."
+)
+# Not quite what the model says.
+_PAGES = "PagedAttention splits the memory into blocks of one size and finds them with a map, much like pages in a book"
+_TABLE = "A block table maps the logical blocks of a story to physical memory. It works like a list."
+
+
+def _asked(at_step: int, question: str, before: str = "") -> Arrival:
+    """A question, perhaps for the second time: ``before`` was the answer to the first."""
+    asked = {"role": "user", "content": question}
+    messages = (asked, {"role": "assistant", "content": before}, asked) if before else (asked,)
+    return Arrival(at_step, question, messages=messages, max_tokens=60, temperature=0)
+
+
+SPECULATION = Scenario(
+    "Speculation: tokens taken back",
+    (
+        _asked(0, "What is the KV cache?"),
+        _asked(2, "What is the KV cache?", _CACHE),
+        _asked(16, "What is PagedAttention?", _PAGES),
+        _asked(26, "What is a block table?", _TABLE),
+    ),
+    key="speculation",
+    watch=(
+        "A and B say the same, but B has said it before and guesses that it will again: what followed its newest words "
+        "then is computed along, four tokens at a time. The model checks them all in one step, so B overtakes A. C and "
+        "D guess worse: struck words were wrong, and go back with the blocks that they were in."
+    ),
+    settings=PAGED | {"num_blocks": 64, "block_size": 4, "speculate": "prompt-lookup"},
+    question="guessed",
+    tab="sequences",
+)
+
 SCENARIOS: dict[str, Scenario] = {
     scenario.key: scenario
     for scenario in (
-        OPENING, SAMPLES, BEAMS, PREFIX, PREDICTIONS, RECOMPUTE, SWAP, CHUNKED, BURST, FRAGMENTATION, WITHOUT_HOLES
+        OPENING, SAMPLES, BEAMS, PREFIX, PREDICTIONS, RECOMPUTE, SWAP, CHUNKED, BURST, FRAGMENTATION, WITHOUT_HOLES,
+        SPECULATION,
     )
-}
+}  # fmt: skip
 
 
 def menu() -> list[dict[str, str]]:

@@ -21,6 +21,7 @@ from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.table import BlockTables
 from minipaged.memory.waste import AHEAD
 from minipaged.scheduling.scheduler import Scheduler
+from minipaged.scheduling.speculative import Speculation
 
 ROOT = Path(minipaged.__file__).resolve().parent.parent
 
@@ -44,6 +45,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "predicted": PrefixCache.note,
     "forked": BlockTables.fork,
     "sampled": Scheduler._take,
+    "proposed": Speculation.extend,
+    "speculated": Speculation.settle,
     "freed": BlockTables.free,
     "finished": Scheduler._finish,
     "step_finished": Engine.step,

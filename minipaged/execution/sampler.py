@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from copy import copy
+from dataclasses import replace
+from random import Random
 
 import torch
 from torch import Tensor
@@ -14,17 +17,18 @@ from minipaged.scheduling.plan import Chunk, SampledToken, StepPlan
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken]:
+def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken | None]:
     """The next token of every sequence in ``plan.samples``, in that order.
 
     logits: [R, vocab], ``num_rows`` rows per chunk; the last of them samples. Where n sequences sample from one row,
-    it is repeated. Prompt log-probabilities, where asked for, are written into their request.
+    it is repeated. A sequence with a draft samples from all its rows, until it says something else: ``None`` from there
+    on. Prompt log-probabilities, where asked for, are written into their request.
     """
     logits = logits.float()
-    rows, end = [], 0
+    rows, end = list[int](), 0
     for chunk in plan.chunks:
         end += chunk.num_rows
-        rows += [end - 1] * len(chunk.samples)
+        rows += range(end - 1 - len(chunk.draft), end) if chunk.draft else [end - 1] * len(chunk.samples)
         if chunk.request.prompt_logprobs is not None:
             _report_prompt(logits[end - chunk.num_rows : end], chunk)
     if not rows:
@@ -34,6 +38,9 @@ def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken]:
     requests = [request for request, _ in plan.samples]
     params = [request.params for request in requests]
     seqs = [seq for _, seq in plan.samples]
+    drafted = any(chunk.draft for chunk in plan.chunks)
+    if drafted:
+        seqs = _foreseen(plan)
 
     adjusted = adjust(logits, requests, seqs)
     tokens = adjusted.argmax(dim=-1)
@@ -41,8 +48,12 @@ def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken]:
     if random:
         tokens[random] = _draw(adjusted[random], [params[i] for i in random], [seqs[i] for i in random])
     chosen = tokens.tolist()  # here the host waits for the device, once for the whole batch
+    kept = _accept(plan, adjusted, chosen) if drafted else [True] * len(chosen)
     logprobs = _logprobs(logits, chosen, [request.num_logprobs for request in requests])
-    return [SampledToken(token, entry) for token, entry in zip(chosen, logprobs, strict=True)]
+    return [
+        SampledToken(token, entry) if keep else None
+        for token, entry, keep in zip(chosen, logprobs, kept, strict=True)
+    ]
 
 
 def _draw(logits: Tensor, params: list[SamplingParams], seqs: list[Sequence]) -> Tensor:
@@ -50,6 +61,23 @@ def _draw(logits: Tensor, params: list[SamplingParams], seqs: list[Sequence]) ->
 
     One number per token, drawn on the host: what a sequence draws depends on no neighbour and on no device.
     """
+    kept, order = _filtered(logits, params)
+    cumulative = kept.softmax(dim=-1).cumsum(dim=-1)
+    uniform = torch.tensor([[seq.rng.random()] for seq in seqs], device=logits.device, dtype=torch.float32)
+    # The first rank whose cumulative probability exceeds the number; rounding must not lead past the last one kept.
+    rank = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    rank = rank.minimum((kept > -torch.inf).sum(dim=-1, keepdim=True) - 1)
+    return order.gather(1, rank)[:, 0]
+
+
+def distribution(logits: Tensor, params: list[SamplingParams]) -> Tensor:
+    """The probabilities that `_draw` draws with. logits: [rows, vocab], adjusted → [rows, vocab]."""
+    kept, order = _filtered(logits, params)
+    return torch.zeros_like(kept).scatter_(1, order, kept.softmax(dim=-1))
+
+
+def _filtered(logits: Tensor, params: list[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """What temperature and the filters leave of each row, likeliest first and else -inf, and which tokens these are."""
 
     def column(name: str) -> Tensor:  # [rows, 1]
         values = [float(min(getattr(p, name), 1e9)) for p in params]  # a top_k may be any whole number
@@ -60,13 +88,7 @@ def _draw(logits: Tensor, params: list[SamplingParams], seqs: list[Sequence]) ->
     scaled, order = (logits / column("temperature").clamp_min(1e-30)).sort(dim=-1, descending=True)
     kept = scaled.masked_fill(~top_k_mask(scaled, column("top_k")), -torch.inf)
     kept = kept.masked_fill(~top_p_mask(kept, column("top_p")), -torch.inf)
-    kept = kept.masked_fill(~min_p_mask(kept, column("min_p")), -torch.inf)
-    cumulative = kept.softmax(dim=-1).cumsum(dim=-1)
-    uniform = torch.tensor([[seq.rng.random()] for seq in seqs], device=logits.device, dtype=torch.float32)
-    # The first rank whose cumulative probability exceeds the number; rounding must not lead past the last one kept.
-    rank = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    rank = rank.minimum((kept > -torch.inf).sum(dim=-1, keepdim=True) - 1)
-    return order.gather(1, rank)[:, 0]
+    return kept.masked_fill(~min_p_mask(kept, column("min_p")), -torch.inf), order
 
 
 # Each mask says which entries stay. Rows come sorted, likeliest first; what an earlier filter dropped is -inf.
@@ -90,6 +112,66 @@ def top_p_mask(scaled: Tensor, p: Tensor) -> Tensor:
 def min_p_mask(scaled: Tensor, min_p: Tensor) -> Tensor:
     """Those at least min_p times as likely as the likeliest. min_p: [rows, 1]."""
     return scaled >= scaled[:, :1] + min_p.log()  # log 0 = -inf keeps all
+
+
+# --- drafts ---
+
+
+def _foreseen(plan: StepPlan) -> list[Sequence]:
+    """``plan.samples``, where a sequence's rows stand for it with more and more of its draft.
+
+    They draw from a copy of its generator: numbers drawn behind the first wrong token must not count.
+    """
+    seqs: list[Sequence] = []
+    for chunk in plan.chunks:
+        rng = copy(chunk.seq.rng) if chunk.draft else chunk.seq.rng
+        for i, seq in enumerate(chunk.samples):
+            seqs.append(replace(seq, tokens=seq.tokens + chunk.draft[:i], rng=rng) if chunk.draft else seq)
+    return seqs
+
+
+def _accept(plan: StepPlan, logits: Tensor, chosen: list[int]) -> list[bool]:
+    """Which rows' tokens the sequences take: of a draft's, those up to the first that is not what was guessed.
+
+    logits: [rows, vocab], adjusted. ``chosen`` is what was drawn from them, and is put right where a draft was drawn at
+    random, too. To draw a token and see whether it was guessed *is* rejection sampling, if there was but one guess.
+    """
+    kept: list[bool] = []
+    for chunk in plan.chunks:
+        start, end, draft = len(kept), len(kept) + len(chunk.samples), chunk.draft
+        if draft and chunk.draft_probs is not None:
+            probs = distribution(logits[start:end], [chunk.request.params] * (end - start))
+            said = rejection_sample(probs, chunk.draft_probs, draft, chunk.seq.rng)
+            chosen[start : start + len(said)] = said
+            kept += [True] * len(said)
+        elif draft:
+            right = next((i for i, token in enumerate(draft) if chosen[start + i] != token), len(draft))
+            if chunk.request.params.temperature > 0:
+                for _ in range(right + 1):
+                    chunk.seq.rng.random()
+            kept += [True] * (right + 1)
+        kept += [not draft] * (end - len(kept))
+    return kept
+
+
+def rejection_sample(target: Tensor, guess: Tensor, draft: list[int], rng: Random) -> list[int]:
+    """Tokens distributed as by ``target``, as many as possible from the draft (Leviathan et al. 2023, algorithm 1).
+
+    target: [k + 1, vocab], guess: [k, vocab], probabilities; draft: k tokens, drawn from ``guess``. Returns the
+    accepted ones and one more: in place of the first rejected, or behind all of them.
+    """
+    for i, token in enumerate(draft):
+        if rng.random() * guess[i, token] >= target[i, token]:
+            rest = (target[i] - guess[i]).clamp_min(0)
+            return [*draft[:i], _pick(rest if rest.any() else target[i], rng)]
+    return [*draft, _pick(target[-1], rng)]
+
+
+def _pick(weights: Tensor, rng: Random) -> int:
+    """An index drawn in proportion to its weight; never one of weight 0, whatever the rounding."""
+    cumulative = weights.double().cumsum(dim=0)
+    index = torch.searchsorted(cumulative, rng.random() * cumulative[-1:], right=True)
+    return int(index.clamp_max(int(weights.nonzero()[-1])))
 
 
 # --- what changes the logits themselves ---

@@ -117,6 +117,8 @@ def check(config: EngineConfig, device: torch.device) -> None:
     """Raises `InvalidConfig` for what does not go with several processes; takes this one's GPU."""
     if config.memory == "vattention" or config.cuda_graphs or device.type == "mps":
         raise InvalidConfig('tensor parallelism excludes memory="vattention", cuda_graphs=True and device="mps"')
+    if config.drafts_with_model:
+        raise InvalidConfig('tensor parallelism excludes a draft model; speculate="prompt-lookup" goes with it')
     if device.type == "cuda":
         if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
             raise InvalidConfig(f"each process needs a GPU of its own; here are {torch.cuda.device_count()}")

@@ -145,6 +145,8 @@ def simulate(
     """
     fields: dict[str, Any] = {"block_size": 16, "max_model_len": 2048, "max_num_seqs": 256}
     fields |= {"max_num_batched_tokens": 2048, "enable_prefix_caching": False, "model": clock.name} | settings
+    if fields.get("speculate"):
+        raise InvalidRequest("which guesses are right is the model's choice: speculate on a real model")
     fields.setdefault("num_blocks", clock.num_slots // fields["block_size"])
     result = Simulation(clock)
 

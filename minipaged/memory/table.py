@@ -189,6 +189,17 @@ class BlockTables:
             content = tuple(tokens[start : start + self.block_size])
             prefixes.append(self._cache.insert(parent, content, table[len(prefixes)]))
 
+    def trim(self, seq_id: int, num_tokens: int) -> list[int]:
+        """Gives up the blocks behind those of the first ``num_tokens`` tokens, and returns them, tail first.
+
+        Only for what `reserve` took in this step: nobody shares it yet, and nobody can have found it.
+        """
+        table, blocks = self.tables[seq_id], list[int]()
+        while len(table) > self.blocks_for(num_tokens):
+            blocks.append(table.pop())
+            self.pool.free(blocks[-1])
+        return blocks
+
     def seal(self, plan: StepPlan) -> None:
         """Paging asks nothing more of the runner."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from minipaged.memory.managers.virtual import PageMaps
 from minipaged.memory.table import Copy
@@ -15,6 +16,9 @@ class Chunk:
 
     ``samples`` are the sequences that take their next token from the last row of logits: none in the middle of a
     prompt, usually the sequence itself, and all n of a request whose common prompt ends here.
+
+    The last of the tokens may be a ``draft``, which the sequence does not have yet (see `scheduling.speculative`). Then
+    it samples from as many rows more. ``draft_probs``: the distributions that a draft model drew it from.
     """
 
     request: Request
@@ -23,17 +27,19 @@ class Chunk:
     num_tokens: int
     samples: list[Sequence]
     block_table: list[int]
+    draft: list[int] = field(default_factory=list)
+    draft_probs: Any = None
 
     @property
     def num_rows(self) -> int:
         """Rows of logits it needs: the last one if it samples; all of them if it reports prompt log-probabilities."""
         if self.request.prompt_logprobs is not None and self.start < self.seq.num_prompt:
             return self.num_tokens
-        return 1 if self.samples else 0
+        return 1 + len(self.draft) if self.samples else 0
 
     @property
     def token_ids(self) -> list[int]:
-        return self.seq.tokens[self.start : self.start + self.num_tokens]
+        return self.seq.tokens[self.start : self.start + self.num_tokens] + self.draft
 
 
 @dataclass

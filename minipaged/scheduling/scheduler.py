@@ -8,15 +8,28 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import Counter
+from collections.abc import Sequence as Seq
 from itertools import count
 
 from minipaged.errors import InvariantViolation
-from minipaged.events import Admitted, EventLog, Filled, Finished, Forked, Preempted, Resumed, Sampled, Scheduled
+from minipaged.events import (
+    Admitted,
+    EventLog,
+    Filled,
+    Finished,
+    Forked,
+    Preempted,
+    Proposed,
+    Resumed,
+    Sampled,
+    Scheduled,
+)
 from minipaged.memory.managers import MemoryManager
 from minipaged.memory.table import Demand, Write
 from minipaged.request import Request, Sequence, Status
 from minipaged.scheduling.beam import Continuation
 from minipaged.scheduling.plan import Chunk, SampledToken, StepPlan
+from minipaged.scheduling.speculative import Speculation
 
 
 class Scheduler:
@@ -28,7 +41,7 @@ class Scheduler:
     (paper §4.5). Nobody is admitted while a swapped request waits.
 
     With ``static_batching`` nobody is admitted while anybody runs, as in FasterTransformer: the batch ends with its
-    longest request (paper §6.1).
+    longest request (paper §6.1). With ``speculation`` decodes may bring a draft of further tokens along.
     """
 
     def __init__(
@@ -39,11 +52,13 @@ class Scheduler:
         max_num_batched_tokens: int,
         static_batching: bool = False,
         events: EventLog | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.memory = memory
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.static_batching = static_batching
+        self.speculation = speculation
         self.events = EventLog() if events is None else events
         self.next_seq_id = count().__next__  # here, because beams are born here
         self.waiting: list[Request] = []
@@ -71,11 +86,13 @@ class Scheduler:
             self._resume(plan)
             if not self.swapped:
                 self._admit(plan)
+        if self.speculation:
+            self.speculation.extend(plan, self)
         plan.chunks.sort(key=lambda chunk: chunk.num_tokens > 1)  # stable: decodes first, else by arrival
         self.memory.seal(plan)
         if self.events.active:
             for chunk in plan.chunks:
-                self.events.emit(Scheduled, chunk.seq.seq_id, chunk.start, chunk.num_tokens)
+                self.events.emit(Scheduled, chunk.seq.seq_id, chunk.start, chunk.num_tokens, len(chunk.draft))
         return plan
 
     def blocks_to_hold(self, request: Request) -> int:
@@ -281,17 +298,21 @@ class Scheduler:
 
     # --- applying ---------------------------------------------------------------------------------------------
 
-    def commit(self, plan: StepPlan, sampled: list[SampledToken]) -> list[Request]:
+    def commit(self, plan: StepPlan, sampled: Seq[SampledToken | None]) -> list[Request]:
         """Applies a step's results: KV is in place, tokens are appended, forks made, finished sequences freed.
 
-        Returns the requests that got a token or lost a sequence.
+        ``sampled`` has an entry for each of ``plan.samples``, ``None`` behind a draft's first wrong token. Returns the
+        requests that got a token or lost a sequence.
         """
         watched = self.events.active
         for chunk in plan.chunks:
             seq, request = chunk.seq, chunk.request
-            seq.num_computed += chunk.num_tokens
+            known = chunk.num_tokens - len(chunk.draft)
+            seq.num_computed += known
             if watched:
-                self.events.emit(Filled, seq.seq_id, chunk.start, chunk.num_tokens)
+                if chunk.draft:
+                    self.events.emit(Proposed, seq.seq_id, list(chunk.draft), [_piece(seq, t) for t in chunk.draft])
+                self.events.emit(Filled, seq.seq_id, chunk.start, known)
             self.memory.computed(seq.seq_id, seq.tokens, seq.num_computed)
             if seq.num_computed == request.fork_at and self._forking(request):
                 for other in request.live:
@@ -301,13 +322,17 @@ class Scheduler:
                         other.num_computed = seq.num_computed
         rows: dict[Request, list[tuple[Sequence, SampledToken]]] = {}
         for (request, seq), token in zip(plan.samples, sampled, strict=True):
-            rows.setdefault(request, []).append((seq, token))
+            if token is not None:
+                rows.setdefault(request, []).append((seq, token))
         for request, row in rows.items():
             if request.beams:
                 self._advance_beams(request, row)
             else:
                 for seq, token in row:
-                    self._append(request, seq, token)
+                    if seq.finish_reason is None:  # else a token of the draft before has ended it
+                        self._append(request, seq, token)
+            if self.speculation:
+                self.speculation.settle(request, self)
         self.step += 1
         return list(dict.fromkeys([*plan.outgrown, *rows]))
 

@@ -48,6 +48,8 @@ class Metrics:
             "minipaged_requests_waiting": ("requests that wait for a place", lambda e: len(e.scheduler.waiting)),
             "minipaged_kv_blocks": ("blocks in the pool", lambda e: e.num_blocks),
             "minipaged_kv_blocks_free": ("blocks that nobody holds, cached ones too", lambda e: e.memory.pool.num_free),
+            "minipaged_draft_tokens": ("tokens guessed since the start", lambda e: _speculation(e, "num_proposed")),
+            "minipaged_draft_tokens_accepted": ("of these, right", lambda e: _speculation(e, "num_accepted")),
         }
         for name, (what, read) in gauges.items():
             gauge = prometheus.Gauge(name, what, registry=self.registry)
@@ -61,6 +63,11 @@ class Metrics:
 
     def request(self, endpoint: str) -> Stopwatch:
         return Stopwatch(self, endpoint)
+
+
+def _speculation(engine: Any, count: str) -> int:
+    """0 for an engine that does not speculate."""
+    return getattr(engine.scheduler.speculation, count, 0)
 
 
 class Stopwatch:

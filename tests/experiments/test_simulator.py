@@ -110,6 +110,8 @@ def test_the_next_turn_of_a_chat_finds_the_last_one_in_the_prefix_cache():
 
 
 def test_what_cannot_be_simulated_is_refused():
+    with pytest.raises(InvalidRequest, match="speculate on a real model"):
+        simulate([], speculate="prompt-lookup")
     with pytest.raises(InvalidRequest, match="real model"):
         simulate([request(beam_width=2)])
     with pytest.raises(InvalidRequest):

@@ -155,7 +155,7 @@ def test_a_token_of_a_row_shows_its_slot_and_opens(paused: tuple[Visualizer, Any
         chips = page.locator("[data-testid=chip].mp-lit")
         assert chips.evaluate_all("chips => chips.map(c => Number(c.dataset.chip))") == [table[token // 16]]
         assert highlighted(page, "mp-slot") == [pieces[token]]
-    assert page.locator("[data-testid=sequence][data-seq='0'] .mp-line *").count() == 2, "no element for every token"
+    assert page.locator("[data-testid=sequence][data-seq='0'] .mp-line *").count() == 3, "no element for every token"
     page.mouse.click(*place(page, 0, 24))
     facts = page.locator("[data-testid=token-facts]").filter(has_text="position24")
     facts.filter(has_text=f"block {table[1]}, slot 8").wait_for()

@@ -18,7 +18,8 @@ from visualizer.scenarios import SCENARIOS, Scenario, menu
 STEPS = int(20 * DEFAULT_RATE)  # what a viewer sees in twenty seconds
 # How many steps it takes to see the point, where that is less.
 ENOUGH = {"opening": 235, "samples": 20, "beams": 40, "prefix": 130, "recompute": 120, "swap": 120, "chunked": 32,
-          "burst": 90, "fragmentation": 80, "without-holes": 40, "predictions": 112}  # fmt: skip
+          "burst": 90, "fragmentation": 80, "without-holes": 40, "predictions": 112,
+          "speculation": 50}  # fmt: skip
 
 
 @dataclass
@@ -253,6 +254,18 @@ def test_paging_serves_the_same_requests_without_waiting(run: Run) -> None:
     assert admitted.seq_id == seq_id and [e.type for e in following].index("step_finished") > following.index(admitted)
     assert max(map(len, running_at_once(run))) == 6
     assert right(run) == "1"
+
+
+@of("speculation")
+def test_who_guesses_right_overtakes_and_wrong_guesses_are_taken_back(run: Run) -> None:
+    told, ends = run.of("speculated"), {event.seq_id: step_of(run, event) for event in run.of("finished")}
+    said = [run.state.seqs[seq].tokens[run.state.seqs[seq].num_prompt :] for seq in (0, 1)]
+    assert said[0] == said[1] and ends[1] < ends[0] - 10, "B came later, and was done long before A"
+    assert sum(event.accepted for event in told if event.seq_id == 1) > 15
+    wrong = [event for event in told if event.accepted < event.proposed and event.seq_id in (2, 3)]
+    assert {event.seq_id for event in wrong} == {2, 3} and any(event.blocks for event in wrong)
+    first = next(event for event in wrong if event.accepted)
+    assert right(run) == str(first.accepted + 1)
 
 
 def test_the_two_scenarios_about_holes_have_the_same_requests() -> None:

@@ -135,6 +135,9 @@ const READ = {
       history.tell(onCpu ? cpu(block) : block, "freed", `given back by ${letter(e.seq_id)}${rest}`);
     }
   },
+  speculated(history, e) {
+    for (const block of e.blocks) history.tell(block, "freed", `given back by ${letter(e.seq_id)}: its tokens were guessed wrong`);
+  },
   swapped_out(history, e) {
     e.blocks.forEach((block, i) => {
       history.tell(block, "swapped", `${letter(e.seq_id)} moves to the CPU, block ${e.swap_blocks[i]} there`);

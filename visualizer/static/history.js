@@ -114,7 +114,7 @@ const READ = {
   },
   scheduled(history, e, point) {
     const seq = history.seqs.get(e.seq_id);
-    const decodes = e.num_tokens === 1 && e.start >= (seq?.prompt ?? 0);
+    const decodes = e.num_tokens - (e.num_draft ?? 0) === 1 && e.start >= (seq?.prompt ?? 0);
     point[decodes ? "decode" : "prefill"] += e.num_tokens;
     history.span(e.seq_id, decodes ? "decode" : "prefill", history.step);
   },

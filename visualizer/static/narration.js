@@ -7,7 +7,7 @@ import { reservesAhead } from "./reducer.js";
 // Most telling first.
 const ORDER = [
   "engine_error", "preempted", "resumed", "copied", "forked", "shared", "admitted", "finished", "request_added",
-  "evicted", "predicted", "allocated", "sampled",
+  "evicted", "predicted", "speculated", "allocated", "sampled",
 ];
 const WINDOW = 14; // records a telling sentence stays while less telling ones go by
 
@@ -96,6 +96,18 @@ const TELL = {
   },
 
   request_added: (e) => ["arrival", `A new request is waiting: ${names(e.seq_ids)}.`],
+
+  speculated(e, record, state) {
+    const all = record.events.filter((x) => x.type === "speculated");
+    const best = all.reduce((a, b) => (b.accepted > a.accepted ? b : a));
+    if (all.length > 1 && best !== e) return TELL.speculated(best, { events: [best] }, state);
+    const [right, wrong] = [e.accepted, e.proposed - e.accepted];
+    const back = wrong ? `; ${plural(wrong, "token")} ${wrong === 1 ? "is" : "are"} taken back` +
+      (e.blocks.length ? `, and ${plural(e.blocks.length, "block")} with ${wrong === 1 ? "it" : "them"}.` : ".") : ".";
+    return ["speculation", right
+      ? `${letter(e.seq_id)} guessed ${plural(e.proposed, "token")}, and ${right} came true: ${right + 1} tokens in one step${back}`
+      : `${letter(e.seq_id)} guessed ${plural(e.proposed, "token")}, and none came true${back}`];
+  },
 
   allocated(e) {
     return ["allocate", e.logical === 0

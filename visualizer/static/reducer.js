@@ -96,12 +96,15 @@ const HANDLERS = {
         parent: null,
         finish_reason: null,
         limit: e.prompt_token_ids.length + e.max_tokens,
+        proposed: [],
+        taken_back: [],
       };
     }
   },
   step_started(state, e) {
     state.step = e.step;
     state.scheduled = [];
+    for (const seq of Object.values(state.seqs)) Object.assign(seq, { proposed: [], taken_back: [] });
   },
   admitted(state, e) {
     remove(state.waiting, e.request_id);
@@ -116,7 +119,7 @@ const HANDLERS = {
     state.ref_counts[e.dst] += 1;
   },
   scheduled(state, e) {
-    state.scheduled.push([e.seq_id, e.start, e.num_tokens]);
+    state.scheduled.push([e.seq_id, e.start, e.num_tokens, e.num_draft ?? 0]); // old recordings do not say
   },
   preempted(state, e) {
     remove(state.running, e.request_id);
@@ -156,6 +159,7 @@ const HANDLERS = {
     if (!(e.child in state.seqs)) { // a beam, or a fork that somebody asked for
       state.seqs[e.child] = {
         ...structuredClone(parent), request_id: e.request_id, num_cached: 0, table: [], swap_table: [], finish_reason: null,
+        proposed: [], taken_back: [],
       };
       const siblings = state.requests[e.request_id] ?? [];
       if (siblings.some((id) => state.seqs[id].finish_reason === null)) {
@@ -174,6 +178,17 @@ const HANDLERS = {
     seq.tokens.push(e.token_id);
     seq.pieces.push(e.text);
     seq.logprobs.push(e.logprob);
+  },
+  proposed(state, e) {
+    state.seqs[e.seq_id].proposed = [...e.pieces];
+  },
+  speculated(state, e) {
+    const seq = state.seqs[e.seq_id];
+    Object.assign(seq, { proposed: [], taken_back: seq.proposed.slice(e.accepted) });
+    for (const block of e.blocks) {
+      if (seq.table.pop() !== block) throw new Error(`block tables shrink at their end: ${JSON.stringify(e)}`);
+      state.ref_counts[block] -= 1;
+    }
   },
   freed(state, e) {
     const seq = state.seqs[e.seq_id];

@@ -2,7 +2,7 @@
 // run of tokens is a Range that the browser paints (`::highlight` in scene.css). Nothing is added to the document, so
 // twenty steps a second stay cheap however long the texts are.
 
-import { text } from "./names.js";
+import { plural, setText, text } from "./names.js";
 
 // The token under the pointer, as a position in the sequence; undefined beside the text.
 export function tokenAt(row, seq, x, y) {
@@ -55,6 +55,14 @@ export function rangeOf(row, seq, start, end) {
   range.setStart(...from);
   range.setEnd(...to);
   return range.collapsed ? null : range;
+}
+
+// What is guessed to come next, while it is computed; struck out what of it was taken back in this step.
+export function renderGuess(node, { proposed, taken_back: back }) {
+  const kind = proposed.length ? "proposed" : "taken";
+  if (node.dataset.kind !== kind) node.dataset.kind = kind;
+  setText(node, text({ pieces: proposed.length ? proposed : back }));
+  node.title = back.length ? `guessed, computed, and taken back: ${plural(back.length, "token")}` : "";
 }
 
 const painted = {};

@@ -5,7 +5,7 @@ import { familyRows } from "./families.js";
 import { colour, element, growText, ink, letter, plural, setHidden, setText, stripes, text } from "./names.js";
 import { sync } from "./parts.js";
 import { filled, owners } from "./reducer.js";
-import { paint, rangeOf, tokenAt } from "./row_text.js";
+import { paint, rangeOf, renderGuess, tokenAt } from "./row_text.js";
 import { tokensIn } from "./spotlight.js";
 
 const DEEPEST = 72; // pixels that the tree may take from the text
@@ -126,11 +126,12 @@ export class Sequences {
     const line = element("p", "mp-line", node, { "data-testid": "text" });
     const prompt = element("span", "mp-prompt", line);
     const output = element("span", "mp-output", line);
+    const guess = element("span", "mp-guess", line, { "data-testid": "guess" });
     const meta = element("span", "mp-meta", node);
     const state = element("span", "mp-state", node, { "data-testid": "state" });
     const table = element("div", "mp-table", node, { "data-testid": "table" });
     const hit = element("span", "mp-hit", node, { "data-testid": "hit", hidden: "" });
-    return { node, rails, line, prompt, output, meta, state, table, hit, chips: [] };
+    return { node, rails, line, prompt, output, guess, meta, state, table, hit, chips: [] };
   }
 
   renderRow(state, id, row, own, lit) {
@@ -142,6 +143,7 @@ export class Sequences {
     row.node.classList.toggle("mp-open", lit?.open === id);
     setText(row.prompt, text(seq, 0, seq.num_prompt).trimStart());
     growText(row.output, text(seq, seq.num_prompt));
+    renderGuess(row.guess, seq);
     setText(row.state, status.label);
     setText(row.meta, `${plural(seq.tokens.length, "token")} · ${plural(seq.table.length || seq.swap_table.length, "block")}`);
     row.table.classList.toggle("mp-crowded", seq.table.length >= CROWDED);
@@ -200,17 +202,21 @@ export class Sequences {
   // How this step spends its tokens: decodes take one each, prompts what is left.
   renderBudget(state) {
     const limit = state.config.max_num_batched_tokens ?? 1;
-    const kinds = state.scheduled.map(([id, start, count]) => workOf(state.seqs[id], start, count));
-    const spent = { decode: 0, prefill: 0 };
-    state.scheduled.forEach(([, , count], index) => (spent[kinds[index]] += count));
-    setText(this.budgetText, `${spent.decode} decode + ${spent.prefill} prefill of ${limit} tokens`);
+    const kinds = state.scheduled.map(([id, start, count, draft]) => workOf(state.seqs[id], start, count - draft));
+    const spent = { decode: 0, prefill: 0, draft: 0 };
+    state.scheduled.forEach(([, , count, draft], index) => {
+      spent[kinds[index]] += count - draft;
+      spent.draft += draft;
+    });
+    const guessed = spent.draft ? ` + ${spent.draft} guessed` : "";
+    setText(this.budgetText, `${spent.decode} decode${guessed} + ${spent.prefill} prefill of ${limit} tokens`);
     while (this.budget.children.length > state.scheduled.length) this.budget.lastChild.remove();
-    state.scheduled.forEach(([id, , count], index) => {
+    state.scheduled.forEach(([id, , count, draft], index) => {
       const part = this.budget.children[index] ?? element("i", "", this.budget);
       part.style.width = `${(100 * count) / limit}%`;
       part.style.backgroundColor = colour(id);
       part.dataset.kind = kinds[index];
-      part.title = `${letter(id)}: ${plural(count, "token")} (${kinds[index]})`;
+      part.title = `${letter(id)}: ${plural(count, "token")} (${kinds[index]}${draft ? `, ${draft} guessed` : ""})`;
     });
   }
 

@@ -22,7 +22,7 @@ export const TELLING = {
   copied: (e, state) => `${letter(e.seq_id)} will write into logical ${e.logical}, so shared block ${e.src} is copied to ` +
     `block ${e.dst}; ${e.src} has ${plural(state.ref_counts[e.src], "owner")} left.`,
   scheduled: (e) => `${letter(e.seq_id)} computes ${e.num_tokens === 1 ? `token ${e.start}` : `tokens ${e.start} to ${e.start + e.num_tokens - 1}`} ` +
-    `in this step${e.num_tokens > 1 ? ", a chunk of what it has to read" : ""}.`,
+    `in this step${e.num_draft ? `; ${e.num_draft} of them are guesses` : e.num_tokens > 1 ? ", a chunk of what it has to read" : ""}.`,
   preempted: (e, state) => `No block is free: ${list((state.requests[e.request_id] ?? []).map(letter))} must step back ` +
     (e.mode === "swap" ? "and move to the CPU." : "and give its blocks up, to recompute them later."),
   swapped_out: (e) => `The KV of ${letter(e.seq_id)} moves from ${blocks(e.blocks)} to the CPU's ${blocks(e.swap_blocks)}.`,
@@ -37,6 +37,9 @@ export const TELLING = {
     ? "1: they will probably not be needed again" : "0: they will probably be needed again"}.`,
   forked: (e) => `${letter(e.child)} forks off ${letter(e.parent)}, and begins as its copy.`,
   sampled: (e) => `${letter(e.seq_id)} writes “${e.text}”.`,
+  proposed: (e) => `${letter(e.seq_id)} guesses that “${e.pieces.join("")}” comes next, and computes it along.`,
+  speculated: (e) => `Of ${letter(e.seq_id)}'s ${plural(e.proposed, "guessed token")} ${e.accepted} came true` +
+    (e.accepted < e.proposed ? `; ${e.proposed - e.accepted} taken back${e.blocks.length ? `, with ${blocks(e.blocks)}` : ""}.` : "."),
   freed: (e) => `${letter(e.seq_id)} gives back ${blocks(e.blocks)}.`,
   finished: (e) => `${letter(e.seq_id)} ${REASON[e.reason] ?? "is done"}.`,
   step_finished: (e) => `Step ${e.step} is done: ${plural(e.num_tokens, "token")} in ${(1000 * e.seconds).toFixed(1)} ms.`,

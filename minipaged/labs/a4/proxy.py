@@ -36,6 +36,8 @@ class LabTables(BlockTables):
         assert config.num_blocks is not None and config.block_size is not None
         if config.caches_prefixes or config.memory != "paged" or config.preemption != "recompute":
             raise InvalidConfig("lab A4 needs memory='paged', preemption='recompute' and no prefix caching")
+        if config.speculate:
+            raise InvalidConfig("lab A4's block tables only grow, and rejected tokens take back: leave speculate out")
         super().__init__(config.num_blocks, config.block_size, events, enable_prefix_caching=False)
         pool = Remote("pool", Pool(self.pool), ("allocate", "incref", "decref", "ref_count"), ("num_free",))
         self._theirs = student.new("BlockTables", config.block_size, pool)

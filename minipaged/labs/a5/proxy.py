@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Any
 
 from minipaged.errors import InvalidConfig, InvalidRequest, OutOfBlocks
@@ -31,6 +32,8 @@ class LabScheduler(Scheduler):
         super().__init__(memory, **settings)
         if not isinstance(memory, BlockTables) or memory._cache or memory.swap_pool.num_blocks or self.static_batching:
             raise InvalidConfig("lab A5 needs memory='paged', preemption='recompute', and no prefix caching")
+        if self.speculation:
+            raise InvalidConfig("lab A5's scheduler computes no tokens that might be taken back: leave speculate out")
         remote = Remote("memory", Memory(self), ("fits", "reserve", "free"))
         self._say = say
         self._theirs = student.new("Scheduler", remote, self.max_num_seqs, self.max_num_batched_tokens)
@@ -68,7 +71,7 @@ class LabScheduler(Scheduler):
             self.events.emit(Scheduled, chunk.seq.seq_id, chunk.start, chunk.num_tokens)
         return self._plan
 
-    def commit(self, plan: StepPlan, sampled: list[SampledToken]) -> list[Request]:
+    def commit(self, plan: StepPlan, sampled: Seq[SampledToken | None]) -> list[Request]:
         requests = super().commit(plan, sampled)
         for chunk in plan.chunks:
             if chunk.request.status is not Status.FINISHED:

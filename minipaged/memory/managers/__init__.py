@@ -92,6 +92,9 @@ class MemoryManager(Protocol):
     def computed(self, seq_id: int, tokens: Seq[int], num_computed: int) -> None:
         """Tells that the KV of the first ``num_computed`` tokens is in place."""
 
+    def trim(self, seq_id: int, num_tokens: int) -> list[int]:
+        """Gives up blocks that this step reserved behind the first ``num_tokens`` tokens, and returns them."""
+
     # --- forks and endings ---
 
     def prepare_fork(self, seq_id: int) -> bool:

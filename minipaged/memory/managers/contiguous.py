@@ -141,6 +141,10 @@ class ContiguousTables:
         """Remembers what a fork will share, and a copy must take along."""
         self._num_computed[seq_id] = num_computed
 
+    def trim(self, seq_id: int, num_tokens: int) -> list[int]:
+        """Gives up nothing: the whole chunk was set aside at admission."""
+        return []
+
     # --- forks and endings ------------------------------------------------------------------------------------
 
     def prepare_fork(self, seq_id: int) -> bool:
