@@ -160,7 +160,7 @@ class Engine:
         Raises `InvalidRequest` for one that can never be served; nothing has changed then.
         """
         params = params or SamplingParams()
-        self._add(request_id, self._checked_tokens(request_id, prompt_token_ids, params), params, prompt)
+        self._add(request_id, self.check_request(request_id, prompt_token_ids, params), params, prompt)
 
     @_undisturbed
     def add_batch(self, batch: list[BatchItem], plan: Callable[..., batchllm.Plan] = batchllm.plan) -> int:
@@ -172,16 +172,11 @@ class Engine:
         Raises `InvalidConfig` for an engine that shares no blocks, `InvalidRequest` if any request cannot be served:
         nothing has changed then.
         """
-        config = self.config
-        if config.memory != "paged" or not config.caches_prefixes or config.batching != "continuous":
-            raise InvalidConfig(
-                'schedule="batchllm" shares what prompts begin with: it needs memory="paged", batching="continuous" '
-                "and enable_prefix_caching"
-            )
+        self.config.check_schedule("batchllm")
         scheduler = self.scheduler
         if not isinstance(scheduler, BatchScheduler):
             raise InvalidConfig(f'schedule="batchllm" needs a BatchScheduler, not {type(scheduler).__name__}')
-        prompts = [self._checked_tokens(item.request_id, item.prompt_token_ids, item.params) for item in batch]
+        prompts = [self.check_request(*item[:3]) for item in batch]
         if len({item.request_id for item in batch}) < len(batch):
             raise InvalidRequest("two requests of the batch have the same id; give each its own")
         # Drawn in the order of the batch, so that no seed depends on the schedule.
@@ -242,6 +237,39 @@ class Engine:
         self.scheduler.abort(request)
         (output,) = self._outputs([request])
         return output
+
+    def check_request(self, request_id: str, token_ids: list[int], params: SamplingParams) -> list[int]:
+        """The prompt as `add_request` takes it. Raises what that would raise, and changes nothing."""
+        self._check_id(request_id)
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequest(f"params must be a SamplingParams, not {type(params).__name__}")
+        tokens = list(token_ids)
+        if not tokens:
+            raise InvalidRequest("the prompt is empty; give at least one token")
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < self.vocab_size:
+                raise InvalidRequest(f"token id {token!r} is not a whole number from 0 to {self.vocab_size - 1}")
+        if len(tokens) >= self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {len(tokens)} tokens, but a sequence can have {self.max_model_len} at most "
+                "and needs room for one more; shorten it"
+            )
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer, and this model came without one; use stop_token_ids")
+        width = params.beam_width or params.n
+        if width > self.config.max_num_seqs:
+            name = "beam_width" if params.beam_width else "n"
+            raise InvalidRequest(
+                f"{name} is {width}, but at most max_num_seqs = {self.config.max_num_seqs} sequences run at once"
+            )
+        for token in [*params.logit_bias, *params.stop_token_ids]:
+            if token >= self.vocab_size:
+                raise InvalidRequest(f"token id {token} of logit_bias or stop_token_ids is not in the vocabulary")
+        demand = Demand([len(tokens)] * width, len(tokens), len(tokens), self._max_output(len(tokens), params))
+        refusal = self.memory.refusal(demand)
+        if refusal is not None:
+            raise InvalidRequest(refusal)
+        return [int(token) for token in tokens]
 
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished()
@@ -308,38 +336,6 @@ class Engine:
             seq_ids = [seq.seq_id for seq in seqs]
             self.events.emit(RequestAdded, request_id, seq_ids, tokens, self._pieces(tokens), request.max_output)
         return request
-
-    def _checked_tokens(self, request_id: str, token_ids: list[int], params: SamplingParams) -> list[int]:
-        self._check_id(request_id)
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequest(f"params must be a SamplingParams, not {type(params).__name__}")
-        tokens = list(token_ids)
-        if not tokens:
-            raise InvalidRequest("the prompt is empty; give at least one token")
-        for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < self.vocab_size:
-                raise InvalidRequest(f"token id {token!r} is not a whole number from 0 to {self.vocab_size - 1}")
-        if len(tokens) >= self.max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {len(tokens)} tokens, but a sequence can have {self.max_model_len} at most "
-                "and needs room for one more; shorten it"
-            )
-        if params.stop and self.tokenizer is None:
-            raise InvalidRequest("stop strings need a tokenizer, and this model came without one; use stop_token_ids")
-        width = params.beam_width or params.n
-        if width > self.config.max_num_seqs:
-            name = "beam_width" if params.beam_width else "n"
-            raise InvalidRequest(
-                f"{name} is {width}, but at most max_num_seqs = {self.config.max_num_seqs} sequences run at once"
-            )
-        for token in [*params.logit_bias, *params.stop_token_ids]:
-            if token >= self.vocab_size:
-                raise InvalidRequest(f"token id {token} of logit_bias or stop_token_ids is not in the vocabulary")
-        demand = Demand([len(tokens)] * width, len(tokens), len(tokens), self._max_output(len(tokens), params))
-        refusal = self.memory.refusal(demand)
-        if refusal is not None:
-            raise InvalidRequest(refusal)
-        return [int(token) for token in tokens]
 
     def _check_id(self, request_id: str) -> None:
         if not isinstance(request_id, str) or not request_id:

@@ -383,9 +383,10 @@ class State:
     """The engine's state rebuilt from its events: ``state.apply(event)`` for each, in order.
 
     ``waiting``, ``running`` and ``swapped`` hold request ids in queue order. ``ref_counts[b]`` is how many block tables
-    and groups name block b, ``swap_ref_counts`` the same on the CPU; ``cached[b]`` the prefix cache's name for it. ``scheduled``
-    is this step's token budget, as spent so far. Of requests that have ended only the last `KEPT` stay, so that a state
-    does not grow with the time that an engine runs; ``forgotten`` counts the sequences of the others.
+    and groups name block b, ``swap_ref_counts`` the same on the CPU; ``cached[b]`` the prefix cache's name for it;
+    ``groups`` those of a batch that have not ended. ``scheduled`` is this step's token budget, as spent so far. Of
+    requests that have ended only the last `KEPT` stay, so that a state does not grow with the time that an engine
+    runs; ``forgotten`` counts the sequences of the others.
     """
 
     config: dict[str, Any] = field(default_factory=dict)

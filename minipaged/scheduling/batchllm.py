@@ -91,8 +91,8 @@ def _common(one: Seq[tuple[int, ...]], other: Seq[tuple[int, ...]]) -> int:
 def best(root: Node) -> tuple[int, dict[Node, bytes]]:
     """The blocks that one level of groups can save at most, and for each node below the root when to *open* it.
 
-    F(v, u) is what the subtree of v saves if u is the nearest open node above. Closed, v leaves its requests to u; open,
-    they share all of v, which is computed once:
+    F(v, u) is what the subtree of v saves if u is the nearest open node above. Closed, v leaves its requests to u;
+    open, they share all of v, which is computed once:
 
         F(v, u) = max(Σ F(c, u) + |requests(v)| · depth(u),  Σ F(c, v) + (|requests(v)| − 1) · depth(v))
 
