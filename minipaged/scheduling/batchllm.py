@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(eq=False)
@@ -20,16 +21,14 @@ class Node:
     children: list[Node] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Prompts, by index, whose first ``num_blocks`` blocks are computed once; 0 for a prompt that shares nothing."""
 
     members: list[int]
     num_blocks: int
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Groups in the order in which to run them, and how many tokens of prompts need not be computed then."""
 
     groups: list[Group]

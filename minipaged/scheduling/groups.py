@@ -66,7 +66,11 @@ class BatchScheduler(Scheduler):
 
     def _batched(self) -> int:
         """Running sequences that belong to a batch."""
-        return sum(request.width for request in self.running if request in self.group_of) if self.group_of else 0
+        return sum(request.width for request in self.running if self._by_memory(request))
+
+    def _by_memory(self, request: Request) -> bool:
+        """Whether memory alone limits how many of its kind run."""
+        return request in self.group_of
 
     # --- admission --------------------------------------------------------------------------------------------
 
@@ -96,6 +100,9 @@ class BatchScheduler(Scheduler):
         return self.memory.kept.get(group.number, []) if group else super()._hits(request)
 
     def _fits(self, request: Request, plan: StepPlan, owed: int) -> bool:
+        """With memory as the only limit, whoever runs is left a block to grow into: else many would be preempted."""
+        if self._by_memory(request):
+            owed += self._growth()
         if self.group_of and not self.running:
             lacking = self.blocks_to_hold(request) - len(self._hits(request)) > self.memory.pool.num_free
             if lacking:
