@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import count
+from math import inf
 from typing import Any
 
 from minipaged.events import GroupEnded, GroupStarted
@@ -63,6 +64,9 @@ class BatchScheduler(Scheduler):
     @max_num_batched_tokens.setter
     def max_num_batched_tokens(self, limit: int) -> None:
         self._max_num_batched_tokens = limit
+
+    def _seats(self, request: Request) -> float:
+        return inf if self._by_memory(request) else self.max_num_seqs
 
     def _batched(self) -> int:
         """Running sequences that belong to a batch."""
