@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import inf
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -126,7 +127,7 @@ def answers(llm: Any, tasks: list[Task], schedule: str = "fcfs") -> Iterator[lis
     engine, model = llm.engine, model_name(llm.engine.config.model)
     todo = deque(tasks)
     running: dict[str, _Open] = {}
-    at_once = len(tasks) if schedule == "batchllm" else 2 * engine.config.max_num_seqs
+    at_once = inf if schedule == "batchllm" else 2 * engine.config.max_num_seqs
     while todo or running:
         lines = []
         batch: list[BatchItem] = []

@@ -94,13 +94,13 @@ def batch(
             from minipaged import batch_ray
     if workers and not ray:
         raise typer.Exit(fail("--workers is for --ray; without it there is one engine"))
-    todo = batches.open_batch(prompts, out)
     settings = given(
         memory=memory, attention=attention, kv_dtype=kv_dtype, num_blocks=num_blocks, max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
     )  # fmt: skip
     settings |= {"model": model, "device": device, "dtype": dtype}
     EngineConfig(**settings).check_schedule(schedule)  # complain before a model is loaded or a cluster starts
+    todo = batches.open_batch(prompts, out)
     if ray:
         answers = batch_ray.answers(partial(load, **settings), todo, device, workers, schedule)
     else:

@@ -280,7 +280,7 @@ def test_a_group_that_waits_lets_others_pass():
 
 def test_memory_and_not_the_number_of_sequences_limits_a_batch():
     work = [*family(count=10, max_tokens=40), *family(count=10, max_tokens=40, first=20)]
-    batch = Batch(fake_engine(num_blocks=200, max_num_seqs=4, max_num_batched_tokens=8), work)
+    batch = Batch(fake_engine(num_blocks=300, max_num_seqs=4, max_num_batched_tokens=8), work)
     for _ in range(12):
         batch.step()
     assert len(batch.state.running) == 20
