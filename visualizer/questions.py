@@ -199,6 +199,22 @@ def _admitted(state: State, events: list[Event]) -> Question | None:
     )
 
 
+def _group(state: State, events: list[Event]) -> Question | None:
+    joined = [event for event in _of(Admitted, events) if event.num_cached]
+    if len(joined) < 2 or not state.groups:
+        return None
+    prompts = sum(len(state.seqs[event.seq_id].tokens) for event in joined)
+    found = sum(event.num_cached for event in joined)
+    return _number(
+        f"{_names(event.seq_id for event in joined)} join the group now. Their prompts have {prompts} tokens in all. "
+        "How many must be computed?",
+        prompts - found,
+        (prompts, joined[0].num_cached, 0),
+        f"Each takes the group's {joined[0].num_cached // state.config['block_size']} blocks into its table, as they "
+        "are, and computes only what is its own.",
+    )
+
+
 def _first_blocks(state: State, events: list[Event]) -> Question | None:
     admitted = _of(Admitted, events)
     if not admitted or not state.finished:
@@ -254,6 +270,7 @@ QUESTIONS: dict[str, Callable[[State, list[Event]], Question | None]] = {
     "moved": _moved,
     "chunk": _chunk,
     "admitted": _admitted,
+    "group": _group,
     "first_blocks": _first_blocks,
     "holes": _holes,
 }
