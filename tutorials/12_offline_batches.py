@@ -9,8 +9,8 @@
 # each order is worth.
 #
 # *45 minutes. You need Python, and [tutorial 9](09_prefix_cache.md). "The paper" is
-# [BatchLLM](https://arxiv.org/abs/2412.03594) (Zheng et al., 2024). By default minipaged serves in order of arrival; the
-# orders are made here, outside of it, and at the end you meet those that it has built in.*
+# [BatchLLM](https://arxiv.org/abs/2412.03594) (Zheng et al., 2024). By default minipaged serves in order of arrival;
+# the orders are made here, outside of it, and at the end you meet the one that it has built in.*
 
 # %% [markdown]
 # ## The work
@@ -300,8 +300,8 @@ source(Scheduler._admit)
 # but groups that own their common part; a batch limited by memory alone; a kernel for the common part. It reports 1.1
 # to 2 times vLLM's throughput.
 #
-# All but the kernel is in minipaged, too. Here is its `best`. It is yours, without recursion, so that a prompt of
-# thousands of blocks cannot exhaust Python's stack; and it counts in blocks, since a block table can share nothing less.
+# All but the kernel is in minipaged, too. Here is its `best`. It is yours, without recursion, so that prompts of
+# thousands of blocks cannot exhaust Python's stack; and it counts in blocks, since a block table shares nothing less.
 
 # %%
 from minipaged.scheduling import batchllm
@@ -363,13 +363,13 @@ for num_blocks in (160, 48):
     print(f"{num_blocks:3} blocks: {promised} promised, {found} found, {steps} steps, {preemptions} preemptions")
 
 # %% [markdown]
-# Exactly what the dynamic program said, in both pools: what a group keeps cannot be evicted. (Only a request that needs
-# the pool for itself alone may take it away.) Compare the steps in the larger pool with the table above. There at most
-# six run at once, as `max_num_seqs` says; of a batch as many run as memory holds, and some are preempted.
+# Exactly what the dynamic program said, in both pools: what a group keeps cannot be evicted. (Only a request that
+# needs the pool for itself alone may take it away.) Compare the steps in the larger pool with the table above. There
+# at most six run at once, as `max_num_seqs` says; of a batch as many run as memory holds, and some are preempted.
 #
 # Is it the best of all orders? Not always. One level is less than a cache that follows a chain through all levels can
-# find: sorted, our prompts cost fewer rows. minipaged leaves what the cache holds by luck alone, which is the price of a
-# promise. Run `minipaged experiments run batchllm` to see where each wins.
+# find: sorted, our prompts cost fewer rows. minipaged leaves what the cache holds by luck alone, which is the price of
+# a promise. Run `minipaged experiments run batchllm` to see where each wins.
 # </details>
 #
 # With a model it is one word. The answers are those of any other schedule, in the order of the prompts:
@@ -379,7 +379,7 @@ from minipaged import LLM
 
 llm = LLM("tiny")
 story = "Once upon a time, in a small town by the sea, there lived a girl named Anna. She had a red boat and a dog."
-texts = [f"{story} {ending}" for ending in ("One morning", "Her dog", "The boat", "At night")] + ["The robot", "A fox"]
+texts = [f"{story} {ending}" for ending in ("One morning", "Her dog", "The boat", "At night")] + ["A fox", "Two owls"]
 greedy = SamplingParams(temperature=0, max_tokens=12)
 grouped, plain = (llm.generate(texts, greedy, schedule=schedule) for schedule in ("batchllm", "fcfs"))
 print("the same answers:", [a.outputs[0].text for a in grouped] == [b.outputs[0].text for b in plain])
@@ -389,9 +389,9 @@ print("the same answers:", [a.outputs[0].text for a in grouped] == [b.outputs[0]
 #
 # ## In the visualizer
 #
-# Start `make demo` (or `minipaged visualize`) and choose **Shared system prompt** (menu *scenario*). Four questions,
-# one group. Look at D, which comes when the others have gone: would its instructions still be there if twenty strangers
-# had come between?
+# Start `make demo` (or `minipaged visualize`) and choose **A batch in groups** (menu *scenario*). Below the pool you see
+# the tree, a branch for each group; in the pool, the blocks that are kept wear its colour. Compare it with **Shared
+# system prompt**: would D find its instructions if twenty strangers had come between?
 #
 # Source lines: `match` in [`minipaged/memory/table.py`](../minipaged/memory/table.py), `LRU` in
 # [`minipaged/memory/prefix_cache.py`](../minipaged/memory/prefix_cache.py), `_admit` in

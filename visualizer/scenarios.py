@@ -94,8 +94,8 @@ class Scenario:
 
     ``settings`` are `EngineConfig`'s; what they leave out is as the page was started. ``watch`` says what to look at,
     ``question`` names the question of `visualizer.questions` that is put before its answer is shown; with ``asks``
-    it is unless the viewer objects. ``tab`` is the chart that shows the point. The arrivals of a ``batch`` are handed in
-    as a whole, for BatchLLM to plan.
+    it is unless the viewer objects. ``tab`` is the chart that shows the point. The arrivals of a ``batch`` are handed
+    in as a whole, for BatchLLM to plan.
     """
 
     name: str
@@ -366,13 +366,14 @@ WITHOUT_HOLES = Scenario(
 )
 
 _BEGINNINGS = {
-    "fox": "One day, a fox met an owl. The owl was old and very wise, and the fox was hungry. They sat down under a big "
-    "tree in the forest, and it began to rain. The fox looked up, the owl looked down, and for a long time nobody said "
-    "a word. Then",
-    "girl": "Once upon a time, in a small town by the sea, there lived a girl named Anna. She had a red boat and a little "
-    "dog. Every morning, when the sun was up, they went out on the water together to look for a fish. One morning",
-    "king": "The king had a big secret. At night, when all the others were asleep, he went down to the kitchen, and there "
-    "he baked bread for the people of the town. Nobody knew it, and everybody loved the bread. But one night",
+    "fox": "One day, a fox met an owl. The owl was old and very wise, and the fox was hungry. They sat down under a "
+    "big tree in the forest, and it began to rain. The fox looked up, the owl looked down, and for a long time nobody "
+    "said a word. Then",
+    "girl": "Once upon a time, in a small town by the sea, there lived a girl named Anna. She had a red boat and a "
+    "little dog. Every morning, when the sun was up, they went out on the water together to look for a fish. "
+    "One morning",
+    "king": "The king had a big secret. At night, when all the others were asleep, he went down to the kitchen, and "
+    "there he baked bread for the people of the town. Nobody knew it, and everybody loved the bread. But one night",
 }
 _WAYS = (
     ("fox", ", the fox", 12), ("king", ", the cook", 28), ("girl", ", the dog", 44), ("king", ", a little boy", 28),

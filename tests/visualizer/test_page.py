@@ -182,15 +182,15 @@ def test_the_reducers_agree(serve: Callable[..., Visualizer], pages: Any) -> Non
 def test_the_tree_of_a_batch_has_the_engines_groups(serve: Callable[..., Visualizer], pages: Any) -> None:
     visualizer = serve()
     page = pages.open(visualizer)
-    visualizer.thread.set_asking(False).result(20)
+    visualizer.thread.set_rate(0.01).result(20)  # it computes its first step, and then only what is asked for
     visualizer.thread.reset(replace(SCENARIOS["batchllm"], asks=False)).result(20)
     visualizer.thread.pause().result(20)
     seen = set()
     for _ in range(4):
         dump = caught_up(page, visualizer)
         engine = visualizer.thread.engine
-        kept = visualizer.thread.call(lambda e=engine: {n: [h.block for h in hits] for n, hits in e.memory.kept.items()})
-        blocks = kept.result(20)
+        kept = visualizer.thread.call(lambda e=engine: dict(e.memory.kept)).result(20)
+        blocks = {number: [hit.block for hit in hits] for number, hits in kept.items()}
         assert {int(number): group["kept"] for number, group in dump["groups"].items() if group["kept"]} == blocks
         page.evaluate("minipaged.check()")
         assert dump == as_json(replayed(visualizer, visualizer.log.end))
