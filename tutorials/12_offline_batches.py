@@ -389,8 +389,8 @@ print("the same answers:", [a.outputs[0].text for a in grouped] == [b.outputs[0]
 #
 # ## In the visualizer
 #
-# Start `make demo` (or `minipaged visualize`) and choose **A batch in groups** (menu *scenario*). Below the pool you see
-# the tree, a branch for each group; in the pool, the blocks that are kept wear its colour. Compare it with **Shared
+# Start `make demo` (or `minipaged visualize`) and choose **A batch in groups** (menu *scenario*). Below the pool you
+# see the tree, a branch for each group; in the pool, the blocks that are kept wear its colour. Compare it with **Shared
 # system prompt**: would D find its instructions if twenty strangers had come between?
 #
 # Source lines: `match` in [`minipaged/memory/table.py`](../minipaged/memory/table.py), `LRU` in

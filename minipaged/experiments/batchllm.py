@@ -207,8 +207,9 @@ def measure(quick: bool, progress: Progress) -> Result:
         f"{DEFAULT.max_num_batched_tokens}. Each schedule is told the exact length of the answers.",
         f"Real engine: the embedded model, lengths, pool and blocks divided by {SCALE}; seconds of the CPU, not of the "
         "wall clock. They take turns.",
-        "BatchLLM shares one beginning for each request, as in the paper. Where prompts share on several levels, sorted "
-        "prompts and longest prefix first find more, since the prefix cache follows a chain of blocks through all.",
+        "BatchLLM shares one beginning for each request, as in the paper. Where prompts share on several levels, "
+        "sorted prompts and longest prefix first find more, since the prefix cache follows a chain of blocks through "
+        "all.",
     ]
     data = {name: {system: run._asdict() for system, run in of.items()} for name, of in runs.items()}
     return Result(rows, figure, assumed, data)
