@@ -35,6 +35,7 @@ class ModelRunner:
         if not plan.chunks:
             return torch.empty(0, device=self.device)
         batch = build_batch(plan, self.kv_cache.block_size, self.device)
-        if self.graphs is not None and self.graphs.covers(batch):
+        # BatchLLM lets more sequences run than there are graphs for.
+        if self.graphs is not None and self.graphs.covers(batch) and len(batch.query_lens) <= self.graphs.sizes[-1]:
             return self.graphs.run(batch)
         return self.model(batch, self.kv_cache)

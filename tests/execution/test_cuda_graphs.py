@@ -82,6 +82,17 @@ def test_padding_touches_no_block_of_a_sequence():
     assert not kv_cache.k[0][20].isnan().all(), "padding writes to the scratch block"
 
 
+def test_a_batch_in_groups_may_be_larger_than_any_graph():
+    llm, recorded = LLM("tiny", max_num_seqs=2, num_blocks=40, max_model_len=100), []
+    graphs = with_graphs(llm, recorded)
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    prompts = [f"{PROMPTS[0]} {word}" for word in ("one", "two", "three")]
+    running = []
+    llm.engine.events.subscribe(lambda e: running.append(len(llm.engine.scheduler.running)))
+    assert len(llm.generate(prompts, params, schedule="batchllm")) == 3
+    assert max(running) == 3 and set(graphs._graphs) <= {1, 2}
+
+
 def test_only_plain_decode_steps_are_replayed():
     one = torch.zeros(2, dtype=torch.int64)
 
