@@ -168,9 +168,9 @@ class Engine:
 
         What a group shares is computed once, and kept until all of it have ended. Memory alone limits how many of a
         batch run. Tokens are those of `add_request` for one after the other. Returns how many tokens of prompts need
-        not be computed; more of them are only if a request needs so much of the pool that kept ones are given up.
-        Raises `InvalidConfig` for an engine that shares no blocks, `InvalidRequest` if any request cannot be served:
-        nothing has changed then.
+        not be computed: exactly so many, unless a request is aborted, ends at the pool's limit, or needs the pool for
+        itself alone. Raises `InvalidConfig` for an engine that shares no blocks, `InvalidRequest` if any request cannot
+        be served: nothing has changed then.
         """
         self.config.check_schedule("batchllm")
         scheduler = self.scheduler

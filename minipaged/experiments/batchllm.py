@@ -89,6 +89,9 @@ WORKLOADS: dict[str, Callable[[int], Workload]] = {
 class ByMemory(BatchScheduler):
     """First come, first served, and memory alone limits who runs."""
 
+    def _batched(self) -> int:
+        return sum(request.width for request in self.running)
+
     def _by_memory(self, request: Request) -> bool:
         return True
 

@@ -70,6 +70,8 @@ class BatchScheduler(Scheduler):
 
     def _batched(self) -> int:
         """Running sequences that belong to a batch."""
+        if not self.group_of:
+            return 0
         return sum(request.width for request in self.running if self._by_memory(request))
 
     def _by_memory(self, request: Request) -> bool:
@@ -80,6 +82,8 @@ class BatchScheduler(Scheduler):
 
     def _admit(self, plan: StepPlan) -> None:
         """Those who wait for their group's beginning are passed over; all others are admitted in order of arrival."""
+        if not self.group_of:
+            return super()._admit(plan)
         everybody, ready = self.waiting, self._ready()
         self.waiting = list(ready)
         super()._admit(plan)
