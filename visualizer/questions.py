@@ -206,12 +206,12 @@ def _group(state: State, events: list[Event]) -> Question | None:
     prompts = sum(len(state.seqs[event.seq_id].tokens) for event in joined)
     found = sum(event.num_cached for event in joined)
     return _number(
-        f"{_names(event.seq_id for event in joined)} join the group now. Their prompts have {prompts} tokens in all. "
+        f"{_names(event.seq_id for event in joined)} join their groups now. Their prompts have {prompts} tokens in all. "
         "How many must be computed?",
         prompts - found,
         (prompts, joined[0].num_cached, 0),
-        f"Each takes the group's {joined[0].num_cached // state.config['block_size']} blocks into its table, as they "
-        "are, and computes only what is its own.",
+        f"Each takes what its group keeps, blocks with {found} tokens in all, into its table as it is, and computes "
+        "only what is its own.",
     )
 
 

@@ -217,11 +217,13 @@ def test_a_batch_runs_in_groups_whose_beginnings_are_kept(run: Run) -> None:
     assert len(run.of("prefix_kept")) == len(run.of("prefix_released")) == len(run.of("group_ended")) == 3
     assert run.of("preempted") and max(map(len, running_at_once(run))) > 4, "memory is the limit, not max_num_seqs"
     assert not run.state.groups and len(run.state.finished) == 10
-    steps: dict[int, list[int]] = {}  # what joins a group, by step
-    for event in run.of("admitted"):
-        if event.num_cached:
-            steps.setdefault(step_of(run, event), []).append(len(run.prompts[event.request_id]) - event.num_cached)
-    assert right(run) == str(sum(next(own for own in steps.values() if len(own) > 1)))
+    steps: list[list[int]] = []  # tokens of those who join a group, not counting what is shared
+    for event in run.events:
+        if event.type == "step_started":
+            steps.append([])
+        elif event.type == "admitted" and event.num_cached:
+            steps[-1].append(len(run.prompts[event.request_id]) - event.num_cached)
+    assert right(run) == str(sum(next(own for own in steps if len(own) > 1)))
 
 
 def free_pieces(state: State) -> list[int]:
