@@ -206,12 +206,12 @@ def _group(state: State, events: list[Event]) -> Question | None:
     prompts = sum(len(state.seqs[event.seq_id].tokens) for event in joined)
     found = sum(event.num_cached for event in joined)
     return _number(
-        f"{_names(event.seq_id for event in joined)} join their groups now. Their prompts have {prompts} tokens in all. "
-        "How many must be computed?",
+        f"{_names(event.seq_id for event in joined)} join their groups now. Their prompts have {prompts} tokens in "
+        "all. How many must be computed?",
         prompts - found,
         (prompts, joined[0].num_cached, 0),
-        f"Each takes what its group keeps, blocks with {found} tokens in all, into its table as it is, and computes "
-        "only what is its own.",
+        f"Each takes the blocks that its group keeps into its table, as they are: {found} tokens are found, and only "
+        "what is its own is computed.",
     )
 
 
