@@ -16,12 +16,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import inf
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pydantic_core import from_json
 
+from minipaged.engine import BatchItem
 from minipaged.errors import InvalidRequest, StepFailed
 from minipaged.outputs import RequestOutput
 from minipaged.server.answers import Answer, model_name, prepare, refusal
@@ -93,12 +95,20 @@ def _common(one: Task, other: Task) -> int:
     return len(commonprefix([one.beginning, other.beginning]))
 
 
-def run(llm: Any, tasks: list[Task], out: Path, progress: Callable[[int], None] = lambda done: None) -> None:
+def run(
+    llm: Any,
+    tasks: list[Task],
+    out: Path,
+    progress: Callable[[int], None] = lambda done: None,
+    schedule: str = "fcfs",
+) -> None:
     """Answers the tasks, as many at once as the engine takes, and appends the answers to ``out``.
 
-    ``progress`` is told how many are done. Raises `InvalidRequest` if another process writes to ``out``.
+    ``progress`` is told how many are done; ``schedule`` is that of `LLM.generate`. Raises `InvalidRequest` if another
+    process writes to ``out``, `InvalidConfig` if the engine cannot follow the schedule.
     """
-    write(answers(llm, tasks), out, progress)
+    llm.engine.config.check_schedule(schedule)
+    write(answers(llm, tasks, schedule), out, progress)
 
 
 def write(answers: Iterable[list[bytes]], out: Path, progress: Callable[[int], None]) -> None:
@@ -112,43 +122,52 @@ def write(answers: Iterable[list[bytes]], out: Path, progress: Callable[[int], N
             progress(done)
 
 
-def answers(llm: Any, tasks: list[Task]) -> Iterator[list[bytes]]:
+def answers(llm: Any, tasks: list[Task], schedule: str = "fcfs") -> Iterator[list[bytes]]:
     """Lines of the output, as they come: after each step those that it ended."""
     engine, model = llm.engine, model_name(llm.engine.config.model)
     todo = deque(tasks)
     running: dict[str, _Open] = {}
+    at_once = inf if schedule == "batchllm" else 2 * engine.config.max_num_seqs
     while todo or running:
         lines = []
-        while todo and len(running) < 2 * engine.config.max_num_seqs:
+        batch: list[BatchItem] = []
+        while todo and len(running) < at_once:
             task = todo.popleft()
             try:
-                open_ = _submit(llm, model, task)
+                open_, items = _prepare(llm, model, task)
             except ApiError as error:
                 lines.append(_line(task, error.status, error.body()))
             else:
                 running |= dict.fromkeys(open_.outputs, open_)
+                batch += items
+        _submit(engine, batch, schedule)
         lines += _step(engine, running)
         if lines:
             yield lines
 
 
-def _submit(llm: Any, model: str, task: Task) -> _Open:
-    """Raises `ApiError`, and the engine knows nothing of the task then."""
+def _prepare(llm: Any, model: str, task: Task) -> tuple[_Open, list[BatchItem]]:
+    """What to ask the engine for it. Raises `ApiError` for what the engine would refuse."""
     request = parse(KINDS[task.url], task.body)
     if request.stream:
         raise ApiError(400, "a batch cannot be streamed", param="stream")
-    ids: list[str] = []
     try:
         answer, prompts, params = prepare(llm, model, request)
-        for prompt in prompts:
-            request_id = f"batch-{uuid.uuid4().hex}"
-            llm.engine.add_request(request_id, prompt, params)
-            ids.append(request_id)
+        items = [BatchItem(f"batch-{uuid.uuid4().hex}", prompt, params) for prompt in prompts]
+        for item in items:
+            llm.engine.check_request(*item[:3])
     except InvalidRequest as error:
-        for request_id in ids:
-            llm.engine.abort(request_id)
         raise refusal(error) from None
-    return _Open(task, answer, dict.fromkeys(ids))
+    return _Open(task, answer, dict.fromkeys(item.request_id for item in items)), items
+
+
+def _submit(engine: Any, batch: list[BatchItem], schedule: str) -> None:
+    if schedule == "batchllm":
+        if batch:
+            engine.add_batch(batch)
+        return
+    for item in batch:
+        engine.add_request(*item[:3])
 
 
 def _step(engine: Any, running: dict[str, _Open]) -> list[bytes]:

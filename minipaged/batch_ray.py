@@ -30,10 +30,10 @@ class _Worker:
     had of it before, but those may be others now: that is refused.
     """
 
-    def __init__(self, load: Callable[[], Any]) -> None:
+    def __init__(self, load: Callable[[], Any], schedule: str) -> None:
         if ray.get_runtime_context().was_current_actor_reconstructed:
             raise RuntimeError("its process died")
-        self.llm = load()
+        self.llm, self.schedule = load(), schedule
         self.begun: set[str] = set()
 
     def __call__(self, part: pyarrow.Table) -> Iterator[pyarrow.Table]:
@@ -41,14 +41,18 @@ class _Worker:
         if tasks[0].custom_id in self.begun:
             raise RuntimeError("the connection to it was lost")
         self.begun.add(tasks[0].custom_id)
-        for lines in batch.answers(self.llm, tasks):
+        for lines in batch.answers(self.llm, tasks, self.schedule):
             yield pyarrow.table({"line": lines})
 
 
 def answers(
-    load: Callable[[], Any], tasks: list[batch.Task], device: str, workers: int | None = None
+    load: Callable[[], Any],
+    tasks: list[batch.Task],
+    device: str,
+    workers: int | None = None,
+    schedule: str = "fcfs",
 ) -> Iterator[list[bytes]]:
-    """Lines of the output, as they come from the workers. ``load`` makes a worker's LLM.
+    """Lines of the output, as they come from the workers. ``load`` makes a worker's LLM, which follows ``schedule``.
 
     Uses the cluster that ``RAY_ADDRESS`` or ``ray start`` names, or else starts one on this machine. Raises
     `WorkerFailed`; what did not come by then is to be asked again.
@@ -58,7 +62,7 @@ def answers(
     try:
         _start()
         workers, resources = _resources(device, workers)
-        lines = _dataset(load, batch.partition(tasks, workers), resources)
+        lines = _dataset({"load": load, "schedule": schedule}, batch.partition(tasks, workers), resources)
         for block in lines.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield block["line"].to_pylist()
     except (RayError, ConnectionError) as error:
@@ -84,14 +88,16 @@ def _resources(device: str, workers: int | None) -> tuple[int, dict[str, float]]
     return workers, {"num_cpus": max(1, int(cores))}
 
 
-def _dataset(load: Callable[[], Any], parts: list[list[batch.Task]], resources: dict[str, float]) -> ray.data.Dataset:
+def _dataset(
+    worker: dict[str, Any], parts: list[list[batch.Task]], resources: dict[str, float]
+) -> ray.data.Dataset:
     rows = [{"tasks": json.dumps([asdict(task) for task in part])} for part in parts]
     parts_ = ray.data.from_items(rows, override_num_blocks=len(rows))
     parts_.context.enable_progress_bars = False
     parts_.context.target_max_block_size = 1  # bytes: whatever a worker yields comes at once
     return parts_.map_batches(
         _Worker,
-        fn_constructor_kwargs={"load": load},
+        fn_constructor_kwargs=worker,
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=len(rows), max_tasks_in_flight_per_actor=1),

@@ -102,6 +102,9 @@ def batch(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Engines, with --ray. Default: one a GPU or, without any, one a machine.")
     ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="fcfs, or batchllm: in groups of prompts that begin alike, so that each is read once.")
+    ] = "fcfs",
 ) -> None:
     """Answer a file of requests. Interrupted in whatever way, the same command goes on where it was."""
     with extra():
@@ -111,17 +114,17 @@ def batch(
             from minipaged import batch_ray
     if workers and not ray:
         raise typer.Exit(fail("--workers is for --ray; without it there is one engine"))
-    todo = batches.open_batch(prompts, out)
     settings = given(
         memory=memory, attention=attention, kv_dtype=kv_dtype, num_blocks=num_blocks, max_num_seqs=max_num_seqs,
         max_model_len=max_model_len, speculate=speculate, num_speculative_tokens=num_speculative_tokens,
     )  # fmt: skip
     settings |= {"model": model, "device": device, "dtype": dtype}
+    EngineConfig(**settings).check_schedule(schedule)  # complain before a model is loaded or a cluster starts
+    todo = batches.open_batch(prompts, out)
     if ray:
-        EngineConfig(**settings)  # complain before a cluster starts
-        answers = batch_ray.answers(partial(load, **settings), todo, device, workers)
+        answers = batch_ray.answers(partial(load, **settings), todo, device, workers, schedule)
     else:
-        answers = batches.answers(load(**settings), todo)
+        answers = batches.answers(load(**settings), todo, schedule)
     columns = TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(todo))

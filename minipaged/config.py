@@ -25,6 +25,7 @@ MAPPINGS = ("sync", "eager", "async")
 BATCHINGS = ("continuous", "static")
 EVICTIONS = tuple(BY_NAME)
 PROMPT_LOOKUP = "prompt-lookup"
+SCHEDULES = ("fcfs", "batchllm")
 CHOICES = {
     "device": DEVICES,
     "dtype": DTYPES,
@@ -202,6 +203,17 @@ class EngineConfig:
     def caches_prefixes(self) -> bool:
         """`enable_prefix_caching`, decided."""
         return self.enable_prefix_caching is not False and self.memory not in AHEAD
+
+    def check_schedule(self, schedule: str) -> None:
+        """Raises `InvalidRequest` for a schedule that does not exist, `InvalidConfig` if this engine has it not."""
+        if schedule not in SCHEDULES:
+            raise InvalidRequest(f"schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
+        able = self.memory == "paged" and self.caches_prefixes and self.batching == "continuous"
+        if schedule == "batchllm" and not able:
+            raise InvalidConfig(
+                'schedule="batchllm" shares what prompts begin with: it needs memory="paged", batching="continuous", '
+                "and enable_prefix_caching left on"
+            )
 
     def swap_space(self, num_blocks: int) -> int:
         """CPU blocks to swap to, for a pool of ``num_blocks``."""

@@ -12,20 +12,31 @@ from functools import wraps
 from itertools import count
 from numbers import Integral
 from random import Random
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from minipaged.config import EngineConfig, SamplingParams
-from minipaged.errors import InvalidRequest, StepFailed
+from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
 from minipaged.events import EngineError, EngineStarted, EventLog, RequestAdded, StepFinished, StepStarted
 from minipaged.memory.managers import MemoryManager, make_manager
 from minipaged.memory.table import Demand
 from minipaged.memory.waste import Held, Moment
 from minipaged.outputs import RequestOutput
 from minipaged.request import Request, Sequence, Status
+from minipaged.scheduling import batchllm
 from minipaged.scheduling.beam import BeamSearch
+from minipaged.scheduling.groups import BatchScheduler
 from minipaged.scheduling.plan import SampledToken, StepPlan
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.scheduling.speculative import make_speculation
+
+
+class BatchItem(NamedTuple):
+    """A request of a batch, as `Engine.add_request` takes it."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    prompt: str | None = None
 
 
 class Runner(Protocol):
@@ -90,7 +101,7 @@ class Engine:
         tokenizer: Any = None,
         bytes_per_block: int = 0,
         make_memory: Callable[[EngineConfig, EventLog], MemoryManager] = make_manager,
-        make_scheduler: Callable[..., Scheduler] = Scheduler,
+        make_scheduler: Callable[..., Scheduler] = BatchScheduler,
     ) -> None:
         assert config.num_blocks is not None and config.max_model_len is not None
         self.config, self.num_blocks, self.max_model_len = config, config.num_blocks, config.max_model_len
@@ -152,21 +163,38 @@ class Engine:
         Raises `InvalidRequest` for one that can never be served; nothing has changed then.
         """
         params = params or SamplingParams()
-        tokens = self._checked_tokens(request_id, prompt_token_ids, params)
-        seqs = [
-            Sequence(self.scheduler.next_seq_id(), list(tokens), len(tokens), rng) for rng in self._generators(params)
-        ]
-        if self.tokenizer is not None:
-            from minipaged.text import TextStream  # not at the top: the engine runs without a tokenizer too
+        self._add(request_id, self.check_request(request_id, prompt_token_ids, params), params, prompt)
 
-            for seq in seqs:
-                seq.text = TextStream(self.tokenizer, tokens, params.stop)
-        request = self._request(request_id, tokens, params, seqs, prompt)
-        self.scheduler.add(request)
-        self._requests[request_id] = request
-        if self.events.active:
-            seq_ids = [seq.seq_id for seq in seqs]
-            self.events.emit(RequestAdded, request_id, seq_ids, tokens, self._pieces(tokens), request.max_output)
+    @_undisturbed
+    def add_batch(self, batch: list[BatchItem], plan: Callable[..., batchllm.Plan] = batchllm.plan) -> int:
+        """Queues requests in groups of those that begin alike, as BatchLLM does; ``plan`` makes the groups.
+
+        What a group shares is computed once, and kept until all of it have ended. Memory alone limits how many of a
+        batch run. Tokens are those of `add_request` for one after the other. Returns how many tokens of prompts need
+        not be computed: exactly so many, unless a request is aborted, ends at the pool's limit, or needs the pool for
+        itself alone. Raises `InvalidConfig` for an engine that shares no blocks, `InvalidRequest` if any request cannot
+        be served: nothing has changed then.
+        """
+        self.config.check_schedule("batchllm")
+        scheduler = self.scheduler
+        if not isinstance(scheduler, BatchScheduler):
+            raise InvalidConfig(f'schedule="batchllm" needs a BatchScheduler, not {type(scheduler).__name__}')
+        prompts = [self.check_request(*item[:3]) for item in batch]
+        if len({item.request_id for item in batch}) < len(batch):
+            raise InvalidRequest("two requests of the batch have the same id; give each its own")
+        # Drawn in the order of the batch, so that no seed depends on the schedule.
+        params = [self._seeded(item.params) for item in batch]
+        outputs = [self._max_output(len(prompt), one) * one.n for prompt, one in zip(prompts, params, strict=True)]
+        # With all logits asked for nothing is shared: such a prompt begins with a token that nobody else has.
+        shared = [
+            prompt if one.prompt_logprobs is None else [-1 - index, *prompt[1:]]
+            for index, (prompt, one) in enumerate(zip(prompts, params, strict=True))
+        ]
+        planned = plan(shared, outputs, self.memory.block_size)
+        for group in planned.groups:
+            requests = [self._add(batch[i].request_id, prompts[i], params[i], batch[i].prompt) for i in group.members]
+            scheduler.group(requests, group.num_blocks)
+        return planned.saved_tokens
 
     @_undisturbed
     def fork(self, request_id: str, new_id: str | None = None) -> str:
@@ -212,6 +240,39 @@ class Engine:
         self.scheduler.abort(request)
         (output,) = self._outputs([request])
         return output
+
+    def check_request(self, request_id: str, token_ids: list[int], params: SamplingParams) -> list[int]:
+        """The prompt as `add_request` takes it. Raises what that would raise, and changes nothing."""
+        self._check_id(request_id)
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequest(f"params must be a SamplingParams, not {type(params).__name__}")
+        tokens = list(token_ids)
+        if not tokens:
+            raise InvalidRequest("the prompt is empty; give at least one token")
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < self.vocab_size:
+                raise InvalidRequest(f"token id {token!r} is not a whole number from 0 to {self.vocab_size - 1}")
+        if len(tokens) >= self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {len(tokens)} tokens, but a sequence can have {self.max_model_len} at most "
+                "and needs room for one more; shorten it"
+            )
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer, and this model came without one; use stop_token_ids")
+        width = params.beam_width or params.n
+        if width > self.config.max_num_seqs:
+            name = "beam_width" if params.beam_width else "n"
+            raise InvalidRequest(
+                f"{name} is {width}, but at most max_num_seqs = {self.config.max_num_seqs} sequences run at once"
+            )
+        for token in [*params.logit_bias, *params.stop_token_ids]:
+            if token >= self.vocab_size:
+                raise InvalidRequest(f"token id {token} of logit_bias or stop_token_ids is not in the vocabulary")
+        demand = Demand([len(tokens)] * width, len(tokens), len(tokens), self._max_output(len(tokens), params))
+        refusal = self.memory.refusal(demand)
+        if refusal is not None:
+            raise InvalidRequest(refusal)
+        return [int(token) for token in tokens]
 
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished()
@@ -262,37 +323,22 @@ class Engine:
         """Raises `InvariantViolation` if the bookkeeping is inconsistent. For tests, after every step."""
         self.scheduler.check()
 
-    def _checked_tokens(self, request_id: str, token_ids: list[int], params: SamplingParams) -> list[int]:
-        self._check_id(request_id)
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequest(f"params must be a SamplingParams, not {type(params).__name__}")
-        tokens = list(token_ids)
-        if not tokens:
-            raise InvalidRequest("the prompt is empty; give at least one token")
-        for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < self.vocab_size:
-                raise InvalidRequest(f"token id {token!r} is not a whole number from 0 to {self.vocab_size - 1}")
-        if len(tokens) >= self.max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {len(tokens)} tokens, but a sequence can have {self.max_model_len} at most "
-                "and needs room for one more; shorten it"
-            )
-        if params.stop and self.tokenizer is None:
-            raise InvalidRequest("stop strings need a tokenizer, and this model came without one; use stop_token_ids")
-        width = params.beam_width or params.n
-        if width > self.config.max_num_seqs:
-            name = "beam_width" if params.beam_width else "n"
-            raise InvalidRequest(
-                f"{name} is {width}, but at most max_num_seqs = {self.config.max_num_seqs} sequences run at once"
-            )
-        for token in [*params.logit_bias, *params.stop_token_ids]:
-            if token >= self.vocab_size:
-                raise InvalidRequest(f"token id {token} of logit_bias or stop_token_ids is not in the vocabulary")
-        demand = Demand([len(tokens)] * width, len(tokens), len(tokens), self._max_output(len(tokens), params))
-        refusal = self.memory.refusal(demand)
-        if refusal is not None:
-            raise InvalidRequest(refusal)
-        return [int(token) for token in tokens]
+    def _add(self, request_id: str, tokens: list[int], params: SamplingParams, prompt: str | None) -> Request:
+        seqs = [
+            Sequence(self.scheduler.next_seq_id(), list(tokens), len(tokens), rng) for rng in self._generators(params)
+        ]
+        if self.tokenizer is not None:
+            from minipaged.text import TextStream  # not at the top: the engine runs without a tokenizer too
+
+            for seq in seqs:
+                seq.text = TextStream(self.tokenizer, tokens, params.stop)
+        request = self._request(request_id, tokens, params, seqs, prompt)
+        self.scheduler.add(request)
+        self._requests[request_id] = request
+        if self.events.active:
+            seq_ids = [seq.seq_id for seq in seqs]
+            self.events.emit(RequestAdded, request_id, seq_ids, tokens, self._pieces(tokens), request.max_output)
+        return request
 
     def _check_id(self, request_id: str) -> None:
         if not isinstance(request_id, str) or not request_id:
@@ -323,6 +369,10 @@ class Engine:
         seed = params.seed if params.seed is not None else self._random.getrandbits(64)
         # A string seeds Random by its SHA-512, so that neighbouring seeds and branches have nothing in common.
         return [Random(f"{seed}/{branch}") for branch in range(1 if params.beam_width else params.n)]
+
+    def _seeded(self, params: SamplingParams) -> SamplingParams:
+        """With a seed; drawn as `_generators` would draw it."""
+        return params if params.seed is not None else replace(params, seed=self._random.getrandbits(64))
 
     def _max_output(self, num_prompt: int, params: SamplingParams) -> int:
         room = self.max_model_len - num_prompt

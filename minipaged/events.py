@@ -272,6 +272,42 @@ class Freed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class GroupStarted(Event):
+    """Requests of a batch, added just now, make a group: their first ``num_blocks`` blocks shall be computed once."""
+
+    type: ClassVar[str] = "group_started"
+    group: int
+    request_ids: list[str]
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixKept(Event):
+    """The group's common beginning has been computed: it is one more owner of these blocks, in logical order."""
+
+    type: ClassVar[str] = "prefix_kept"
+    group: int
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixReleased(Event):
+    """The group gave these blocks up (tail first): it has ended, or somebody needed the room."""
+
+    type: ClassVar[str] = "prefix_released"
+    group: int
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupEnded(Event):
+    """All requests of the group have ended."""
+
+    type: ClassVar[str] = "group_ended"
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finished(Event):
     """A sequence ended: ``"stop"``, ``"length"``, ``"abort"`` or, for a beam that was given up, ``"pruned"``."""
 
@@ -375,14 +411,24 @@ class SeqState:
 
 
 @dataclass
+class GroupState:
+    """A group of a batch: who is in it, how many blocks they share, and those that it keeps."""
+
+    request_ids: list[str]
+    num_blocks: int
+    kept: list[int] = field(default_factory=list)
+
+
+@dataclass
 class State:
     """The engine's state rebuilt from its events: ``state.apply(event)`` for each, in order.
 
     ``waiting``, ``running`` and ``swapped`` hold request ids in queue order. ``ref_counts[b]`` is how many block tables
-    name block b, ``swap_ref_counts`` the same on the CPU; ``cached[b]`` the prefix cache's name for it, and
-    ``predicted[b]`` whether a prediction says that it will not be needed. ``scheduled`` is this step's token budget, as
-    spent so far. Of requests that have ended only the last `KEPT` stay, so that a state
-    does not grow with the time that an engine runs; ``forgotten`` counts the sequences of the others.
+    and groups name block b, ``swap_ref_counts`` the same on the CPU; ``cached[b]`` the prefix cache's name for it, and
+    ``predicted[b]`` whether a prediction says that it will not be needed; ``groups`` those of a batch that have not
+    ended. ``scheduled`` is this step's token budget, as spent so far. Of requests that have ended only the last `KEPT`
+    stay, so that a state does not grow with the time that an engine runs; ``forgotten`` counts the sequences of the
+    others.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -398,6 +444,7 @@ class State:
     swap_ref_counts: list[int] = field(default_factory=list)
     cached: dict[int, int] = field(default_factory=dict)
     predicted: dict[int, bool] = field(default_factory=dict)
+    groups: dict[int, GroupState] = field(default_factory=dict)
     scheduled: list[tuple[int, int, int, int]] = field(default_factory=list)
     error: str | None = None
 
@@ -414,6 +461,7 @@ class State:
         state.seqs = {int(seq_id): SeqState(**seq) for seq_id, seq in data["seqs"].items()}
         state.cached = {int(block): prefix for block, prefix in data["cached"].items()}
         state.predicted = {int(block): bit for block, bit in state.predicted.items()}
+        state.groups = {int(group): GroupState(**state_of) for group, state_of in data.get("groups", {}).items()}
         state.scheduled = [tuple(entry) for entry in data["scheduled"]]
         return state
 
@@ -548,6 +596,22 @@ class State:
         seq.table, seq.swap_table = [], []
         for block in e.blocks:
             counts[block] -= 1
+
+    def _group_started(self, e: GroupStarted) -> None:
+        self.groups[e.group] = GroupState(list(e.request_ids), e.num_blocks)
+
+    def _prefix_kept(self, e: PrefixKept) -> None:
+        self.groups[e.group].kept = list(e.blocks)
+        for block in e.blocks:
+            self.ref_counts[block] += 1
+
+    def _prefix_released(self, e: PrefixReleased) -> None:
+        self.groups[e.group].kept = []
+        for block in e.blocks:
+            self.ref_counts[block] -= 1
+
+    def _group_ended(self, e: GroupEnded) -> None:
+        del self.groups[e.group]
 
     def _finished(self, e: Finished) -> None:
         seq = self.seqs[e.seq_id]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from minipaged.config import EngineConfig, SamplingParams
-from minipaged.engine import Engine
+from minipaged.engine import BatchItem, Engine
 from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
 from minipaged.execution.cuda_graphs import DecodeGraphs, use_graphs
 from minipaged.execution.kv_cache import KVCache, blocks_that_fit
@@ -75,13 +75,18 @@ class LLM:
         self,
         prompts: Prompt | Seq[Prompt],
         params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        schedule: str = "fcfs",
     ) -> list[RequestOutput]:
         """Completes one prompt or many, batched together; results come in the order of the prompts.
 
         A prompt is text or token ids. ``params`` is one for all prompts, or a list with one for each. Work that takes
-        long shows a progress bar on a terminal. Raises `InvalidRequest` if any prompt cannot be served (then none
-        is), `StepFailed` if a step fails.
+        long shows a progress bar on a terminal. ``schedule``: ``"fcfs"`` begins the prompts in their order,
+        ``"batchllm"`` in groups of those that begin alike, each of which computes that once; the answers are the same.
+        Raises `InvalidRequest` if any prompt cannot be served (then none is), `InvalidConfig` if the engine cannot
+        follow the schedule, `StepFailed` if a step fails.
         """
+        self.engine.config.check_schedule(schedule)
         prompt_list = _as_list(prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompt_list)
@@ -91,8 +96,11 @@ class LLM:
             raise InvalidRequest(f"{len(prompt_list)} prompts, but {len(params)} sampling parameters; give one or all")
         ids: list[str] = []
         try:
-            for prompt, one in zip(prompt_list, params, strict=True):
-                ids.append(self._submit(prompt, one))
+            if schedule == "batchllm":
+                ids = self._submit_batch(prompt_list, params)
+            else:
+                for prompt, one in zip(prompt_list, params, strict=True):
+                    ids.append(self._submit(prompt, one))
             return self._finish(ids)
         finally:
             for request_id in ids:
@@ -174,17 +182,30 @@ class LLM:
         return draft
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> str:
-        if not isinstance(prompt, (str, list)):
-            raise InvalidRequest(f"a prompt is a string or a list of token ids, not {type(prompt).__name__}")
-        text = prompt if isinstance(prompt, str) else None
-        if text == "":
-            raise InvalidRequest("the prompt is empty; give at least one character")
-        tokens = self.encode(prompt) if isinstance(prompt, str) else prompt
+        tokens, text = self._tokens(prompt), prompt if isinstance(prompt, str) else None
         with self._engine_alone():
             request_id = f"llm-{next(self._ids)}"
             self.engine.add_request(request_id, tokens, params, prompt=text)
             self._inboxes[request_id] = deque(maxlen=1)  # an output says all that came before it, too
         return request_id
+
+    def _submit_batch(self, prompts: list[Prompt], params: Seq[SamplingParams]) -> list[str]:
+        """All of them, or none."""
+        batch = [
+            BatchItem(f"llm-{next(self._ids)}", self._tokens(prompt), one, prompt if isinstance(prompt, str) else None)
+            for prompt, one in zip(prompts, params, strict=True)
+        ]
+        with self._engine_alone():
+            self.engine.add_batch(batch)
+            self._inboxes |= {item.request_id: deque(maxlen=1) for item in batch}
+        return [item.request_id for item in batch]
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, (str, list)):
+            raise InvalidRequest(f"a prompt is a string or a list of token ids, not {type(prompt).__name__}")
+        if prompt == "":
+            raise InvalidRequest("the prompt is empty; give at least one character")
+        return self.encode(prompt) if isinstance(prompt, str) else prompt
 
     def _submit_stream(self, prompt: Prompt, params: SamplingParams | None) -> str:
         params = params or SamplingParams()

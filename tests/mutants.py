@@ -34,6 +34,8 @@ from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.table import BlockTables
 from minipaged.models.shard import Shard
 from minipaged.request import Request
+from minipaged.scheduling import batchllm
+from minipaged.scheduling.groups import BatchScheduler
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.scheduling.speculative import Speculation
 from tests import test_engine as engine
@@ -48,6 +50,7 @@ from tests.memory import test_virtual as virtual
 from tests.memory.test_buddy import BuddyMachine
 from tests.memory.test_state_machine import FIXED, MemoryMachine
 from tests.models import test_shard as shards
+from tests.scheduling import test_batchllm as groups
 from tests.scheduling import test_scheduler as scheduler
 from tests.scheduling import test_speculative as drafts
 from tests.test_fuzz import Trace
@@ -283,6 +286,55 @@ MUTANTS = [
             fuzz,
             scheduler.test_cached_blocks_that_nobody_uses_are_not_counted_twice_at_admission,
         ),
+    ),
+    # --- batches in groups ---
+    Mutant(
+        "an open beginning costs nothing",
+        batchllm,
+        "best",
+        "(len(node.requests) - 1) * node.depth",
+        "len(node.requests) * node.depth",
+        (groups.test_the_plan_is_the_best_there_is_for_random_prompts_in_whole_blocks,),
+    ),
+    Mutant(
+        "two of a group compute the same beginning side by side",
+        BatchScheduler,
+        "_ready",
+        "busy.add(group)",
+        "pass",
+        (groups.test_a_group_shares_its_blocks_while_it_lives_and_they_are_free_when_it_ends,),
+    ),
+    Mutant(
+        "who ends at once leaves nothing to the group",
+        BatchScheduler,
+        "_finish",
+        "self._keep(request, seq)",
+        "pass",
+        (groups.test_the_first_may_end_before_the_others_begin,),
+    ),
+    Mutant(
+        "what a group has kept is never free again",
+        BatchScheduler,
+        "_finish",
+        "self.memory.release(group.number)",
+        "pass",
+        (groups.test_a_group_shares_its_blocks_while_it_lives_and_they_are_free_when_it_ends,),
+    ),
+    Mutant(
+        "a text ends early because of blocks that are kept for others",
+        BatchScheduler,
+        "_outgrow",
+        "if not self._release_idle():",
+        "if True:",
+        (groups.test_what_is_kept_gives_way_before_somebody_ends_early,),
+    ),
+    Mutant(
+        "a group takes whatever the cache holds of its prompts: more is saved than was predicted",
+        BatchScheduler,
+        "_hits",
+        "if group else",
+        "if False else",
+        (groups.test_nothing_but_the_group_s_beginning_is_taken_from_the_cache,),
     ),
     # --- admission and preemption ---
     Mutant(

@@ -127,6 +127,8 @@ print("SLOW", {"torch", "transformers", "gradio", "plotly"} & set(sys.modules))
         (["bench", "serve", "--lengths", "novels"], "lengths must be one of"),
         (["bench", "serve", "--rate", "-1"], "must be positive"),
         (["batch", "/no/such/file", "-o", "/tmp/never-written.jsonl"], "cannot be read"),
+        (["batch", "x", "-o", "y", "--schedule", "lifo"], "schedule must be one of fcfs, batchllm"),
+        (["batch", "x", "-o", "y", "--schedule", "batchllm", "--memory", "orca-max"], 'needs memory="paged"'),
         (["chat", "--max-tokens", "0"], "max_tokens must be a whole number"),
         (["visualize", "--block-size", "0"], "block_size must be"),
     ],

@@ -6,6 +6,7 @@ from random import Random
 import pytest
 
 from minipaged.config import SamplingParams
+from minipaged.engine import BatchItem
 from minipaged.events import EVENT_TYPES, Recorder, State, event_from_dict, load_recording, replay
 from tests.fake import fake_engine, guess_at_random
 
@@ -21,6 +22,7 @@ def busy_engine():
 def add_requests(engine):
     for i in range(5):
         engine.add_request(f"r{i}", [1] * 9 + [i], SamplingParams(n=1 + i % 3, max_tokens=12, ignore_eos=True))
+    engine.add_batch([BatchItem(f"b{i}", [2] * 6 + [i], SamplingParams(max_tokens=3)) for i in range(2)])
 
 
 def record(path=None):
@@ -62,7 +64,7 @@ def test_replay_from_a_keyframe_equals_replay_from_the_start():
 def test_the_last_state_is_an_idle_engine():
     events = record()
     *_, state = replay(events)
-    assert not state.waiting and not state.running and len(state.finished) == 5
+    assert not state.waiting and not state.running and len(state.finished) == 7
     assert set(state.ref_counts) == {0}
 
 

@@ -12,7 +12,7 @@ import torch
 from minipaged import LLM, EngineConfig, SamplingParams
 from minipaged.config import MANAGERS
 from minipaged.errors import InvalidConfig, InvalidRequest, MinipagedError, StepFailed
-from minipaged.events import Copied, Preempted, Shared, StepFinished
+from minipaged.events import Admitted, Copied, Preempted, Shared, StepFinished
 from minipaged.execution.kv_cache import blocks_that_fit
 from tests.aio import run
 from tests.checkpoints import VOCAB, save_llama, transformers_greedy
@@ -61,6 +61,32 @@ def test_greedy_tokens_equal_transformers(checkpoint, prompts, truth, block_size
     assert tokens(llm.generate(prompts, GREEDY)) == truth
     assert tokens(llm.generate(prompts, GREEDY)) == truth  # now from the prefix cache, where it is on
     assert llm.engine.memory.pool.num_free == llm.engine.num_blocks
+
+
+def test_a_batch_in_groups_has_the_same_tokens_in_the_order_of_the_prompts(checkpoint, prompts, truth):
+    llm = small(checkpoint, block_size=4, num_blocks=40, max_num_seqs=2)
+    cached = []
+    llm.engine.events.subscribe(lambda e: cached.append(e.num_cached) if isinstance(e, Admitted) else None)
+    again = [prompt[:12] + prompt[:12] for prompt in prompts]
+    batch = [*prompts, *prompts, *again]
+    grouped, plain = (tokens(llm.generate(batch, GREEDY, schedule=schedule)) for schedule in ("batchllm", "fcfs"))
+    assert grouped[:6] == grouped[6:12] == truth and grouped == plain
+    assert cached[:18].count(0) < 12
+    sampled = [
+        [out.token_ids for out in output.outputs]
+        for schedule in ("batchllm", "fcfs")
+        for output in small(checkpoint, block_size=4).generate(
+            prompts * 2, SamplingParams(n=2, max_tokens=5, ignore_eos=True), schedule=schedule
+        )
+    ]
+    assert sampled[:12] == sampled[12:]  # without a seed, too
+    with pytest.raises(InvalidRequest, match="schedule must be one of fcfs, batchllm"):
+        llm.generate(prompts, schedule="lifo")
+    with pytest.raises(InvalidRequest, match="empty"):
+        llm.generate([*prompts, ""], schedule="batchllm")
+    with pytest.raises(InvalidConfig, match="enable_prefix_caching"):
+        small(checkpoint, enable_prefix_caching=False).generate(prompts, schedule="batchllm")
+    assert not llm.engine.has_unfinished() and llm.generate([], schedule="batchllm") == []
 
 
 def test_tokens_survive_preemption_and_chunked_prefill(checkpoint, prompts, truth):

@@ -9,8 +9,8 @@
 # each order is worth.
 #
 # *45 minutes. You need Python, and [tutorial 9](09_prefix_cache.md). "The paper" is
-# [BatchLLM](https://arxiv.org/abs/2412.03594) (Zheng et al., 2024). minipaged itself serves in order of arrival; the
-# orders are made here, outside of it.*
+# [BatchLLM](https://arxiv.org/abs/2412.03594) (Zheng et al., 2024). By default minipaged serves in order of arrival;
+# the orders are made here, outside of it, and at the end you meet the one that it has built in.*
 
 # %% [markdown]
 # ## The work
@@ -281,8 +281,8 @@ for name, order in orders.items():
 #
 # ## In the engine
 #
-# The engine has no idea of groups. What did the finding was the search that you know from tutorial 9, and the decision
-# who is admitted next, in order of arrival:
+# Until here the engine had no idea of groups. What did the finding was the search that you know from tutorial 9, and
+# the decision who is admitted next, in order of arrival:
 
 # %%
 from show import source
@@ -300,15 +300,104 @@ source(Scheduler._admit)
 # but groups that own their common part; a batch limited by memory alone; a kernel for the common part. It reports 1.1
 # to 2 times vLLM's throughput.
 #
+# All but the kernel is in minipaged, too. Here is its `best`. It is yours, without recursion, so that prompts of
+# thousands of blocks cannot exhaust Python's stack; and it counts in blocks, since a block table shares nothing less.
+
+# %%
+from minipaged.scheduling import batchllm
+
+source(batchllm.best)
+
+# %% [markdown]
+# A group must *keep* its common part, whoever of it ends or is preempted. To the block pool the group is one more owner
+# of these blocks, and the reference counts of tutorial 8 do the rest:
+
+# %%
+source(BlockTables.keep)
+
+# %% [markdown]
+# And nobody may begin before the common part has been computed: else two requests would compute it side by side. So the
+# first of a group goes ahead, and the others let requests of other groups pass.
+
+# %%
+from minipaged.scheduling.groups import BatchScheduler
+
+source(BatchScheduler._ready)
+
+# %% [markdown]
+# **Predict.** `add_batch` takes requests as a whole and returns what it promises to save. What will it promise for our
+# work, and how many tokens will really be found, in a pool of 160 blocks? And in one of 48?
+#
+# <details><summary>Then look</summary>
+
+# %%
+from minipaged.engine import BatchItem
+from minipaged.events import Admitted
+
+
+def serve_batch(num_blocks):
+    """Runs the prompts as one batch. Returns (tokens promised, tokens found, steps, preemptions)."""
+    config = EngineConfig(
+        num_blocks=num_blocks, block_size=4, max_model_len=256, max_num_batched_tokens=64, max_num_seqs=6
+    )
+    engine = Engine(config, NoModel(), lambda _, plan: [SampledToken(0) for _ in plan.samples], vocab_size=10_000)
+    events, found, steps = [], {}, 0
+    engine.events.subscribe(events.append)
+    promised = engine.add_batch(
+        [
+            BatchItem(str(number), prompt, SamplingParams(max_tokens=length, ignore_eos=True))
+            for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+        ]
+    )
+    while engine.has_unfinished():
+        engine.step()
+        steps += 1
+    for event in events:
+        if isinstance(event, Admitted):
+            found.setdefault(event.request_id, event.num_cached)  # not when it comes back after a preemption
+    return promised, sum(found.values()), steps, sum(isinstance(event, Preempted) for event in events)
+
+
+for num_blocks in (160, 48):
+    promised, found, steps, preemptions = serve_batch(num_blocks)
+    print(f"{num_blocks:3} blocks: {promised} promised, {found} found, {steps} steps, {preemptions} preemptions")
+
+# %% [markdown]
+# Exactly what the dynamic program said, in both pools: what a group keeps cannot be evicted. (Only a request that
+# needs the pool for itself alone may take it away.) Compare the steps in the larger pool with the table above. There
+# at most six run at once, as `max_num_seqs` says; of a batch as many run as memory holds, and some are preempted.
+#
+# Is it the best of all orders? Not always. One level is less than a cache that follows a chain through all levels can
+# find: sorted, our prompts cost fewer rows. minipaged leaves what the cache holds by luck alone, which is the price of
+# a promise. Run `minipaged experiments run batchllm` to see where each wins.
+# </details>
+#
+# With a model it is one word. The answers are those of any other schedule, in the order of the prompts:
+
+# %%
+from minipaged import LLM
+
+llm = LLM("tiny")
+story = "Once upon a time, in a small town by the sea, there lived a girl named Anna. She had a red boat and a dog."
+texts = [f"{story} {ending}" for ending in ("One morning", "Her dog", "The boat", "At night")] + ["A fox", "Two owls"]
+greedy = SamplingParams(temperature=0, max_tokens=12)
+grouped, plain = (llm.generate(texts, greedy, schedule=schedule) for schedule in ("batchllm", "fcfs"))
+print("the same answers:", [a.outputs[0].text for a in grouped] == [b.outputs[0].text for b in plain])
+
+# %% [markdown]
+# For a file of requests: `minipaged batch questions.jsonl -o answers.jsonl --schedule batchllm`.
+#
 # ## In the visualizer
 #
-# Start `make demo` (or `minipaged visualize`) and choose **Shared system prompt** (menu *scenario*). Four questions,
-# one group. Look at D, which comes when the others have gone: would its instructions still be there if twenty strangers
-# had come between?
+# Start `make demo` (or `minipaged visualize`) and choose **A batch in groups** (menu *scenario*). Below the pool you
+# see the tree, a branch for each group; in the pool, the blocks that are kept wear its colour. Compare it with **Shared
+# system prompt**: would D find its instructions if twenty strangers had come between?
 #
 # Source lines: `match` in [`minipaged/memory/table.py`](../minipaged/memory/table.py), `LRU` in
 # [`minipaged/memory/eviction.py`](../minipaged/memory/eviction.py), `_admit` in
-# [`minipaged/scheduling/scheduler.py`](../minipaged/scheduling/scheduler.py).
+# [`minipaged/scheduling/scheduler.py`](../minipaged/scheduling/scheduler.py); `plan` in
+# [`minipaged/scheduling/batchllm.py`](../minipaged/scheduling/batchllm.py), `BatchScheduler` in
+# [`minipaged/scheduling/groups.py`](../minipaged/scheduling/groups.py).
 #
 # ## Exercises
 #

@@ -13,9 +13,9 @@ from itertools import count
 from typing import Any, Protocol
 
 from minipaged.config import EngineConfig
-from minipaged.engine import Engine
+from minipaged.engine import BatchItem, Engine
 from minipaged.engine_thread import EngineLoop, fresh
-from minipaged.errors import InvalidRequest, StepFailed
+from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
 from minipaged.events import EngineError, EngineStarted, Event
 from visualizer.questions import Question, Quiz
 from visualizer.scenarios import Arrival, Scenario
@@ -218,6 +218,8 @@ class EngineThread(EngineLoop):
 
     def _submit_due(self) -> None:
         """An engine without work takes the next arrival at once: its steps stand still."""
+        if self._script and self._scenario is not None and self._scenario.batch:
+            self._submit_batch()
         while self._script:
             if self._script[0].at_step > self._script_step and self.engine.has_unfinished():
                 break
@@ -232,14 +234,31 @@ class EngineThread(EngineLoop):
             raise InvalidRequest("The prompt is empty: write a few words to go on from.")
         if len(self.engine.scheduler.waiting) >= MAX_WAITING:
             raise InvalidRequest(f"{MAX_WAITING} requests are waiting already; try again when some are done.")
+        item = self._item(arrival)
+        self.engine.add_request(item.request_id, item.prompt_token_ids, item.params, prompt=item.prompt)
+        self._num_requests += 1
+        self._flush()
+        return item.request_id
+
+    def _submit_batch(self) -> None:
+        """All of the script as one batch; where that cannot be, it is left to be handed in one by one."""
+        batch: list[BatchItem] = []
+        for number, arrival in enumerate(self._script):
+            batch.append(self._item(arrival)._replace(request_id=f"request-{number}"))
+        try:
+            self.engine.add_batch(batch)
+        except (InvalidRequest, InvalidConfig) as error:  # another model, or a scheduler that knows no groups
+            log.warning("the scenario's batch cannot be served as one: %s", error)
+            return
+        self._num_requests += len(batch)
+        self._script.clear()
+        self._flush()
+
+    def _item(self, arrival: Arrival) -> BatchItem:
         conversation = arrival.conversation()
         tokens = self.llm.render_chat(conversation) if conversation else self.llm.encode(arrival.prompt)
         chat = f"chat-{next(self._conversations)}" if arrival.messages else None
-        request_id = chat or f"request-{self._num_requests}"
-        self.engine.add_request(request_id, tokens, arrival.params(), prompt=arrival.prompt)
-        self._num_requests += 1
-        self._flush()
-        return request_id
+        return BatchItem(chat or f"request-{self._num_requests}", tokens, arrival.params(), arrival.prompt)
 
     def _play(self, scenario: Scenario | None) -> None:
         self._script = deque(scenario.arrivals if scenario else ())

@@ -222,6 +222,22 @@ def _admitted(state: State, events: list[Event]) -> Question | None:
     )
 
 
+def _group(state: State, events: list[Event]) -> Question | None:
+    joined = [event for event in _of(Admitted, events) if event.num_cached]
+    if len(joined) < 2 or not state.groups:
+        return None
+    prompts = sum(len(state.seqs[event.seq_id].tokens) for event in joined)
+    found = sum(event.num_cached for event in joined)
+    return _number(
+        f"{_names(event.seq_id for event in joined)} join their groups now. Their prompts have {prompts} tokens in "
+        "all. How many must be computed?",
+        prompts - found,
+        (prompts, joined[0].num_cached, 0),
+        f"Each takes the blocks that its group keeps into its table, as they are: {found} tokens are found, and only "
+        "what is its own is computed.",
+    )
+
+
 def _first_blocks(state: State, events: list[Event]) -> Question | None:
     admitted = _of(Admitted, events)
     if not admitted or not state.finished:
@@ -296,6 +312,7 @@ QUESTIONS: dict[str, Callable[[State, list[Event]], Question | None]] = {
     "moved": _moved,
     "chunk": _chunk,
     "admitted": _admitted,
+    "group": _group,
     "first_blocks": _first_blocks,
     "holes": _holes,
     "guessed": _guessed,

@@ -96,7 +96,8 @@ class Scenario:
 
     ``settings`` are `EngineConfig`'s; what they leave out is as the page was started. ``watch`` says what to look at,
     ``question`` names the question of `visualizer.questions` that is put before its answer is shown; with ``asks``
-    it is unless the viewer objects. ``tab`` is the chart that shows the point.
+    it is unless the viewer objects. ``tab`` is the chart that shows the point. The arrivals of a ``batch`` are handed
+    in as a whole, for BatchLLM to plan.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Scenario:
     question: str | None = None
     asks: bool = True
     tab: str = "memory"
+    batch: bool = False
 
 
 # Eight stories for a pool that holds about six of them. The third asks for four samples of one prompt, which
@@ -444,11 +446,47 @@ SPECULATION = Scenario(
     tab="sequences",
 )
 
+_BEGINNINGS = {
+    "fox": "One day, a fox met an owl. The owl was old and very wise, and the fox was hungry. They sat down under a "
+    "big tree in the forest, and it began to rain. The fox looked up, the owl looked down, and for a long time nobody "
+    "said a word. Then",
+    "girl": "Once upon a time, in a small town by the sea, there lived a girl named Anna. She had a red boat and a "
+    "little dog. Every morning, when the sun was up, they went out on the water together to look for a fish. "
+    "One morning",
+    "king": "The king had a big secret. At night, when all the others were asleep, he went down to the kitchen, and "
+    "there he baked bread for the people of the town. Nobody knew it, and everybody loved the bread. But one night",
+}
+_WAYS = (
+    ("fox", ", the fox", 12), ("king", ", the cook", 28), ("girl", ", the dog", 44), ("king", ", a little boy", 28),
+    ("girl", ", the boat", 44), ("fox", ", the owl", 12), ("girl", ", Anna", 44), ("king", ", the oven", 28),
+    ("fox", ", a bear", 12), ("girl", ", a big fish", 44),
+)  # fmt: skip
+
+BATCH = Scenario(
+    "A batch in groups",
+    tuple(
+        Arrival(0, _BEGINNINGS[story] + way, max_tokens=length, min_tokens=length, seed=number)
+        for number, (story, way, length) in enumerate(_WAYS)
+    ),
+    key="batchllm",
+    watch=(
+        "Ten prompts are known from the start: three beginnings of stories, each with ways to go on. BatchLLM makes a "
+        "group of each beginning; see the tree below the pool. The first of a group computes it, then the others join. "
+        "The group keeps it until its last text has ended, so a full pool cannot forget it. Long answers go first."
+    ),
+    settings=PAGED
+    | {"num_blocks": 28, "max_num_seqs": 4, "enable_prefix_caching": True, "eviction_policy": None}
+    | {"preemption": "recompute", "swap_blocks": None},
+    question="group",
+    tab="sequences",
+    batch=True,
+)
+
 SCENARIOS: dict[str, Scenario] = {
     scenario.key: scenario
     for scenario in (
-        OPENING, SAMPLES, BEAMS, PREFIX, PREDICTIONS, RECOMPUTE, SWAP, CHUNKED, BURST, FRAGMENTATION, WITHOUT_HOLES,
-        SPECULATION,
+        OPENING, SAMPLES, BEAMS, PREFIX, PREDICTIONS, RECOMPUTE, SWAP, CHUNKED, BURST, BATCH, FRAGMENTATION,
+        WITHOUT_HOLES, SPECULATION,
     )
 }  # fmt: skip
 

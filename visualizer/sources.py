@@ -20,6 +20,7 @@ from minipaged.memory.managers.virtual import VirtualTables
 from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.table import BlockTables
 from minipaged.memory.waste import AHEAD
+from minipaged.scheduling.groups import BatchScheduler
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.scheduling.speculative import Speculation
 
@@ -49,6 +50,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "speculated": Speculation.settle,
     "freed": BlockTables.free,
     "finished": Scheduler._finish,
+    "group_started": BatchScheduler.group,
+    "prefix_kept": BlockTables.keep,
+    "prefix_released": BlockTables.release,
+    "group_ended": BatchScheduler._finish,
     "step_finished": Engine.step,
     "engine_error": Engine._give_up,
     "engine_started": Engine.started_event,

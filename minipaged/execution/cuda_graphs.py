@@ -82,15 +82,15 @@ class DecodeGraphs:
         self._rows = torch.arange(max_num_seqs, device=device)
         self._scratch_block = scratch_block
 
-    @staticmethod
-    def covers(batch: Batch) -> bool:
+    def covers(self, batch: Batch) -> bool:
         """Whether the batch is one query per sequence, each to be sampled from, and nobody looks on.
 
-        Not under vAttention, whose contexts change their addresses and shapes with every step.
+        Not under vAttention, whose contexts change their addresses and shapes with every step; nor for a batch of
+        BatchLLM's that is larger than the largest graph.
         """
         B = len(batch.query_lens)
         plain = batch.observe is None and not batch.read_only and batch.slots is None
-        return batch.num_decodes == B == len(batch.logit_rows) and plain
+        return batch.num_decodes == B == len(batch.logit_rows) and B <= self.sizes[-1] and plain
 
     def run(self, batch: Batch) -> Tensor:
         """Logits [B, V] of a batch that `covers` accepts. They are overwritten by the next run."""

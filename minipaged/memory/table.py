@@ -12,7 +12,18 @@ from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, NamedTuple
 
 from minipaged.errors import BlockError, InvariantViolation
-from minipaged.events import Allocated, Copied, Event, EventLog, Freed, Shared, SwappedIn, SwappedOut
+from minipaged.events import (
+    Allocated,
+    Copied,
+    Event,
+    EventLog,
+    Freed,
+    PrefixKept,
+    PrefixReleased,
+    Shared,
+    SwappedIn,
+    SwappedOut,
+)
 from minipaged.memory.pool import BlockPool
 from minipaged.memory.prefix_cache import EMPTY_PREFIX, EvictionPolicy, PrefixCache
 from minipaged.memory.waste import Held, Moment
@@ -74,6 +85,7 @@ class BlockTables:
         self.swap_pool = BlockPool(swap_blocks)
         self.tables: dict[int, list[int]] = {}
         self.swapped: dict[int, list[int]] = {}  # tables of swapped-out sequences, in blocks of the swap pool
+        self.kept: dict[int, list[Hit]] = {}  # group -> the blocks that it keeps for those of it who are yet to come
         self._prefixes: dict[int, list[int]] = {}  # seq_id -> names of the prefixes that end its full blocks
         self._num_prompt: dict[int, int] = {}  # of sequences of which something is about to be predicted
         self._bits: dict[int, bool] = {}  # what has been predicted of sequences
@@ -243,6 +255,22 @@ class BlockTables:
         if self._cache and bit is not None and blocks:
             self._cache.note(blocks, bit)
 
+    def keep(self, group: int, seq_id: int, num_blocks: int) -> None:
+        """The group becomes one more owner of the first blocks of a table, whose KV must be in place."""
+        names, table = self._prefixes[seq_id][:num_blocks], self.tables[seq_id][:num_blocks]
+        self.kept[group] = [Hit(*pair) for pair in zip(names, table, strict=True)]
+        for block in table:
+            self.pool.share(block)
+        self._events.emit(PrefixKept, group, table)
+
+    def release(self, group: int) -> None:
+        """The group gives up what it has kept, if anything, tail before head."""
+        blocks = [hit.block for hit in reversed(self.kept.pop(group, []))]
+        for block in blocks:
+            self.pool.free(block)
+        if blocks:
+            self._events.emit(PrefixReleased, group, blocks)
+
     def can_swap_out(self, seq_ids: Seq[int]) -> bool:
         """Whether the swap space can take these sequences' blocks, each of which moves once."""
         return len({block for seq_id in seq_ids for block in self.tables[seq_id]}) <= self.swap_pool.num_free
@@ -274,6 +302,9 @@ class BlockTables:
                 later = max(here, min(size, moment.final - logical * size))
                 filled[block] = max(filled.get(block, 0), here)
                 coming[block] = max(coming.get(block, 0), later)
+        for hits in self.kept.values():
+            filled |= {hit.block: size for hit in hits}
+            coming |= {hit.block: size for hit in hits}
         token, final = sum(filled.values()), sum(coming.values())
         return Held(token, final - token, len(filled) * size - final)
 
@@ -285,9 +316,10 @@ class BlockTables:
         for seq_id, count in (num_computed or {}).items():
             if len(self.tables[seq_id]) != self.blocks_for(count):
                 raise InvariantViolation(f"{len(self.tables[seq_id])} blocks hold {count} tokens of sequence {seq_id}")
-        for pool, tables in ((self.pool, self.tables), (self.swap_pool, self.swapped)):
+        kept = [hit.block for hits in self.kept.values() for hit in hits]
+        for pool, tables, others in ((self.pool, self.tables, kept), (self.swap_pool, self.swapped, [])):
             pool.check()
-            named = Counter(block for table in tables.values() for block in table)
+            named = Counter(others) + Counter(block for table in tables.values() for block in table)
             for block, count in enumerate(pool.ref_counts):
                 if named.get(block, 0) != count:
                     raise InvariantViolation(f"block {block} is in {named[block]} tables but has {count} references")

@@ -187,7 +187,7 @@ class Scheduler:
             ]
             num_seqs = sum(r.width for r in self.running) + request.width
             budget = self.max_num_batched_tokens - plan.num_tokens
-            if num_seqs > self.max_num_seqs or len(writes) > budget:
+            if num_seqs > self._seats(request) or len(writes) > budget:
                 return
             needed = self.memory.blocks_needed_to_swap_in(writes)
             if needed > self.memory.pool.num_free - self._owed_to_running() - self._growth():
@@ -212,7 +212,7 @@ class Scheduler:
         # A static batch takes all it can hold at once, tokens or not: the next chance is far away.
         while self.waiting and (budget > 0 or self.static_batching):
             request = self.waiting[0]
-            if num_seqs + request.width > self.max_num_seqs or not self._fits(request, plan, owed):
+            if num_seqs + request.width > self._seats(request) or not self._fits(request, plan, owed):
                 break
             if request.status is Status.FINISHED:
                 continue  # it had outgrown the pool and `_fits` ended it
@@ -227,6 +227,10 @@ class Scheduler:
             budget -= counts[lead.seq_id]
             self._place(request, self._writes(request, counts), plan)
             owed += self._owed(request)
+
+    def _seats(self, request: Request) -> float:
+        """How many sequences may run when this request has joined."""
+        return self.max_num_seqs
 
     def _queue(self, request: Request, queue: list[Request], status: Status) -> None:
         insort(queue, request, key=lambda r: r.arrival)

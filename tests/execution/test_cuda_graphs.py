@@ -1,5 +1,6 @@
 """Decode by graphs, on any machine: what is replayed here is a closure that reads the same memory as a graph would."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -82,18 +83,31 @@ def test_padding_touches_no_block_of_a_sequence():
     assert not kv_cache.k[0][20].isnan().all(), "padding writes to the scratch block"
 
 
+def test_a_batch_in_groups_may_be_larger_than_any_graph():
+    llm, recorded = LLM("tiny", max_num_seqs=2, num_blocks=40, max_model_len=100), []
+    graphs = with_graphs(llm, recorded)
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    prompts = [f"{PROMPTS[0]} {word}" for word in ("one", "two", "three")]
+    running = []
+    llm.engine.events.subscribe(lambda e: running.append(len(llm.engine.scheduler.running)))
+    assert len(llm.generate(prompts, params, schedule="batchllm")) == 3
+    assert max(running) == 3 and set(graphs._graphs) <= {1, 2}
+
+
 def test_only_plain_decode_steps_are_replayed():
     one = torch.zeros(2, dtype=torch.int64)
 
     def batch(query_lens, rows, **more):
         decodes = sum(count == 1 for count in query_lens)
-        return Batch(one, one, one, one[None], one, one[:rows], query_lens, [5, 5], decodes, **more)
+        return Batch(one, one, one, one[None], one, one[:1].expand(rows), query_lens, [5, 5], decodes, **more)
 
-    assert DecodeGraphs.covers(batch([1, 1], 2))
-    assert not DecodeGraphs.covers(batch([1, 4], 2))  # a prompt among them
-    assert not DecodeGraphs.covers(batch([1, 1], 1))  # a chunk of one prompt token that samples nothing
-    assert not DecodeGraphs.covers(batch([1, 1], 2, read_only=True))
-    assert not DecodeGraphs.covers(batch([1, 1], 2, observe=print))
+    covers = partial(DecodeGraphs.covers, SimpleNamespace(sizes=[1, 2]))
+    assert covers(batch([1, 1], 2))
+    assert not covers(batch([1, 1, 1], 3))  # more than the largest graph
+    assert not covers(batch([1, 4], 2))  # a prompt among them
+    assert not covers(batch([1, 1], 1))  # a chunk of one prompt token that samples nothing
+    assert not covers(batch([1, 1], 2, read_only=True))
+    assert not covers(batch([1, 1], 2, observe=print))
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

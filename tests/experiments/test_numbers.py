@@ -6,13 +6,14 @@ from statistics import fmean
 import pytest
 
 from minipaged import LLM
-from minipaged.experiments import block_size, eviction, latency, saturation, waste
+from minipaged.experiments import batchllm, block_size, eviction, latency, saturation, waste
 from minipaged.experiments.beam_search import saved
 from minipaged.experiments.burstiness import served
 from minipaged.experiments.parallel_sampling import BlocksSaved
 from minipaged.experiments.rates import LIMIT, sustained, sweep
 from minipaged.experiments.saturation import saturate, saturated_system
 from minipaged.experiments.simulator import Roofline, simulate
+from minipaged.scheduling.batchllm import plan
 from minipaged.workloads import alpaca_like, at_once, poisson, sharegpt_like, trace
 
 SMALL = Roofline(num_slots=4100)  # a pool that few requests fill
@@ -167,3 +168,21 @@ def test_every_system_is_one_that_the_engine_has():
         "orca-oracle",
         "paged",
     }
+
+
+def test_groups_serve_a_batch_under_memory_pressure_sooner():
+    work = batchllm.one_level(4, documents=16)
+    clock = Roofline(num_slots=2400)
+    runs = {name: batchllm.simulated(system, work, clock) for name, system in batchllm.SYSTEMS.items()}
+    fcfs, ours = runs[batchllm.BASE], runs[batchllm.OURS]
+    assert fcfs.seconds > 1.3 * ours.seconds and ours.saved > 1.5 * fcfs.saved
+    planned = plan([prompt for prompt, _ in work], [count for _, count in work], 16).saved_tokens
+    assert ours.saved == planned / sum(len(prompt) for prompt, _ in work)
+    assert runs["BatchLLM, no groups"].saved < ours.saved == runs["BatchLLM, no ratio order"].saved
+
+
+def test_with_nothing_to_share_groups_cost_nothing():
+    work = batchllm.nothing_shared(4, 60)
+    clock, systems = Roofline(num_slots=2400), batchllm.SYSTEMS
+    fcfs, ours = (batchllm.simulated(systems[name], work, clock) for name in (batchllm.BASE, batchllm.OURS))
+    assert ours.saved == fcfs.saved == 0 and ours.seconds < 1.03 * fcfs.seconds

@@ -20,7 +20,7 @@ pytest.importorskip("pydantic", reason="the server's extra is not installed: pip
 from minipaged import SamplingParams  # noqa: E402
 from minipaged.batch import ANSWER, Task, open_batch, partition, run  # noqa: E402
 from minipaged.cli import app  # noqa: E402
-from minipaged.errors import InvalidRequest  # noqa: E402
+from minipaged.errors import InvalidConfig, InvalidRequest  # noqa: E402
 from tests.fake import fake_engine, unbatched  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +71,30 @@ def test_a_batch_is_answered_whole(files) -> None:
     assert done == sorted(done) and done[-1] == 50
     assert not llm.engine.has_unfinished() and not llm.engine.block_tables()
     assert open_batch(*files) == []
+
+
+def test_in_groups_the_answers_are_the_same_and_what_is_refused_is_refused_alone(tmp_path) -> None:
+    stem = list(range(20))
+    lines = [line(f"r{i}", prompt=[*stem[: 8 + i % 12], 30 + i], max_tokens=2 + i % 5) for i in range(20)]
+    lines.insert(3, line("bad", prompt=[1] * 500))
+    lines.insert(7, line("two", prompt=[[*stem, 1], [*stem, 2]]))
+    path = written(tmp_path / "in.jsonl", lines)
+    bodies = []
+    for schedule in ("fcfs", "batchllm"):
+        llm, out = fake_llm(max_num_seqs=2), tmp_path / f"{schedule}.jsonl"
+        groups = []
+        llm.engine.events.subscribe(lambda e, groups=groups: groups.append(e) if e.type == "group_started" else None)
+        run(llm, open_batch(path, out), out, schedule=schedule)
+        bodies.append({key: (one["status_code"], one["body"].get("usage")) for key, one in answers(out).items()})
+        assert bool(groups) == (schedule == "batchllm")
+    assert bodies[0] == bodies[1] and len(bodies[0]) == 22
+    assert [key for key, (status, _) in bodies[0].items() if status != 200] == ["bad"]
+
+
+def test_an_engine_without_a_prefix_cache_has_no_groups(files) -> None:
+    with pytest.raises(InvalidConfig, match="enable_prefix_caching"):
+        run(fake_llm(enable_prefix_caching=False), open_batch(*files), files[1], schedule="batchllm")
+    assert not files[1].exists()
 
 
 KILLED = """

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from gradio.context import Context
 from minipaged.events import State, event_from_dict
 from visualizer import log as log_module
 from visualizer.app import STATIC, PortInUse, Visualizer, launch
-from visualizer.scenarios import DEMO_SETTINGS, OPENING, Arrival
+from visualizer.scenarios import DEMO_SETTINGS, OPENING, SCENARIOS, Arrival
 
 STORIES = [
     Arrival(0, "Once upon a time", max_tokens=90, seed=1),
@@ -176,6 +177,33 @@ def test_the_reducers_agree(serve: Callable[..., Visualizer], pages: Any) -> Non
     reducer = (STATIC / "reducer.js").read_text(encoding="utf-8")
     assert page.evaluate(script, [reducer, begin, records, expected]) == "agree"
     assert dump == as_json(state)
+
+
+def test_the_tree_of_a_batch_has_the_engines_groups(serve: Callable[..., Visualizer], pages: Any) -> None:
+    visualizer = serve()
+    page = pages.open(visualizer)
+    visualizer.thread.set_rate(0.01).result(20)  # it computes its first step, and then only what is asked for
+    visualizer.thread.reset(replace(SCENARIOS["batchllm"], asks=False)).result(20)
+    visualizer.thread.pause().result(20)
+    seen = set()
+    for _ in range(4):
+        dump = caught_up(page, visualizer)
+        engine = visualizer.thread.engine
+        kept = visualizer.thread.call(lambda e=engine: dict(e.memory.kept)).result(20)
+        blocks = {number: [hit.block for hit in hits] for number, hits in kept.items()}
+        assert {int(number): group["kept"] for number, group in dump["groups"].items() if group["kept"]} == blocks
+        page.evaluate("minipaged.check()")
+        assert dump == as_json(replayed(visualizer, visualizer.log.end))
+        branches = page.eval_on_selector_all(
+            "[data-testid=group]", "all => all.map(g => [g.dataset.group, g.querySelectorAll('.mp-leaf').length])"
+        )
+        assert branches == [[number, len(group["request_ids"])] for number, group in dump["groups"].items()]
+        marked = page.eval_on_selector_all(".mp-cell[data-kept]", "cells => cells.map(c => Number(c.dataset.block))")
+        assert marked == sorted(block for table in blocks.values() for block in table)
+        seen.add(len(blocks))
+        steps(visualizer, 20)
+    assert len(seen) > 1
+    visualizer.thread.reset().result(20)
 
 
 def test_two_tabs_and_a_late_joiner_agree(

@@ -19,7 +19,7 @@ STEPS = int(20 * DEFAULT_RATE)  # what a viewer sees in twenty seconds
 # How many steps it takes to see the point, where that is less.
 ENOUGH = {"opening": 235, "samples": 20, "beams": 40, "prefix": 130, "recompute": 120, "swap": 120, "chunked": 32,
           "burst": 90, "fragmentation": 80, "without-holes": 40, "predictions": 112,
-          "speculation": 50}  # fmt: skip
+          "speculation": 50, "batchllm": 150}  # fmt: skip
 
 
 @dataclass
@@ -30,6 +30,10 @@ class Run:
     state: State
     question: dict[str, Any] | None = None
     verdict: dict[str, Any] | None = None
+
+    @property
+    def prompts(self) -> dict[str, list[int]]:
+        return {event.request_id: event.prompt_token_ids for event in self.of("request_added")}
 
     def of(self, kind: str) -> list[Any]:
         return [event for event in self.events if event.type == kind]
@@ -210,6 +214,28 @@ def test_a_burst_waits_in_order_and_nobody_for_the_whole_batch(run: Run) -> None
     ends = {step_of(run, event) for event in run.of("finished")}
     assert all(step_of(run, event) - 1 in ends for event in late), "one ends, the next begins"
     assert not run.of("preempted")
+
+
+@of("batchllm")
+def test_a_batch_runs_in_groups_whose_beginnings_are_kept(run: Run) -> None:
+    groups = {event.group: event for event in run.of("group_started")}
+    assert sorted(len(event.request_ids) for event in groups.values()) == [3, 3, 4]
+    first: dict[str, int] = {}
+    for event in run.of("admitted"):
+        first.setdefault(event.request_id, event.num_cached)
+    for event in groups.values():
+        leader, *others = (first[request_id] for request_id in event.request_ids)
+        assert leader == 0 and others == [16 * event.num_blocks] * len(others)
+    assert len(run.of("prefix_kept")) == len(run.of("prefix_released")) == len(run.of("group_ended")) == 3
+    assert run.of("preempted") and max(map(len, running_at_once(run))) > 4, "memory is the limit, not max_num_seqs"
+    assert not run.state.groups and len(run.state.finished) == 10
+    steps: list[list[int]] = []  # tokens of those who join a group, not counting what is shared
+    for event in run.events:
+        if event.type == "step_started":
+            steps.append([])
+        elif event.type == "admitted" and event.num_cached:
+            steps[-1].append(len(run.prompts[event.request_id]) - event.num_cached)
+    assert right(run) == str(sum(next(own for own in steps if len(own) > 1)))
 
 
 def free_pieces(state: State) -> list[int]:

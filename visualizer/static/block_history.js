@@ -138,6 +138,16 @@ const READ = {
   speculated(history, e) {
     for (const block of e.blocks) history.tell(block, "freed", `given back by ${letter(e.seq_id)}: its tokens were guessed wrong`);
   },
+  prefix_kept(history, e) {
+    for (const block of e.blocks) history.tell(block, "shared", `kept for group ${e.group + 1}`);
+  },
+  prefix_released(history, e, { ref_counts }) {
+    for (const block of e.blocks) {
+      const left = ref_counts[block] - 1;
+      const rest = left ? `; ${left} still name${left === 1 ? "s" : ""} it` : "";
+      history.tell(block, "freed", `no longer kept for group ${e.group + 1}${rest}`);
+    }
+  },
   swapped_out(history, e) {
     e.blocks.forEach((block, i) => {
       history.tell(block, "swapped", `${letter(e.seq_id)} moves to the CPU, block ${e.swap_blocks[i]} there`);

@@ -6,6 +6,7 @@ import { Chat } from "./chat.js";
 import { Controls } from "./controls.js";
 import { Experiments } from "./experiments.js";
 import { Flights } from "./flights.js";
+import { Groups } from "./groups.js";
 import { Guide } from "./guide.js";
 import { Inspector } from "./inspector.js";
 import { narrate } from "./narration.js";
@@ -77,6 +78,7 @@ class Page {
     this.playback = new Playback(root, this.player);
     this.sources = new Sources(root, more.sources);
     this.swap = new SwapSpace(root, select);
+    this.groups = new Groups(root, this.pool);
     this.flights = new Flights(root.querySelector("[data-part=scene]"), this.pool, this.swap);
     this.recordings = new Recordings(root, server, more.recordings ?? [], {
       load: (name, text, records) => this.showRecording(name, text, records),
@@ -234,6 +236,7 @@ class Page {
     this.inspector.render(this.player, this.pinned, lit);
     this.sequences.render(state, lit);
     this.swap.render(state, lit);
+    this.groups.render(state);
     this.timeline.render();
     this.playback.render();
     this.controls.render(this.status);

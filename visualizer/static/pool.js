@@ -1,5 +1,6 @@
 // The physical pool: one cell per block, showing who owns it, how full it is, whether it is shared, cached or free.
 
+import { keptBlocks } from "./groups.js";
 import { colour, element, ink, letter, list, plural, setText, stripes, text } from "./names.js";
 import { rovingCells } from "./parts.js";
 import { filled, owners, reservesAhead } from "./reducer.js";
@@ -93,11 +94,12 @@ export class Pool {
     }
     const calm = this.pace(player, now);
     this.owners = owners(state);
+    this.kept = keptBlocks(state);
     let used = 0;
     let cached = 0;
     for (let block = 0; block < this.cells.length; block += 1) {
       const own = this.owners.get(block) ?? [];
-      if (own.length) used += 1;
+      if (own.length || this.kept.has(block)) used += 1;
       else if (block in state.cached) cached += 1;
       this.renderCell(state, block, own, calm);
       this.cells[block].cell.classList.toggle("mp-dim", Boolean(lit) && !lit.blocks.has(block));
@@ -190,6 +192,8 @@ export class Pool {
       const quote = text(seq, logical * size, logical * size + fill).trim();
       words = `Block ${block} · ${own.length > 1 ? `shared by ${list(own.map(letter))}` : `owned by ${letter(own[0])}`}` +
         ` · logical ${logical} · ${fill} of ${plural(size, "slot")} filled` + (quote ? ` · “${quote}”` : "");
+    } else if (this.kept.has(block)) {
+      words = `Block ${block} · kept for group ${this.kept.get(block) + 1}: its texts begin with it, and some of them wait.`;
     } else if (block in state.cached) {
       const bit = state.predicted[block];
       const guess = bit === undefined ? "" : bit ? " Bit 1: it will probably not be needed again." : " Bit 0: it will probably be needed again.";

@@ -18,6 +18,7 @@ export class State {
     this.swap_ref_counts = [];
     this.cached = {};
     this.predicted = {};
+    this.groups = {};
     this.scheduled = [];
     this.error = null;
   }
@@ -196,6 +197,20 @@ const HANDLERS = {
     Object.assign(seq, { table: [], swap_table: [] });
     for (const block of e.blocks) counts[block] -= 1;
   },
+  group_started(state, e) {
+    state.groups[e.group] = { request_ids: [...e.request_ids], num_blocks: e.num_blocks, kept: [] };
+  },
+  prefix_kept(state, e) {
+    state.groups[e.group].kept = [...e.blocks];
+    for (const block of e.blocks) state.ref_counts[block] += 1;
+  },
+  prefix_released(state, e) {
+    state.groups[e.group].kept = [];
+    for (const block of e.blocks) state.ref_counts[block] -= 1;
+  },
+  group_ended(state, e) {
+    delete state.groups[e.group];
+  },
   finished(state, e) {
     const seq = state.seqs[e.seq_id];
     seq.finish_reason = e.reason;
@@ -251,10 +266,11 @@ export function measure(state) {
   return { step: state.step, logical, used, reserved: slots.size * state.config.block_size };
 }
 
-// What must hold whenever an event has been applied: reference counts equal occurrences in the tables.
+// What must hold whenever an event has been applied: reference counts equal occurrences in the tables and groups.
 export function check(state) {
   const counts = new Array(state.config.num_blocks).fill(0);
   for (const seq of Object.values(state.seqs)) for (const block of seq.table) counts[block] += 1;
+  for (const group of Object.values(state.groups)) for (const block of group.kept) counts[block] += 1;
   counts.forEach((count, block) => {
     if (count !== state.ref_counts[block]) {
       throw new Error(`block ${block} is in ${count} tables but has ${state.ref_counts[block]} references`);

@@ -42,6 +42,11 @@ export const TELLING = {
     (e.accepted < e.proposed ? `; ${e.proposed - e.accepted} taken back${e.blocks.length ? `, with ${blocks(e.blocks)}` : ""}.` : "."),
   freed: (e) => `${letter(e.seq_id)} gives back ${blocks(e.blocks)}.`,
   finished: (e) => `${letter(e.seq_id)} ${REASON[e.reason] ?? "is done"}.`,
+  group_started: (e) => `${plural(e.request_ids.length, "request")} of a batch make group ${e.group + 1}: they begin with the ` +
+    `same ${plural(e.num_blocks, "block")}, which shall be computed once.`,
+  prefix_kept: (e) => `Group ${e.group + 1} keeps its common beginning, ${blocks(e.blocks)}, for those of it who wait.`,
+  prefix_released: (e) => `Group ${e.group + 1} gives up the beginning that it has kept: ${blocks(e.blocks)}.`,
+  group_ended: (e) => `All of group ${e.group + 1} have ended.`,
   step_finished: (e) => `Step ${e.step} is done: ${plural(e.num_tokens, "token")} in ${(1000 * e.seconds).toFixed(1)} ms.`,
   engine_error: (e) => `Something went wrong: ${e.message}.`,
 };

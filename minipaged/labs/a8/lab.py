@@ -14,7 +14,11 @@ from minipaged.memory.table import Write
 
 
 def engine() -> dict[str, Any]:
-    """The engine's vAttention manager, told which slot to take. It has no order of requests: the lab's stands in."""
+    """The engine's vAttention manager, told which slot to take.
+
+    Its order of a batch (`batchllm.plan`) has groups with one level of sharing, and no cache of the previous prompt to
+    suit: the lab's own order stands in.
+    """
 
     class OutOfPages(MemoryError):
         pass

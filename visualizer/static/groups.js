@@ -1,0 +1,77 @@
+// The tree of a batch under the pool: a branch for each group, as long as what its texts have in common, with the blocks
+// that it keeps and a leaf for each of its requests. Only there while a batch runs.
+
+import { colour, element, ink, letter, list, plural, setHidden } from "./names.js";
+
+// block -> the number of the group that keeps it.
+export const keptBlocks = (state) => new Map(
+  Object.entries(state.groups).flatMap(([number, { kept }]) => kept.map((block) => [block, Number(number)]))
+);
+
+export class Groups {
+  constructor(root, pool) {
+    this.node = root.querySelector("[data-part=groups]");
+    this.pool = pool;
+    this.marked = []; // cells with the colour of a group
+    this.key = "";
+  }
+
+  render(state) {
+    const groups = Object.entries(state.groups).map(([number, group]) => branchOf(state, Number(number), group));
+    setHidden(this.node, !groups.length);
+    const key = JSON.stringify(groups);
+    if (key === this.key) return;
+    this.key = key;
+    this.node.replaceChildren(...groups.map(draw));
+    this.mark(groups);
+  }
+
+  // Blocks that a group keeps wear its colour in the pool, whoever names them besides.
+  mark(groups) {
+    for (const cell of this.marked) {
+      delete cell.dataset.kept;
+      cell.style.removeProperty("--group");
+    }
+    this.marked = [];
+    for (const { kept, hue } of groups) {
+      for (const block of kept) {
+        const cell = this.pool.cellOf(block);
+        if (!cell) continue;
+        cell.dataset.kept = "";
+        cell.style.setProperty("--group", hue);
+        this.marked.push(cell);
+      }
+    }
+  }
+}
+
+// What is drawn of a group. Its colour is that of its first text; requests that ended long ago are forgotten.
+function branchOf(state, number, { request_ids: ids, num_blocks: length, kept }) {
+  const leaves = ids.filter((id) => state.requests[id]).map((id) => {
+    const seq = state.requests[id][0];
+    const [running, over] = [state.running.includes(id), state.finished.includes(id)];
+    return { seq, name: running ? "runs" : over ? "has ended" : "waits" };
+  });
+  return { number, length, kept, leaves, all: ids.length, hue: colour(leaves[0]?.seq ?? number) };
+}
+
+function draw({ number, length, kept, leaves, all, hue }) {
+  const row = element("div", "mp-branch", null, { "data-testid": "group", "data-group": number });
+  row.style.setProperty("--group", hue);
+  const stem = element("span", "mp-stem", row);
+  stem.style.setProperty("--length", length);
+  stem.classList.toggle("mp-kept", kept.length > 0);
+  stem.textContent = kept.length ? kept.join(" ") : "";
+  stem.title = `${plural(length, "block")} in common` + (kept.length ? `, kept: ${list(kept.map(String))}` : ", not computed yet");
+  for (const { seq, name } of leaves) {
+    const leaf = element("i", "mp-leaf", row, { "data-seq": seq, "data-state": name, title: `${letter(seq)} ${name}` });
+    leaf.style.background = colour(seq);
+    leaf.style.color = ink(seq);
+    leaf.textContent = letter(seq);
+  }
+  const words = `group ${number + 1}: ${plural(length, "block")} in common, ${kept.length ? "kept" : "not computed yet"}; ` +
+    `${plural(all, "request")}, ${list(leaves.map(({ seq, name }) => `${letter(seq)} ${name}`))}`;
+  row.setAttribute("role", "img");
+  row.setAttribute("aria-label", words);
+  return row;
+}
