@@ -281,8 +281,7 @@ function renderPlace(row, { id, parent, depth, skipped, rails }) {
 function renderHit(state, id, row) {
   const { table, num_cached: tokens } = state.seqs[id];
   setHidden(row.hit, !tokens || !table.length);
-  const crowded = table.length >= CROWDED;
-  if (!row.hit.hidden) setText(row.hit, crowded ? `${tokens} cached` : `${plural(tokens, "token")} from the cache`);
+  if (!row.hit.hidden) setText(row.hit, table.length < CROWDED ? `${plural(tokens, "token")} from the cache` : `${tokens} cached`);
   row.chips.forEach(({ node }, logical) => {
     node.classList.toggle("mp-found", (logical + 1) * state.config.block_size <= tokens);
   });
