@@ -397,8 +397,8 @@ MUTANTS = [
         "after its first chunk a prompt is taken to be computed",
         Scheduler,
         "commit",
-        "seq.num_computed += chunk.num_tokens",
-        "seq.num_computed += chunk.num_tokens if chunk.start else max(chunk.num_tokens, len(seq.tokens) - 1)",
+        "seq.num_computed += known",
+        "seq.num_computed += known if chunk.start else max(known, len(seq.tokens) - 1)",
         (fuzz, scheduler.test_a_long_prompt_is_computed_in_chunks_under_the_budget),
     ),
     Mutant(
@@ -423,10 +423,7 @@ MUTANTS = [
         "_target",
         "if request.beams and len(live) > 1",
         "if False",
-        (
-            fuzz,
-            scheduler.test_beams_that_are_computed_again_in_chunks_wait_for_one_another,
-        ),
+        (scheduler.test_beams_that_are_computed_again_in_chunks_wait_for_one_another,),
     ),
     # --- swapping ---
     Mutant(

@@ -66,7 +66,7 @@ _ENTRIES = (
     Entry("kernel-overhead", "What following a block table costs attention", "PagedAttention, Fig. 18a", 1),
     Entry("block-size", "How large a block should be", "PagedAttention, Fig. 18b", 1),
     Entry("recompute-vs-swap", "Getting preempted requests back", "PagedAttention, Fig. 19", 1),
-    Entry("batchllm", "A batch that is known as a whole, in four orders and in groups", "BatchLLM, abstract", 10),
+    Entry("batchllm", "A known batch, in four orders and in groups", "BatchLLM, abstract", 10),
     Entry("page-groups", "How finely memory has to be mapped", "vAttention, sizes of page-groups", 2),
     Entry("mapping", "What mapping costs a step, now or in the background", "vAttention, mapping in the background", 2),
     Entry("eviction", "Which cached block to give up, by predictions", "Succinct predictions, hits by errors", 3),

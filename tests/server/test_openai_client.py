@@ -250,12 +250,14 @@ def test_overload_is_told_and_passes(start) -> None:
     server = start(limits=Limits(max_queue=2), max_num_seqs=2)
     server.hold()
     client = client_of(server)
-    accepted = [in_thread(lambda: chat(client)) for _ in range(4)]
+    long = {"max_tokens": 500, "extra_body": {"ignore_eos": True}}  # nobody ends before the fifth is there
+    accepted = [in_thread(lambda: chat(client, **long)) for _ in range(4)]
     until(lambda: len(server.service._jobs) == 4)
     server.server.thread.call(lambda: None).cancel()  # whatever state the queue is in
+    refused = in_thread(lambda: chat(client))
+    until(lambda: server.let() or refused.done())  # between two steps the engine's thread comes round to its commands
     with pytest.raises(openai.RateLimitError) as refusal:
-        server.let(3)  # the engine's thread must come round to its commands
-        chat(client)
+        refused.result(0)
     assert refusal.value.response.headers["retry-after"] == "1"
     server.release()
     assert all(answer.result(PATIENCE).choices for answer in accepted)

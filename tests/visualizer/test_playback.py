@@ -165,7 +165,7 @@ def test_sources_name_the_line_that_defines_the_function() -> None:
         assert lines[0].strip().startswith(f"def {function.__name__}("), kind
         assert ast.parse(dedent("\n".join(lines))).body[0].name == function.__name__ and lines[-1].strip()
         assert told[kind]["url"] is None or told[kind]["url"].startswith("https://github.com/")
-    assert len(json.dumps(files)) < 100_000, "it goes along with every page"
+    assert len(json.dumps(files)) < 120_000, "it goes along with every page"
 
 
 @pytest.mark.parametrize("home", [None, "https://github.com/somebody/minipaged"])
