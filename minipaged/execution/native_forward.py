@@ -6,7 +6,6 @@ It computes what the model's own ``forward`` says, with the same weights, on the
 from __future__ import annotations
 
 import ctypes
-from math import inf
 from typing import Any
 
 import torch
@@ -22,8 +21,7 @@ LONG = 1024 * 1024
 # Tokens · weights, up to which one thread is enough: about a millisecond. Several are faster on an idle machine, by a
 # fifth, and ten times slower on a busy one, where they wait for each other a hundred times a step. A laptop that draws
 # the visualizer's page is busy.
-SMALL = {torch.bfloat16: 64_000_000, torch.float32: 16_000_000}
-LARGE = 256_000_000  # tokens · weights in float32, from which on torch's products are the faster ones
+SMALL = 64_000_000
 
 
 def _structure(numbers: str, floats: str, pointers: str, more: str = "") -> type[ctypes.Structure]:
@@ -66,9 +64,7 @@ class NativeForward:
         )  # fmt: skip
         self._forward = native.function("forward", kv_cache.k[0].dtype)
         self._vocab_size = config.vocab_size
-        weights = sum(parameter.numel() for parameter in model.parameters())
-        self._small = SMALL[kv_cache.k[0].dtype] // weights  # tokens
-        self._large = inf if kv_cache.k[0].dtype is torch.bfloat16 else max(1, LARGE // weights)
+        self._weights = sum(parameter.numel() for parameter in model.parameters())
 
     @staticmethod
     def serves(model: Any, kv_cache: KVCache) -> bool:
@@ -81,7 +77,7 @@ class NativeForward:
 
     def covers(self, batch: Batch) -> bool:
         """Whether `run` does all that this batch asks for."""
-        if batch.observe is not None or batch.read_only or len(batch.token_ids) > self._large:
+        if batch.observe is not None or batch.read_only:
             return False
         return all(n * length <= LONG for n, length in zip(batch.query_lens, batch.context_lens_list, strict=True))
 
@@ -89,7 +85,7 @@ class NativeForward:
         """One step. Writes the KV of the T tokens; returns logits [R, V] in float32."""
         tables, lens = batch.block_tables, torch.tensor(batch.query_lens)
         logits = torch.empty(len(batch.logit_rows), self._vocab_size)
-        threads = 1 if len(batch.token_ids) <= self._small else torch.get_num_threads()
+        threads = 1 if len(batch.token_ids) * self._weights <= SMALL else torch.get_num_threads()
         step = _Step(
             len(batch.token_ids), len(tables), len(logits), tables.stride(0), threads,
             batch.token_ids.data_ptr(), batch.positions.data_ptr(), batch.slot_mapping.data_ptr(), tables.data_ptr(),

@@ -43,7 +43,7 @@ def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken | None]:
         seqs = _foreseen(plan)
 
     adjusted = adjust(logits, requests, seqs)
-    tokens = _likeliest(adjusted)
+    tokens = adjusted.argmax(dim=-1)
     random = [i for i, p in enumerate(params) if p.temperature > 0]
     if random:
         tokens[random] = _draw(adjusted[random], [params[i] for i in random], [seqs[i] for i in random])
@@ -115,13 +115,6 @@ def min_p_mask(scaled: Tensor, min_p: Tensor) -> Tensor:
 
 
 # --- drafts ---
-
-
-def _likeliest(logits: Tensor) -> Tensor:
-    """The likeliest token of each row, the first of equals. [rows, vocab] → [rows]"""
-    if logits.device.type == "cpu":
-        return torch.from_numpy(logits.numpy().argmax(axis=-1))  # six to twenty times as fast as torch's own
-    return logits.argmax(dim=-1)
 
 
 def _foreseen(plan: StepPlan) -> list[Sequence]:

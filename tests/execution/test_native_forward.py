@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minipaged import LLM, SamplingParams
-from minipaged.execution import native_forward
 from minipaged.execution.batch import Batch
 from minipaged.execution.kv_cache import KVCache
 from minipaged.execution.native_forward import LONG, NativeForward
@@ -148,15 +147,6 @@ def test_who_looks_on_and_the_longest_chunks_are_left_to_the_model(tmp_path):
     assert not ours.covers(batch)
     batch.read_only, batch.query_lens, batch.context_lens_list = False, [2], [LONG]
     assert not ours.covers(batch)
-
-
-def test_float32_products_too_large_are_left_to_torch_but_never_a_single_token(tmp_path, monkeypatch):
-    model = load(tmp_path, "llama2", "float32")
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    for limit, tokens in ((3 * weights, 3), (1, 1)):
-        monkeypatch.setattr(native_forward, "LARGE", limit)
-        ours = NativeForward(model, cache_for(model, torch.float32))
-        assert ours.covers(step([[0]], [0], [tokens])) and not ours.covers(step([[0]], [0], [tokens + 1]))
 
 
 def test_an_engine_uses_it_unless_attention_is_torchs(tmp_path):
