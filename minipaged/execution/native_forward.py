@@ -72,6 +72,8 @@ class NativeForward:
         dtype, config = kv_cache.k[0].dtype, model.config
         if kv_cache.kernels.name != "native" or {p.dtype for p in model.parameters()} != {dtype}:
             return False
+        if config.head_dim * dtype.itemsize % 4:  # attention reads bfloat16 in pairs
+            return False
         widths = (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
         return dtype in native.TYPES and all(width * dtype.itemsize % 64 == 0 for width in widths)
 

@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from minipaged.execution.kv_cache import KVCache
 from minipaged.execution.native_forward import LONG, NativeForward
 from minipaged.kernels import native
 from minipaged.kernels.backend import kernels_for
+from minipaged.models.gpt2 import GPT2
 from minipaged.models.loader import load_model
 from tests.checkpoints import save_llama
 from tests.models.families import FAMILIES, config_of, randomize
@@ -133,6 +135,10 @@ def test_what_it_does_not_serve_the_model_does(tmp_path):
     served = load(tmp_path / "served", "llama2", "float32")
     assert NativeForward.serves(served, cache_for(served, torch.float32))
     assert not NativeForward.serves(served, cache_for(served, torch.bfloat16))
+    heads = {"hidden_size": 160, "num_heads": 32, "num_kv_heads": 32, "head_dim": 5}
+    narrow = GPT2(replace(model.config, intermediate_size=64, **heads))
+    assert NativeForward.serves(narrow, cache_for(narrow, torch.float32))
+    assert not NativeForward.serves(narrow.to(torch.bfloat16), cache_for(narrow, torch.bfloat16))  # 5 is no pairs
     assert not NativeForward.serves(served.to(torch.float16), cache_for(served, torch.float16))
 
 
