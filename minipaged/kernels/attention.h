@@ -27,9 +27,18 @@ struct Walk {
     }
 };
 
+// Room for `size` numbers, and where it begins: at a cache line, for a register filled from two takes twice as long.
+constexpr size_t LINE = 64;
 template <typename T>
-static void reserve(std::vector<T> &numbers, size_t size) {
-    if (numbers.size() < size) numbers.resize(size);
+static T *reserve(std::vector<T> &numbers, size_t size) {
+    if (numbers.size() < size + LINE / sizeof(T)) numbers.resize(size + LINE / sizeof(T));
+    return (T *)(((uintptr_t)numbers.data() + LINE - 1) / LINE * LINE);
+}
+
+// As many numbers rounded up to whole lines.
+template <typename T>
+static size_t lines(size_t size) {
+    return (size * sizeof(T) + LINE - 1) / LINE * LINE / sizeof(T);
 }
 
 // Softmax of row[from … to); zero elsewhere.
@@ -148,10 +157,9 @@ static void attend(const Queries<T> &queries, const Pages<T> &pages, int64_t win
                    Scratch<T> &scratch) {
     const int64_t R = queries.rows(), length = queries.last() - queries.start;
     const int64_t wide = (length + LANES - 1) / LANES * LANES;
-    reserve(scratch.wide, R * wide + LANES * D + R * D);
-    reserve(scratch.narrow, LANES * D);
-    float *scores = scratch.wide.data(), *values = scores + R * wide, *sums = values + LANES * D;
-    score<T, FIXED>(queries, pages, D, scale, scores, wide, scratch.narrow.data());
+    float *scores = reserve(scratch.wide, R * wide + LANES * D + R * D);
+    float *values = scores + R * wide, *sums = values + LANES * D;
+    score<T, FIXED>(queries, pages, D, scale, scores, wide, reserve(scratch.narrow, LANES * D));
     for (int64_t r = 0; r < R; r++) {
         const int64_t to = queries.end + r / queries.G, from = window && to > window ? to - window : 0;
         soften(scores + r * wide, from - queries.start, to - queries.start, wide);

@@ -95,10 +95,9 @@ struct Space {
                                  T_ * m.D, T_ * m.D};
         T **parts[] = {&x, &normed, &qkv, &q, &heads, &delta, &up, &act, &columns, &cos, &sin};
         size_t total = 0;
-        for (int64_t size : sizes) total += size + 32;
-        if (numbers.size() < total) numbers.resize(total);
-        T *next = numbers.data();
-        for (int i = 0; i < 11; i++) *parts[i] = next, next += sizes[i] + 32;
+        for (int64_t size : sizes) total += lines<T>(size);
+        T *next = reserve(numbers, total);
+        for (int i = 0; i < 11; i++) *parts[i] = next, next += lines<T>(sizes[i]);
     }
 };
 
