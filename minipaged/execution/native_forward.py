@@ -74,6 +74,8 @@ class NativeForward:
             return False
         if config.head_dim * dtype.itemsize % 4:  # attention reads bfloat16 in pairs
             return False
+        if config.head_dim % 16 and any("q_norm" in name for name, _ in model.named_parameters()):
+            return False  # a norm takes sixteen numbers at once
         widths = (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
         return dtype in native.TYPES and all(width * dtype.itemsize % 64 == 0 for width in widths)
 

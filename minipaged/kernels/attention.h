@@ -2,7 +2,6 @@
 // query rows that look at it. Plain torch has to gather them first.
 #pragma once
 #include <cmath>
-#include <vector>
 
 #include "numbers.h"
 
@@ -26,20 +25,6 @@ struct Walk {
         return slot;
     }
 };
-
-// Room for `size` numbers, and where it begins: at a cache line, for a register filled from two takes twice as long.
-constexpr size_t LINE = 64;
-template <typename T>
-static T *reserve(std::vector<T> &numbers, size_t size) {
-    if (numbers.size() < size + LINE / sizeof(T)) numbers.resize(size + LINE / sizeof(T));
-    return (T *)(((uintptr_t)numbers.data() + LINE - 1) / LINE * LINE);
-}
-
-// As many numbers rounded up to whole lines.
-template <typename T>
-static size_t lines(size_t size) {
-    return (size * sizeof(T) + LINE - 1) / LINE * LINE / sizeof(T);
-}
 
 // Softmax of row[from … to); zero elsewhere.
 static void soften(float *row, int64_t from, int64_t to, int64_t size) {

@@ -29,45 +29,33 @@ struct Step {
     float *logits;  // [R, V]
 };
 
-// out = the norm of x, where x += delta first if there is one. [C]
+// out = the norm of x, where x += delta first if there is one. [C], a multiple of 16
 template <typename T>
 static void norm_row(T *x, const T *delta, const void *weight, const void *bias, T *out, int64_t C, const Model &m) {
     const T *w = (const T *)weight, *b = (const T *)bias;
-    if (delta)
-        for (int64_t c = 0; c < C; c++) x[c] = T(float(x[c]) + float(delta[c]));
-    float mean = 0, squares = 0;
-    if (m.centered) {
-#pragma omp simd reduction(+ : mean)
-        for (int64_t c = 0; c < C; c++) mean += float(x[c]);
-        mean /= C;
+    vec total = {}, squares = {};
+    for (int64_t c = 0; c < C; c += LANES) {
+        if (delta) store(x + c, load(x + c) + load(delta + c));
+        total += load(x + c);
     }
-#pragma omp simd reduction(+ : squares)
-    for (int64_t c = 0; c < C; c++) squares += (float(x[c]) - mean) * (float(x[c]) - mean);
-    const float factor = 1.f / std::sqrt(squares / C + float(m.eps));
-    if (m.centered)
-        for (int64_t c = 0; c < C; c++) out[c] = T((float(x[c]) - mean) * factor * float(w[c]) + float(b[c]));
-    else
-        for (int64_t c = 0; c < C; c++) out[c] = T(float(w[c]) * float(T(float(x[c]) * factor)));
-}
-
-// SwiGLU: [2·F] → [F].
-template <typename T>
-static void gate_row(const T *gate, T *out, int64_t F) {
-    const T *up = gate + F;
-    for (int64_t i = 0; i < F; i++) {
-        float x = gate[i], e = exp_(x < 0 ? x : -x), most = 1 / (1 + e);  // of -|x|, which cannot overflow
-        out[i] = T(float(T(x * (x < 0 ? e * most : most))) * float(up[i]));
+    const float mean = m.centered ? sum(total) / C : 0;
+    for (int64_t c = 0; c < C; c += LANES) squares += (load(x + c) - mean) * (load(x + c) - mean);
+    const float factor = 1.f / std::sqrt(sum(squares) / C + float(m.eps));
+    for (int64_t c = 0; c < C; c += LANES) {
+        const vec scaled = (load(x + c) - mean) * factor;
+        store(out + c, m.centered ? scaled * load(w + c) + load(b + c) : load(w + c) * rounded<T>(scaled));
     }
 }
 
-// GELU by its approximation with a hyperbolic tangent. [F] → [F]
+// SwiGLU and GELU (by its approximation with a hyperbolic tangent), for sixteen numbers of type T.
 template <typename T>
-static void gelu_row(const T *in, T *out, int64_t F) {
-    for (int64_t i = 0; i < F; i++) {
-        float x = in[i], y = 0.7978845608f * (x + 0.044715f * x * x * x);
-        float e = exp_(-2 * (y < 0 ? -y : y)), tanh = (1 - e) / (1 + e);
-        out[i] = T(0.5f * x * (1 + (y < 0 ? -tanh : tanh)));
-    }
+static inline vec swiglu(vec gate, vec up) {
+    return rounded<T>(gate / (1 + exp_(-gate))) * up;
+}
+
+static inline vec gelu(vec x) {
+    const vec y = 0.7978845608f * (x + 0.044715f * x * x * x);
+    return x / (1 + exp_(-2 * y));  // (1 + tanh y) / 2 = 1 / (1 + e^-2y)
 }
 
 // A head's channels i and i + D/2 turn as a pair.
@@ -87,12 +75,14 @@ struct Space {
     std::vector<int64_t> items;  // of attention: sequence, first token, count, its end
 
     T *x, *normed, *qkv, *q, *heads, *delta, *up, *act, *columns, *cos, *sin;
+    int64_t widest;  // numbers of a token that lie in columns
 
     void fit(const Model &m, const Step &s) {
-        const int64_t T_ = s.T, wide = m.F > m.H * m.D ? m.F : m.H * m.D, widest = wide > m.C ? wide : m.C;
+        const int64_t T_ = s.T, padded = (T_ + 31) / 32 * 32;
+        widest = m.C > m.H * m.D ? m.C : m.H * m.D;
+        const int64_t wide = (T_ < MOST_ROWS ? T_ : MOST_ROWS) * m.F * (1 + m.gated);  // only rows need it
         const int64_t sizes[] = {T_ * m.C, T_ * m.C, T_ * (m.H + 2 * m.KH) * m.D, T_ * m.H * m.D, T_ * m.H * m.D,
-                                 T_ * m.C, T_ * m.F * (1 + m.gated), T_ * m.F, (T_ + 31) / 32 * 32 * widest,
-                                 T_ * m.D, T_ * m.D};
+                                 T_ * m.C, wide, padded * m.F, padded * widest, T_ * m.D, T_ * m.D};
         T **parts[] = {&x, &normed, &qkv, &q, &heads, &delta, &up, &act, &columns, &cos, &sin};
         size_t total = 0;
         for (int64_t size : sizes) total += lines<T>(size);
@@ -101,6 +91,7 @@ struct Space {
     }
 };
 
+constexpr int64_t APART = 128;   // tokens for each thread, from which on each takes its own
 constexpr int64_t TOGETHER = 8;  // tokens of a prompt that attend together, and read a key once
 
 // Q and K of one token turned, K and V stored. qkv: [(H + 2·KH) · D] → q [H, D] and the caches.
@@ -120,6 +111,73 @@ static void place_row(const Model &m, const Layer &l, T *qkv, const T *cos, cons
     std::memcpy(v_to, v, m.KH * m.D * sizeof(T));
 }
 
+// act = the MLP's inner numbers from x [T, C]; both in rows, or both in columns, where they are made of the sums at once.
+template <typename T>
+static void widen(const Model &m, const Layer &l, const T *x, T *up, T *act, int64_t M) {
+    const T *w = (const T *)l.up, *bias = (const T *)l.up_bias;
+    const int64_t F = m.F;
+    if (in_rows<T>(M)) {
+        linear(x, w, bias, up, M, F * (1 + m.gated), m.C);
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t t = 0; t < M; t++)
+            for (int64_t i = 0; i < F; i += LANES) {
+                const T *here = up + t * F * (1 + m.gated) + i;
+                store(act + t * F + i, m.gated ? swiglu<T>(load(here), load(here + F)) : gelu(load(here)));
+            }
+    } else if (m.gated) {
+        multiply_columns(x, w, M, F, m.C, F, [&](int64_t t, int64_t n, int64_t, const float *sums) {
+            const auto one = [&](int64_t i) {
+                return swiglu<T>(rounded<T>(load(sums + i * LANES)), rounded<T>(load(sums + (LANES + i) * LANES)));
+            };
+            T *to = act + t * F + n * LANES;
+            for (int64_t i = 0; i < LANES; i += 2) store_in_column(to + i * LANES, one(i), one(i + 1));
+        });
+    } else {
+        multiply_columns(x, w, M, F, m.C, 0, [&](int64_t t, int64_t n, int64_t rows, const float *sums) {
+            const auto one = [&](int64_t i) { return gelu(rounded<T>(load(sums + i * LANES) + float(bias[n + i]))); };
+            T *to = act + t * F + n * LANES;
+            for (int64_t i = 0; i < rows; i += 2) store_in_column(to + i * LANES, one(i), one(i + 1));
+        });
+    }
+}
+
+// x in rows or in columns, as `linear` wants M tokens.
+template <typename T>
+static const T *arranged(const T *x, T *columns, int64_t M, int64_t K) {
+    if (in_rows<T>(M)) return x;
+    lay_in_columns(x, columns, M, K);
+    return columns;
+}
+
+// A layer's part before attention, for M tokens from the `from`th on: norm, Q, K and V.
+template <typename T>
+static void before(const Model &m, const Layer &l, const Step &s, Space<T> &a, int64_t from, int64_t M) {
+    const int64_t C = m.C, D = m.D, qkv_size = (m.H + 2 * m.KH) * D;
+    T *normed = a.normed + from * C, *qkv = a.qkv + from * qkv_size, *columns = a.columns + from * a.widest;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < M; t++)
+        norm_row<T>(a.x + (from + t) * C, &l == m.layers ? nullptr : a.delta + (from + t) * C, l.norm, l.norm_bias,
+                    normed + t * C, C, m);
+    linear(arranged(normed, columns, M, C), (const T *)l.qkv, (const T *)l.qkv_bias, qkv, M, qkv_size, C);
+#pragma omp for schedule(static)
+    for (int64_t t = from; t < from + M; t++)
+        place_row(m, l, a.qkv + t * qkv_size, a.cos + t * D, a.sin + t * D, s.slots[t], a.q + t * m.H * D);
+}
+
+// And its part behind: the heads together, norm, MLP.
+template <typename T>
+static void behind(const Model &m, const Layer &l, Space<T> &a, int64_t from, int64_t M) {
+    const int64_t C = m.C, H = m.H * m.D;
+    T *normed = a.normed + from * C, *delta = a.delta + from * C, *columns = a.columns + from * a.widest;
+    T *act = a.act + from * m.F;
+    linear(arranged(a.heads + from * H, columns, M, H), (const T *)l.out, (const T *)l.out_bias, delta, M, C, H);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < M; t++)
+        norm_row<T>(a.x + (from + t) * C, delta + t * C, l.mlp_norm, l.mlp_norm_bias, normed + t * C, C, m);
+    widen(m, l, arranged(normed, columns, M, C), a.up, act, M);
+    linear(act, (const T *)l.down, (const T *)l.down_bias, delta, M, C, m.F);
+}
+
 template <typename T>
 static void forward(const Model &m, const Step &s) {
     static thread_local Space<T> space;  // the team below shares that of the thread which called
@@ -131,10 +189,21 @@ static void forward(const Model &m, const Step &s) {
             const int64_t left = s.query_lens[b] - i, end = s.context_lens[b] - left + 1;
             a.items.insert(a.items.end(), {b, t + i, left < TOGETHER ? left : TOGETHER, end});
         }
-    const int64_t items = a.items.size() / 4, G = m.H / m.KH, qkv_size = (m.H + 2 * m.KH) * m.D;
+    const int64_t items = a.items.size() / 4, G = m.H / m.KH;
     // A token's heads lie side by side: one thread should take all of them, where there are enough for all threads.
     [[maybe_unused]] const int64_t chunk = items >= 2 * s.threads ? m.KH : 1;
     const auto one = attention_of<T>(m.D);
+    // Of few tokens all threads do a share of every operation, and a weight is read once. Of many each thread takes some
+    // through all operations: it reads all weights, but no numbers that another thread has just written.
+    const int64_t share = s.T < APART * s.threads ? s.T : (s.T + 32 * s.threads - 1) / (32 * s.threads) * 32;
+    const auto in_shares = [&](auto work) {
+        if (share == s.T) return work(0, s.T);
+#pragma omp for schedule(static)
+        for (int64_t from = 0; from < s.T; from += share) {
+#pragma omp parallel num_threads(1)
+            work(from, from + share < s.T ? share : s.T - from);
+        }
+    };
 #pragma omp parallel num_threads(s.threads)
     {
         Scratch<T> scratch;
@@ -156,15 +225,7 @@ static void forward(const Model &m, const Step &s) {
         }
         for (int64_t i = 0; i < m.num_layers; i++) {
             const Layer &l = m.layers[i];
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < s.T; t++)
-                norm_row<T>(a.x + t * m.C, i ? a.delta + t * m.C : nullptr, l.norm, l.norm_bias, a.normed + t * m.C,
-                            m.C, m);
-            linear(a.normed, (const T *)l.qkv, (const T *)l.qkv_bias, a.qkv, s.T, qkv_size, m.C, a.columns);
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < s.T; t++)
-                place_row(m, l, a.qkv + t * qkv_size, a.cos + t * m.D, a.sin + t * m.D, s.slots[t],
-                          a.q + t * m.H * m.D);
+            in_shares([&](int64_t from, int64_t M) { before(m, l, s, a, from, M); });
 #pragma omp for schedule(dynamic, chunk)
             for (int64_t j = 0; j < items * m.KH; j++) {
                 const int64_t *item = &a.items[j / m.KH * 4], h = j % m.KH, at = (item[1] * m.H + h * G) * m.D;
@@ -173,23 +234,14 @@ static void forward(const Model &m, const Step &s) {
                 const Queries<T> queries = {a.q + at, m.H * m.D, G, item[2], first_seen(item[3], l.window), item[3]};
                 one(queries, pages, l.window, a.heads + at, m.D, float(m.scale), scratch);
             }
-            linear(a.heads, (const T *)l.out, (const T *)l.out_bias, a.delta, s.T, m.C, m.H * m.D, a.columns);
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < s.T; t++)
-                norm_row<T>(a.x + t * m.C, a.delta + t * m.C, l.mlp_norm, l.mlp_norm_bias, a.normed + t * m.C, m.C, m);
-            const int64_t up = m.F * (1 + m.gated);
-            linear(a.normed, (const T *)l.up, (const T *)l.up_bias, a.up, s.T, up, m.C, a.columns);
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < s.T; t++)
-                m.gated ? gate_row(a.up + t * up, a.act + t * m.F, m.F) : gelu_row(a.up + t * up, a.act + t * m.F, m.F);
-            linear(a.act, (const T *)l.down, (const T *)l.down_bias, a.delta, s.T, m.C, m.F, a.columns);
+            in_shares([&](int64_t from, int64_t M) { behind(m, l, a, from, M); });
         }
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < s.R; r++) {
             const int64_t t = s.logit_rows[r];
             norm_row<T>(a.x + t * m.C, a.delta + t * m.C, m.norm, m.norm_bias, a.normed + r * m.C, m.C, m);
         }
-        linear(a.normed, (const T *)m.head, (const T *)nullptr, s.logits, s.R, m.V, m.C, a.columns);
+        linear(arranged(a.normed, a.columns, s.R, m.C), (const T *)m.head, (const T *)nullptr, s.logits, s.R, m.V, m.C);
         end_tiles();
     }
 }

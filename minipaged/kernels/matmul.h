@@ -3,8 +3,8 @@
 //
 // There are two ways through, by the number of tokens M:
 //
-//   few        one dot product per output, along a row of weights. Memory is the limit: each weight is read once.
-//   sixteens   tokens are laid side by side in columns of sixteen, so that sixteen outputs fill a register, or a tile
+//   rows       few tokens: dot products of rows of x with rows of weights. Memory is the limit: each weight is read once.
+//   columns    tokens are laid side by side in columns of sixteen, so that sixteen outputs fill a register, or a tile
 //              of AMX. A weight that was read is used for all of them.
 #pragma once
 #include "numbers.h"
@@ -14,22 +14,44 @@
 #include <unistd.h>
 #endif
 
-constexpr int64_t ROWS = 32;  // of weights, at a time
-// --- few tokens ------------------------------------------------------------------------------------------------
+#ifdef __AVX512F__
+constexpr int FIT = 16, MOST_ROWS = 8;  // sums in registers; tokens that are few enough for rows
+#else
+constexpr int FIT = 4, MOST_ROWS = 4;
+#endif
+constexpr int64_t PANEL = 32;  // rows of weights, at a time
+constexpr int64_t CACHED = 1 << 20;  // bytes of columns at a time, which stay near while all weights pass by
+constexpr int64_t CHANNELS = 288;  // of AMX at a time, so that a panel's weights stay nearer still
 
-// COUNT outputs of one token: rows n … of the weights, each against x.
-template <typename T, int COUNT, typename Put>
+// --- rows ------------------------------------------------------------------------------------------------------
+
+// COUNT rows of weights against TOKENS rows of x.
+template <typename T, int COUNT, int TOKENS, typename Put>
 static inline void dots(const T *x, const T *w, int64_t K, Put put) {
-    vec sums[COUNT] = {};
-    for (int64_t k = 0; k < K; k += LANES * UNIT<T>)
-        for (int i = 0; i < COUNT; i++) {
-            multiply(sums[i], w + i * K + k, x + k);
-            __builtin_prefetch(w + (i + COUNT) * K + k);  // rows are short, and the CPU's own foresight ends with each
-        }
-    for (int i = 0; i < COUNT; i++) put(i, sum(sums[i]));
+    vec sums[COUNT][TOKENS] = {};
+    for (int64_t k = 0; k < K; k += LANES * UNIT<T>) {
+        for (int i = 0; i < COUNT; i++) __builtin_prefetch(w + (i + COUNT) * K + k);  // a CPU's foresight ends with a row
+        for (int j = 0; j < TOKENS; j++)
+            for (int i = 0; i < COUNT; i++) multiply(sums[i][j], w + i * K + k, x + j * K + k);
+    }
+    for (int i = 0; i < COUNT; i++)
+        for (int j = 0; j < TOKENS; j++) put(j, i, sum(sums[i][j]));
 }
 
-// --- sixteen tokens at a time ----------------------------------------------------------------------------------
+// All of `rows` rows of weights against TOKENS tokens from m on, as long as there are so many.
+template <typename T, int TOKENS, typename Put>
+static inline void dots_of(const T *x, const T *w, int64_t &m, int64_t M, int64_t rows, int64_t K, Put put) {
+    constexpr int COUNT = FIT / TOKENS < 8 ? FIT / TOKENS : 8;
+    for (; m + TOKENS <= M; m += TOKENS) {
+        int64_t n = 0;
+        for (; n + COUNT <= rows; n += COUNT)
+            dots<T, COUNT, TOKENS>(x + m * K, w + n * K, K, [&](int j, int i, float v) { put(m + j, n + i, v); });
+        for (; n < rows; n++)
+            dots<T, 1, TOKENS>(x + m * K, w + n * K, K, [&](int j, int, float v) { put(m + j, n, v); });
+    }
+}
+
+// --- columns ---------------------------------------------------------------------------------------------------
 
 // x [M, K] → columns [M/16, K/UNIT, 16] of units; what is beyond M is whatever. Shared among the threads of a team.
 template <typename T>
@@ -43,29 +65,24 @@ static void lay_in_columns(const T *x, T *columns, int64_t M, int64_t K) {
         }
 }
 
-// ROWS rows of weights against one or two columns: sums [2, ROWS, 16].
-template <typename T>
-static void block(const T *w, int64_t K, const T *columns, bool two, float *sums) {
-#ifdef __AVX512F__
-    constexpr int COUNT = 8;  // with two columns each, 16 of 32 registers
-#else
-    constexpr int COUNT = 2;
-#endif
-    const T *second = two ? columns + LANES * K : columns;
-    for (int64_t n = 0; n < ROWS; n += COUNT) {
-        vec a[COUNT] = {}, b[COUNT] = {};
-        for (int64_t u = 0; u < K / UNIT<T>; u++) {
-            const T *x = columns + u * LANES * UNIT<T>, *y = second + u * LANES * UNIT<T>;
-            for (int i = 0; i < COUNT; i++) {
-                const T *one = w + (n + i) * K + u * UNIT<T>;
-                multiply_by(a[i], one, x);
-                multiply_by(b[i], one, y);
-            }
+// Sixteen rows of weights against C columns, from channel `from` to `to`: sums [C, 16, 16], where those of the columns lie
+// PANEL rows apart. They are added to what is there, but for the first channels.
+template <typename T, int C>
+static void block(const T *w, int64_t K, int64_t from, int64_t to, const T *columns, float *sums) {
+    constexpr int COUNT = FIT / C;
+    for (int64_t n = 0; n < LANES; n += COUNT, w += COUNT * K, sums += COUNT * LANES) {
+        vec registers[COUNT][C] = {};
+        for (int i = 0; from && i < COUNT; i++)
+            for (int c = 0; c < C; c++) registers[i][c] = load(sums + (c * PANEL + i) * LANES);
+        for (int64_t k = from; k < to; k += LANES * UNIT<T>) {
+            for (int i = 0; i < COUNT; i++) __builtin_prefetch(w + (i + COUNT) * K + k);
+            for (int64_t u = k; u < k + LANES * UNIT<T>; u += UNIT<T>)
+                for (int i = 0; i < COUNT; i++)
+                    for (int c = 0; c < C; c++)
+                        multiply_by(registers[i][c], w + i * K + u, columns + c * LANES * K + u * LANES);
         }
-        for (int i = 0; i < COUNT; i++) {
-            *(vec *)(sums + (n + i) * LANES) = a[i];
-            *(vec *)(sums + (ROWS + n + i) * LANES) = b[i];
-        }
+        for (int i = 0; i < COUNT; i++)
+            for (int c = 0; c < C; c++) store(sums + (c * PANEL + i) * LANES, registers[i][c]);
     }
 }
 
@@ -76,19 +93,31 @@ static bool has_tiles() {
     return granted;
 }
 
-// The same in AMX: a tile of 16 weight rows times a tile of 16 tokens, 32 channels at once.
-static void block_of_tiles(const bf16 *w, int64_t K, const bf16 *columns, bool two, float *sums) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < K; k += 32) {
+// The same in AMX, for twice sixteen rows: a tile of 16 weight rows times a tile of 16 tokens, 32 channels at once.
+static void block_of_tiles(const bf16 *w, const bf16 *w2, int64_t K, int64_t from, int64_t to, int64_t ahead,
+                           const bf16 *columns, bool two, float *sums) {
+    if (from) {
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + 16 * LANES, 64);
+        _tile_loadd(2, sums + PANEL * LANES, 64);
+        _tile_loadd(3, sums + (PANEL + 16) * LANES, 64);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = from; k < to; k += 32) {
         _tile_loadd(4, w + k, K * 2);
-        _tile_loadd(5, w + 16 * K + k, K * 2);
+        _tile_loadd(5, w2 + k, K * 2);
         _tile_loadd(6, columns + k * LANES, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
         if (two) {
+            for (int64_t i = 0; i < 16; i++) {  // of few tokens memory is the limit, and rows come from far
+                __builtin_prefetch(w + (ahead + i) * K + k, 0, 2);
+                __builtin_prefetch(w2 + (ahead + i) * K + k, 0, 2);
+            }
             _tile_loadd(7, columns + LANES * K + k * LANES, 64);
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
@@ -97,8 +126,8 @@ static void block_of_tiles(const bf16 *w, int64_t K, const bf16 *columns, bool t
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + 16 * LANES, 64);
     if (two) {
-        _tile_stored(2, sums + ROWS * LANES, 64);
-        _tile_stored(3, sums + (ROWS + 16) * LANES, 64);
+        _tile_stored(2, sums + PANEL * LANES, 64);
+        _tile_stored(3, sums + (PANEL + 16) * LANES, 64);
     }
 }
 
@@ -116,50 +145,97 @@ static void end_tiles() {
 }
 #else
 static bool has_tiles() { return false; }
-static void block_of_tiles(const bf16 *, int64_t, const bf16 *, bool, float *) {}
+static void block_of_tiles(const bf16 *, const bf16 *, int64_t, int64_t, int64_t, int64_t, const bf16 *, bool, float *) {}
 static void begin_tiles() {}
 static void end_tiles() {}
 #endif
 
+// Whether M tokens go through in rows, by measurement.
+template <typename T>
+static bool in_rows(int64_t M) {
+    return M <= (UNIT<T> == 2 && has_tiles() ? 1 : MOST_ROWS);
+}
+
+// Columns of M tokens against weights w [N, K]: take(m, n, rows, sums) gets the products of sixteen tokens from m on and
+// PANEL rows of weights, [PANEL, 16], of which `rows` exist. They are the rows from n on; with an `apart` above 0 sixteen
+// of them, and sixteen that lie `apart` rows behind, and N counts the first ones. Shared among the threads of a team.
+template <typename T, typename Take>
+static void multiply_columns(const T *columns, const T *w, int64_t M, int64_t N, int64_t K, int64_t apart, Take take) {
+    const bool tiles = UNIT<T> == 2 && has_tiles();
+    const int64_t step = apart ? LANES : PANEL, most = CACHED / (K * int64_t(sizeof(T))) / PANEL * PANEL + PANEL;
+    const int64_t chunk = tiles && M > PANEL ? CHANNELS : K;
+    std::vector<T> spare;
+    std::vector<float> room;
+    float *sums = reserve(room, (M < most ? M + PANEL : most) * PANEL);
+    for (int64_t begin = 0; begin < M; begin += most) {
+        const int64_t end = begin + most < M ? begin + most : M;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n += step) {
+            const int64_t rows = apart || n + PANEL <= N ? PANEL : N - n;
+            const T *first = w + n * K, *second = first + (apart ? apart : LANES) * K;
+            if (rows < PANEL) {  // the last ones, and rows of zeros
+                spare.assign(PANEL * K, T(0.f));
+                std::memcpy(spare.data(), first, rows * K * sizeof(T));
+                first = spare.data(), second = first + LANES * K;
+            }
+            for (int64_t from = 0; from < K; from += chunk) {
+                const int64_t to = from + chunk < K ? from + chunk : K;
+                for (int64_t m = begin; m < end; m += 2 * LANES) {
+                    const bool two = end - m > LANES;
+                    const T *x = columns + m * K;
+                    float *here = sums + (m - begin) * PANEL;
+                    if (tiles) {
+                        block_of_tiles((const bf16 *)first, (const bf16 *)second, K, from, to, step, (const bf16 *)x, two,
+                                       here);
+                    } else {
+                        const auto some = two ? block<T, 2> : block<T, 1>;
+                        some(first, K, from, to, x, here);
+                        some(second, K, from, to, x, here + LANES * LANES);
+                    }
+                    if (to < K) continue;
+                    take(m, n, rows, here);
+                    if (two) take(m + LANES, n, rows, here + PANEL * LANES);
+                }
+            }
+        }
+    }
+}
+
 // --- both ------------------------------------------------------------------------------------------------------
 
-// x [M, K], w [N, K], bias [N] or null → out [M, N], rounded to T first. `columns` has room for M rounded up to 16.
-// Called by all threads of a team, which leave it together. K must be a multiple of 16 units.
+// x [M, K], in rows or in columns, w [N, K], bias [N] or null → out [M, N], rounded to T first. K must be a multiple of
+// 16 units. Called by all threads of a team, which leave it together.
 template <typename T, typename O>
-static void linear(const T *x, const T *w, const T *bias, O *out, int64_t M, int64_t N, int64_t K, T *columns) {
+static void linear(const T *x, const T *w, const T *bias, O *out, int64_t M, int64_t N, int64_t K) {
     const auto put = [&](int64_t m, int64_t n, float value) {
         out[m * N + n] = O(T(bias ? value + float(bias[n]) : value));
     };
-    const bool tiles = UNIT<T> == 2 && has_tiles();
-    const bool few = M <= (tiles ? 1 : 8);  // measured
-    if (!few) lay_in_columns(x, columns, M, K);
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < N; n += ROWS) {
-        if (few || n + ROWS > N) {
-            const int64_t end = n + ROWS < N ? n + ROWS : N;
-            for (int64_t m = 0; m < M; m++) {
-                int64_t row = n;
-                for (; row + 8 <= end; row += 8)
-                    dots<T, 8>(x + m * K, w + row * K, K, [&](int i, float value) { put(m, row + i, value); });
-                for (; row < end; row++)
-                    dots<T, 1>(x + m * K, w + row * K, K, [&](int i, float value) { put(m, row + i, value); });
+    if (!in_rows<T>(M)) {
+        multiply_columns(x, w, M, N, K, 0, [&](int64_t m, int64_t n, int64_t rows, const float *sums) {
+            for (int64_t j = 0; j < rows; j += LANES, n += LANES, sums += LANES * LANES) {
+                alignas(64) float turned[LANES * LANES];
+                transpose([&](int64_t i) { return sums + i * LANES; }, turned);
+                const int64_t tokens = M - m < LANES ? M - m : LANES;
+                if (j + LANES <= rows)
+                    for (int64_t i = 0; i < tokens; i++) {
+                        const vec value = load(turned + i * LANES);
+                        store(out + (m + i) * N + n, rounded<T>(bias ? value + load(bias + n) : value));
+                    }
+                else
+                    for (int64_t i = 0; i < tokens; i++)
+                        for (int64_t l = 0; j + l < rows; l++) put(m + i, n + l, turned[i * LANES + l]);
             }
-            continue;
-        }
-        alignas(64) float sums[2 * ROWS * LANES];
-        for (int64_t m = 0; m < M; m += 2 * LANES) {
-            if (tiles)
-                block_of_tiles((const bf16 *)w + n * K, K, (const bf16 *)columns + m * K, M - m > LANES, sums);
-            else
-                block<T>(w + n * K, K, columns + m * K, M - m > LANES, sums);
-            for (int64_t i = m; i < M && i < m + 2 * LANES; i += LANES)
-                for (int64_t j = 0; j < ROWS; j += LANES) {
-                    alignas(64) float turned[LANES * LANES];
-                    const float *part = sums + ((i - m) / LANES * ROWS + j) * LANES;
-                    transpose([&](int64_t n) { return part + n * LANES; }, turned);
-                    for (int64_t o = 0; o < LANES && i + o < M; o++)
-                        for (int64_t l = 0; l < LANES; l++) put(i + o, n + j + l, turned[o * LANES + l]);
-                }
-        }
+        });
+        return;
+    }
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < N; n += PANEL) {
+        const int64_t rows = n + PANEL < N ? PANEL : N - n;
+        const auto put_here = [&](int64_t m, int64_t i, float value) { put(m, n + i, value); };
+        int64_t m = 0;
+        if constexpr (MOST_ROWS >= 8) dots_of<T, 8>(x, w + n * K, m, M, rows, K, put_here);
+        dots_of<T, 4>(x, w + n * K, m, M, rows, K, put_here);
+        dots_of<T, 2>(x, w + n * K, m, M, rows, K, put_here);
+        dots_of<T, 1>(x, w + n * K, m, M, rows, K, put_here);
     }
 }

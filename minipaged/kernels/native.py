@@ -25,7 +25,7 @@ from minipaged.kernels import reference
 
 SOURCE = Path(__file__).with_name("native.cpp")
 HEADERS = sorted(SOURCE.parent.glob("*.h"))
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 ARGUMENTS = {

@@ -3,8 +3,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
-#if defined(__AMX_BF16__) || defined(__AVX512BF16__)
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -42,20 +43,86 @@ static inline float exp_(float x) {
     return x < -87.f ? 0.f : p * scale;
 }
 
+// Room for `size` numbers, and where it begins: at a cache line, for a register filled from two takes twice as long.
+constexpr size_t LINE = 64;
+template <typename T>
+static T *reserve(std::vector<T> &numbers, size_t size) {
+    if (numbers.size() < size + LINE / sizeof(T)) numbers.resize(size + LINE / sizeof(T));
+    return (T *)(((uintptr_t)numbers.data() + LINE - 1) / LINE * LINE);
+}
+
+// As many numbers rounded up to whole lines.
+template <typename T>
+static size_t lines(size_t size) {
+    return (size * sizeof(T) + LINE - 1) / LINE * LINE / sizeof(T);
+}
+
 // --- sixteen at a time -----------------------------------------------------------------------------------------
 
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));  // sixteen floats, on any CPU
 typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t bits __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
 constexpr int64_t LANES = 16;
 
 // A *unit* is what a lane of 32 bits holds: one float32, or two bfloat16 that lie next to each other.
 template <typename T>
 constexpr int64_t UNIT = 4 / sizeof(T);
 
+static inline bits wide(halves v) {
+#ifdef __AVX512F__
+    return (bits)_mm512_cvtepu16_epi32((__m256i)v);  // what compilers make of the other one takes four instructions
+#else
+    return __builtin_convertvector(v, bits);
+#endif
+}
+static inline halves narrow(vec v) {
+#ifdef __AVX512BF16__
+    return (halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+    const bits all = (bits)v, number = (bits)(v == v);
+    const bits nearest = (all + 0x7fff + ((all >> 16) & 1)) >> 16;
+    return __builtin_convertvector((nearest & number) | (0x7fc0 & ~number), halves);
+#endif
+}
+
+static inline vec load(const float *from) { return *(const vec *)from; }
+static inline vec load(const bf16 *from) { return (vec)(wide(*(const halves *)from) << 16); }
+static inline void store(float *to, vec v) { *(vec *)to = v; }
+static inline void store(bf16 *to, vec v) { *(halves *)to = narrow(v); }
+
+// What is left of v in numbers of type T.
+template <typename T>
+static inline vec rounded(vec v) {
+    return UNIT<T> == 1 ? v : (vec)(wide(narrow(v)) << 16);
+}
+
+// e^x of sixteen numbers; from 88 on it stays where it is.
+static inline vec exp_(vec x) {
+    vec y = x * 1.44269504f;
+    y = y < -126.f ? vec{} - 126.f : y;
+    y = y > 127.f ? vec{} + 127.f : y;
+    ints n = __builtin_convertvector(y, ints);
+    n += __builtin_convertvector(n, vec) > y;  // true is -1
+    const vec f = y - __builtin_convertvector(n, vec);
+    vec p = f * 1.8775767e-3f + 8.9893397e-3f;
+    p = p * f + 5.5826318e-2f;
+    p = p * f + 2.4015361e-1f;
+    p = p * f + 6.9315308e-1f;
+    p = p * f + 9.9999994e-1f;
+    return p * (vec)((n + 127) << 23);
+}
+
 static inline float sum(vec v) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += v[i];
     return total;
+}
+
+// Two numbers of each of sixteen tokens, as a column has them.
+static inline void store_in_column(float *to, vec first, vec second) { store(to, first), store(to + LANES, second); }
+static inline void store_in_column(bf16 *to, vec first, vec second) {
+    *(bits *)to = wide(narrow(first)) | wide(narrow(second)) << 16;
 }
 
 // sums += the products of sixteen units with sixteen others
