@@ -96,9 +96,11 @@ def _filtered(logits: Tensor, params: list[SamplingParams]) -> tuple[Tensor, Ten
     # The likeliest logit becomes 0, so that dividing by the tiniest temperature cannot overflow to infinity there.
     logits = logits - logits.amax(dim=-1, keepdim=True)
     scaled, order = (logits / column("temperature").clamp_min(1e-30)).sort(dim=-1, descending=True)
-    kept = scaled.masked_fill(~top_k_mask(scaled, column("top_k")), -torch.inf)
-    kept = kept.masked_fill(~top_p_mask(kept, column("top_p")), -torch.inf)
-    return kept.masked_fill(~min_p_mask(kept, column("min_p")), -torch.inf), order
+    kept = scaled
+    for name, off, mask in (("top_k", 0, top_k_mask), ("top_p", 1, top_p_mask), ("min_p", 0, min_p_mask)):
+        if any(getattr(p, name) != off for p in params):
+            kept = kept.masked_fill(~mask(kept, column(name)), -torch.inf)
+    return kept, order
 
 
 # Each mask says which entries stay. Rows come sorted, likeliest first; what an earlier filter dropped is -inf.
