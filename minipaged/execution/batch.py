@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -54,10 +55,13 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
     num_decodes = next((i for i, count in enumerate(query_lens) if count > 1), len(query_lens))
 
     # Everything travels in one piece: six small transfers to a GPU would cost six times the latency of one. From
-    # pinned memory it need not even be waited for.
-    columns = [token_ids, positions, slots, list(chain.from_iterable(tables)), context_lens, logit_rows]
-    staged = torch.tensor(list(chain.from_iterable(columns)), dtype=torch.int64, pin_memory=device.type == "cuda")
-    on_device = staged.to(device, non_blocking=True).split([len(column) for column in columns])
+    # pinned memory it need not even be waited for. An array takes a list four times as fast as a tensor does.
+    columns = [token_ids, positions, slots, *tables, context_lens, logit_rows]
+    sizes = [len(token_ids)] * 3 + [len(tables) * width, len(tables), len(logit_rows)]
+    staged = torch.frombuffer(array("q", list(chain.from_iterable(columns))), dtype=torch.int64)
+    if device.type == "cuda":
+        staged = staged.pin_memory()
+    on_device = staged.to(device, non_blocking=True).split_with_sizes(sizes)
     return Batch(
         token_ids=on_device[0],
         positions=on_device[1],

@@ -6,6 +6,7 @@ It computes what the model's own ``forward`` says, with the same weights, on the
 from __future__ import annotations
 
 import ctypes
+from array import array
 from typing import Any
 
 import torch
@@ -87,13 +88,14 @@ class NativeForward:
 
     def run(self, batch: Batch) -> Tensor:
         """One step. Writes the KV of the T tokens; returns logits [R, V] in float32."""
-        tables, lens = batch.block_tables, torch.tensor(batch.query_lens)
-        logits = torch.empty(len(batch.logit_rows), self._vocab_size)
-        threads = 1 if len(batch.token_ids) * self._weights <= SMALL else torch.get_num_threads()
+        tables, lens = batch.block_tables, array("q", batch.query_lens)
+        num_tokens, num_rows = batch.token_ids.numel(), batch.logit_rows.numel()
+        logits = torch.empty(num_rows, self._vocab_size)
+        threads = 1 if num_tokens * self._weights <= SMALL else torch.get_num_threads()
         step = _Step(
-            len(batch.token_ids), len(tables), len(logits), tables.stride(0), threads,
+            num_tokens, len(lens), num_rows, tables.stride(0), threads,
             batch.token_ids.data_ptr(), batch.positions.data_ptr(), batch.slot_mapping.data_ptr(), tables.data_ptr(),
-            batch.context_lens.data_ptr(), lens.data_ptr(), batch.logit_rows.data_ptr(), logits.data_ptr(),
+            batch.context_lens.data_ptr(), lens.buffer_info()[0], batch.logit_rows.data_ptr(), logits.data_ptr(),
         )  # fmt: skip
         self._forward(ctypes.byref(self._model), ctypes.byref(step))
         return logits

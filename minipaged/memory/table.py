@@ -156,7 +156,9 @@ class BlockTables:
             for block in table[start // self.block_size :]:
                 if pool.ref_counts[block] > 1:
                     writers[block] = writers.get(block, 0) + 1
-        return grown + sum(min(count, pool.ref_counts[block] - 1) for block, count in writers.items())
+        if writers:
+            grown += sum(min(count, pool.ref_counts[block] - 1) for block, count in writers.items())
+        return grown
 
     def reserve(self, write: Write) -> list[Copy]:
         """Makes the slots of tokens [start, end) writable by this sequence alone.

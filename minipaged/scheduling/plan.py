@@ -65,7 +65,7 @@ class StepPlan:
         return [(chunk.request, seq) for chunk in self.chunks for seq in chunk.samples]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SampledToken:
     """The sampler's answer for one sequence. ``logprobs``: token id → log-probability, if the request asked."""
 

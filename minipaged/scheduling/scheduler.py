@@ -140,9 +140,9 @@ class Scheduler:
     def _writes(self, request: Request, counts: dict[int, int]) -> dict[Write, Sequence]:
         """What the request writes in this step, and who of it; nothing where the budget went to others."""
         return {
-            Write(seq.seq_id, seq.num_computed, seq.num_computed + counts[seq.seq_id]): seq
-            for seq in self._active(request)
-            if counts[seq.seq_id]
+            Write(seq.seq_id, seq.num_computed, seq.num_computed + count): seq
+            for seq in request.live
+            if (count := counts.get(seq.seq_id))
         }
 
     def _make_room(self, request: Request, counts: dict[int, int], plan: StepPlan) -> dict[Write, Sequence]:
@@ -379,7 +379,8 @@ class Scheduler:
     def _take(self, request: Request, seq: Sequence, token: SampledToken, reason: str | None) -> str | None:
         """Appends a token and its text. Returns the finish reason, which a stop string may have changed."""
         seq.tokens.append(token.token_id)
-        logprob, top = None, list[tuple[int, float]]()
+        logprob: float | None = None
+        top: list[tuple[int, float]] = []
         if token.logprobs is not None:
             logprob = token.logprobs[token.token_id]
             seq.cumulative_logprob += logprob

@@ -77,6 +77,13 @@ def test_temperature_zero_is_greedy_whatever_else_is_set():
     assert [s.token_id for s in sample(logits, plan_for(params))] == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_greedy_choice_is_the_first_of_equal_logits(dtype):
+    logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)).round().to(dtype).requires_grad_()
+    tokens = [s.token_id for s in sample(logits, plan_for([SamplingParams(temperature=0)] * 64))]
+    assert tokens == [row.index(max(row)) for row in logits.tolist()]
+
+
 def test_settings_that_filter_nothing_leave_every_token_reachable():
     logits = torch.zeros(VOCAB)
     for settings in ({}, {"top_k": VOCAB}, {"top_p": 1.0}, {"min_p": 0.0}):
