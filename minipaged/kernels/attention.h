@@ -76,7 +76,10 @@ struct Queries {
     int64_t row, G, count;
     int64_t start, end;  // the first token sees the slots before `end`; nobody sees any before `start`
 
-    const T *operator[](int64_t r) const { return q + r / G * row; }
+    template <typename U>
+    U *at(U *numbers, int64_t r, int64_t D) const {
+        return numbers + r / G * row + r % G * D;
+    }
     int64_t rows() const { return count * G; }
     int64_t last() const { return end + count - 1; }
 };
@@ -108,7 +111,7 @@ static void score(const Queries<T> &queries, const Pages<T> &pages, int64_t D, f
             for (int64_t i = 0; i < LANES; i++)
                 std::memcpy(columns + d * LANES + i * UNIT<T>, pages.keys + here[i] + d, 4);
         for (int64_t r = 0; r < queries.rows(); r++) {
-            const T *query = queries[r] + r % queries.G * D;
+            const T *query = queries.at(queries.q, r, D);
             vec some = {}, others = {};  // two sums, so that one need not wait for the other
             for (d = 0; d + UNIT<T> < D; d += 2 * UNIT<T>) {
                 multiply_by(some, query + d, columns + d * LANES);

@@ -4,8 +4,8 @@
 // A step of a small model is some hundred operations that each take less time than Python and torch need to start them.
 // Here all threads enter once, and meet at the end of every loop.
 #pragma once
-#include "attention.h"
 #include "matmul.h"
+#include "prefill.h"
 
 // native_forward.py fills these in, member by member. Pointers are null where a model has no such part.
 struct Layer {
@@ -101,8 +101,6 @@ struct Space {
     }
 };
 
-constexpr int64_t TOGETHER = 8;  // tokens of a prompt that attend together, and read a key once
-
 // Q and K of one token turned, K and V stored. qkv: [(H + 2·KH) · D] → q [H, D] and the caches.
 template <typename T>
 static void place_row(const Model &m, const Layer &l, T *qkv, const T *cos, const T *sin, int64_t slot, T *q) {
@@ -126,15 +124,15 @@ static void forward(const Model &m, const Step &s) {
     Space<T> &a = space;
     a.fit(m, s);
     a.items.clear();
+    const int64_t G = m.H / m.KH, most = together(G);
     for (int64_t b = 0, t = 0; b < s.B; t += s.query_lens[b++])
-        for (int64_t i = 0; i < s.query_lens[b]; i += TOGETHER) {
+        for (int64_t i = 0; i < s.query_lens[b]; i += most) {
             const int64_t left = s.query_lens[b] - i, end = s.context_lens[b] - left + 1;
-            a.items.insert(a.items.end(), {b, t + i, left < TOGETHER ? left : TOGETHER, end});
+            a.items.insert(a.items.end(), {b, t + i, left < most ? left : most, end});
         }
-    const int64_t items = a.items.size() / 4, G = m.H / m.KH, qkv_size = (m.H + 2 * m.KH) * m.D;
+    const int64_t items = a.items.size() / 4, qkv_size = (m.H + 2 * m.KH) * m.D;
     // A token's heads lie side by side: one thread should take all of them, where there are enough for all threads.
     [[maybe_unused]] const int64_t chunk = items >= 2 * s.threads ? m.KH : 1;
-    const auto one = attention_of<T>(m.D);
 #pragma omp parallel num_threads(s.threads)
     {
         Scratch<T> scratch;
@@ -171,7 +169,7 @@ static void forward(const Model &m, const Step &s) {
                 const Pages<T> pages = {(const T *)l.k_cache + h * m.D, (const T *)l.v_cache + h * m.D,
                                         s.tables + item[0] * s.table_row, m.S, m.KH * m.D};
                 const Queries<T> queries = {a.q + at, m.H * m.D, G, item[2], first_seen(item[3], l.window), item[3]};
-                one(queries, pages, l.window, a.heads + at, m.D, float(m.scale), scratch);
+                attend_any(queries, pages, l.window, a.heads + at, m.D, float(m.scale), scratch);
             }
             linear(a.heads, (const T *)l.out, (const T *)l.out_bias, a.delta, s.T, m.C, m.H * m.D, a.columns);
 #pragma omp for schedule(static)

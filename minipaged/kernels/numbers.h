@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AMX_BF16__) || defined(__AVX512BF16__)
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -48,6 +48,26 @@ typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));  // s
 typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
 constexpr int64_t LANES = 16;
 
+static inline vec larger(vec a, vec b) {
+#ifdef __AVX512F__
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// 2^x for x <= 0, zero from 2^-127 on: 2^n · 2^f, f in [-1/2, 1/2] by a polynomial with an error below 3e-7.
+static inline vec exp2_(vec x) {
+    const vec y = larger(vec{} - 127.f, x), n = y + 12582912.f;  // 1.5 · 2^23: no room for what is behind the point
+    const vec f = y - (n - 12582912.f);
+    vec p = f * 1.32764720e-3f + 9.67554133e-3f;
+    p = p * f + 5.55071327e-2f;
+    p = p * f + 2.40221197e-1f;
+    p = p * f + 6.93146967e-1f;
+    p = p * f + 1;
+    return (vec)((ints)p + ((ints)n << 23));
+}
+
 // A *unit* is what a lane of 32 bits holds: one float32, or two bfloat16 that lie next to each other.
 template <typename T>
 constexpr int64_t UNIT = 4 / sizeof(T);
@@ -81,6 +101,13 @@ static inline void multiply_by(vec &sums, const bf16 *one, const bf16 *b) {
     for (int i = 0; i < 2 * LANES; i++) sums[i / 2] += float(one[i % 2]) * float(b[i]);
 #endif
 }
+
+// Two bfloat16 in each unit: the lower halves of the lanes of a and b, or the upper ones.
+static inline ints lower_halves(ints a, ints b) { return (a & 0xffff) | (b << 16); }
+static inline ints upper_halves(ints a, ints b) { return ((a >> 16) & 0xffff) | (b & ~0xffff); }
+
+// What makes a bfloat16 of the upper half of each float32: to the nearest, ties to even.
+static inline ints round_up(vec numbers) { return (ints)numbers + 0x7fff + (((ints)numbers >> 16) & 1); }
 
 // --- sixteen by sixteen ----------------------------------------------------------------------------------------
 
