@@ -98,7 +98,9 @@ static inline void multiply_by(vec &sums, const bf16 *one, const bf16 *b) {
     std::memcpy(&pair, one, 4);
     sums = (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b));
 #else
-    for (int i = 0; i < 2 * LANES; i++) sums[i / 2] += float(one[i % 2]) * float(b[i]);
+    const ints units = *(const ints *)b;
+    sums += float(one[0]) * (vec)(units << 16);
+    sums += float(one[1]) * (vec)(units & ~0xffff);
 #endif
 }
 

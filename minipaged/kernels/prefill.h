@@ -1,7 +1,7 @@
 // Attention of several neighbouring tokens of one sequence, a part of a prompt. Queries lie side by side, sixteen to a
-// register or a tile of AMX, and so do their scores. A softmax then runs down the keys, lane by lane, and a key or value
-// that was read serves all the queries. Keys come by the block, with FlashAttention's softmax: when the maximum grows,
-// what was summed up shrinks.
+// register or a tile of AMX, and so do their scores. A softmax then runs down the keys, lane by lane, and a key that is
+// read serves all the queries. Keys come by the block, with FlashAttention's softmax: when the maximum grows, what was
+// summed up shrinks.
 #pragma once
 #include "attention.h"
 #include "matmul.h"
@@ -95,17 +95,22 @@ static inline void gather(Row row, int64_t count, int64_t D, int64_t wide, T *ro
     }
 }
 
+// One function for all that follows: in registers of four it is a long one.
+__attribute__((noinline)) static void transpose_units(const void *from, int64_t stride, void *to, int64_t to_stride) {
+    transpose([&](int64_t i) { return (const ints *)((const int32_t *)from + i * stride); }, to, to_stride);
+}
+
 // Values turned: rows [LANES · UNIT, wide] → turned [wide, BLOCK]. Two bfloat16 that share a unit come from keys which
 // are 16 apart, as those of weights do, for that needs no shuffle.
 template <typename T>
-static inline void turn_values(const T *rows, int64_t wide, T *turned) {
+static void turn_values(const T *rows, int64_t wide, T *turned) {
     for (int64_t d = 0; d < wide; d += LANES * UNIT<T>) {
         if constexpr (UNIT<T> == 1) {
-            transpose([&](int64_t i) { return rows + i * wide + d; }, turned + d * BLOCK, BLOCK);
+            transpose_units(rows + d, wide, turned + d * BLOCK, BLOCK);
         } else {
             alignas(64) ints low[LANES], high[LANES];
-            transpose([&](int64_t i) { return rows + i * wide + d; }, low);
-            transpose([&](int64_t i) { return rows + (LANES + i) * wide + d; }, high);
+            transpose_units(rows + d, wide / 2, low, LANES);
+            transpose_units(rows + LANES * wide + d, wide / 2, high, LANES);
             for (int64_t i = 0; i < LANES; i++) {
                 *(ints *)(turned + (d + 2 * i) * BLOCK) = lower_halves(low[i], high[i]);
                 *(ints *)(turned + (d + 2 * i + 1) * BLOCK) = upper_halves(low[i], high[i]);
@@ -179,7 +184,7 @@ static void put_out(const float *sums, int64_t W, vec factor, const int64_t *pla
             else
                 units[i] = upper_halves(round_up(one), round_up(*(const vec *)(sums + W) * factor));
         }
-        transpose([&](int64_t i) { return units + i; }, turned);
+        transpose_units(units, LANES, turned, LANES);
         for (int64_t i = 0; i < LANES && i < count; i++)
             if (D - d < LANES * UNIT<T>)
                 std::memcpy(out + places[i] + d, turned + i, (D - d) * sizeof(T));
@@ -209,7 +214,7 @@ static void attend_together(const Queries<T> &queries, const Pages<T> &pages, in
         seen[c].most = vec{} - 1e30f, seen[c].total = vec{};
         gather([&](int64_t i) { return queries.q + places[c * LANES + i]; }, LANES, D, wide, rows);
         for (int64_t d = 0; d < wide; d += STEP)
-            transpose([&](int64_t i) { return rows + i * wide + d; }, columns + d * W + c * STEP, W);
+            transpose_units(rows + d, wide / UNIT<T>, columns + d * W + c * STEP, W);
     }
     Walk walk(pages.table, pages.S, queries.start);
     for (int64_t t = queries.start; t < last; t += BLOCK) {
@@ -243,9 +248,8 @@ static inline int64_t together(int64_t G) { return G < TOGETHER ? TOGETHER / G :
 template <typename T>
 static void attend_any(const Queries<T> &queries, const Pages<T> &pages, int64_t window, T *out, int64_t D, float scale,
                        Scratch<T> &scratch) {
-    const auto way = queries.count == 1              ? attention_of<T>(D)
-                     : queries.rows() <= LANES     ? attend_together<T, 1>
-                     : queries.rows() <= 2 * LANES ? attend_together<T, 2>
-                                                   : attend_together<T, 3>;
+    const auto way = queries.count == 1           ? attention_of<T>(D)
+                     : queries.rows() <= LANES ? attend_together<T, 1>
+                                               : attend_together<T, 3>;
     way(queries, pages, window, out, D, scale, scratch);
 }
