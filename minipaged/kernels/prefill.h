@@ -193,7 +193,7 @@ static void put_out(const float *sums, int64_t W, vec factor, const int64_t *pla
     }
 }
 
-// As `attend` for more than one token, of at most 16 · COUNT queries.
+// Several tokens' attention, at most 16 · COUNT queries. out: [count, G, D], rows as far apart as those of the queries.
 template <typename T, int COUNT>
 static void attend_together(const Queries<T> &queries, const Pages<T> &pages, int64_t window, T *out, int64_t D,
                             float scale, Scratch<T> &scratch) {
@@ -244,12 +244,14 @@ static void attend_together(const Queries<T> &queries, const Pages<T> &pages, in
 // As many tokens as may attend together, where G heads share a key/value head.
 static inline int64_t together(int64_t G) { return G < TOGETHER ? TOGETHER / G : 1; }
 
-// As `attend`, for one token or several.
+// Attention of one token or several.
 template <typename T>
 static void attend_any(const Queries<T> &queries, const Pages<T> &pages, int64_t window, T *out, int64_t D, float scale,
                        Scratch<T> &scratch) {
-    const auto way = queries.count == 1           ? attention_of<T>(D)
-                     : queries.rows() <= LANES ? attend_together<T, 1>
-                                               : attend_together<T, 3>;
-    way(queries, pages, window, out, D, scale, scratch);
+    if (queries.count == 1)
+        attention_of<T>(D)(queries, pages, out, D, scale, scratch);
+    else if (queries.rows() <= LANES)
+        attend_together<T, 1>(queries, pages, window, out, D, scale, scratch);
+    else
+        attend_together<T, 3>(queries, pages, window, out, D, scale, scratch);
 }
