@@ -133,7 +133,7 @@ static inline void hide(float *scores, int64_t t, int64_t size, const Seen *seen
     for (int64_t i = 0; i < size; i++)
         for (int c = 0; c < COUNT; c++, scores += LANES) {
             const ints key = ints{} + int32_t(t + i);
-            *(vec *)scores = (key < seen[c].to) & (key >= seen[c].from) ? *(vec *)scores : vec{} - INFINITY;
+            *(vec *)scores = ((key < seen[c].to) & (key >= seen[c].from)) ? *(vec *)scores : vec{} - INFINITY;
         }
 }
 
