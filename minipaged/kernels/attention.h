@@ -26,17 +26,18 @@ struct Walk {
     }
 };
 
-// Softmax of row[from … to); zero elsewhere.
-static void soften(float *row, int64_t from, int64_t to, int64_t size) {
-    float most = row[from], total = 0;
-#pragma omp simd reduction(max : most)
-    for (int64_t t = from; t < to; t++) most = row[t] > most ? row[t] : most;
-#pragma omp simd reduction(+ : total)
-    for (int64_t t = from; t < to; t++) total += row[t] = exp_(row[t] - most);
-    const float factor = 1 / total;
-    for (int64_t t = from; t < to; t++) row[t] *= factor;
-    for (int64_t t = 0; t < from; t++) row[t] = 0;
-    for (int64_t t = to; t < size; t++) row[t] = 0;
+// Softmax of row[0 … count), in place; zero from there up to `size`, whole registers.
+static inline void soften(float *row, int64_t count, int64_t size, float scale) {
+    scale *= LOG2_E;  // from here on in powers of two
+    for (int64_t t = count; t < size; t++) row[t] = -INFINITY;
+    vec most = *(vec *)row, total = {};
+    for (int64_t t = LANES; t < size; t += LANES) most = larger(*(vec *)(row + t), most);
+    float top = most[0];
+    for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
+    top *= scale;
+    for (int64_t t = 0; t < size; t += LANES) total += *(vec *)(row + t) = exp2_(*(vec *)(row + t) * scale - top);
+    const float factor = 1 / sum(total);
+    for (int64_t t = 0; t < size; t += LANES) *(vec *)(row + t) *= factor;
 }
 
 // sums [COUNT, D] += weights [COUNT, some] · values [some, D], where a row of weights is `wide` long. FIXED is D.
@@ -61,17 +62,16 @@ struct Queries {
     int64_t row, G, count;
     int64_t start, end;  // the first token sees the slots before `end`; nobody sees any before `start`
 
-    const T *operator[](int64_t r) const { return q + r / G * row; }
     int64_t rows() const { return count * G; }
     int64_t last() const { return end + count - 1; }
 };
 
-// scores [R, wide]: each query against each key from start to last, sixteen keys at a time side by side.
+// scores [G, wide]: one token's queries against each key from start to end, sixteen keys at a time side by side.
 template <typename T, int FIXED>
-static void score(const Queries<T> &queries, const Pages<T> &pages, int64_t D, float scale, float *scores, int64_t wide,
+static void score(const Queries<T> &queries, const Pages<T> &pages, int64_t D, float *scores, int64_t wide,
                   T *columns) {
     if (FIXED) D = FIXED;
-    const int64_t last = queries.last();
+    const int64_t last = queries.end;
     int64_t here[LANES], next[LANES];
     Walk walk(pages.table, pages.S, queries.start);
     const auto find = [&](int64_t t) {  // and ask for the keys, in time: they come from far
@@ -92,25 +92,25 @@ static void score(const Queries<T> &queries, const Pages<T> &pages, int64_t D, f
         for (; d < D; d += UNIT<T>)
             for (int64_t i = 0; i < LANES; i++)
                 std::memcpy(columns + d * LANES + i * UNIT<T>, pages.keys + here[i] + d, 4);
-        for (int64_t r = 0; r < queries.rows(); r++) {
-            const T *query = queries[r] + r % queries.G * D;
+        for (int64_t r = 0; r < queries.G; r++) {
+            const T *query = queries.q + r * D;
             vec some = {}, others = {};  // two sums, so that one need not wait for the other
             for (d = 0; d + UNIT<T> < D; d += 2 * UNIT<T>) {
                 multiply_by(some, query + d, columns + d * LANES);
                 multiply_by(others, query + d + UNIT<T>, columns + (d + UNIT<T>) * LANES);
             }
             if (d < D) multiply_by(some, query + d, columns + d * LANES);
-            *(vec *)(scores + r * wide + t - queries.start) = (some + others) * scale;
+            *(vec *)(scores + r * wide + t - queries.start) = some + others;
         }
     }
 }
 
-// sums [R, D] += weights [R, wide] · the values from start to last.
+// sums [G, D] += weights [G, wide] · the values from start to end.
 template <typename T, int FIXED>
 static void add_values(const Queries<T> &queries, const Pages<T> &pages, int64_t D, const float *weights, int64_t wide,
                        float *values, float *sums) {
     if (FIXED) D = FIXED;
-    const int64_t R = queries.rows(), last = queries.last();
+    const int64_t R = queries.G, last = queries.end;
     Walk walk(pages.table, pages.S, queries.start);
     for (int64_t t = queries.start; t < last; t += LANES, weights += LANES) {
         const int64_t some = t + LANES < last ? LANES : last - t;
@@ -136,24 +136,18 @@ struct Scratch {
     std::vector<T> narrow;
 };
 
-// out: [count, G, D], rows of tokens as far apart as those of the queries. FIXED is D where the compiler knows it.
+// One token's attention: out [G, D]. FIXED is D where the compiler knows it.
 template <typename T, int FIXED>
-static void attend(const Queries<T> &queries, const Pages<T> &pages, int64_t window, T *out, int64_t D, float scale,
+static void attend(const Queries<T> &queries, const Pages<T> &pages, T *out, int64_t D, float scale,
                    Scratch<T> &scratch) {
-    const int64_t R = queries.rows(), length = queries.last() - queries.start;
-    const int64_t wide = (length + LANES - 1) / LANES * LANES;
-    float *scores = reserve(scratch.wide, R * wide + LANES * D + R * D);
-    float *values = scores + R * wide, *sums = values + LANES * D;
-    score<T, FIXED>(queries, pages, D, scale, scores, wide, reserve(scratch.narrow, LANES * D));
-    for (int64_t r = 0; r < R; r++) {
-        const int64_t to = queries.end + r / queries.G, from = window && to > window ? to - window : 0;
-        soften(scores + r * wide, from - queries.start, to - queries.start, wide);
-    }
-    for (int64_t i = 0; i < R * D; i++) sums[i] = 0;
+    const int64_t G = queries.G, length = queries.end - queries.start, wide = (length + LANES - 1) / LANES * LANES;
+    float *scores = reserve(scratch.wide, G * wide + LANES * D + G * D);
+    float *values = scores + G * wide, *sums = values + LANES * D;
+    score<T, FIXED>(queries, pages, D, scores, wide, reserve(scratch.narrow, LANES * D));
+    for (int64_t g = 0; g < G; g++) soften(scores + g * wide, length, wide, scale);
+    for (int64_t i = 0; i < G * D; i++) sums[i] = 0;
     add_values<T, FIXED>(queries, pages, D, scores, wide, values, sums);
-    for (int64_t r = 0; r < R; r++)
-        for (int64_t d = 0; d < D; d++)
-            out[r / queries.G * queries.row + r % queries.G * D + d] = T(sums[r * D + d]);
+    for (int64_t i = 0; i < G * D; i++) out[i] = T(sums[i]);
 }
 
 // Where a token that sees the slots before `end` begins to look.
@@ -181,7 +175,7 @@ static void paged_decode(const T *q, int64_t q_row, const T *k_cache, const T *v
             const int64_t b = i / KH, h = i % KH;
             const Pages<T> pages = {k_cache + h * D, v_cache + h * D, tables + b * table_row, S, KH * D};
             const Queries<T> queries = {q + b * q_row + h * G * D, 0, G, 1, first_seen(lens[b], window), lens[b]};
-            one(queries, pages, window, out + (b * H + h * G) * D, D, scale, scratch);
+            one(queries, pages, out + (b * H + h * G) * D, D, scale, scratch);
         }
     }
 }

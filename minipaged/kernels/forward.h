@@ -4,8 +4,8 @@
 // A step of a small model is some hundred operations that each take less time than Python and torch need to start them.
 // Here all threads enter once, and meet at the end of every loop.
 #pragma once
-#include "attention.h"
 #include "matmul.h"
+#include "prefill.h"
 
 // native_forward.py fills these in, member by member. Pointers are null where a model has no such part.
 struct Layer {
@@ -50,12 +50,11 @@ static void norm_row(T *x, const T *delta, const void *weight, const void *bias,
 // SwiGLU and GELU (by its approximation with a hyperbolic tangent), for sixteen numbers of type T.
 template <typename T>
 static inline vec swiglu(vec gate, vec up) {
-    return rounded<T>(gate / (1 + exp_(-gate))) * up;
+    return rounded<T>(gate * sigmoid(gate)) * up;
 }
 
 static inline vec gelu(vec x) {
-    const vec y = 0.7978845608f * (x + 0.044715f * x * x * x);
-    return x / (1 + exp_(-2 * y));  // (1 + tanh y) / 2 = 1 / (1 + e^-2y)
+    return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));  // (1 + tanh y) / 2 = 1 / (1 + e^-2y)
 }
 
 // A head's channels i and i + D/2 turn as a pair.
@@ -92,7 +91,6 @@ struct Space {
 };
 
 constexpr int64_t APART = 128;   // tokens for each thread, from which on each takes its own
-constexpr int64_t TOGETHER = 8;  // tokens of a prompt that attend together, and read a key once
 
 // Q and K of one token turned, K and V stored. qkv: [(H + 2·KH) · D] → q [H, D] and the caches.
 template <typename T>
@@ -184,15 +182,15 @@ static void forward(const Model &m, const Step &s) {
     Space<T> &a = space;
     a.fit(m, s);
     a.items.clear();
+    const int64_t G = m.H / m.KH, most = together(G);
     for (int64_t b = 0, t = 0; b < s.B; t += s.query_lens[b++])
-        for (int64_t i = 0; i < s.query_lens[b]; i += TOGETHER) {
+        for (int64_t i = 0; i < s.query_lens[b]; i += most) {
             const int64_t left = s.query_lens[b] - i, end = s.context_lens[b] - left + 1;
-            a.items.insert(a.items.end(), {b, t + i, left < TOGETHER ? left : TOGETHER, end});
+            a.items.insert(a.items.end(), {b, t + i, left < most ? left : most, end});
         }
-    const int64_t items = a.items.size() / 4, G = m.H / m.KH;
+    const int64_t items = a.items.size() / 4;
     // A token's heads lie side by side: one thread should take all of them, where there are enough for all threads.
     [[maybe_unused]] const int64_t chunk = items >= 2 * s.threads ? m.KH : 1;
-    const auto one = attention_of<T>(m.D);
     // Of few tokens all threads do a share of every operation, and a weight is read once. Of many each thread takes some
     // through all operations: it reads all weights, but no numbers that another thread has just written.
     const int64_t share = s.T < APART * s.threads ? s.T : (s.T + 32 * s.threads - 1) / (32 * s.threads) * 32;
@@ -232,7 +230,7 @@ static void forward(const Model &m, const Step &s) {
                 const Pages<T> pages = {(const T *)l.k_cache + h * m.D, (const T *)l.v_cache + h * m.D,
                                         s.tables + item[0] * s.table_row, m.S, m.KH * m.D};
                 const Queries<T> queries = {a.q + at, m.H * m.D, G, item[2], first_seen(item[3], l.window), item[3]};
-                one(queries, pages, l.window, a.heads + at, m.D, float(m.scale), scratch);
+                attend_any(queries, pages, l.window, a.heads + at, m.D, float(m.scale), scratch);
             }
             in_shares([&](int64_t from, int64_t M) { behind(m, l, a, from, M); });
         }

@@ -96,6 +96,7 @@ static bool has_tiles() {
 // The same in AMX, for twice sixteen rows: a tile of 16 weight rows times a tile of 16 tokens, 32 channels at once.
 static void block_of_tiles(const bf16 *w, const bf16 *w2, int64_t K, int64_t from, int64_t to, int64_t ahead,
                            const bf16 *columns, bool two, float *sums) {
+    asm volatile("" ::: "memory");  // GCC does not know that tiles are loaded from what was written just before
     if (from) {
         _tile_loadd(0, sums, 64);
         _tile_loadd(1, sums + 16 * LANES, 64);

@@ -26,23 +26,6 @@ struct bf16 {
     }
 };
 
-// e^x for x <= 0 without a branch, so that the compiler can do sixteen at once: 2^n · 2^f, f by a polynomial.
-static inline float exp_(float x) {
-    float y = x * 1.44269504f;
-    y = y < -126.f ? -126.f : y;
-    float n = std::floor(y), f = y - n;
-    float p = 1.8775767e-3f;
-    p = p * f + 8.9893397e-3f;
-    p = p * f + 5.5826318e-2f;
-    p = p * f + 2.4015361e-1f;
-    p = p * f + 6.9315308e-1f;
-    p = p * f + 9.9999994e-1f;
-    int32_t power = (int32_t(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &power, 4);
-    return x < -87.f ? 0.f : p * scale;
-}
-
 // Room for `size` numbers, and where it begins: at a cache line, for a register filled from two takes twice as long.
 constexpr size_t LINE = 64;
 template <typename T>
@@ -64,6 +47,33 @@ typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t bits __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
 constexpr int64_t LANES = 16;
+
+static inline vec larger(vec a, vec b) {
+#ifdef __AVX512F__
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// 2^x for x <= 127, zero from 2^-127 on: 2^n · 2^f, f in [-1/2, 1/2] by a polynomial with an error below 3e-7.
+static inline vec exp2_(vec x) {
+    const vec y = larger(vec{} - 127.f, x), n = y + 12582912.f;  // 1.5 · 2^23: no room for what is behind the point
+    const vec f = y - (n - 12582912.f);
+    vec p = f * 1.32764720e-3f + 9.67554133e-3f;
+    p = p * f + 5.55071327e-2f;
+    p = p * f + 2.40221197e-1f;
+    p = p * f + 6.93146967e-1f;
+    p = p * f + 1;
+    return (vec)((ints)p + ((ints)n << 23));
+}
+constexpr float LOG2_E = 1.44269504f;
+
+// 1 / (1 + e^-x)
+static inline vec sigmoid(vec x) {
+    const vec y = x * -LOG2_E;
+    return 1 / (1 + exp2_(y > 126 ? vec{} + 126 : y));
+}
 
 // A *unit* is what a lane of 32 bits holds: one float32, or two bfloat16 that lie next to each other.
 template <typename T>
@@ -97,33 +107,18 @@ static inline vec rounded(vec v) {
     return UNIT<T> == 1 ? v : (vec)(wide(narrow(v)) << 16);
 }
 
-// e^x of sixteen numbers; from 88 on it stays where it is.
-static inline vec exp_(vec x) {
-    vec y = x * 1.44269504f;
-    y = y < -126.f ? vec{} - 126.f : y;
-    y = y > 127.f ? vec{} + 127.f : y;
-    ints n = __builtin_convertvector(y, ints);
-    n += __builtin_convertvector(n, vec) > y;  // true is -1
-    const vec f = y - __builtin_convertvector(n, vec);
-    vec p = f * 1.8775767e-3f + 8.9893397e-3f;
-    p = p * f + 5.5826318e-2f;
-    p = p * f + 2.4015361e-1f;
-    p = p * f + 6.9315308e-1f;
-    p = p * f + 9.9999994e-1f;
-    return p * (vec)((n + 127) << 23);
-}
-
 static inline float sum(vec v) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += v[i];
     return total;
 }
 
+// Sixteen units of two bfloat16.
+static inline bits pair(vec first, vec second) { return wide(narrow(first)) | wide(narrow(second)) << 16; }
+
 // Two numbers of each of sixteen tokens, as a column has them.
 static inline void store_in_column(float *to, vec first, vec second) { store(to, first), store(to + LANES, second); }
-static inline void store_in_column(bf16 *to, vec first, vec second) {
-    *(bits *)to = wide(narrow(first)) | wide(narrow(second)) << 16;
-}
+static inline void store_in_column(bf16 *to, vec first, vec second) { *(bits *)to = pair(first, second); }
 
 // sums += the products of sixteen units with sixteen others
 static inline void multiply(vec &sums, const float *a, const float *b) { sums += *(const vec *)a * *(const vec *)b; }
@@ -145,9 +140,15 @@ static inline void multiply_by(vec &sums, const bf16 *one, const bf16 *b) {
     std::memcpy(&pair, one, 4);
     sums = (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b));
 #else
-    for (int i = 0; i < 2 * LANES; i++) sums[i / 2] += float(one[i % 2]) * float(b[i]);
+    const ints units = *(const ints *)b;
+    sums += float(one[0]) * (vec)(units << 16);
+    sums += float(one[1]) * (vec)(units & ~0xffff);
 #endif
 }
+
+// Two bfloat16 in each unit: the lower halves of the lanes of a and b, or the upper ones.
+static inline ints lower_halves(ints a, ints b) { return (a & 0xffff) | (b << 16); }
+static inline ints upper_halves(ints a, ints b) { return ((a >> 16) & 0xffff) | (b & ~0xffff); }
 
 // --- sixteen by sixteen ----------------------------------------------------------------------------------------
 

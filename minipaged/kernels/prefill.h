@@ -1,0 +1,256 @@
+// Attention of several neighbouring tokens of one sequence, a part of a prompt. Queries lie side by side, sixteen to a
+// register or a tile of AMX, and so do their scores. A softmax then runs down the keys, lane by lane, and a key that is
+// read serves all the queries. Keys come by the block, with FlashAttention's softmax: when the maximum grows, what was
+// summed up shrinks.
+#pragma once
+#include "attention.h"
+#include "matmul.h"
+
+constexpr int64_t BLOCK = 64;  // keys at a time: all that is made of them stays in the nearest cache
+constexpr int64_t TOGETHER = 3 * LANES;  // queries of one key/value head that attend together
+
+// --- products --------------------------------------------------------------------------------------------------
+
+// sums [16, W] = a [16, K] · b [K, W], added to what was there if `add`; W = 16 · COUNT. Rows of a are `stride` apart,
+// and b's numbers lie in units: [K/UNIT, W, UNIT].
+template <int COUNT, typename T>
+static inline void multiply_rows(const T *a, int64_t stride, const T *b, int64_t K, bool add, float *sums) {
+#ifdef __AVX512F__
+    constexpr int ROWS = 8;  // times three, of 32 registers
+#else
+    constexpr int ROWS = 2;
+#endif
+    constexpr int64_t W = COUNT * LANES;
+    for (int64_t i = 0; i < LANES; i += ROWS) {
+        vec some[ROWS][COUNT] = {};
+        if (add)
+            for (int r = 0; r < ROWS; r++)
+                for (int c = 0; c < COUNT; c++) some[r][c] = *(vec *)(sums + (i + r) * W + c * LANES);
+        for (int64_t k = 0; k < K; k += UNIT<T>)
+            for (int r = 0; r < ROWS; r++)
+                for (int c = 0; c < COUNT; c++)
+                    multiply_by(some[r][c], a + (i + r) * stride + k, b + k * W + c * LANES * UNIT<T>);
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < COUNT; c++) *(vec *)(sums + (i + r) * W + c * LANES) = some[r][c];
+    }
+}
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+// The same in AMX, 32 numbers of K at once.
+template <int COUNT>
+static inline void multiply_tiles(const bf16 *a, int64_t stride, const bf16 *b, int64_t K, bool add, float *sums) {
+    constexpr int64_t W = COUNT * LANES, ROW = W * 4;
+    asm volatile("" ::: "memory");  // GCC does not know that tiles are loaded from what was written just before
+    if (add) {
+        _tile_loadd(0, sums, ROW);
+        if (COUNT > 1) _tile_loadd(1, sums + LANES, ROW);
+        if (COUNT > 2) _tile_loadd(2, sums + 2 * LANES, ROW);
+    } else {
+        _tile_zero(0);
+        if (COUNT > 1) _tile_zero(1);
+        if (COUNT > 2) _tile_zero(2);
+    }
+    for (int64_t k = 0; k < K; k += 2 * LANES) {
+        _tile_loadd(3, a + k, stride * 2);
+        _tile_loadd(4, b + k * W, ROW);
+        _tile_dpbf16ps(0, 3, 4);
+        if (COUNT > 1) {
+            _tile_loadd(5, b + k * W + 2 * LANES, ROW);
+            _tile_dpbf16ps(1, 3, 5);
+        }
+        if (COUNT > 2) {
+            _tile_loadd(6, b + k * W + 4 * LANES, ROW);
+            _tile_dpbf16ps(2, 3, 6);
+        }
+    }
+    _tile_stored(0, sums, ROW);
+    if (COUNT > 1) _tile_stored(1, sums + LANES, ROW);
+    if (COUNT > 2) _tile_stored(2, sums + 2 * LANES, ROW);
+}
+#else
+template <int COUNT>
+static inline void multiply_tiles(const bf16 *, int64_t, const bf16 *, int64_t, bool, float *) {}
+#endif
+
+template <int COUNT, typename T>
+static inline void multiply_any(const T *a, int64_t stride, const T *b, int64_t K, bool add, float *sums) {
+    if constexpr (UNIT<T> == 2)
+        if (has_tiles()) return multiply_tiles<COUNT>(a, stride, b, K, add, sums);
+    multiply_rows<COUNT>(a, stride, b, K, add, sums);
+}
+
+// --- keys and values -------------------------------------------------------------------------------------------
+
+// rows [count, wide]: the D numbers of each slot that `row(i)` points to, and zeros up to `wide`.
+template <typename T, typename Row>
+static inline void gather(Row row, int64_t count, int64_t D, int64_t wide, T *rows) {
+    for (int64_t i = 0; i < count; i++, rows += wide) {
+        const T *from = row(i);
+        if (D == wide)
+            for (int64_t d = 0; d < wide; d += LANES * UNIT<T>) *(vec *)(rows + d) = *(const vec *)(from + d);
+        else {
+            std::memcpy(rows, from, D * sizeof(T));
+            std::memset(rows + D, 0, (wide - D) * sizeof(T));
+        }
+    }
+}
+
+// One function for all that follows: in registers of four it is a long one.
+__attribute__((noinline)) static void transpose_units(const void *from, int64_t stride, void *to, int64_t to_stride) {
+    transpose([&](int64_t i) { return (const ints *)((const int32_t *)from + i * stride); }, to, to_stride);
+}
+
+// Values turned: rows [LANES · UNIT, wide] → turned [wide, BLOCK]. Two bfloat16 that share a unit come from keys which
+// are 16 apart, as those of weights do, for that needs no shuffle.
+template <typename T>
+static void turn_values(const T *rows, int64_t wide, T *turned) {
+    for (int64_t d = 0; d < wide; d += LANES * UNIT<T>) {
+        if constexpr (UNIT<T> == 1) {
+            transpose_units(rows + d, wide, turned + d * BLOCK, BLOCK);
+        } else {
+            alignas(64) ints low[LANES], high[LANES];
+            transpose_units(rows + d, wide / 2, low, LANES);
+            transpose_units(rows + LANES * wide + d, wide / 2, high, LANES);
+            for (int64_t i = 0; i < LANES; i++) {
+                *(ints *)(turned + (d + 2 * i) * BLOCK) = lower_halves(low[i], high[i]);
+                *(ints *)(turned + (d + 2 * i + 1) * BLOCK) = upper_halves(low[i], high[i]);
+            }
+        }
+    }
+}
+
+// --- softmax ---------------------------------------------------------------------------------------------------
+
+// What 16 queries have seen so far, and which keys each may see: those from `from` up to `to`.
+struct Seen {
+    vec most, total;
+    ints from, to;
+};
+
+// scores [size, W] of the keys from t on: what a query does not see weighs nothing.
+template <int COUNT>
+static inline void hide(float *scores, int64_t t, int64_t size, const Seen *seen) {
+    for (int64_t i = 0; i < size; i++)
+        for (int c = 0; c < COUNT; c++, scores += LANES) {
+            const ints key = ints{} + int32_t(t + i);
+            *(vec *)scores = ((key < seen[c].to) & (key >= seen[c].from)) ? *(vec *)scores : vec{} - INFINITY;
+        }
+}
+
+// scores [size, W] → weights in their place, units of T: [size/UNIT, W]. What was summed up before has to `shrink`.
+template <int COUNT, typename T>
+static inline void soften(float *scores, int64_t size, float scale, Seen *seen, vec *shrink) {
+    constexpr int64_t W = COUNT * LANES;
+    scale *= LOG2_E;  // from here on in powers of two
+    vec most[COUNT], total[COUNT] = {};
+    for (int c = 0; c < COUNT; c++) most[c] = seen[c].most;
+    for (int64_t i = 0; i < size; i++)
+        for (int c = 0; c < COUNT; c++) most[c] = larger(*(vec *)(scores + i * W + c * LANES), most[c]);
+    for (int c = 0; c < COUNT; c++) {
+        shrink[c] = exp2_(seen[c].most * scale - most[c] * scale);
+        seen[c].most = most[c];
+        most[c] *= scale;
+    }
+    const auto weigh = [&](int64_t i, int c) {
+        const vec weight = exp2_(*(vec *)(scores + i * W + c * LANES) * scale - most[c]);
+        total[c] += weight;
+        return weight;
+    };
+    for (int64_t i = 0; i < size; i += LANES * UNIT<T>)
+        for (int64_t j = i; j < i + LANES; j++)
+            for (int c = 0; c < COUNT; c++) {
+                const vec weight = weigh(j, c);
+                if constexpr (UNIT<T> == 1)
+                    *(vec *)(scores + j * W + c * LANES) = weight;
+                else  // rounded
+                    *(bits *)(scores + (j - i / 2) * W + c * LANES) = pair(weight, weigh(j + LANES, c));
+            }
+    for (int c = 0; c < COUNT; c++) seen[c].total = seen[c].total * shrink[c] + total[c];
+}
+
+// --- all of it -------------------------------------------------------------------------------------------------
+
+// Sixteen queries' sums [wide, 16], rows W apart, to where the first `count` of the queries have their outputs.
+template <typename T>
+static void put_out(const float *sums, int64_t W, vec factor, const int64_t *places, int64_t count, int64_t D,
+                    T *out) {
+    for (int64_t d = 0; d < D; d += LANES * UNIT<T>) {
+        alignas(64) bits units[LANES], turned[LANES];
+        for (int64_t i = 0; i < LANES; i++, sums += W * UNIT<T>) {
+            const vec one = *(const vec *)sums * factor;
+            if constexpr (UNIT<T> == 1)
+                units[i] = (bits)one;
+            else
+                units[i] = pair(one, *(const vec *)(sums + W) * factor);
+        }
+        transpose_units(units, LANES, turned, LANES);
+        for (int64_t i = 0; i < LANES && i < count; i++)
+            if (D - d < LANES * UNIT<T>)
+                std::memcpy(out + places[i] + d, turned + i, (D - d) * sizeof(T));
+            else
+                *(bits *)(out + places[i] + d) = turned[i];
+    }
+}
+
+// Several tokens' attention, at most 16 · COUNT queries. out: [count, G, D], rows as far apart as those of the queries.
+template <typename T, int COUNT>
+static void attend_together(const Queries<T> &queries, const Pages<T> &pages, int64_t window, T *out, int64_t D,
+                            float scale, Scratch<T> &scratch) {
+    constexpr int64_t W = COUNT * LANES, STEP = LANES * UNIT<T>;
+    const int64_t R = queries.rows(), last = queries.last(), wide = (D + STEP - 1) / STEP * STEP;
+    float *scores = reserve(scratch.wide, (BLOCK + wide) * W), *sums = scores + BLOCK * W;
+    T *columns = reserve(scratch.narrow, wide * W + 2 * wide * BLOCK);
+    T *rows = columns + wide * W, *turned = rows + wide * BLOCK;
+    Seen seen[COUNT];
+    int64_t places[W];  // of queries; beyond R the last one, again and again
+    for (int64_t i = 0, token = 0, head = 0; i < W; i++) {
+        const int64_t to = queries.end + token;
+        places[i] = token * queries.row + head * D;
+        seen[i / LANES].to[i % LANES] = to, seen[i / LANES].from[i % LANES] = first_seen(to, window);
+        if (i + 1 < R && ++head == queries.G) head = 0, token++;
+    }
+    for (int64_t c = 0; c < COUNT; c++) {
+        seen[c].most = vec{} - 1e30f, seen[c].total = vec{};
+        gather([&](int64_t i) { return queries.q + places[c * LANES + i]; }, LANES, D, wide, rows);
+        for (int64_t d = 0; d < wide; d += STEP)
+            transpose_units(rows + d, wide / UNIT<T>, columns + d * W + c * STEP, W);
+    }
+    Walk walk(pages.table, pages.S, queries.start);
+    for (int64_t t = queries.start; t < last; t += BLOCK) {
+        const int64_t left = last - t < BLOCK ? last - t : BLOCK, size = (left + STEP - 1) / STEP * STEP;
+        int64_t slots[BLOCK];
+        for (int64_t i = 0; i < left; i++) slots[i] = walk.next() * pages.row;
+        gather([&](int64_t i) { return pages.keys + slots[i]; }, left, D, wide, rows);
+        std::memset(rows + left * wide, 0, (size - left) * wide * sizeof(T));
+        for (int64_t i = 0; i < size; i += LANES)
+            multiply_any<COUNT>(rows + i * wide, wide, columns, wide, false, scores + i * W);
+        if (t + size > queries.end || t < first_seen(last, window)) hide<COUNT>(scores, t, size, seen);
+        vec shrink[COUNT];
+        soften<COUNT, T>(scores, size, scale, seen, shrink);
+        if (t > queries.start)
+            for (int64_t d = 0; d < wide; d++)
+                for (int c = 0; c < COUNT; c++) *(vec *)(sums + d * W + c * LANES) *= shrink[c];
+        gather([&](int64_t i) { return pages.values + slots[i]; }, left, D, wide, rows);
+        std::memset(rows + left * wide, 0, (size - left) * wide * sizeof(T));
+        for (int64_t i = 0; i < size; i += STEP) turn_values(rows + i * wide, wide, turned + i);
+        for (int64_t d = 0; d < wide; d += LANES)
+            multiply_any<COUNT>(turned + d * BLOCK, BLOCK, (const T *)scores, size, t > queries.start, sums + d * W);
+    }
+    for (int64_t c = 0; c < W; c += LANES)
+        put_out<T>(sums + c, W, 1 / seen[c / LANES].total, places + c, R - c, D, out);
+}
+
+// As many tokens as may attend together, where G heads share a key/value head.
+static inline int64_t together(int64_t G) { return G < TOGETHER ? TOGETHER / G : 1; }
+
+// Attention of one token or several.
+template <typename T>
+static void attend_any(const Queries<T> &queries, const Pages<T> &pages, int64_t window, T *out, int64_t D, float scale,
+                       Scratch<T> &scratch) {
+    if (queries.count == 1)
+        attention_of<T>(D)(queries, pages, out, D, scale, scratch);
+    else if (queries.rows() <= LANES)
+        attend_together<T, 1>(queries, pages, window, out, D, scale, scratch);
+    else
+        attend_together<T, 3>(queries, pages, window, out, D, scale, scratch);
+}
