@@ -109,7 +109,7 @@ static void place_row(const Model &m, const Layer &l, T *qkv, const T *cos, cons
     std::memcpy(v_to, v, m.KH * m.D * sizeof(T));
 }
 
-// act = the MLP's inner numbers from x [T, C]; both in rows, or both in columns, where they are made of the sums at once.
+// act = the MLP's inner numbers from x [M, C]; both in rows, or both in columns, where sums become them at once.
 template <typename T>
 static void widen(const Model &m, const Layer &l, const T *x, T *up, T *act, int64_t M) {
     const T *w = (const T *)l.up, *bias = (const T *)l.up_bias;
@@ -191,8 +191,8 @@ static void forward(const Model &m, const Step &s) {
     const int64_t items = a.items.size() / 4;
     // A token's heads lie side by side: one thread should take all of them, where there are enough for all threads.
     [[maybe_unused]] const int64_t chunk = items >= 2 * s.threads ? m.KH : 1;
-    // Of few tokens all threads do a share of every operation, and a weight is read once. Of many each thread takes some
-    // through all operations: it reads all weights, but no numbers that another thread has just written.
+    // Of few tokens all threads do a share of every operation, and a weight is read once. Of many each thread takes
+    // some through all operations: it reads all weights, but no numbers that another thread has just written.
     const int64_t share = s.T < APART * s.threads ? s.T : (s.T + 32 * s.threads - 1) / (32 * s.threads) * 32;
     const auto in_shares = [&](auto work) {
         if (share == s.T) return work(0, s.T);

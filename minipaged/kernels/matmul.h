@@ -3,7 +3,7 @@
 //
 // There are two ways through, by the number of tokens M:
 //
-//   rows       few tokens: dot products of rows of x with rows of weights. Memory is the limit: each weight is read once.
+//   rows       few tokens: dot products of rows of x with rows of weights. Memory is the limit: a weight is read once.
 //   columns    tokens are laid side by side in columns of sixteen, so that sixteen outputs fill a register, or a tile
 //              of AMX. A weight that was read is used for all of them.
 #pragma once
@@ -30,7 +30,7 @@ template <typename T, int COUNT, int TOKENS, typename Put>
 static inline void dots(const T *x, const T *w, int64_t K, Put put) {
     vec sums[COUNT][TOKENS] = {};
     for (int64_t k = 0; k < K; k += LANES * UNIT<T>) {
-        for (int i = 0; i < COUNT; i++) __builtin_prefetch(w + (i + COUNT) * K + k);  // a CPU's foresight ends with a row
+        for (int i = 0; i < COUNT; i++) __builtin_prefetch(w + (i + COUNT) * K + k);  // foresight ends with a row
         for (int j = 0; j < TOKENS; j++)
             for (int i = 0; i < COUNT; i++) multiply(sums[i][j], w + i * K + k, x + j * K + k);
     }
@@ -65,8 +65,8 @@ static void lay_in_columns(const T *x, T *columns, int64_t M, int64_t K) {
         }
 }
 
-// Sixteen rows of weights against C columns, from channel `from` to `to`: sums [C, 16, 16], where those of the columns lie
-// PANEL rows apart. They are added to what is there, but for the first channels.
+// Sixteen rows of weights against C columns, from channel `from` to `to`: sums [C, 16, 16], where those of the columns
+// lie PANEL rows apart. They are added to what is there, but for the first channels.
 template <typename T, int C>
 static void block(const T *w, int64_t K, int64_t from, int64_t to, const T *columns, float *sums) {
     constexpr int COUNT = FIT / C;
@@ -146,7 +146,8 @@ static void end_tiles() {
 }
 #else
 static bool has_tiles() { return false; }
-static void block_of_tiles(const bf16 *, const bf16 *, int64_t, int64_t, int64_t, int64_t, const bf16 *, bool, float *) {}
+static void block_of_tiles(const bf16 *, const bf16 *, int64_t, int64_t, int64_t, int64_t, const bf16 *, bool,
+                           float *) {}
 static void begin_tiles() {}
 static void end_tiles() {}
 #endif
@@ -157,9 +158,9 @@ static bool in_rows(int64_t M) {
     return M <= (UNIT<T> == 2 && has_tiles() ? 1 : MOST_ROWS);
 }
 
-// Columns of M tokens against weights w [N, K]: take(m, n, rows, sums) gets the products of sixteen tokens from m on and
-// PANEL rows of weights, [PANEL, 16], of which `rows` exist. They are the rows from n on; with an `apart` above 0 sixteen
-// of them, and sixteen that lie `apart` rows behind, and N counts the first ones. Shared among the threads of a team.
+// Columns of M tokens against weights w [N, K]: take(m, n, rows, sums) gets the products of sixteen tokens from m on
+// and PANEL rows of weights, [PANEL, 16], of which `rows` exist. They are the rows from n on; with an `apart` above 0
+// sixteen of them, and sixteen that lie `apart` rows behind, and N counts the first ones. Shared among all threads.
 template <typename T, typename Take>
 static void multiply_columns(const T *columns, const T *w, int64_t M, int64_t N, int64_t K, int64_t apart, Take take) {
     const bool tiles = UNIT<T> == 2 && has_tiles();
@@ -186,8 +187,8 @@ static void multiply_columns(const T *columns, const T *w, int64_t M, int64_t N,
                     const T *x = columns + m * K;
                     float *here = sums + (m - begin) * PANEL;
                     if (tiles) {
-                        block_of_tiles((const bf16 *)first, (const bf16 *)second, K, from, to, step, (const bf16 *)x, two,
-                                       here);
+                        block_of_tiles((const bf16 *)first, (const bf16 *)second, K, from, to, step, (const bf16 *)x,
+                                       two, here);
                     } else {
                         const auto some = two ? block<T, 2> : block<T, 1>;
                         some(first, K, from, to, x, here);
