@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,14 +245,29 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
 
 # --- weights ------------------------------------------------------------------------------------------------
 
+LARGE_PAGE = 2 << 20  # bytes, on most CPUs
+
 
 def _allocate(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Gives memory to parameters made on the meta device. Buffers keep their dtype and are only moved."""
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty_like(parameter, device=device, dtype=dtype)
+            if device.type == "cpu" and empty.nbytes >= LARGE_PAGE:
+                _ask_for_large_pages(empty)
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
     network.to(device)
+
+
+def _ask_for_large_pages(tensor: Tensor) -> None:
+    """For memory that nobody has touched yet: every step reads all weights, and has to find each page.
+
+    Linux may refuse; then a step takes some percent longer.
+    """
+    if advice := getattr(mmap, "MADV_HUGEPAGE", None):
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        size = tensor.data_ptr() + tensor.nbytes - start
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
 
 
 def _load_weights(network: Llama | GPT2, directory: Path, shapes: dict[str, torch.Size], shard: Shard | None) -> None:

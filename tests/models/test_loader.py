@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models
 from minipaged.errors import ModelError
 from minipaged.models.layers import Rope
 from minipaged.models.loader import load_model, resolve
+from tests.checkpoints import save_llama
 from tests.models.families import LLAMA3_ROPE, config_of
 
 PICKED = "model.layers.1.self_attn.k_proj.weight"
@@ -343,3 +344,21 @@ def test_a_shard_is_missing(checkpoint, tmp_path):
     refused(tmp_path, f"{shard.name} is missing.*transformer")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     refused(tmp_path, "weight_map")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked for large pages")
+def test_large_weights_are_asked_to_lie_on_large_pages(tmp_path):
+    save_llama(tmp_path, vocab_size=1 << 14)
+    model = load_model(str(tmp_path), "cpu", "float32").model
+    assert model.embed_tokens.weight.nbytes == 4 << 20
+    middle = model.embed_tokens.weight.data_ptr() + (2 << 20)
+    flags = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first:
+            start, end = (int(part, 16) for part in first.split("-"))
+        elif first == "VmFlags:" and start <= middle < end:
+            flags = line.split()[1:]
+    assert flags is not None
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():  # else Linux refuses
+        assert "hg" in flags
