@@ -72,11 +72,15 @@ def _draw(logits: Tensor, params: list[SamplingParams], seqs: list[Sequence]) ->
     One number per token, drawn on the host: what a sequence draws depends on no neighbour and on no device.
     """
     kept, order = _filtered(logits, params)
-    cumulative = kept.softmax(dim=-1).cumsum(dim=-1)
-    uniform = torch.tensor([[seq.rng.random()] for seq in seqs], device=logits.device, dtype=torch.float32)
-    # The first rank whose cumulative probability exceeds the number; rounding must not lead past the last one kept.
-    rank = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    rank = rank.minimum((kept > -torch.inf).sum(dim=-1, keepdim=True) - 1)
+    # In double precision where there is any. A GPU adds up in another order for every entry: rounding may make the sum
+    # grow at a token of probability 0, and in single precision it would do so often enough for one to be drawn.
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+    cumulative = kept.softmax(dim=-1).cumsum(dim=-1, dtype=dtype)
+    total = cumulative[:, -1:].contiguous()
+    uniform = torch.tensor([[seq.rng.random()] for seq in seqs], device=logits.device, dtype=dtype)
+    # The first entry whose cumulative probability exceeds the number; rounding must not lead past the last possible.
+    rank = torch.searchsorted(cumulative, uniform * total, right=True)
+    rank = rank.minimum(torch.searchsorted(cumulative, total))
     return order.gather(1, rank)[:, 0]
 
 
@@ -87,20 +91,29 @@ def distribution(logits: Tensor, params: list[SamplingParams]) -> Tensor:
 
 
 def _filtered(logits: Tensor, params: list[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """What temperature and the filters leave of each row, likeliest first and else -inf, and which tokens these are."""
+    """What temperature and the filters leave of each row, and else -inf, and which tokens these are.
+
+    Likeliest first in a row that asks for a filter. Any other stays in the order of the vocabulary, because sorting it
+    would take longer than all the rest of the draw.
+    """
 
     def column(name: str) -> Tensor:  # [rows, 1]
         values = [float(min(getattr(p, name), 1e9)) for p in params]  # a top_k may be any whole number
         return torch.tensor(values, device=logits.device, dtype=torch.float32)[:, None]
 
     # The likeliest logit becomes 0, so that dividing by the tiniest temperature cannot overflow to infinity there.
-    logits = logits - logits.amax(dim=-1, keepdim=True)
-    scaled, order = (logits / column("temperature").clamp_min(1e-30)).sort(dim=-1, descending=True)
-    kept = scaled
-    for name, off, mask in (("top_k", 0, top_k_mask), ("top_p", 1, top_p_mask), ("min_p", 0, min_p_mask)):
-        if any(getattr(p, name) != off for p in params):
-            kept = kept.masked_fill(~mask(kept, column(name)), -torch.inf)
-    return kept, order
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / column("temperature").clamp_min(1e-30)
+    order = torch.arange(scaled.shape[1], device=logits.device).expand(scaled.shape)
+    filtering = [i for i, p in enumerate(params) if p.top_k != 0 or p.top_p != 1 or p.min_p != 0]
+    if filtering:
+        rows = torch.tensor(filtering, device=logits.device)
+        order = order.clone()
+        kept, order[rows] = scaled[rows].sort(dim=-1, descending=True)
+        for name, off, mask in (("top_k", 0, top_k_mask), ("top_p", 1, top_p_mask), ("min_p", 0, min_p_mask)):
+            if any(getattr(p, name) != off for p in params):
+                kept = kept.masked_fill(~mask(kept, column(name)[rows]), -torch.inf)
+        scaled[rows] = kept
+    return scaled, order
 
 
 # Each mask says which entries stay. Rows come sorted, likeliest first; what an earlier filter dropped is -inf.

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from minipaged.config import SamplingParams
-from minipaged.execution.sampler import adjust, sample
+from minipaged.execution.sampler import adjust, distribution, sample
 from minipaged.request import Request, Sequence
 from minipaged.scheduling.plan import Chunk, StepPlan
 
@@ -47,6 +47,7 @@ FILTERS = [
     ({"top_p": 0.7}, [TopPLogitsWarper(0.7)]),
     ({"min_p": 0.1}, [MinPLogitsWarper(0.1)]),
     ({"temperature": 1.7}, [TemperatureLogitsWarper(1.7)]),
+    ({}, []),
     (
         {"temperature": 0.6, "top_k": 12, "top_p": 0.9, "min_p": 0.02},
         [TemperatureLogitsWarper(0.6), TopKLogitsWarper(12), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02)],
@@ -69,6 +70,68 @@ def test_draws_follow_the_distribution_that_transformers_filters(settings, warpe
     chi2 = ((seen - probs * count)[alive] ** 2 / (probs * count)[alive]).sum().item()
     freedom = int(alive.sum()) - 1
     assert chi2 < freedom + 4 * (2 * freedom) ** 0.5 + 4, f"chi-square {chi2:.1f} at {freedom} degrees of freedom"
+
+
+class Given:
+    """In place of a sequence's generator: the one number that its draw has to be made with."""
+
+    def __init__(self, number):
+        self.numbers = [number]
+
+    def random(self):
+        return self.numbers.pop()
+
+
+def drawn_at(logits, all_params, numbers):
+    """The token that each row's number leads to."""
+    plan = plan_for(all_params)
+    for (_, seq), number in zip(plan.samples, numbers, strict=True):
+        seq.rng = Given(number)
+    return [s.token_id for s in sample(logits, plan)]
+
+
+LAST = 1 - 2.0**-53  # the largest number that Random.random() returns
+ONLY = [0, 1, 5, 20, 21]  # tokens
+
+
+def only(logits, tokens=ONLY):
+    """The same logits, all other tokens being forbidden."""
+    return torch.full_like(logits, -torch.inf).index_copy(0, torch.tensor(tokens), logits[tokens])
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"top_p": 0.8}, {"top_k": 9}, {"min_p": 0.05}])
+@pytest.mark.parametrize("forbid", [lambda row: row, only], ids=["all tokens", "few tokens"])
+def test_a_token_is_drawn_by_the_numbers_in_its_part_of_the_cumulative_distribution(settings, forbid):
+    row, params = forbid(logits_of(5)), SamplingParams(**settings)
+    (probs,) = distribution(row[None], [params]).double()
+    order = probs.argsort(descending=True) if settings.keys() - {"temperature"} else torch.arange(VOCAB)
+    numbers = [i / 2000 for i in range(2000)] + [LAST]
+    tokens = torch.tensor(drawn_at(row.expand(2001, -1), [params] * 2001, numbers))
+    upper = torch.zeros(VOCAB).double().index_copy(0, order, probs[order].cumsum(0) / probs.sum())[tokens]
+    lower, u = upper - probs[tokens], torch.tensor(numbers).double()
+    assert (lower - 1e-6 <= u).all() and (u <= upper + 1e-6).all()
+    assert (probs[tokens] > 0).all() and tokens[-1] == order[probs[order] > 0][-1]
+
+
+def test_no_number_leads_to_a_forbidden_token():
+    """Not at the ends of the vocabulary, nor between, where the sums are rounded the most, nor beyond all of it."""
+    flat = torch.zeros(50_000)
+    allowed = [3, *range(100, 40_000, 7)]
+    rows = torch.stack([flat, only(flat, allowed), only(flat, [49_999]), only(flat, [0])]).repeat_interleave(3, dim=0)
+    for settings in ({}, {"temperature": 1e-30}, {"top_p": 0.999999}):
+        tokens = drawn_at(rows, [SamplingParams(**settings)] * 12, [0.0, 1 - 2.0**-24, LAST] * 4)
+        assert set(tokens[3:6]) <= set(allowed) and tokens[6:] == [49_999] * 3 + [0] * 3
+        if "top_p" not in settings:
+            assert tokens[:6] == [0, 49_999, 49_999, 3, allowed[-1], allowed[-1]]
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_there_is_nothing_to_draw_from_logits_that_are_no_distribution(settings, bad):
+    logits = torch.stack([logits_of(0), logits_of(1)])
+    logits[1, slice(None) if bad < 0 else 3] = bad
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        sample(logits, plan_for([SamplingParams(**settings)] * 2))
 
 
 def test_temperature_zero_is_greedy_whatever_else_is_set():
@@ -106,9 +169,14 @@ def test_a_draw_does_not_depend_on_its_neighbours():
         SamplingParams(temperature=2.0),
         SamplingParams(min_p=0.2),
     ]
-    together = [s.token_id for s in sample(logits, plan_for(mixed, range(6)))]
-    alone = [sample(logits[i : i + 1], plan_for([p], [i]))[0].token_id for i, p in enumerate(mixed)]
-    assert together == alone
+    for seed in range(20):
+        seeds = range(seed, seed + 6)
+        together = [s.token_id for s in sample(logits, plan_for(mixed, seeds))]
+        alone = [sample(logits[i : i + 1], plan_for([mixed[i]], [seeds[i]]))[0].token_id for i in range(6)]
+        assert together == alone
+    assert distribution(logits[2:], mixed[2:]).equal(
+        torch.cat([distribution(logits[i : i + 1], [mixed[i]]) for i in range(2, 6)])
+    )
 
 
 def test_logprobs_are_the_models_own_before_any_filter():
