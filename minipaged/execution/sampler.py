@@ -60,7 +60,7 @@ def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken | None]:
 
 def _likeliest(logits: Tensor) -> Any:
     """The largest entry of each row, the first of equal ones: [rows], a tensor, or on a CPU an array of numpy's, which
-    finds it in a fifth of torch's time."""
+    finds it in a third of torch's time."""
     if logits.device.type == "cpu":
         return logits.detach().numpy().argmax(axis=-1)
     return logits.argmax(dim=-1)

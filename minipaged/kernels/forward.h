@@ -90,7 +90,7 @@ struct Space {
     }
 };
 
-constexpr int64_t APART = 128;   // tokens for each thread, from which on each takes its own
+constexpr int64_t APART = 128;  // tokens for each thread, from which on each takes its own
 
 // Q and K of one token turned, K and V stored. qkv: [(H + 2·KH) · D] → q [H, D] and the caches.
 template <typename T>

@@ -1,6 +1,5 @@
-// bfloat16, an exponential that a compiler can vectorise, and sixteen numbers at a time.
+// bfloat16, and sixteen numbers at a time.
 #pragma once
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>

@@ -1,12 +1,12 @@
 // Attention of several neighbouring tokens of one sequence, a part of a prompt. Queries lie side by side, sixteen to a
 // register or a tile of AMX, and so do their scores. A softmax then runs down the keys, lane by lane, and a key that is
-// read serves all the queries. Keys come by the block, with FlashAttention's softmax: when the maximum grows, what was
-// summed up shrinks.
+// read serves all the queries. Keys come some at a time, with the softmax of FlashAttention (Dao et al. 2022, section
+// 3.1): when the maximum grows, what was summed up shrinks.
 #pragma once
 #include "attention.h"
 #include "matmul.h"
 
-constexpr int64_t BLOCK = 64;  // keys at a time: all that is made of them stays in the nearest cache
+constexpr int64_t KEYS = 64;             // at a time: all that is made of them stays in the nearest cache
 constexpr int64_t TOGETHER = 3 * LANES;  // queries of one key/value head that attend together
 
 // --- products --------------------------------------------------------------------------------------------------
@@ -100,20 +100,20 @@ __attribute__((noinline)) static void transpose_units(const void *from, int64_t 
     transpose([&](int64_t i) { return (const ints *)((const int32_t *)from + i * stride); }, to, to_stride);
 }
 
-// Values turned: rows [LANES · UNIT, wide] → turned [wide, BLOCK]. Two bfloat16 that share a unit come from keys which
+// Values turned: rows [LANES · UNIT, wide] → turned [wide, KEYS]. Two bfloat16 that share a unit come from keys which
 // are 16 apart, as those of weights do, for that needs no shuffle.
 template <typename T>
 static void turn_values(const T *rows, int64_t wide, T *turned) {
     for (int64_t d = 0; d < wide; d += LANES * UNIT<T>) {
         if constexpr (UNIT<T> == 1) {
-            transpose_units(rows + d, wide, turned + d * BLOCK, BLOCK);
+            transpose_units(rows + d, wide, turned + d * KEYS, KEYS);
         } else {
             alignas(64) ints low[LANES], high[LANES];
             transpose_units(rows + d, wide / 2, low, LANES);
             transpose_units(rows + LANES * wide + d, wide / 2, high, LANES);
             for (int64_t i = 0; i < LANES; i++) {
-                *(ints *)(turned + (d + 2 * i) * BLOCK) = lower_halves(low[i], high[i]);
-                *(ints *)(turned + (d + 2 * i + 1) * BLOCK) = upper_halves(low[i], high[i]);
+                *(ints *)(turned + (d + 2 * i) * KEYS) = lower_halves(low[i], high[i]);
+                *(ints *)(turned + (d + 2 * i + 1) * KEYS) = upper_halves(low[i], high[i]);
             }
         }
     }
@@ -198,9 +198,9 @@ static void attend_together(const Queries<T> &queries, const Pages<T> &pages, in
                             float scale, Scratch<T> &scratch) {
     constexpr int64_t W = COUNT * LANES, STEP = LANES * UNIT<T>;
     const int64_t R = queries.rows(), last = queries.last(), wide = (D + STEP - 1) / STEP * STEP;
-    float *scores = reserve(scratch.wide, (BLOCK + wide) * W), *sums = scores + BLOCK * W;
-    T *columns = reserve(scratch.narrow, wide * W + 2 * wide * BLOCK);
-    T *rows = columns + wide * W, *turned = rows + wide * BLOCK;
+    float *scores = reserve(scratch.wide, (KEYS + wide) * W), *sums = scores + KEYS * W;
+    T *columns = reserve(scratch.narrow, wide * W + 2 * wide * KEYS);
+    T *rows = columns + wide * W, *turned = rows + wide * KEYS;
     Seen seen[COUNT];
     int64_t places[W];  // of queries; beyond R the last one, again and again
     for (int64_t i = 0, token = 0, head = 0; i < W; i++) {
@@ -216,9 +216,9 @@ static void attend_together(const Queries<T> &queries, const Pages<T> &pages, in
             transpose_units(rows + d, wide / UNIT<T>, columns + d * W + c * STEP, W);
     }
     Walk walk(pages.table, pages.S, queries.start);
-    for (int64_t t = queries.start; t < last; t += BLOCK) {
-        const int64_t left = last - t < BLOCK ? last - t : BLOCK, size = (left + STEP - 1) / STEP * STEP;
-        int64_t slots[BLOCK];
+    for (int64_t t = queries.start; t < last; t += KEYS) {
+        const int64_t left = last - t < KEYS ? last - t : KEYS, size = (left + STEP - 1) / STEP * STEP;
+        int64_t slots[KEYS];
         for (int64_t i = 0; i < left; i++) slots[i] = walk.next() * pages.row;
         gather([&](int64_t i) { return pages.keys + slots[i]; }, left, D, wide, rows);
         std::memset(rows + left * wide, 0, (size - left) * wide * sizeof(T));
@@ -234,7 +234,7 @@ static void attend_together(const Queries<T> &queries, const Pages<T> &pages, in
         std::memset(rows + left * wide, 0, (size - left) * wide * sizeof(T));
         for (int64_t i = 0; i < size; i += STEP) turn_values(rows + i * wide, wide, turned + i);
         for (int64_t d = 0; d < wide; d += LANES)
-            multiply_any<COUNT>(turned + d * BLOCK, BLOCK, (const T *)scores, size, t > queries.start, sums + d * W);
+            multiply_any<COUNT>(turned + d * KEYS, KEYS, (const T *)scores, size, t > queries.start, sums + d * W);
     }
     for (int64_t c = 0; c < W; c += LANES)
         put_out<T>(sums + c, W, 1 / seen[c / LANES].total, places + c, R - c, D, out);
