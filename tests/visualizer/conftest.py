@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -154,11 +155,18 @@ class Pages:
             page.goto(visualizer.url + query)
             if shared:
                 shared.tab = page
-        page.wait_for_function(
-            "run => run ? window.minipaged?.player.run === run : window.minipaged?.player.run",
-            arg=visualizer.log.run if visualizer.thread else None,  # a recording's is its name
-        )
+        self._wait_for_run(page, visualizer)
         return page
+
+    def _wait_for_run(self, page: Any, visualizer: Visualizer) -> None:
+        """Until the page shows the run. Asked for anew each time: with the first viewer a scenario begins another one."""
+        deadline = time.monotonic() + PATIENCE / 1000
+        while True:
+            shown = page.evaluate("window.minipaged?.player.run")
+            if shown and (visualizer.thread is None or shown == visualizer.log.run):  # a recording's is its name
+                return
+            assert time.monotonic() < deadline, f"the page shows run {shown!r}, the engine's is {visualizer.log.run!r}"
+            page.wait_for_timeout(20)
 
     def file(self, path: Path) -> Any:
         """Opens an exported page. It may request nothing but itself."""
