@@ -30,14 +30,18 @@ struct Walk {
 static inline void soften(float *row, int64_t count, int64_t size, float scale) {
     scale *= LOG2_E;  // from here on in powers of two
     for (int64_t t = count; t < size; t++) row[t] = -INFINITY;
-    vec most = *(vec *)row, total = {};
-    for (int64_t t = LANES; t < size; t += LANES) most = larger(*(vec *)(row + t), most);
+    vec most = load(row), total = {};
+    for (int64_t t = LANES; t < size; t += LANES) most = larger(load(row + t), most);
     float top = most[0];
     for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
     top *= scale;
-    for (int64_t t = 0; t < size; t += LANES) total += *(vec *)(row + t) = exp2_(*(vec *)(row + t) * scale - top);
+    for (int64_t t = 0; t < size; t += LANES) {
+        const vec weight = exp2_(load(row + t) * scale - top);
+        store(row + t, weight);
+        total += weight;
+    }
     const float factor = 1 / sum(total);
-    for (int64_t t = 0; t < size; t += LANES) *(vec *)(row + t) *= factor;
+    for (int64_t t = 0; t < size; t += LANES) store(row + t, load(row + t) * factor);
 }
 
 // sums [COUNT, D] += weights [COUNT, some] · values [some, D], where a row of weights is `wide` long. FIXED is D.
@@ -45,14 +49,14 @@ template <int COUNT, int FIXED>
 static inline void add_weighted(const float *weights, int64_t wide, const float *values, int64_t some, float *sums) {
     vec registers[COUNT][FIXED / LANES];
     for (int r = 0; r < COUNT; r++)
-        for (int d = 0; d < FIXED / LANES; d++) registers[r][d] = *(vec *)(sums + r * FIXED + d * LANES);
+        for (int d = 0; d < FIXED / LANES; d++) registers[r][d] = load(sums + r * FIXED + d * LANES);
     for (int64_t i = 0; i < some; i++)
         for (int d = 0; d < FIXED / LANES; d++) {
-            const vec value = *(const vec *)(values + i * FIXED + d * LANES);
+            const vec value = load(values + i * FIXED + d * LANES);
             for (int r = 0; r < COUNT; r++) registers[r][d] += weights[r * wide + i] * value;
         }
     for (int r = 0; r < COUNT; r++)
-        for (int d = 0; d < FIXED / LANES; d++) *(vec *)(sums + r * FIXED + d * LANES) = registers[r][d];
+        for (int d = 0; d < FIXED / LANES; d++) store(sums + r * FIXED + d * LANES, registers[r][d]);
 }
 
 // The queries of some neighbouring tokens of one sequence, and of the G heads that share a key/value head.
@@ -66,7 +70,7 @@ struct Queries {
     int64_t last() const { return end + count - 1; }
 };
 
-// scores [G, wide]: one token's queries against each key from start to end, sixteen keys at a time side by side.
+// scores [G, wide]: one token's queries against each key from start to end, LANES keys at a time side by side.
 template <typename T, int FIXED>
 static void score(const Queries<T> &queries, const Pages<T> &pages, int64_t D, float *scores, int64_t wide,
                   T *columns) {
@@ -100,7 +104,7 @@ static void score(const Queries<T> &queries, const Pages<T> &pages, int64_t D, f
                 multiply_by(others, query + d + UNIT<T>, columns + (d + UNIT<T>) * LANES);
             }
             if (d < D) multiply_by(some, query + d, columns + d * LANES);
-            *(vec *)(scores + r * wide + t - queries.start) = some + others;
+            store(scores + r * wide + t - queries.start, some + others);
         }
     }
 }

@@ -47,7 +47,7 @@ static void norm_row(T *x, const T *delta, const void *weight, const void *bias,
     }
 }
 
-// SwiGLU and GELU (by its approximation with a hyperbolic tangent), for sixteen numbers of type T.
+// SwiGLU and GELU (by its approximation with a hyperbolic tangent), for a register of numbers of type T.
 template <typename T>
 static inline vec swiglu(vec gate, vec up) {
     return rounded<T>(gate * sigmoid(gate)) * up;

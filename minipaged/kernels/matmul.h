@@ -4,8 +4,9 @@
 // There are two ways through, by the number of tokens M:
 //
 //   rows       few tokens: dot products of rows of x with rows of weights. Memory is the limit: a weight is read once.
-//   columns    tokens are laid side by side in columns of sixteen, so that sixteen outputs fill a register, or a tile
-//              of AMX. A weight that was read is used for all of them.
+//   columns    tokens are laid side by side in columns as wide as a register has LANES (sixteen in AVX512), so that as
+//              many outputs fill a register, or sixteen times as many a tile of AMX. A weight that was read is used
+//              for all of them.
 #pragma once
 #include "numbers.h"
 
@@ -14,12 +15,14 @@
 #include <unistd.h>
 #endif
 
+// Sums in registers; tokens that are few enough for rows; and for columns rows of weights, and tiles of LANES tokens,
+// at a time: each has its sum in a register.
 #ifdef __AVX512F__
-constexpr int FIT = 16, MOST_ROWS = 8;  // sums in registers; tokens that are few enough for rows
+constexpr int FIT = 16, MOST_ROWS = 8, WEIGHTS = 8, TILES = 3;
 #else
-constexpr int FIT = 4, MOST_ROWS = 4;
+constexpr int FIT = 8, MOST_ROWS = 4, WEIGHTS = 4, TILES = 3;
 #endif
-constexpr int64_t PANEL = 32;  // rows of weights, at a time
+constexpr int64_t PANEL = 2 * LANES;  // rows of weights, at a time
 constexpr int64_t CACHED = 1 << 20;  // bytes of columns at a time, which stay near while all weights pass by
 constexpr int64_t CHANNELS = 288;  // of AMX at a time, so that a panel's weights stay nearer still
 
@@ -53,7 +56,7 @@ static inline void dots_of(const T *x, const T *w, int64_t &m, int64_t M, int64_
 
 // --- columns ---------------------------------------------------------------------------------------------------
 
-// x [M, K] → columns [M/16, K/UNIT, 16] of units; what is beyond M is whatever. Shared among the threads of a team.
+// x [M, K] → columns [M/LANES, K/UNIT, LANES] of units; what is beyond M is whatever. Shared among a team's threads.
 template <typename T>
 static void lay_in_columns(const T *x, T *columns, int64_t M, int64_t K) {
     const int64_t step = LANES * UNIT<T>;
@@ -65,23 +68,23 @@ static void lay_in_columns(const T *x, T *columns, int64_t M, int64_t K) {
         }
 }
 
-// Sixteen rows of weights against C columns, from channel `from` to `to`: sums [C, 16, 16], where those of the columns
+// LANES rows of weights against C tiles, from channel `from` to `to`: sums [C, LANES, LANES], where those of the tiles
 // lie PANEL rows apart. They are added to what is there, but for the first channels.
 template <typename T, int C>
 static void block(const T *w, int64_t K, int64_t from, int64_t to, const T *columns, float *sums) {
-    constexpr int COUNT = FIT / C;
-    for (int64_t n = 0; n < LANES; n += COUNT, w += COUNT * K, sums += COUNT * LANES) {
-        vec registers[COUNT][C] = {};
-        for (int i = 0; from && i < COUNT; i++)
+    for (int64_t n = 0; n < LANES; n += WEIGHTS, w += WEIGHTS * K, sums += WEIGHTS * LANES) {
+        vec registers[WEIGHTS][C] = {};
+        for (int i = 0; from && i < WEIGHTS; i++)
             for (int c = 0; c < C; c++) registers[i][c] = load(sums + (c * PANEL + i) * LANES);
         for (int64_t k = from; k < to; k += LANES * UNIT<T>) {
-            for (int i = 0; i < COUNT; i++) __builtin_prefetch(w + (i + COUNT) * K + k);
+            for (int i = 0; i < WEIGHTS; i++) __builtin_prefetch(w + (i + WEIGHTS) * K + k, 0, 2);  // not too near
+#pragma GCC unroll 16  // the branch of each round costs a seventh of all time
             for (int64_t u = k; u < k + LANES * UNIT<T>; u += UNIT<T>)
-                for (int i = 0; i < COUNT; i++)
+                for (int i = 0; i < WEIGHTS; i++)
                     for (int c = 0; c < C; c++)
                         multiply_by(registers[i][c], w + i * K + u, columns + c * LANES * K + u * LANES);
         }
-        for (int i = 0; i < COUNT; i++)
+        for (int i = 0; i < WEIGHTS; i++)
             for (int c = 0; c < C; c++) store(sums + (c * PANEL + i) * LANES, registers[i][c]);
     }
 }
@@ -158,9 +161,14 @@ static bool in_rows(int64_t M) {
     return M <= (UNIT<T> == 2 && has_tiles() ? 1 : MOST_ROWS);
 }
 
-// Columns of M tokens against weights w [N, K]: take(m, n, rows, sums) gets the products of sixteen tokens from m on
-// and PANEL rows of weights, [PANEL, 16], of which `rows` exist. They are the rows from n on; with an `apart` above 0
-// sixteen of them, and sixteen that lie `apart` rows behind, and N counts the first ones. Shared among all threads.
+// How many of the tiles that are left go together: as many as can, but rather two and two than three and one.
+static int64_t tiles_at_once(int64_t left, int64_t most) {
+    return left == most + 1 ? (left + 1) / 2 : left < most ? left : most;
+}
+
+// Columns of M tokens against weights w [N, K]: take(m, n, rows, sums) gets the products of LANES tokens from m on
+// and PANEL rows of weights, [PANEL, LANES], of which `rows` exist. They are the rows from n on; with an `apart` above
+// 0 LANES of them, and as many that lie `apart` rows behind, and N counts the first ones. Shared among all threads.
 template <typename T, typename Take>
 static void multiply_columns(const T *columns, const T *w, int64_t M, int64_t N, int64_t K, int64_t apart, Take take) {
     const bool tiles = UNIT<T> == 2 && has_tiles();
@@ -182,21 +190,20 @@ static void multiply_columns(const T *columns, const T *w, int64_t M, int64_t N,
             }
             for (int64_t from = 0; from < K; from += chunk) {
                 const int64_t to = from + chunk < K ? from + chunk : K;
-                for (int64_t m = begin; m < end; m += 2 * LANES) {
-                    const bool two = end - m > LANES;
+                for (int64_t m = begin, count; m < end; m += count * LANES) {
+                    count = tiles_at_once((end - m + LANES - 1) / LANES, tiles ? 2 : TILES);
                     const T *x = columns + m * K;
                     float *here = sums + (m - begin) * PANEL;
                     if (tiles) {
                         block_of_tiles((const bf16 *)first, (const bf16 *)second, K, from, to, step, (const bf16 *)x,
-                                       two, here);
+                                       count == 2, here);
                     } else {
-                        const auto some = two ? block<T, 2> : block<T, 1>;
+                        const auto some = count == 1 ? block<T, 1> : count == 2 ? block<T, 2> : block<T, TILES>;
                         some(first, K, from, to, x, here);
                         some(second, K, from, to, x, here + LANES * LANES);
                     }
                     if (to < K) continue;
-                    take(m, n, rows, here);
-                    if (two) take(m + LANES, n, rows, here + PANEL * LANES);
+                    for (int64_t c = 0; c < count; c++) take(m + c * LANES, n, rows, here + c * PANEL * LANES);
                 }
             }
         }

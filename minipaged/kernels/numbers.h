@@ -1,4 +1,4 @@
-// bfloat16, and sixteen numbers at a time.
+// bfloat16, and as many numbers at a time as a register of this CPU holds.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -39,13 +39,32 @@ static size_t lines(size_t size) {
     return (size * sizeof(T) + LINE - 1) / LINE * LINE / sizeof(T);
 }
 
-// --- sixteen at a time -----------------------------------------------------------------------------------------
+// --- a register of them ----------------------------------------------------------------------------------------
 
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));  // sixteen floats, on any CPU
-typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t bits __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
+// Not sixteen everywhere: of vectors wider than its registers GCC makes programs that go through memory.
+#if defined(__AVX512F__)
 constexpr int64_t LANES = 16;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+// From and to memory, wherever it begins; pointers to registers would have to be aligned.
+template <typename V>
+static inline V read(const void *from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+template <typename V>
+static inline void write(void *to, V v) {
+    std::memcpy(to, &v, sizeof v);
+}
 
 static inline vec larger(vec a, vec b) {
 #ifdef __AVX512F__
@@ -95,10 +114,10 @@ static inline halves narrow(vec v) {
 #endif
 }
 
-static inline vec load(const float *from) { return *(const vec *)from; }
-static inline vec load(const bf16 *from) { return (vec)(wide(*(const halves *)from) << 16); }
-static inline void store(float *to, vec v) { *(vec *)to = v; }
-static inline void store(bf16 *to, vec v) { *(halves *)to = narrow(v); }
+static inline vec load(const float *from) { return read<vec>(from); }
+static inline vec load(const bf16 *from) { return (vec)(wide(read<halves>(from)) << 16); }
+static inline void store(float *to, vec v) { write(to, v); }
+static inline void store(bf16 *to, vec v) { write(to, narrow(v)); }
 
 // What is left of v in numbers of type T.
 template <typename T>
@@ -112,15 +131,15 @@ static inline float sum(vec v) {
     return total;
 }
 
-// Sixteen units of two bfloat16.
+// Units of two bfloat16.
 static inline bits pair(vec first, vec second) { return wide(narrow(first)) | wide(narrow(second)) << 16; }
 
-// Two numbers of each of sixteen tokens, as a column has them.
+// Two numbers of each token, as a column has them.
 static inline void store_in_column(float *to, vec first, vec second) { store(to, first), store(to + LANES, second); }
-static inline void store_in_column(bf16 *to, vec first, vec second) { *(bits *)to = pair(first, second); }
+static inline void store_in_column(bf16 *to, vec first, vec second) { write(to, pair(first, second)); }
 
-// sums += the products of sixteen units with sixteen others
-static inline void multiply(vec &sums, const float *a, const float *b) { sums += *(const vec *)a * *(const vec *)b; }
+// sums += the products of a register of units with another
+static inline void multiply(vec &sums, const float *a, const float *b) { sums += load(a) * load(b); }
 
 static inline void multiply(vec &sums, const bf16 *a, const bf16 *b) {
 #ifdef __AVX512BF16__
@@ -130,8 +149,8 @@ static inline void multiply(vec &sums, const bf16 *a, const bf16 *b) {
 #endif
 }
 
-// sums += one unit, the same for all, times sixteen
-static inline void multiply_by(vec &sums, const float *one, const float *b) { sums += *one * *(const vec *)b; }
+// sums += one unit, the same for all, times a register of them
+static inline void multiply_by(vec &sums, const float *one, const float *b) { sums += *one * load(b); }
 
 static inline void multiply_by(vec &sums, const bf16 *one, const bf16 *b) {
 #ifdef __AVX512BF16__
@@ -139,7 +158,7 @@ static inline void multiply_by(vec &sums, const bf16 *one, const bf16 *b) {
     std::memcpy(&pair, one, 4);
     sums = (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b));
 #else
-    const ints units = *(const ints *)b;
+    const ints units = read<ints>(b);
     sums += float(one[0]) * (vec)(units << 16);
     sums += float(one[1]) * (vec)(units & ~0xffff);
 #endif
@@ -149,12 +168,18 @@ static inline void multiply_by(vec &sums, const bf16 *one, const bf16 *b) {
 static inline ints lower_halves(ints a, ints b) { return (a & 0xffff) | (b << 16); }
 static inline ints upper_halves(ints a, ints b) { return ((a >> 16) & 0xffff) | (b & ~0xffff); }
 
-// --- sixteen by sixteen ----------------------------------------------------------------------------------------
+// --- as many registers of them -----------------------------------------------------------------------------------
 
 // Swaps the blocks of S x S lanes that lie off the diagonal of rows i and i + S.
+#define UPPER(j) ((j) & S ? LANES + (j) - S : (j))
+#define LOWER(j) ((j) & S ? LANES + (j) : (j) + S)
+#if defined(__AVX512F__)
 #define ALL(F) F(0), F(1), F(2), F(3), F(4), F(5), F(6), F(7), F(8), F(9), F(10), F(11), F(12), F(13), F(14), F(15)
-#define UPPER(j) ((j) & S ? 16 + (j) - S : (j))
-#define LOWER(j) ((j) & S ? 16 + (j) : (j) + S)
+#elif defined(__AVX__)
+#define ALL(F) F(0), F(1), F(2), F(3), F(4), F(5), F(6), F(7)
+#else
+#define ALL(F) F(0), F(1), F(2), F(3)
+#endif
 template <int S>
 static inline void swap_blocks(ints *rows) {
     for (int i = 0; i < LANES; i++)
@@ -170,14 +195,14 @@ static inline void swap_blocks(ints *rows) {
         }
 }
 
-// to[j][i] = from[i][j], of units; `row(i)` is where sixteen of them begin.
+// to[j][i] = from[i][j], of units; `row(i)` is where a register of them begins.
 template <typename Row>
 static inline void transpose(Row row, void *to, int64_t stride = LANES) {
     ints rows[LANES];
-    for (int i = 0; i < LANES; i++) rows[i] = *(const ints *)row(i);
-    swap_blocks<8>(rows);
-    swap_blocks<4>(rows);
+    for (int i = 0; i < LANES; i++) rows[i] = read<ints>(row(i));
+    if constexpr (LANES > 8) swap_blocks<8>(rows);
+    if constexpr (LANES > 4) swap_blocks<4>(rows);
     swap_blocks<2>(rows);
     swap_blocks<1>(rows);
-    for (int i = 0; i < LANES; i++) *(ints *)((int32_t *)to + i * stride) = rows[i];
+    for (int i = 0; i < LANES; i++) write((int32_t *)to + i * stride, rows[i]);
 }

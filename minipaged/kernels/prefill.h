@@ -1,4 +1,4 @@
-// Attention of several neighbouring tokens of one sequence, a part of a prompt. Queries lie side by side, sixteen to a
+// Attention of several neighbouring tokens of one sequence, a part of a prompt. Queries lie side by side, LANES to a
 // register or a tile of AMX, and so do their scores. A softmax then runs down the keys, lane by lane, and a key that is
 // read serves all the queries. Keys come some at a time, with the softmax of FlashAttention (Dao et al. 2022, section
 // 3.1): when the maximum grows, what was summed up shrinks.
@@ -7,31 +7,26 @@
 #include "matmul.h"
 
 constexpr int64_t KEYS = 64;             // at a time: all that is made of them stays in the nearest cache
-constexpr int64_t TOGETHER = 3 * LANES;  // queries of one key/value head that attend together
+constexpr int64_t TOGETHER = TILES * LANES;  // queries of one key/value head that attend together
 
 // --- products --------------------------------------------------------------------------------------------------
 
-// sums [16, W] = a [16, K] · b [K, W], added to what was there if `add`; W = 16 · COUNT. Rows of a are `stride` apart,
-// and b's numbers lie in units: [K/UNIT, W, UNIT].
+// sums [LANES, W] = a [LANES, K] · b [K, W], added to what was there if `add`; W = LANES · COUNT. Rows of a are
+// `stride` apart, and b's numbers lie in units: [K/UNIT, W, UNIT].
 template <int COUNT, typename T>
 static inline void multiply_rows(const T *a, int64_t stride, const T *b, int64_t K, bool add, float *sums) {
-#ifdef __AVX512F__
-    constexpr int ROWS = 8;  // times three, of 32 registers
-#else
-    constexpr int ROWS = 2;
-#endif
     constexpr int64_t W = COUNT * LANES;
-    for (int64_t i = 0; i < LANES; i += ROWS) {
-        vec some[ROWS][COUNT] = {};
+    for (int64_t i = 0; i < LANES; i += WEIGHTS) {
+        vec some[WEIGHTS][COUNT] = {};
         if (add)
-            for (int r = 0; r < ROWS; r++)
-                for (int c = 0; c < COUNT; c++) some[r][c] = *(vec *)(sums + (i + r) * W + c * LANES);
+            for (int r = 0; r < WEIGHTS; r++)
+                for (int c = 0; c < COUNT; c++) some[r][c] = load(sums + (i + r) * W + c * LANES);
         for (int64_t k = 0; k < K; k += UNIT<T>)
-            for (int r = 0; r < ROWS; r++)
+            for (int r = 0; r < WEIGHTS; r++)
                 for (int c = 0; c < COUNT; c++)
                     multiply_by(some[r][c], a + (i + r) * stride + k, b + k * W + c * LANES * UNIT<T>);
-        for (int r = 0; r < ROWS; r++)
-            for (int c = 0; c < COUNT; c++) *(vec *)(sums + (i + r) * W + c * LANES) = some[r][c];
+        for (int r = 0; r < WEIGHTS; r++)
+            for (int c = 0; c < COUNT; c++) store(sums + (i + r) * W + c * LANES, some[r][c]);
     }
 }
 
@@ -87,7 +82,7 @@ static inline void gather(Row row, int64_t count, int64_t D, int64_t wide, T *ro
     for (int64_t i = 0; i < count; i++, rows += wide) {
         const T *from = row(i);
         if (D == wide)
-            for (int64_t d = 0; d < wide; d += LANES * UNIT<T>) *(vec *)(rows + d) = *(const vec *)(from + d);
+            for (int64_t d = 0; d < wide; d += LANES * UNIT<T>) std::memcpy(rows + d, from + d, sizeof(vec));
         else {
             std::memcpy(rows, from, D * sizeof(T));
             std::memset(rows + D, 0, (wide - D) * sizeof(T));
@@ -97,11 +92,11 @@ static inline void gather(Row row, int64_t count, int64_t D, int64_t wide, T *ro
 
 // One function for all that follows: in registers of four it is a long one.
 __attribute__((noinline)) static void transpose_units(const void *from, int64_t stride, void *to, int64_t to_stride) {
-    transpose([&](int64_t i) { return (const ints *)((const int32_t *)from + i * stride); }, to, to_stride);
+    transpose([&](int64_t i) { return (const int32_t *)from + i * stride; }, to, to_stride);
 }
 
 // Values turned: rows [LANES · UNIT, wide] → turned [wide, KEYS]. Two bfloat16 that share a unit come from keys which
-// are 16 apart, as those of weights do, for that needs no shuffle.
+// are LANES apart, as those of weights do, for that needs no shuffle.
 template <typename T>
 static void turn_values(const T *rows, int64_t wide, T *turned) {
     for (int64_t d = 0; d < wide; d += LANES * UNIT<T>) {
@@ -112,8 +107,8 @@ static void turn_values(const T *rows, int64_t wide, T *turned) {
             transpose_units(rows + d, wide / 2, low, LANES);
             transpose_units(rows + LANES * wide + d, wide / 2, high, LANES);
             for (int64_t i = 0; i < LANES; i++) {
-                *(ints *)(turned + (d + 2 * i) * KEYS) = lower_halves(low[i], high[i]);
-                *(ints *)(turned + (d + 2 * i + 1) * KEYS) = upper_halves(low[i], high[i]);
+                write(turned + (d + 2 * i) * KEYS, lower_halves(low[i], high[i]));
+                write(turned + (d + 2 * i + 1) * KEYS, upper_halves(low[i], high[i]));
             }
         }
     }
@@ -121,7 +116,7 @@ static void turn_values(const T *rows, int64_t wide, T *turned) {
 
 // --- softmax ---------------------------------------------------------------------------------------------------
 
-// What 16 queries have seen so far, and which keys each may see: those from `from` up to `to`.
+// What LANES queries have seen so far, and which keys each may see: those from `from` up to `to`.
 struct Seen {
     vec most, total;
     ints from, to;
@@ -133,7 +128,8 @@ static inline void hide(float *scores, int64_t t, int64_t size, const Seen *seen
     for (int64_t i = 0; i < size; i++)
         for (int c = 0; c < COUNT; c++, scores += LANES) {
             const ints key = ints{} + int32_t(t + i);
-            *(vec *)scores = ((key < seen[c].to) & (key >= seen[c].from)) ? *(vec *)scores : vec{} - INFINITY;
+            const ints sees = (key < seen[c].to) & (key >= seen[c].from);
+            store(scores, sees ? load(scores) : vec{} - INFINITY);
         }
 }
 
@@ -145,14 +141,14 @@ static inline void soften(float *scores, int64_t size, float scale, Seen *seen, 
     vec most[COUNT], total[COUNT] = {};
     for (int c = 0; c < COUNT; c++) most[c] = seen[c].most;
     for (int64_t i = 0; i < size; i++)
-        for (int c = 0; c < COUNT; c++) most[c] = larger(*(vec *)(scores + i * W + c * LANES), most[c]);
+        for (int c = 0; c < COUNT; c++) most[c] = larger(load(scores + i * W + c * LANES), most[c]);
     for (int c = 0; c < COUNT; c++) {
         shrink[c] = exp2_(seen[c].most * scale - most[c] * scale);
         seen[c].most = most[c];
         most[c] *= scale;
     }
     const auto weigh = [&](int64_t i, int c) {
-        const vec weight = exp2_(*(vec *)(scores + i * W + c * LANES) * scale - most[c]);
+        const vec weight = exp2_(load(scores + i * W + c * LANES) * scale - most[c]);
         total[c] += weight;
         return weight;
     };
@@ -161,38 +157,38 @@ static inline void soften(float *scores, int64_t size, float scale, Seen *seen, 
             for (int c = 0; c < COUNT; c++) {
                 const vec weight = weigh(j, c);
                 if constexpr (UNIT<T> == 1)
-                    *(vec *)(scores + j * W + c * LANES) = weight;
+                    store(scores + j * W + c * LANES, weight);
                 else  // rounded
-                    *(bits *)(scores + (j - i / 2) * W + c * LANES) = pair(weight, weigh(j + LANES, c));
+                    write(scores + (j - i / 2) * W + c * LANES, pair(weight, weigh(j + LANES, c)));
             }
     for (int c = 0; c < COUNT; c++) seen[c].total = seen[c].total * shrink[c] + total[c];
 }
 
 // --- all of it -------------------------------------------------------------------------------------------------
 
-// Sixteen queries' sums [wide, 16], rows W apart, to where the first `count` of the queries have their outputs.
+// LANES queries' sums [wide, LANES], rows W apart, to where the first `count` of the queries have their outputs.
 template <typename T>
 static void put_out(const float *sums, int64_t W, vec factor, const int64_t *places, int64_t count, int64_t D,
                     T *out) {
     for (int64_t d = 0; d < D; d += LANES * UNIT<T>) {
         alignas(64) bits units[LANES], turned[LANES];
         for (int64_t i = 0; i < LANES; i++, sums += W * UNIT<T>) {
-            const vec one = *(const vec *)sums * factor;
+            const vec one = load(sums) * factor;
             if constexpr (UNIT<T> == 1)
                 units[i] = (bits)one;
             else
-                units[i] = pair(one, *(const vec *)(sums + W) * factor);
+                units[i] = pair(one, load(sums + W) * factor);
         }
         transpose_units(units, LANES, turned, LANES);
         for (int64_t i = 0; i < LANES && i < count; i++)
             if (D - d < LANES * UNIT<T>)
                 std::memcpy(out + places[i] + d, turned + i, (D - d) * sizeof(T));
             else
-                *(bits *)(out + places[i] + d) = turned[i];
+                write(out + places[i] + d, turned[i]);
     }
 }
 
-// Several tokens' attention, at most 16 · COUNT queries. out: [count, G, D], rows as far apart as those of the queries.
+// Several tokens' attention, at most LANES · COUNT queries. out: [count, G, D], rows as far apart as the queries'.
 template <typename T, int COUNT>
 static void attend_together(const Queries<T> &queries, const Pages<T> &pages, int64_t window, T *out, int64_t D,
                             float scale, Scratch<T> &scratch) {
@@ -229,7 +225,10 @@ static void attend_together(const Queries<T> &queries, const Pages<T> &pages, in
         soften<COUNT, T>(scores, size, scale, seen, shrink);
         if (t > queries.start)
             for (int64_t d = 0; d < wide; d++)
-                for (int c = 0; c < COUNT; c++) *(vec *)(sums + d * W + c * LANES) *= shrink[c];
+                for (int c = 0; c < COUNT; c++) {
+                    float *sum = sums + d * W + c * LANES;
+                    store(sum, load(sum) * shrink[c]);
+                }
         gather([&](int64_t i) { return pages.values + slots[i]; }, left, D, wide, rows);
         std::memset(rows + left * wide, 0, (size - left) * wide * sizeof(T));
         for (int64_t i = 0; i < size; i += STEP) turn_values(rows + i * wide, wide, turned + i);
@@ -252,5 +251,5 @@ static void attend_any(const Queries<T> &queries, const Pages<T> &pages, int64_t
     else if (queries.rows() <= LANES)
         attend_together<T, 1>(queries, pages, window, out, D, scale, scratch);
     else
-        attend_together<T, 3>(queries, pages, window, out, D, scale, scratch);
+        attend_together<T, TILES>(queries, pages, window, out, D, scale, scratch);
 }

@@ -142,14 +142,19 @@ def test_many_tokens_of_which_each_thread_takes_its_own(tmp_path, monkeypatch, f
             torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("count", range(1, 18))
+@pytest.mark.parametrize("count", [*range(1, 18), 33, 48, 49, 64, 65, 80])
 def test_any_number_of_tokens(tmp_path, count):
     assert_same(load(tmp_path, "mistral", "float32"), torch.float32, steps=[[[1] * count, [1] * count]])
 
 
-def test_without_any_instruction_that_only_some_cpus_have(tmp_path):
-    compiler = shutil.which(os.environ.get("CXX") or "c++")
-    functions = native._built(compiler, ("-Wno-unknown-pragmas",))
+@pytest.mark.parametrize("level", ["", "x86-64-v3", "x86-64-v4"])
+def test_with_the_registers_of_other_cpus(tmp_path, level):
+    """Those of four numbers that any CPU has, of eight (AVX2, what most laptops have) and of sixteen (AVX-512)."""
+    needs = {"x86-64-v3": ("AVX2", "AVX512"), "x86-64-v4": ("AVX512",)}
+    if level and torch.backends.cpu.get_cpu_capability() not in needs[level]:
+        pytest.skip(f"this CPU has not the instructions of {level}")
+    flags = (f"-march={level}",) if level else ()
+    functions = native._built(shutil.which(os.environ.get("CXX") or "c++"), (*flags, "-Wno-unknown-pragmas"))
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.06)):
         name = str(dtype).removeprefix("torch.")
         model = load(tmp_path / name, "llama3", name)
