@@ -65,6 +65,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.swapped: list[Request] = []
         self.step = 0
+        self.num_preemptions = 0
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -279,6 +280,7 @@ class Scheduler:
         """All or nothing: every sequence of the request gives up its blocks (paper §4.5)."""
         self.running.remove(victim)
         plan.preempted.append(victim)
+        self.num_preemptions += 1
         active = self._active(victim)
         seq_ids = [seq.seq_id for seq in active]
         if self.memory.can_swap_out(seq_ids):

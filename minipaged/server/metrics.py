@@ -48,6 +48,7 @@ class Metrics:
             "minipaged_requests_waiting": ("requests that wait for a place", lambda e: len(e.scheduler.waiting)),
             "minipaged_kv_blocks": ("blocks in the pool", lambda e: e.num_blocks),
             "minipaged_kv_blocks_free": ("blocks that nobody holds, cached ones too", lambda e: e.memory.pool.num_free),
+            "minipaged_preemptions": ("requests preempted since the start", lambda e: e.scheduler.num_preemptions),
             "minipaged_draft_tokens": ("tokens guessed since the start", lambda e: _speculation(e, "num_proposed")),
             "minipaged_draft_tokens_accepted": ("of these, right", lambda e: _speculation(e, "num_accepted")),
         }

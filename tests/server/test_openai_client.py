@@ -415,3 +415,16 @@ def test_metrics(start) -> None:
     assert float(values["minipaged_time_to_first_token_seconds_count"]) == 1
     assert float(values["minipaged_kv_blocks_free"]) == float(values["minipaged_kv_blocks"]) == 300
     assert not any(math.isnan(float(value)) for value in values.values())
+
+
+def test_metrics_count_preemptions(start) -> None:
+    pytest.importorskip("prometheus_client", reason="prometheus_client IS NOT INSTALLED: pip install prometheus_client")
+    server = start(num_blocks=8)
+    client = client_of(server)
+    server.hold()  # until both are there
+    asked = [in_thread(lambda: complete(client, max_tokens=90, extra_body={"ignore_eos": True})) for _ in range(2)]
+    until(lambda: len(server.service._jobs) == 2)
+    server.release()
+    assert [future.result(PATIENCE).usage.completion_tokens for future in asked] == [90, 90]
+    values = dict(line.rsplit(" ", 1) for line in HTTP.get(f"{server.url}/metrics").text.splitlines())
+    assert float(values["minipaged_preemptions"]) == server.engine.scheduler.num_preemptions > 0

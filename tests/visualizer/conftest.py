@@ -159,7 +159,7 @@ class Pages:
         return page
 
     def _wait_for_run(self, page: Any, visualizer: Visualizer) -> None:
-        """Until the page shows the run. Asked for anew each time: with the first viewer a scenario begins another one."""
+        """Until the page shows the run. Looked up anew each time: with the first viewer a scenario begins another."""
         deadline = time.monotonic() + PATIENCE / 1000
         while True:
             shown = page.evaluate("window.minipaged?.player.run")

@@ -30,7 +30,7 @@ def thread() -> Iterator[EngineThread]:
     assert not thread._thread.is_alive()
 
 
-def until(condition: Callable[[], bool], seconds: float = 5) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
