@@ -6,7 +6,7 @@
 #include "attention.h"
 #include "matmul.h"
 
-constexpr int64_t KEYS = 64;             // at a time: all that is made of them stays in the nearest cache
+constexpr int64_t KEYS = 64;                 // at a time: all that is made of them stays in the nearest cache
 constexpr int64_t TOGETHER = TILES * LANES;  // queries of one key/value head that attend together
 
 // --- products --------------------------------------------------------------------------------------------------
