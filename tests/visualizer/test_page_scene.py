@@ -502,7 +502,7 @@ def test_a_phone_shows_the_scene_and_reaches_everything(paused: tuple[Visualizer
     page.click("[data-testid=sequence][data-seq='6'] .mp-badge")
     sheet = page.locator("[data-testid=drawer]")
     sheet.wait_for()
-    page.wait_for_timeout(250)  # it slides in
+    sheet.evaluate("sheet => Promise.all(sheet.getAnimations().map((slide) => slide.finished))")  # it slides in
     edges = sheet.bounding_box()
     assert edges["x"] == 0 and edges["width"] == 390 and edges["height"] <= 844 * 0.55
     bar = page.locator(".mp-view").bounding_box()
