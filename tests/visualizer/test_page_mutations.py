@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 from tests.visualizer.test_page import STORIES, caught_up, steps, submit
@@ -29,7 +30,8 @@ def num_blocks(visualizer: Visualizer) -> int:
 
 def test_a_step_changes_only_what_it_is_about(serve: Callable[..., Visualizer], pages: Any) -> None:
     """Seven texts write a token each, and sometimes take a block. Measured: 136 to 177 changes a step, and 8 to 17 new
-    nodes. Twice that is the bound; cells of the pool painted anew, or rows made anew, are far above it."""
+    nodes. Twice that is the bound; cells of the pool painted anew, or rows made anew, are far above it. The median
+    counts: on a busy machine a step is drawn in more than one frame, each of which says how far it is."""
     visualizer = serve()
     page = pages.open(visualizer)
     visualizer.thread.pause().result(20)
@@ -39,12 +41,14 @@ def test_a_step_changes_only_what_it_is_about(serve: Callable[..., Visualizer], 
     texts = sum(arrival.n for arrival in STORIES)
     assert page.locator("[data-testid=sequence]").count() == texts
     page.evaluate(WATCH)
+    all_changes = []
     for _ in range(10):
         before = num_blocks(visualizer)
         steps(visualizer, 1)
         caught_up(page, visualizer)
         new = num_blocks(visualizer) - before
         changes, cells, nodes = page.evaluate(SINCE)
-        assert 10 * texts < changes < 50 * texts
+        all_changes.append(changes)
         assert texts <= cells <= texts + 2 * new, "where the tokens went, and the blocks that are new or full now"
         assert nodes < 5 * texts
+    assert min(all_changes) > 10 * texts and median(all_changes) < 50 * texts
