@@ -74,7 +74,7 @@ class NativeForward:
         if config.head_dim * dtype.itemsize % 4:  # attention reads bfloat16 in pairs
             return False
         if config.head_dim % 16 and any("q_norm" in name for name, _ in model.named_parameters()):
-            return False  # a norm takes sixteen numbers at once
+            return False  # a norm takes a register of numbers at once, up to sixteen
         widths = (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
         return dtype in native.TYPES and all(width * dtype.itemsize % 64 == 0 for width in widths)
 

@@ -90,7 +90,7 @@ static inline void gather(Row row, int64_t count, int64_t D, int64_t wide, T *ro
     }
 }
 
-// One function for all that follows: in registers of four it is a long one.
+// One function for all that follows, not a copy in each: of sixteen registers it is a long one.
 __attribute__((noinline)) static void transpose_units(const void *from, int64_t stride, void *to, int64_t to_stride) {
     transpose([&](int64_t i) { return (const int32_t *)from + i * stride; }, to, to_stride);
 }
