@@ -88,9 +88,7 @@ def _resources(device: str, workers: int | None) -> tuple[int, dict[str, float]]
     return workers, {"num_cpus": max(1, int(cores))}
 
 
-def _dataset(
-    worker: dict[str, Any], parts: list[list[batch.Task]], resources: dict[str, float]
-) -> ray.data.Dataset:
+def _dataset(worker: dict[str, Any], parts: list[list[batch.Task]], resources: dict[str, float]) -> ray.data.Dataset:
     rows = [{"tasks": json.dumps([asdict(task) for task in part])} for part in parts]
     parts_ = ray.data.from_items(rows, override_num_blocks=len(rows))
     parts_.context.enable_progress_bars = False

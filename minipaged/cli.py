@@ -66,7 +66,6 @@ kernels = typer.Typer(help="Look into the Triton kernels.", no_args_is_help=True
 app.add_typer(kernels, name="kernels")
 
 
-
 def main() -> None:
     """Entry point. Exit codes: 0; 1 for what went wrong while running; 2 for what the user can mend; 130 after Ctrl-C.
 
@@ -197,9 +196,7 @@ def _visualizer() -> Callable[..., Any]:
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    n: Annotated[
-        int, typer.Option("-n", help="Continuations to sample; they share the prompt's blocks.")
-    ] = 1,
+    n: Annotated[int, typer.Option("-n", help="Continuations to sample; they share the prompt's blocks.")] = 1,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,

@@ -54,9 +54,7 @@ Backend = Callable[[Messages], Pieces]
 
 def chat(
     system: Annotated[str | None, typer.Option(help="Instructions before the conversation.")] = None,
-    url: Annotated[
-        str | None, typer.Option(help="Talk to this server instead, e.g. http://127.0.0.1:8000/v1.")
-    ] = None,
+    url: Annotated[str | None, typer.Option(help="Talk to this server instead, e.g. http://127.0.0.1:8000/v1.")] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="OPENAI_API_KEY", help="The server's key.", show_envvar=True)
     ] = None,
@@ -76,9 +74,7 @@ def chat(
     num_speculative_tokens: NumSpeculativeTokens = None,
 ) -> None:
     """Talk with a chat model, here or on an OpenAI-compatible server."""
-    options = given(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, seed=seed
-    )
+    options = given(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, seed=seed)
     settings = given(
         memory=memory, attention=attention, kv_dtype=kv_dtype, speculate=speculate,
         num_speculative_tokens=num_speculative_tokens,

@@ -31,9 +31,7 @@ Temperature = Annotated[float | None, typer.Option(help="Divides the logits; 0 i
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this total.")]
 TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens.")]
 MinP = Annotated[float | None, typer.Option(help="Drop tokens below this times the likeliest.")]
-MaxTokens = Annotated[
-    int | None, typer.Option(help=f"At most so many. Default: {SamplingParams.max_tokens}.")
-]
+MaxTokens = Annotated[int | None, typer.Option(help=f"At most so many. Default: {SamplingParams.max_tokens}.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output; repeatable.")]
 Seed = Annotated[int | None, typer.Option(help="Makes the output repeat. Default: random.")]
 

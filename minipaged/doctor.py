@@ -52,9 +52,7 @@ def report(console: Console) -> bool:
 
 def checks() -> Iterator[Check]:
     """All checks, each made when it is asked for: the last ones take a few seconds."""
-    yield Check(
-        "python", sys.version_info >= (3, 11), f"{platform.python_version()} (3.11 or newer is needed)"
-    )
+    yield Check("python", sys.version_info >= (3, 11), f"{platform.python_version()} (3.11 or newer is needed)")
     for package, without in PACKAGES.items():
         yield _package(package, without)
     yield _cpu()

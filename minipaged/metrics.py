@@ -1,9 +1,9 @@
 """Numbers from events: how well memory is used, and how long users wait.
 
-    metrics = Metrics(engine.started_event())
-    engine.events.subscribe(metrics)
-    ...
-    print(metrics.summary())
+metrics = Metrics(engine.started_event())
+engine.events.subscribe(metrics)
+...
+print(metrics.summary())
 """
 
 from __future__ import annotations

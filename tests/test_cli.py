@@ -57,9 +57,7 @@ def run(monkeypatch, capsys):
 
 def start(*args: str, **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "minipaged", *args]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
-    )
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def read_until(process: subprocess.Popen, text: bytes) -> bytes:
@@ -213,9 +211,7 @@ def test_sampling_options_reach_the_engine(monkeypatch, run):
         return [SimpleNamespace(outputs=[])]
 
     monkeypatch.setattr(cli, "_load", lambda *_, **__: SimpleNamespace(generate=generate))
-    options = (
-        "-n 2 --temperature 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 --max-tokens 9 --stop a --stop b --seed 4"
-    )
+    options = "-n 2 --temperature 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 --max-tokens 9 --stop a --stop b --seed 4"
     assert run("generate", "Hi", *options.split())[0] == 0
     params = asked["params"]
     assert (params.n, params.temperature, params.top_p, params.top_k) == (2, 0.5, 0.9, 7)

@@ -192,9 +192,7 @@ def test_min_tokens_and_penalties_work_through_the_front_door(checkpoint, prompt
     favourite = plain.token_ids[0]
     stopping = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=[favourite])
     assert llm.generate([prompts[1]], stopping)[0].outputs[0].token_ids == [favourite]
-    later = SamplingParams(
-        temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=[favourite], min_tokens=5
-    )
+    later = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=[favourite], min_tokens=5)
     assert favourite not in llm.generate([prompts[1]], later)[0].outputs[0].token_ids[:5]
     biased = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logit_bias={17: 1000.0})
     assert llm.generate([prompts[1]], biased)[0].outputs[0].token_ids == [17] * 4

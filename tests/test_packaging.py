@@ -104,13 +104,9 @@ def torch_free_files() -> list[Path]:
 @pytest.mark.parametrize("file", torch_free_files(), ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_torch_in_memory_scheduling_and_events(file):
     """This is what keeps the scheduler fuzzable at thousands of traces a second."""
-    culprits = {
-        name: by for name, by in reachable(file).items() if name in ("torch", "numpy", "transformers")
-    }
+    culprits = {name: by for name, by in reachable(file).items() if name in ("torch", "numpy", "transformers")}
     assert not culprits
-    everywhere = {
-        name for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) for name in names(node)
-    }
+    everywhere = {name for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) for name in names(node)}
     assert "torch" not in everywhere, "not inside a function either"
 
 
@@ -159,9 +155,7 @@ def test_wheel_and_sdist_hold_every_file_of_the_packages(built):
 def test_the_embedded_model_is_part_of_the_package(built):
     for archive in built:
         assert {"minipaged/tiny/weights/config.json", "minipaged/tiny/weights/tokenizer.json"} <= archive
-        assert any(
-            name.startswith("minipaged/tiny/weights/") and name.endswith(".safetensors") for name in archive
-        )
+        assert any(name.startswith("minipaged/tiny/weights/") and name.endswith(".safetensors") for name in archive)
 
 
 def pins() -> dict[str, str]:

@@ -261,8 +261,7 @@ print("same tokens:  ", tokens[len(prompt) :] == with_cache.token_ids)
 # %%
 prefill = llm.generate(tokens, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))[0].prompt_logprobs
 differences = [
-    abs(prefill[len(prompt) + i][token] - with_cache.logprobs[i][token])
-    for i, token in enumerate(with_cache.token_ids)
+    abs(prefill[len(prompt) + i][token] - with_cache.logprobs[i][token]) for i, token in enumerate(with_cache.token_ids)
 ]
 print("largest difference below 0.0001:", max(differences) < 1e-4)
 

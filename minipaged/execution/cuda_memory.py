@@ -90,9 +90,7 @@ class _CudaMapping:
         self._mapped.remove(address)
 
 
-def _give_back(
-    driver: Any, page_bytes: int, mapped: set[int], ranges: list[tuple[int, int]], pages: list[Any]
-) -> None:
+def _give_back(driver: Any, page_bytes: int, mapped: set[int], ranges: list[tuple[int, int]], pages: list[Any]) -> None:
     for address in mapped:
         driver.cuMemUnmap(address, page_bytes)
     for address, num_bytes in ranges:

@@ -60,9 +60,7 @@ class KVCache:
         self.num_blocks, self.block_size, self.kernels = num_blocks, block_size, kernels
 
     @staticmethod
-    def bytes_per_block(
-        num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> int:
+    def bytes_per_block(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """2 (key and value) · layers · block size · heads · (head dimension · bytes of a number + bytes of a scale)."""
         scale = 4 if dtype is torch.int8 else 0
         return 2 * num_layers * block_size * num_kv_heads * (head_dim * dtype.itemsize + scale)

@@ -53,8 +53,7 @@ def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken | None]:
     kept = _accept(plan, adjusted, chosen) if drafted else [True] * len(chosen)
     logprobs = _logprobs(logits, chosen, [request.num_logprobs for request in requests])
     return [
-        SampledToken(token, entry) if keep else None
-        for token, entry, keep in zip(chosen, logprobs, kept, strict=True)
+        SampledToken(token, entry) if keep else None for token, entry, keep in zip(chosen, logprobs, kept, strict=True)
     ]
 
 

@@ -56,9 +56,7 @@ def copy_blocks(caches: list[Tensor], src: Tensor, dst: Tensor) -> None:
     launch_copies(caches, caches, src, dst, caches[0].device)
 
 
-def launch_copies(
-    sources: list[Tensor], targets: list[Tensor], src: Tensor, dst: Tensor, device: torch.device
-) -> None:
+def launch_copies(sources: list[Tensor], targets: list[Tensor], src: Tensor, dst: Tensor, device: torch.device) -> None:
     """Copies block src[i] of every source to block dst[i] of its target. ``device`` can reach all of them.
 
     Within a block, caches are contiguous; they are all of one shape, dtype and stride but for the number of blocks.

@@ -90,9 +90,7 @@ def _prefill_kernel(
         visible = position[None, :] <= here
         if WINDOWED:
             visible &= position[None, :] > here - window
-        peak, total, acc = attend(
-            q, k.to(q.dtype), v.to(q.dtype), k_scale, v_scale, visible, scale, peak, total, acc
-        )
+        peak, total, acc = attend(q, k.to(q.dtype), v.to(q.dtype), k_scale, v_scale, visible, scale, peak, total, acc)
 
     # Every query sees itself; only padding rows may have seen nothing, and they are not stored.
     out = acc / tl.where(total > 0, total, 1.0)[:, None]

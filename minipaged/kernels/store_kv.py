@@ -1,17 +1,17 @@
 """Writing this step's keys and values into their slots (PagedAttention paper §4.3: "fused reshape and block write").
 
-    k, v of this step                 slot_mapping              k_cache, v_cache
-    token 0  [KH, D] ───────────────▶ slot 37  ───────────────▶ block 2, offset 5   (block size 16)
-    token 1  [KH, D] ───────────────▶ slot 38  ───────────────▶ block 2, offset 6
-    token 2  [KH, D] ───────────────▶ slot 80  ───────────────▶ block 5, offset 0
+k, v of this step                 slot_mapping              k_cache, v_cache
+token 0  [KH, D] ───────────────▶ slot 37  ───────────────▶ block 2, offset 5   (block size 16)
+token 1  [KH, D] ───────────────▶ slot 38  ───────────────▶ block 2, offset 6
+token 2  [KH, D] ───────────────▶ slot 80  ───────────────▶ block 5, offset 0
 
-    One program instance: one token, up to HEADS of its heads, keys and values.
+One program instance: one token, up to HEADS of its heads, keys and values.
 
-                       dim 0 … D-1, masked up to DIMS
-              head 0  ┌────────────────────────┐
-              head 1  │ a program loads this   │   rows of the cache that are neighbours, too:
-              …       │ tile and stores it     │   reads and writes are both coalesced
-              HEADS   └────────────────────────┘
+                   dim 0 … D-1, masked up to DIMS
+          head 0  ┌────────────────────────┐
+          head 1  │ a program loads this   │   rows of the cache that are neighbours, too:
+          …       │ tile and stores it     │   reads and writes are both coalesced
+          HEADS   └────────────────────────┘
 """
 
 from __future__ import annotations

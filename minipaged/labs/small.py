@@ -110,9 +110,7 @@ def greedy(engine: Engine, requests: Trace) -> dict[str, list[list[int]]]:
         raise
 
 
-def search(
-    trial: Trial, kernels_of: Callable[[Tape], tuple[Kernels, Prepare]], shapes: list[tuple[int, int]]
-) -> None:
+def search(trial: Trial, kernels_of: Callable[[Tape], tuple[Kernels, Prepare]], shapes: list[tuple[int, int]]) -> None:
     """Lets the engine serve requests of these lengths (prompt, output) with the student's kernels: the same text."""
     model = small_model(trial.random.randrange(1 << 40))
 

@@ -83,9 +83,7 @@ def toy_engine(
     config = EngineConfig(model="toy", **(defaults | {"max_model_len": 100, "enable_prefix_caching": False} | settings))
     assert config.num_blocks is not None and config.block_size is not None
     runner = ToyRunner(config.block_size, config.num_blocks, config.swap_space(config.num_blocks))
-    return Engine(
-        config, runner, toy_sampler, vocab_size=VOCAB, make_memory=make_memory, make_scheduler=make_scheduler
-    )
+    return Engine(config, runner, toy_sampler, vocab_size=VOCAB, make_memory=make_memory, make_scheduler=make_scheduler)
 
 
 def run(engine: Engine, later: Iterable[Callable[[], None]] = (), every: int = 0) -> dict[str, list[list[int]]]:

@@ -58,16 +58,12 @@ def paged_attention(
     outs = []
     if n:  # one query each, and all of them in one call
         outs.append(
-            kernels.paged_decode(
-                q[:n], *caches, tables[:n], batch.context_lens[:n], scale, sliding_window, *scales
-            )
+            kernels.paged_decode(q[:n], *caches, tables[:n], batch.context_lens[:n], scale, sliding_window, *scales)
         )
     if n < len(batch.query_lens):  # prompts and chunks of prompts
         context_lens, query_lens = batch.context_lens_list[n:], batch.query_lens[n:]
         outs.append(
-            kernels.paged_prefill(
-                q[n:], *caches, tables[n:], context_lens, query_lens, scale, sliding_window, *scales
-            )
+            kernels.paged_prefill(q[n:], *caches, tables[n:], context_lens, query_lens, scale, sliding_window, *scales)
         )
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -163,9 +159,7 @@ class RotaryEmbedding(nn.Module):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def need(
-    config: dict[str, Any], key: str, kind: type[int] | type[float] = int, default: float | None = None
-) -> Any:
+def need(config: dict[str, Any], key: str, kind: type[int] | type[float] = int, default: float | None = None) -> Any:
     """A positive number from ``config.json``. Raises ModelError if it is anything else, or has no default."""
     value = default if config.get(key) is None else config[key]
     allowed = (int, float) if kind is float else int

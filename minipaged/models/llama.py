@@ -81,9 +81,7 @@ class LlamaConfig:
             shared = f"{self.num_kv_heads} key/value heads"
             raise ModelError(f"config.json: {self.num_heads} heads cannot share {shared} evenly")
         if self.head_dim % 2:
-            raise ModelError(
-                f"config.json: rotation needs pairs of channels, but head_dim is {self.head_dim}"
-            )
+            raise ModelError(f"config.json: rotation needs pairs of channels, but head_dim is {self.head_dim}")
 
 
 def _windows(config: dict[str, Any], architecture: str, num_layers: int) -> tuple[int | None, ...]:

@@ -80,9 +80,7 @@ class LoadedModel:
     shard: Shard | None = None  # all of it
 
 
-def load_model(
-    model: str, device: str = "auto", dtype: str = "auto", shard: Shard | None = None
-) -> LoadedModel:
+def load_model(model: str, device: str = "auto", dtype: str = "auto", shard: Shard | None = None) -> LoadedModel:
     """Finds, reads and checks a model.
 
     Args:
@@ -286,9 +284,7 @@ def _load_weights(network: Llama | GPT2, directory: Path, shapes: dict[str, torc
             if place is None:
                 raise ModelError(f"{what} is not part of this architecture, or is there twice")
             if tensor.shape != shapes[name]:
-                raise ModelError(
-                    f"{what} has shape {list(tensor.shape)}, but config.json implies {list(shapes[name])}"
-                )
+                raise ModelError(f"{what} has shape {list(tensor.shape)}, but config.json implies {list(shapes[name])}")
             place.copy_(tensor if shard is None else shard.part(name, tensor, place.shape))
     if places:
         more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""

@@ -219,8 +219,7 @@ class TextAnswer(Answer):
         return {
             "tokens": [self._spell(token) for token in tokens],
             "token_logprobs": [
-                max(likely[token], LOWEST) if likely else None
-                for token, likely in zip(tokens, logprobs, strict=True)
+                max(likely[token], LOWEST) if likely else None for token, likely in zip(tokens, logprobs, strict=True)
             ],
             "top_logprobs": [self._top(likely, number) if likely else None for likely in logprobs],
             "text_offset": offsets,

@@ -84,6 +84,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
 # --- a request, from its body to its answer ---------------------------------------------------------------------
 
+
 async def _serve(
     service: Service, request: Request, name: str, kind: type[ChatRequest] | type[CompletionRequest]
 ) -> Response:

@@ -117,9 +117,7 @@ def _client(url: str, api_key: str | None) -> httpx2.AsyncClient:
         raise InvalidRequest(f"{url} is no URL: {error}") from None
 
 
-async def _ask(
-    client: httpx2.AsyncClient, target: Target, request: TraceRequest, sample: Sample, began: float
-) -> None:
+async def _ask(client: httpx2.AsyncClient, target: Target, request: TraceRequest, sample: Sample, began: float) -> None:
     body: dict[str, Any] = {
         "model": target.model, "prompt": prompt_of(request), "max_tokens": request.num_output, "stream": True,
         "stream_options": {"include_usage": True},

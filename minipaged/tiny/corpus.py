@@ -33,22 +33,37 @@ LISTS = {
     "kinds of weather": "sun rain wind snow fog storm".split(),
     "parts of the body": "head hand foot arm leg nose ear mouth eye".split(),
     "clothes": "shirt coat hat scarf shoes gloves trousers socks".split(),
-    "parts of an inference engine": ["scheduler", "block manager", "block table", "sampler",
-                                     "attention kernel", "tokenizer"],
+    "parts of an inference engine": [
+        "scheduler",
+        "block manager",
+        "block table",
+        "sampler",
+        "attention kernel",
+        "tokenizer",
+    ],
     "ways to sample a token": ["greedy", "temperature", "top-k", "top-p", "min-p", "beam search"],
 }
 ORDERED = {
     "the days of the week": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
     "the months of the year": "January February March April May June July August September October November "
-                              "December".split(),
+    "December".split(),
     "the four seasons": "spring summer autumn winter".split(),
     "the letters of the alphabet": list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
     "the phases of a request": "waiting prefill decode finished".split(),
 }
-BEGINNINGS = ["Please tell me: ", "I have a question. ", "Quick question: ", "Hello! ", "One more thing. ",
-              "Hi. ", "In simple words: ", "And another question: ", "Next question. ", "Thanks! "]
-ENDS = [" Thank you.", " Please be brief.", " Explain it simply.", " I want to learn.",
-        " In one sentence, please."]
+BEGINNINGS = [
+    "Please tell me: ",
+    "I have a question. ",
+    "Quick question: ",
+    "Hello! ",
+    "One more thing. ",
+    "Hi. ",
+    "In simple words: ",
+    "And another question: ",
+    "Next question. ",
+    "Thanks! ",
+]
+ENDS = [" Thank you.", " Please be brief.", " Explain it simply.", " I want to learn.", " In one sentence, please."]
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
@@ -76,11 +91,14 @@ def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
         if kind == "down":
             numbers.reverse()
         first, last = numbers[0], numbers[-1]
-        ways = ["Count from {} to {}.", "Please count from {} to {}.", "Can you count from {} to {}?",
-                "Write the numbers from {} to {}."]
+        ways = [
+            "Count from {} to {}.",
+            "Please count from {} to {}.",
+            "Can you count from {} to {}?",
+            "Write the numbers from {} to {}.",
+        ]
         if kind == "down":
-            ways = ["Count down from {} to {}.", "Count backwards from {} to {}.",
-                    "Count from {} down to {}."]
+            ways = ["Count down from {} to {}.", "Count backwards from {} to {}.", "Count from {} down to {}."]
         return rng.choice(ways).format(first, last), ", ".join(map(str, numbers)) + "."
     if kind == "sum":
         while True:
@@ -90,9 +108,16 @@ def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
         if max(a, b, a + b) <= 12 and rng.random() < 0.25:
             wa, wb, wc = WORDS[a], WORDS[b], WORDS[a + b]
             return f"What is {wa} plus {wb}?", f"{wa.capitalize()} plus {wb} is {wc}."
-        ways = ["What is {} plus {}?", "How much is {} plus {}?", "Add {} and {}.", "{} plus {}?",
-                "Please add {} and {}.", "What is {} + {}?", "What is {}+{}?",
-                "What is the sum of {} and {}?"]
+        ways = [
+            "What is {} plus {}?",
+            "How much is {} plus {}?",
+            "Add {} and {}.",
+            "{} plus {}?",
+            "Please add {} and {}.",
+            "What is {} + {}?",
+            "What is {}+{}?",
+            "What is the sum of {} and {}?",
+        ]
         return rng.choice(ways).format(a, b), f"{a} plus {b} is {a + b}."
     if kind == "minus":
         b = rng.randint(0, 12)
@@ -117,8 +142,7 @@ def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
         if rng.random() < 0.5:
             ask = rng.choice(["Name {} {}.", "Tell me {} {}.", "Can you name {} {}?", "What are {} {}?"])
             return ask.format(WORDS[n], name), _sentence(_join(chosen))
-        ask = rng.choice(["List {} {}.", "Make a list of {} {}.", "Write a list of {} {}.",
-                          "Please list {} {}."])
+        ask = rng.choice(["List {} {}.", "Make a list of {} {}.", "Write a list of {} {}.", "Please list {} {}."])
         return ask.format(WORDS[n], name), "\n".join(f"{i}. {item}" for i, item in enumerate(chosen, 1))
     if kind == "order":
         name, items = rng.choice(list(ORDERED.items()))
@@ -130,7 +154,7 @@ def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
         words = " ".join(rng.sample(pool, rng.randint(2, 12)))
         return rng.choice(["Repeat: {}", "Repeat after me: {}", "Say this again: {}", "Echo {}"]).format(words), words
     n = rng.randint(2, 12)
-    return f"Count to {WORDS[n]} in words.", _sentence(", ".join(WORDS[1:n + 1]))
+    return f"Count to {WORDS[n]} in words.", _sentence(", ".join(WORDS[1 : n + 1]))
 
 
 def question_turn(rng: random.Random, fact: Fact, held_out: bool = False) -> Turn:
@@ -179,15 +203,20 @@ def story_turns(rng: random.Random) -> list[Turn]:
 def system_prompt(rng: random.Random) -> str:
     """One of many system prompts; engines like to share their blocks among requests."""
     parts = [
-        ["You are the tiny model of minipaged.", "You are a helpful assistant.",
-         "You are a small and friendly model."],
-        ["You answer questions about paging and KV caches.", "You know a little about paged attention.",
-         "You explain how an inference engine works."],
+        ["You are the tiny model of minipaged.", "You are a helpful assistant.", "You are a small and friendly model."],
+        [
+            "You answer questions about paging and KV caches.",
+            "You know a little about paged attention.",
+            "You explain how an inference engine works.",
+        ],
         ["Answer in one or two short sentences.", "Keep your answers short and clear.", "Be brief and kind."],
-        ["You can also tell short stories and do easy sums.", "When somebody wants a story, tell one.",
-         "If you do not know something, say so."],
+        [
+            "You can also tell short stories and do easy sums.",
+            "When somebody wants a story, tell one.",
+            "If you do not know something, say so.",
+        ],
     ]
-    return " ".join(rng.choice(part) for part in parts[:rng.randint(1, 4)])
+    return " ".join(rng.choice(part) for part in parts[: rng.randint(1, 4)])
 
 
 def render_chat(turns: list[Turn], system: str = "") -> str:

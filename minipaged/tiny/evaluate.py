@@ -24,12 +24,24 @@ from .qa import OFF_TOPIC, OFF_TOPIC_SLOTS, load_facts
 from .stories import NAMES
 from .train import held_out_batches, held_out_loss
 
-COMMON = set("a an the is are was of in to and or it its that this for with by on at as be not no so than "
-             "only one all each from has have can may then they their you i".split())
-PLAIN_STARTS = ["Once upon a time", "The robot opened the door and", "In a small town by the sea", "Long ago",
-                "There was once a"]
-STORY_REQUESTS = ["Tell me a story.", "Tell me a story about a fox.", "Tell me a story about a robot.",
-                  "Tell me a story about a library.", "Can you tell me a story about a brave mouse?"]
+COMMON = set(
+    "a an the is are was of in to and or it its that this for with by on at as be not no so than "
+    "only one all each from has have can may then they their you i".split()
+)
+PLAIN_STARTS = [
+    "Once upon a time",
+    "The robot opened the door and",
+    "In a small town by the sea",
+    "Long ago",
+    "There was once a",
+]
+STORY_REQUESTS = [
+    "Tell me a story.",
+    "Tell me a story about a fox.",
+    "Tell me a story about a robot.",
+    "Tell me a story about a library.",
+    "Can you tell me a story about a brave mouse?",
+]
 
 
 def load(path: Path = WEIGHTS) -> tuple:
@@ -46,8 +58,9 @@ def chat_prompt(tokenizer, *messages: str, system: str = "") -> str:
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts: list[str], max_new: int = 100, temperature: float = 0.0,
-             seed: int = 0) -> list[tuple[str, bool]]:
+def generate(
+    model, tokenizer, prompts: list[str], max_new: int = 100, temperature: float = 0.0, seed: int = 0
+) -> list[tuple[str, bool]]:
     """Continue every prompt; returns (text, did it end by itself).  Temperature 0 is greedy.
 
     A prompt that is plain text gets the leading end-of-text token; a rendered chat has it already.
@@ -56,15 +69,16 @@ def generate(model, tokenizer, prompts: list[str], max_new: int = 100, temperatu
     results = []
     for i in range(0, len(prompts), 32):
         bos = tokenizer.bos_token
-        texts = [p if p.startswith(bos) else bos + p for p in prompts[i:i + 32]]
+        texts = [p if p.startswith(bos) else bos + p for p in prompts[i : i + 32]]
         inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
         sampling: dict = dict(do_sample=False, temperature=None)
         if temperature:
             sampling = dict(do_sample=True, temperature=temperature, top_k=0)
-        output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-                                max_new_tokens=max_new, **sampling)
+        output = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new, **sampling
+        )
         ends = {tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids(END)}
-        for row in output[:, inputs["input_ids"].shape[1]:].tolist():
+        for row in output[:, inputs["input_ids"].shape[1] :].tolist():
             stop = next((k for k, token in enumerate(row) if token in ends), len(row))
             results.append((tokenizer.decode(row[:stop]), stop < len(row)))
     return results
@@ -90,12 +104,17 @@ def evaluate(path: Path = WEIGHTS) -> dict:
     """All numbers of the README."""
     model, tokenizer = load(path)
     facts = load_facts()
-    report: dict = {"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(tokenizer),
-                    "held_out_loss": held_out_loss(model, held_out_batches(tokenizer, 6))}
+    report: dict = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": len(tokenizer),
+        "held_out_loss": held_out_loss(model, held_out_batches(tokenizer, 6)),
+    }
     model.eval()
 
-    for name, questions in (("seen_phrasing", [f.phrasings[0] for f in facts]),
-                            ("held_out_phrasing", [f.held_out for f in facts])):
+    for name, questions in (
+        ("seen_phrasing", [f.phrasings[0] for f in facts]),
+        ("held_out_phrasing", [f.held_out for f in facts]),
+    ):
         replies = generate(model, tokenizer, [chat_prompt(tokenizer, q) for q in questions])
         answered = [(reply, fact.answers) for (reply, _), fact in zip(replies, facts, strict=True)]
         report[f"facts_{name}"] = {
@@ -113,7 +132,7 @@ def evaluate(path: Path = WEIGHTS) -> dict:
         report[name] = rate([r == pairs[q] for (r, _), q in zip(replies, questions, strict=True)])
     pairs = dict(number_turn(rng) for _ in range(1500))
     pairs = {q: a for q, a in pairs.items() if "ount" in q and a[0].isdigit()}
-    questions = sorted(pairs)[::max(1, len(pairs) // 60)][:60]
+    questions = sorted(pairs)[:: max(1, len(pairs) // 60)][:60]
     replies = generate(model, tokenizer, [chat_prompt(tokenizer, q) for q in questions], 100)
     report["counting"] = rate([r == pairs[q] for (r, _), q in zip(replies, questions, strict=True)])
 
@@ -141,8 +160,15 @@ SAMPLES: list[tuple[list[str] | str, float, int]] = [
     (["What is a block table?"], 0.0, 0),
     (["How does copy on write work?"], 0.0, 0),
     (["Why is decode slow?"], 0.0, 0),
-    (["What happens when memory runs out?", "The scheduler preempts the newest running request and takes its "
-      "blocks. That request continues later.", "Should I recompute or swap?"], 0.0, 0),
+    (
+        [
+            "What happens when memory runs out?",
+            "The scheduler preempts the newest running request and takes its blocks. That request continues later.",
+            "Should I recompute or swap?",
+        ],
+        0.0,
+        0,
+    ),
     (["What is 7 plus 5?"], 0.0, 0),
     (["Count from 3 to 12."], 0.0, 0),
     (["What is the capital of France?"], 0.0, 0),

@@ -92,14 +92,36 @@ def story(rng: random.Random) -> Story:
     fhe, fhim, fhis = PRONOUNS[fpronoun]
     spot, spot2, spot3 = rng.sample(words["spot"], 3)
     # "Old" is a trait already: "a young old man" would be odd.
-    trait, ftrait = ("kind" if who.startswith("old") else word
-                     for who, word in zip((kind, fkind), rng.sample(words["trait"], 2), strict=True))
+    trait, ftrait = (
+        "kind" if who.startswith("old") else word
+        for who, word in zip((kind, fkind), rng.sample(words["trait"], 2), strict=True)
+    )
     time, home = rng.choice(words["time"]), rng.choice(words["home"])
     slots = dict(
-        kind=kind, name=name, he=he, him=him, his=his, He=he.capitalize(), His=his.capitalize(), trait=trait,
-        fkind=fkind, friend=friend, fhe=fhe, fhim=fhim, fhis=fhis, FHe=fhe.capitalize(), ftrait=ftrait,
-        time=time, timel=time[0].lower() + time[1:], home=home, Home=home[0].upper() + home[1:],
-        spot=spot, spot2=spot2, spot3=spot3, a_kind=article(kind), a_fkind=article(fkind),
+        kind=kind,
+        name=name,
+        he=he,
+        him=him,
+        his=his,
+        He=he.capitalize(),
+        His=his.capitalize(),
+        trait=trait,
+        fkind=fkind,
+        friend=friend,
+        fhe=fhe,
+        fhim=fhim,
+        fhis=fhis,
+        FHe=fhe.capitalize(),
+        ftrait=ftrait,
+        time=time,
+        timel=time[0].lower() + time[1:],
+        home=home,
+        Home=home[0].upper() + home[1:],
+        spot=spot,
+        spot2=spot2,
+        spot3=spot3,
+        a_kind=article(kind),
+        a_fkind=article(fkind),
     )
     for slot in "place thing food dish build fear wish fruit skill saw stepped".split():
         slots[slot] = rng.choice(words[slot])

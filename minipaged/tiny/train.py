@@ -33,10 +33,22 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
 )
 CONTEXT = 1024
-SHAPE = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
-             num_key_value_heads=4, head_dim=32)
-QUICK_SHAPE = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
-                   num_key_value_heads=2, head_dim=16)
+SHAPE = dict(
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+)
+QUICK_SHAPE = dict(
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
 
 
 def train_tokenizer(seed: int, vocab_size: int, sample: int) -> PreTrainedTokenizerFast:
@@ -45,16 +57,22 @@ def train_tokenizer(seed: int, vocab_size: int, sample: int) -> PreTrainedTokeni
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     bpe.train_from_iterator(islice(documents(seed), sample), trainer)
     # Training documents begin with EOT, so a plain prompt must begin with it too.
-    bpe.post_processor = processors.TemplateProcessing(
-        single=f"{EOT} $A", special_tokens=[(EOT, bpe.token_to_id(EOT))])
+    bpe.post_processor = processors.TemplateProcessing(single=f"{EOT} $A", special_tokens=[(EOT, bpe.token_to_id(EOT))])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=EOT, eos_token=EOT, pad_token=EOT, model_max_length=CONTEXT,
-        extra_special_tokens=SPECIAL_TOKENS[1:], clean_up_tokenization_spaces=False,
+        tokenizer_object=bpe,
+        bos_token=EOT,
+        eos_token=EOT,
+        pad_token=EOT,
+        model_max_length=CONTEXT,
+        extra_special_tokens=SPECIAL_TOKENS[1:],
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -133,13 +151,21 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in (EOT, END)]
     copy.config.dtype = torch.bfloat16
     copy.generation_config = GenerationConfig(
-        bos_token_id=ends[0], eos_token_id=ends, pad_token_id=ends[0], do_sample=True, temperature=0.8)
+        bos_token_id=ends[0], eos_token_id=ends, pad_token_id=ends[0], do_sample=True, temperature=0.8
+    )
     copy.save_pretrained(out)
     tokenizer.save_pretrained(out, save_jinja_files=False)
 
 
-def train(out: Path, log: Path, steps: tuple[int, int], minutes: float, seed: int = 0, quick: bool = False,
-          init: Path | None = None) -> list[dict]:
+def train(
+    out: Path,
+    log: Path,
+    steps: tuple[int, int],
+    minutes: float,
+    seed: int = 0,
+    quick: bool = False,
+    init: Path | None = None,
+) -> list[dict]:
     """Run both stages and return the log entries that were also written to ``log``.
 
     In the first stage a row of documents is one long text: crude, but every position is trained, and the
@@ -153,10 +179,19 @@ def train(out: Path, log: Path, steps: tuple[int, int], minutes: float, seed: in
     if init:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(init)
     end_ids = [tokenizer.convert_tokens_to_ids(token) for token in (EOT, END)]
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-        rope_theta=10_000.0, bos_token_id=end_ids[0], eos_token_id=end_ids, pad_token_id=end_ids[0],
-        rms_norm_eps=1e-5, **(QUICK_SHAPE if quick else SHAPE)))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            rope_theta=10_000.0,
+            bos_token_id=end_ids[0],
+            eos_token_id=end_ids,
+            pad_token_id=end_ids[0],
+            rms_norm_eps=1e-5,
+            **(QUICK_SHAPE if quick else SHAPE),
+        )
+    )
     if init:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(init, dtype=torch.float32).state_dict())
     parameters = sum(p.numel() for p in model.parameters())
@@ -166,8 +201,10 @@ def train(out: Path, log: Path, steps: tuple[int, int], minutes: float, seed: in
     # Muon learns the matrices in far fewer steps than AdamW; embeddings and norms stay with AdamW.
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() < 2 or "embed" in name]
-    optimizers = [torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    optimizers = [
+        torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
     size, length = (4, 128) if quick else (4, 512)
     every, save_every = (10, 20) if quick else (50, 400)
 
@@ -194,9 +231,14 @@ def train(out: Path, log: Path, steps: tuple[int, int], minutes: float, seed: in
                 # Whichever limit is nearer drives the schedule, so a slow machine still ends at a low rate.
                 progress = max(step / steps[stage - 1], (time.time() - stage_start) / 30 / minutes)
                 if step % every == 0 or progress >= 1:
-                    entry: dict = {"stage": stage, "step": done, "tokens": done * size * length,
-                                   "seconds": round(time.time() - start, 1), "lr": round(rate, 6),
-                                   "loss": round(sum(recent) / len(recent), 4)}
+                    entry: dict = {
+                        "stage": stage,
+                        "step": done,
+                        "tokens": done * size * length,
+                        "seconds": round(time.time() - start, 1),
+                        "lr": round(rate, 6),
+                        "loss": round(sum(recent) / len(recent), 4),
+                    }
                     if step % save_every == 0 or progress >= 1:
                         entry["held_out"] = held_out_loss(model, held_out)
                         save(model, tokenizer, out)

@@ -287,6 +287,7 @@ def test_extreme_but_accepted_values_do_not_fail_the_batch(settings):
 
 def test_penalties_and_biases_may_be_whole_numbers_and_fractions():
     """They are real numbers to `SamplingParams`, so they have to be to the sampler, alone in a batch too."""
+
     def bent(**changes):
         requests = [chunk.request for chunk in plan_for([SamplingParams(**changes)]).chunks]
         seqs = [requests[0].seqs[0]]

@@ -82,9 +82,7 @@ class BuddyMachine(RuleBasedStateMachine):
 
 
 TestBuddy = BuddyMachine.TestCase
-TestBuddy.settings = settings(
-    derandomize=True, deadline=None, database=None, max_examples=100, stateful_step_count=40
-)
+TestBuddy.settings = settings(derandomize=True, deadline=None, database=None, max_examples=100, stateful_step_count=40)
 
 
 def test_983_blocks_are_seven_chunks_of_128_and_87_that_fit_nobody():

@@ -32,9 +32,7 @@ def config_of(family: str) -> transformers.PreTrainedConfig:
     gpt2 = dict(vocab_size=131, n_embd=48, n_layer=3, n_head=4, n_positions=128)
     made: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         "gpt2": lambda: t.GPT2Config(**gpt2),
-        "gpt2-untied": lambda: t.GPT2Config(
-            **gpt2, n_inner=72, layer_norm_epsilon=0.1, tie_word_embeddings=False
-        ),
+        "gpt2-untied": lambda: t.GPT2Config(**gpt2, n_inner=72, layer_norm_epsilon=0.1, tie_word_embeddings=False),
         "llama2": lambda: t.LlamaConfig(
             **SMALL | dict(num_key_value_heads=4), rms_norm_eps=0.1, tie_word_embeddings=False
         ),
@@ -48,9 +46,7 @@ def config_of(family: str) -> transformers.PreTrainedConfig:
         "mistral": lambda: t.MistralConfig(**SMALL, sliding_window=5, head_dim=16),
         "mistral-full": lambda: t.MistralConfig(**SMALL, sliding_window=None),
         "qwen2": lambda: t.Qwen2Config(**SMALL, tie_word_embeddings=True),
-        "qwen2-window": lambda: t.Qwen2Config(
-            **SMALL, use_sliding_window=True, sliding_window=6, max_window_layers=1
-        ),
+        "qwen2-window": lambda: t.Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=6, max_window_layers=1),
         "qwen3": lambda: t.Qwen3Config(**SMALL, head_dim=20),
         "qwen3-window": lambda: t.Qwen3Config(
             **SMALL,

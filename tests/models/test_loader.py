@@ -103,9 +103,7 @@ def test_eos_token_ids_come_from_all_three_files(copy):
     assert load_model(str(edit_config(directory, eos_token_id=None)), "cpu").spec.eos_token_ids == set()
     (directory / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 9}, unk_token="<s>"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(
-        directory
-    )
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(directory)
     loaded = load_model(str(edit_config(directory, eos_token_id=5)), "cpu")
     assert loaded.spec.eos_token_ids == {7, 8, 9}
     assert loaded.tokenizer is not None and loaded.tokenizer.decode([9]) == "</s>"
@@ -173,9 +171,7 @@ def test_a_tied_head_that_is_stored_too(copy, checkpoint):
 def test_rope_as_older_configs_write_it(family_and_old):
     family, old = family_and_old
     new = config_of(family).to_dict()
-    assert Rope.from_config(new) == Rope.from_config(
-        {k: v for k, v in new.items() if k != "rope_parameters"} | old
-    )
+    assert Rope.from_config(new) == Rope.from_config({k: v for k, v in new.items() if k != "rope_parameters"} | old)
 
 
 # --- finding a model ------------------------------------------------------------------------------
@@ -207,9 +203,7 @@ def test_a_hub_id_without_network(hub):
 
 
 def test_a_hub_id_that_is_served(checkpoint, monkeypatch):
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda model, **options: str(checkpoint("gpt2"))
-    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda model, **options: str(checkpoint("gpt2")))
     assert load_model("owner/name", "cpu").directory == checkpoint("gpt2")
 
 
@@ -302,9 +296,7 @@ def test_a_damaged_tokenizer(copy):
 
 def test_tensors_missing_unexpected_or_of_another_shape(copy):
     directory = copy()
-    refused(
-        edit_weights(directory, lambda t: t.pop(PICKED)), r"lacks tensor 'layers.1.self_attn.k_proj.weight'"
-    )
+    refused(edit_weights(directory, lambda t: t.pop(PICKED)), r"lacks tensor 'layers.1.self_attn.k_proj.weight'")
     refused(
         edit_weights(directory, lambda t: t.update({PICKED: torch.ones(48, 47)})),
         r"k_proj.*\[48, 47\].*48, 48",

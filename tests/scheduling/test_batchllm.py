@@ -403,7 +403,7 @@ def test_seeds_that_nobody_gave_are_those_of_one_request_after_the_other():
 )
 def test_an_engine_that_cannot_share_says_so(settings):
     engine = fake_engine(num_blocks=64, **settings)
-    with pytest.raises(InvalidConfig, match="needs memory=\"paged\""):
+    with pytest.raises(InvalidConfig, match='needs memory="paged"'):
         engine.add_batch(family())
     assert not engine.has_unfinished()
     EngineConfig(**settings).check_schedule("fcfs")

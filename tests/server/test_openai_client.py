@@ -396,9 +396,6 @@ def test_what_does_not_finish_in_time_is_ended_with_an_error(start) -> None:
     server.stop()
 
 
-
-
-
 def test_metrics(start) -> None:
     pytest.importorskip("prometheus_client", reason="prometheus_client IS NOT INSTALLED: pip install prometheus_client")
     server = start()

@@ -18,10 +18,7 @@ def test_it_follows_the_template_and_opens_the_assistants_turn():
         {"role": "user", "content": "Bye"},
     ]
     token_ids = render_chat(tokenizer, messages)
-    expected = (
-        "<|system|>Be brief.<|end|><|user|>Hi 🙂<|end|>"
-        "<|assistant|>Hello.<|end|><|user|>Bye<|end|><|assistant|>"
-    )
+    expected = "<|system|>Be brief.<|end|><|user|>Hi 🙂<|end|><|assistant|>Hello.<|end|><|user|>Bye<|end|><|assistant|>"
     assert tokenizer.decode(token_ids) == expected
     assert token_ids[-1] == tokenizer.convert_tokens_to_ids("<|assistant|>")
 

@@ -11,9 +11,7 @@ from minipaged.text.stream import MAX_WINDOW, REPLACEMENT, decode
 from tests.text.tokenizers_for_tests import byte_level, sentencepiece_like
 
 FAMILIES = [byte_level, sentencepiece_like]
-UNLIKELY = st.sampled_from(
-    ["🙂", "👩‍👩‍👧", "🏳️‍🌈", "é", "é", "你好", "。", "\n", "  ", " ", "▁", "the quick", "\x00"]
-)
+UNLIKELY = st.sampled_from(["🙂", "👩‍👩‍👧", "🏳️‍🌈", "é", "é", "你好", "。", "\n", "  ", " ", "▁", "the quick", "\x00"])
 # Surrogates are no text. U+FFFD has tests of its own, for it looks like an unfinished character.
 CHARACTERS = st.characters(exclude_categories=("Cs",), exclude_characters=REPLACEMENT)
 TEXT = st.lists(st.one_of(UNLIKELY, st.text(CHARACTERS, max_size=4)), max_size=12).map("".join)

@@ -32,10 +32,18 @@ def test_configuration_names_rope_and_both_end_tokens():
     assert json.loads((WEIGHTS / "generation_config.json").read_text())["eos_token_id"] == [0, 1]
 
 
-@pytest.mark.parametrize("text", [
-    "Once upon a time", "naïve café, 東京, Привет, 🦊🤖", "tabs\tand\n\nlines  and   spaces ", "", " x",
-    "\x00\x7f", "def f(x):\n    return x ** 2  # 0xFF",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Once upon a time",
+        "naïve café, 東京, Привет, 🦊🤖",
+        "tabs\tand\n\nlines  and   spaces ",
+        "",
+        " x",
+        "\x00\x7f",
+        "def f(x):\n    return x ** 2  # 0xFF",
+    ],
+)
 def test_any_text_survives_the_tokenizer(tiny, text):
     _, tokenizer = tiny
     ids = tokenizer(text)["input_ids"]
@@ -46,8 +54,10 @@ def test_any_text_survives_the_tokenizer(tiny, text):
 def test_chat_template(tiny):
     _, tokenizer = tiny
     text = chat_prompt(tokenizer, "Hello", "Hi!", "Bye", system="Be brief.")
-    assert text == ("<|endoftext|><|system|>Be brief.<|end|><|user|>Hello<|end|><|assistant|>Hi!<|end|>"
-                    "<|user|>Bye<|end|><|assistant|>")
+    assert text == (
+        "<|endoftext|><|system|>Be brief.<|end|><|user|>Hello<|end|><|assistant|>Hi!<|end|>"
+        "<|user|>Bye<|end|><|assistant|>"
+    )
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids[:2] == [0, 2] and ids[-1] == 4
     assert [tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]

@@ -22,8 +22,14 @@ def test_quick_training_lowers_the_loss_and_writes_a_loadable_model(tmp_path):
 
 def test_isolated_documents_do_not_see_each_other():
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=2, bos_token_id=0, **{
-        key: value for key, value in QUICK_SHAPE.items() if key != "num_hidden_layers"})).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            num_hidden_layers=2,
+            bos_token_id=0,
+            **{key: value for key, value in QUICK_SHAPE.items() if key != "num_hidden_layers"},
+        )
+    ).eval()
     row = torch.tensor([[0, 7, 8, 9, 0, 5, 6, 7, 8]])
     positions = positions_in_documents(row, eot=0)
     assert positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4]]

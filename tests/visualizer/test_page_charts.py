@@ -235,9 +235,7 @@ def test_the_books_follow_a_run_whose_beginning_is_forgotten(
     for page in (early, late):
         caught_up(page, visualizer)
     steps(visualizer, 5)
-    (everything, _), (rest, _) = [
-        (caught_up(page, visualizer), page.evaluate(ROWS))[1] for page in (early, late)
-    ]
+    (everything, _), (rest, _) = [(caught_up(page, visualizer), page.evaluate(ROWS))[1] for page in (early, late)]
     first = late.evaluate("minipaged.player.first")
     assert first >= 40 and rest == everything[first:] and everything == rows_of(visualizer)
     # As when the page forgets: a window that moves on.

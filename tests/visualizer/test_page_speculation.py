@@ -24,7 +24,9 @@ def test_wrong_guesses_are_struck_and_their_blocks_are_free(serve: Callable[...,
         for number, record in enumerate(recorded(visualizer)[1])
         for wrong in record
         if [event["type"] for event in record].count("speculated") == 1
-        and wrong["type"] == "speculated" and wrong["accepted"] < wrong["proposed"] and wrong["blocks"]
+        and wrong["type"] == "speculated"
+        and wrong["accepted"] < wrong["proposed"]
+        and wrong["blocks"]
     )
     seq, guesses, spoken = told["speculated"]["seq_id"], told["proposed"]["pieces"], told["speculated"]
     seek(page, number + 1)

@@ -143,9 +143,7 @@ def test_swapping_flies_to_the_cpu_and_back(launching: Callable[..., Visualizer]
         cpu = [f"cpu-{block}" for event in events for block in event["swap_blocks"]]
         pairs = zip(pool, cpu, strict=True) if kind == "swap-out" else zip(cpu, pool, strict=True)
         assert flights == [list(pair) for pair in pairs]
-        refs = page.eval_on_selector_all(
-            "[data-testid=swap-block]", "cells => cells.map(c => Number(c.dataset.refs))"
-        )
+        refs = page.eval_on_selector_all("[data-testid=swap-block]", "cells => cells.map(c => Number(c.dataset.refs))")
         assert refs == page.evaluate("minipaged.player.state.swap_ref_counts")
         told = page.get_attribute("[data-testid=narration]", "data-kind")
         assert told == kind.replace("-", " ")
@@ -243,9 +241,7 @@ def test_the_reducers_agree_on_what_is_shipped(
     assert position(exported) == [1, 0] and exported.is_visible("[data-testid=block]")
 
 
-def test_a_run_is_saved_exported_and_loaded_again(
-    serve: Callable[..., Visualizer], pages: Any, tmp_path: Path
-) -> None:
+def test_a_run_is_saved_exported_and_loaded_again(serve: Callable[..., Visualizer], pages: Any, tmp_path: Path) -> None:
     visualizer = serve()
     page = pages.open(visualizer)
     submit(visualizer, FORK)

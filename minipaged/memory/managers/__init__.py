@@ -146,7 +146,5 @@ def make_manager(config: EngineConfig, events: EventLog, closing: Closing | None
     paged = (num_blocks, block_size, events, config.caches_prefixes, policy, config.swap_space(num_blocks))
     if config.memory == "vattention":
         mapping = config.mapping or "async"
-        return VirtualTables(
-            *paged, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, mapping=mapping
-        )
+        return VirtualTables(*paged, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, mapping=mapping)
     return BlockTables(*paged)
