@@ -127,7 +127,7 @@ class BatchScheduler(Scheduler):
         """Gives up what is kept for groups of which nobody runs. Returns whether there was any."""
         busy = {self.group_of[request] for request in self.running if request in self.group_of} | {spared}
         idle = {group for group in self.group_of.values() if group.number in self.memory.kept} - busy
-        for group in idle:
+        for group in sorted(idle, key=lambda group: group.number):  # a set has no order that repeats
             self.memory.release(group.number)
         return bool(idle)
 
