@@ -274,8 +274,11 @@ class BlockTables:
             self._events.emit(PrefixReleased, group, blocks)
 
     def can_swap_out(self, seq_ids: Seq[int]) -> bool:
-        """Whether the swap space can take these sequences' blocks, each of which moves once."""
-        return len({block for seq_id in seq_ids for block in self.tables[seq_id]}) <= self.swap_pool.num_free
+        """Whether there is a swap space and it can take these sequences' blocks, each of which moves once."""
+        return (
+            self.swap_pool.num_blocks > 0
+            and len({block for seq_id in seq_ids for block in self.tables[seq_id]}) <= self.swap_pool.num_free
+        )
 
     def swap_out(self, seq_ids: Seq[int]) -> list[Copy]:
         """Moves whole tables to the swap space (paper §4.5). Returns the copies pool → swap space."""

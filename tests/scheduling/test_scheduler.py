@@ -343,3 +343,16 @@ def test_a_static_batch_is_as_large_as_memory_allows_whatever_the_token_budget()
     for i in range(8):
         truth = unbatched([i] * 20, SamplingParams(max_tokens=3, ignore_eos=True), 0, 64)
         assert done[f"r{i}"].outputs[0].token_ids == truth
+
+
+def test_a_victim_without_blocks_is_recomputed_where_there_is_no_swap_space():
+    """A static batch admits requests that have no tokens of the step left, and no block yet."""
+    engine = fake_engine(num_blocks=5, block_size=4, max_num_seqs=2, max_num_batched_tokens=6, batching="static")
+    modes = []
+    engine.events.subscribe(lambda event: modes.append(event.mode) if event.type == "preempted" else None)
+    for name in "ab":
+        engine.add_request(name, [ord(name) % 50] * 7, SamplingParams(max_tokens=20, ignore_eos=True))
+    engine.step()
+    (victim,) = [request for request in engine.scheduler.running if not engine.memory.tables[request.seqs[0].seq_id]]
+    engine.scheduler._preempt(victim, StepPlan(1))
+    assert modes == ["recompute"] and victim in engine.scheduler.waiting
