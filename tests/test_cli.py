@@ -17,7 +17,8 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from minipaged import cli, cli_chat, doctor
+from minipaged import cli, doctor
+from minipaged.cli import chat_command, generate_command, visualize_command
 from minipaged.errors import InvariantViolation, StepFailed
 from minipaged.outputs import CompletionOutput, Delta
 from tests.checkpoints import save_llama
@@ -163,7 +164,7 @@ def test_what_went_wrong_while_running_is_one_line_and_exit_code_1(monkeypatch, 
     def stream(*args):
         raise error
 
-    monkeypatch.setattr(cli, "_load", lambda *args, **given: SimpleNamespace(stream=stream))
+    monkeypatch.setattr(generate_command, "load", lambda *args, **given: SimpleNamespace(stream=stream))
     code, out, err = run("generate", "x")
     assert (code, out.strip(), err) == (1, "", f"minipaged: {error}\n")
 
@@ -210,7 +211,7 @@ def test_sampling_options_reach_the_engine(monkeypatch, run):
         asked.update(prompt=prompt, params=params)
         return [SimpleNamespace(outputs=[])]
 
-    monkeypatch.setattr(cli, "_load", lambda *_, **__: SimpleNamespace(generate=generate))
+    monkeypatch.setattr(generate_command, "load", lambda *_, **__: SimpleNamespace(generate=generate))
     options = "-n 2 --temperature 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 --max-tokens 9 --stop a --stop b --seed 4"
     assert run("generate", "Hi", *options.split())[0] == 0
     params = asked["params"]
@@ -222,7 +223,7 @@ def test_samples_stand_under_rules_and_their_brackets_are_no_markup(monkeypatch,
     texts = ["[red]one[/red] [/]", "two"]
     outputs = [CompletionOutput(i, text, [1], None, None, "stop") for i, text in enumerate(texts)]
     llm = SimpleNamespace(generate=lambda prompt, params: [SimpleNamespace(outputs=outputs)])
-    monkeypatch.setattr(cli, "_load", lambda *_, **__: llm)
+    monkeypatch.setattr(generate_command, "load", lambda *_, **__: llm)
     code, out, _ = run("generate", "Hi", "-n", "2")
     assert code == 0
     assert "[red]one[/red] [/]\n" in out and "1 of 2" in out and "2 of 2" in out
@@ -230,7 +231,7 @@ def test_samples_stand_under_rules_and_their_brackets_are_no_markup(monkeypatch,
 
 def test_streamed_brackets_are_no_markup(monkeypatch, run):
     deltas = [Delta(0, "[bold]", [1], None), Delta(0, "[/x]", [2], "stop")]
-    monkeypatch.setattr(cli, "_load", lambda *_, **__: SimpleNamespace(stream=lambda *_: iter(deltas)))
+    monkeypatch.setattr(generate_command, "load", lambda *_, **__: SimpleNamespace(stream=lambda *_: iter(deltas)))
     assert run("generate", "Hi") == (0, "[bold][/x]\n", "")
 
 
@@ -295,7 +296,7 @@ def say(monkeypatch, run, type_lines):
 
     def say(*lines: str, args: tuple[str, ...] = ()):
         parrot = Parrot()
-        monkeypatch.setattr(cli_chat, "load", lambda *_, **__: parrot)
+        monkeypatch.setattr(chat_command, "load", lambda *_, **__: parrot)
         type_lines(*lines)
         return *run("chat", *args), parrot.asked
 
@@ -449,7 +450,7 @@ def launched(monkeypatch):
         seen.update(options)
 
     monkeypatch.setitem(sys.modules, "visualizer.app", SimpleNamespace(launch=launch))
-    monkeypatch.setattr(cli, "_load", lambda model, **given: seen.update(model=model, settings=given))
+    monkeypatch.setattr(visualize_command, "load", lambda model, **given: seen.update(model=model, settings=given))
     return seen
 
 

@@ -23,8 +23,8 @@ from typing import Any
 import minipaged
 from minipaged.errors import MinipagedError
 from minipaged.experiments import Result, catalogue, run
-from minipaged.experiments.cli import machine_text, number_text, paper_text
 from minipaged.experiments.result import SECONDARY
+from minipaged.experiments.result_text import machine_text, number_text, paper_text
 
 EARLIER = Path(minipaged.__file__).resolve().parent.parent / "benchmarks" / "results" / "experiments"
 WORKER = (sys.executable, "-P", "-m", "visualizer.experiments")

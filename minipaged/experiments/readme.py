@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from minipaged.experiments import Result
-from minipaged.experiments.cli import machine_text, number_text, paper_text
+from minipaged.experiments.result_text import machine_text, number_text, paper_text
 
 RESULTS = Path("benchmarks/results/experiments")
 SELECTED = {  # experiment: what the row is called in the table -> what it is called in the result

@@ -1,4 +1,4 @@
-"""``minipaged grade``: all submissions of a class, side by side, one row for each whatever is wrong with it.
+"""Grading all submissions of a class, side by side, one row for each whatever is wrong with it.
 
 A student's ``results.json`` is in the format of Gradescope's autograders, and also what a later run goes on from: it is
 written anew after each task, so that a crash or a time limit loses nothing.
@@ -19,34 +19,19 @@ import xml.etree.ElementTree as xml
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from minipaged import __version__
-from minipaged.errors import InvalidRequest
-from minipaged.labs import find
 from minipaged.labs.checking import Result, check
 from minipaged.labs.lab import Lab
-from minipaged.labs.report import page
-from minipaged.labs.submissions import Submission, collect
+from minipaged.labs.submissions import Submission
 
-GRADER_BUG = 70
 MAX_CAUSE = 1000  # characters
 MAX_STEPS = 30  # of a failing trace
-MIN_SECRET = 16  # bytes
-HALF_THE_CORES = max(1, (os.cpu_count() or 2) // 2)  # the other half compares
 NOT_REACHED = "not reached: the grader was stopped before"
 FAILED_HERE = "the grader failed here, which is not the student's fault"
 Told = Callable[["Row"], None]
-
-
-class Format(StrEnum):
-    gradescope = "gradescope"
-    csv = "csv"
-    junit = "junit"
 
 
 class Stopped(Exception):
@@ -226,75 +211,3 @@ def write_junit(lab: Lab, rows: list[Row], path: Path) -> None:
 def _legal(text: str) -> str:
     """Without the characters that XML has no way to say."""
     return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
-
-
-# --- the command --------------------------------------------------------------------------------------------------
-
-
-def command(
-    submissions: Annotated[Path, typer.Argument(help="A folder with a folder, ZIP or file for each student.")],
-    lab_key: Annotated[str, typer.Option("--assignment", "-a", help="The lab, e.g. A1.")],
-    secret_file: Annotated[Path, typer.Option(help="Makes the tests hidden, and the same in every run.")],
-    formats: Annotated[
-        list[Format] | None, typer.Option("--format", help="csv: grades.csv. junit: junit.xml. Repeatable.")
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, max=64, help="Submissions at a time.")] = HALF_THE_CORES,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="For the results. Default: grades/a1, say.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Also those that are done.")] = False,
-) -> None:
-    """Grade a class: a results.json for each student (Gradescope's format), and report.html for the teacher.
-
-    Exit codes: 0 when the results are written, 2 for a wrong command, 70 for a bug of the grader.
-    """
-    lab = find(lab_key)
-    if reason := lab.needs():
-        raise InvalidRequest(f"lab {lab.key} cannot be graded here: {reason}")
-    secret, out = read_secret(secret_file), out or Path("grades", lab.key.lower())
-    collected = _collected(submissions, lab, out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        rows = grade(lab, collected, out, secret=secret, jobs=jobs, again=again, told=lambda row: _tell(lab, row))
-        if Format.csv in (formats or ()):
-            write_csv(lab, rows, out / "grades.csv")
-        if Format.junit in (formats or ()):
-            write_junit(lab, rows, out / "junit.xml")
-        report = out / "report.html"
-        report.write_text(page(lab, rows), encoding="utf-8")
-    except OSError as error:
-        raise InvalidRequest(f"the results cannot be written: {error}") from error
-    print(f"{len(rows)} submissions; {report} shows the class")
-    raise typer.Exit(GRADER_BUG if any(row.bug for row in rows) else 0)
-
-
-def read_secret(path: Path) -> bytes:
-    """`InvalidRequest` if there is none, or if it could be guessed."""
-    make = f"python -c 'import secrets; print(secrets.token_hex(32))' > {path}"
-    try:
-        secret = path.read_bytes().strip()
-    except OSError as error:
-        raise InvalidRequest(f"there is no secret in {path} ({error.strerror}); make one: {make}") from error
-    if len(secret) < MIN_SECRET:
-        raise InvalidRequest(f"the secret in {path} has less than {MIN_SECRET} characters; make one: {make}")
-    return secret
-
-
-def _collected(folder: Path, lab: Lab, out: Path) -> list[Submission]:
-    if not folder.is_dir():
-        raise InvalidRequest(f"{folder} is no folder; it must hold a folder, ZIP or file for each student")
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise InvalidRequest("the results must not lie among the submissions; choose another --out")
-    try:
-        found = collect(folder, lab.file)
-    except OSError as error:
-        raise InvalidRequest(f"{folder} cannot be read: {error.strerror}") from error
-    if not found:
-        raise InvalidRequest(f"there are no submissions in {folder}")
-    return found
-
-
-def _tell(lab: Lab, row: Row) -> None:
-    text = f"{row.student:20} {row.points:3} of {lab.points}   {row.cause}".rstrip()
-    # What students wrote must not move the cursor or change colors.
-    print("".join(c if c.isprintable() else "\ufffd" for c in text), flush=True)
-    if row.bug:
-        print(f"The grader failed; this is not the student's fault:\n{row.bug}", flush=True)

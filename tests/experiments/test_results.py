@@ -11,8 +11,8 @@ from minipaged import cli, experiments
 from minipaged.bench import readme as peers_readme
 from minipaged.errors import InvalidRequest
 from minipaged.experiments import Entry, Result, Row, catalogue, kernel_overhead, readme
-from minipaged.experiments.cli import number_text, paper_text
 from minipaged.experiments.result import READ, SECONDARY
+from minipaged.experiments.result_text import number_text, paper_text
 from minipaged.experiments.timing import ratio
 
 ROOT = Path(__file__).parent.parent.parent
@@ -168,7 +168,8 @@ def test_a_simulation_needs_neither_torch_nor_plotly():
     code = """
 import subprocess
 import sys
-from minipaged.experiments import catalogue, cli, latency, saturation
+from minipaged.cli import experiments_commands
+from minipaged.experiments import catalogue, latency, saturation
 from minipaged.workloads import alpaca_like, at_once, trace
 saturation.saturate(trace(alpaca_like(0), at_once(12)), num_blocks=40, memory="orca-pow2")
 print({"torch", "plotly", "numpy"} & set(sys.modules) or "none")

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from minipaged import cli
+from minipaged.cli import grade_command
 from minipaged.labs import checking, find
 from minipaged.labs import grade as grading
 from minipaged.labs.checking import Result
@@ -462,7 +463,7 @@ def test_a_wrong_command_ends_with_2_and_says_why(small, change, said):
 def test_no_submissions_and_a_lab_that_cannot_be_done_here_are_said_at_once(small, monkeypatch):
     code, _, err = run(*small())
     assert code == 2 and "no submissions" in err
-    monkeypatch.setattr(grading, "find", lambda key: SimpleNamespace(key=key, needs=lambda: "Triton needs Linux"))
+    monkeypatch.setattr(grade_command, "find", lambda key: SimpleNamespace(key=key, needs=lambda: "Triton needs Linux"))
     code, _, err = run(*small(ann="a"))
     assert code == 2 and "Triton needs Linux" in err
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from minipaged import cli
+from minipaged.cli import visualize_command
 from minipaged.engine_thread import fresh
 from minipaged.errors import InvalidConfig, InvalidRequest
 from minipaged.labs import find, toy
@@ -108,12 +109,12 @@ def test_a_lab_that_was_not_started_or_cannot_be_watched_says_so(tmp_path, monke
 def test_the_command_line_loads_the_model_and_installs_the_lab(desk, monkeypatch):
     seen = {}
     llm = SimpleNamespace(engine=toy.toy_engine())
-    monkeypatch.setattr(cli, "_load", lambda model, **settings: seen.update(settings) or llm)
+    monkeypatch.setattr(visualize_command, "load", lambda model, **settings: seen.update(settings) or llm)
 
     def launch(make, **options):
         seen.update(options, memory=make().engine.make_memory)
 
-    monkeypatch.setattr(cli, "_visualizer", lambda: launch)
+    monkeypatch.setattr(visualize_command, "_visualizer", lambda: launch)
     monkeypatch.setattr(sys, "argv", ["minipaged", "visualize", "--lab", "a1"])
     with pytest.raises(SystemExit):
         cli.main()

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from minipaged.cli.visualize_command import visualize
 from minipaged.errors import InvalidRequest, MinipagedError
 from minipaged.labs import catalogue, find
 from minipaged.labs.checking import Result
@@ -90,8 +91,6 @@ def replay(
     if not desk.recording.exists():
         why = "the last check left no events to show" if desk.progress().checks else "run 'minipaged lab check' first"
         raise InvalidRequest(f"no failure of {desk.lab.key} has been recorded; {why}")
-    from minipaged.cli import visualize
-
     visualize(replay=desk.recording, port=port, open_browser=open_browser)
 
 

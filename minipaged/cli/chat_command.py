@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from minipaged.cli_options import (
+from minipaged.cli.options import (
     DEFAULT,
     Attention,
     Device,

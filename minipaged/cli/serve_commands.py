@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from minipaged.cli_options import (
+from minipaged.cli.options import (
     DEFAULT,
     Attention,
     Device,

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from minipaged import cli
+from minipaged.cli import lab_commands
 from minipaged.events import load_recording, replay
-from minipaged.labs import cli as lab_cli
 from minipaged.labs import find
 from minipaged.labs.a1 import checks
 
@@ -91,7 +91,7 @@ def test_a_failure_says_the_cause_the_shortest_trace_and_the_command_that_replay
 
 def test_replay_opens_the_visualizer_on_the_failure(desk, monkeypatch):
     shown = {}
-    monkeypatch.setattr(cli, "visualize", lambda **options: shown.update(options))
+    monkeypatch.setattr(lab_commands, "visualize", lambda **options: shown.update(options))
     code, _, err = desk.run("replay", "A1")
     assert code == 2 and "no failure of A1 has been recorded" in err
     desk.write(mutant("A1.1"))
@@ -202,8 +202,8 @@ def test_watch_checks_again_when_the_file_has_changed(desk, monkeypatch):
             third.set()
         desk.write("changed")
 
-    monkeypatch.setattr(lab_cli, "_check", check)
-    monkeypatch.setattr(lab_cli.time, "sleep", sleep)
+    monkeypatch.setattr(lab_commands, "_check", check)
+    monkeypatch.setattr(lab_commands.time, "sleep", sleep)
     code, _, _ = desk.run("watch", "A1")
     assert code == 130 and checked == [LAB.starter(), "changed"]
 
@@ -217,6 +217,6 @@ def test_a_progress_file_that_is_none_says_so(desk):
 def test_verify_reports_what_is_wrong_with_a_lab(run, monkeypatch):
     monkeypatch.setattr(type(LAB), "hints", lambda self: {})
     monkeypatch.setattr("minipaged.labs.verify.check", lambda lab, file, tasks=None: [])
-    monkeypatch.setattr("minipaged.labs.cli.verify", lambda lab: [("texts and hints", lab.key and "A1.1 has 0 hints")])
+    monkeypatch.setattr(lab_commands, "verify", lambda lab: [("texts and hints", lab.key and "A1.1 has 0 hints")])
     code, out, _ = run("verify", "A1")
     assert code == 1 and "✗ texts and hints: A1.1 has 0 hints" in out

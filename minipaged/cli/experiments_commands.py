@@ -12,7 +12,7 @@ from rich.table import Table
 
 from minipaged.errors import InvalidRequest
 from minipaged.experiments import Result, catalogue, run
-from minipaged.experiments.result import SECONDARY, Row
+from minipaged.experiments.result_text import machine_text, number_text, paper_text
 
 app = typer.Typer(help="Measure the papers' figures again.", no_args_is_help=True)
 
@@ -70,29 +70,3 @@ def show(console: Console, result: Result) -> None:
     for sentence in result.assumed:
         console.print(f"  {sentence}")
     console.print(f"  {result.seconds:.0f} s on {machine_text(result)}.")
-
-
-def number_text(row: Row) -> str:
-    """Ours, with its spread: three digits, no more."""
-    spread = f" ({_short(row.spread[0])} to {_short(row.spread[1])})" if row.spread else ""
-    return f"{_short(row.ours)}{spread} {row.unit}".rstrip()
-
-
-def paper_text(row: Row) -> str:
-    """The paper's number; a star, as Markdown wants it, marks those from a secondary source."""
-    if row.paper is None:
-        return "–"
-    return row.paper + (r"\*" if row.source == SECONDARY else "")
-
-
-def _short(number: float) -> str:
-    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
-
-
-def machine_text(result: Result) -> str:
-    """Where it ran, and with what."""
-    m = result.machine
-    return (
-        f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB, {m['system']}, Python {m['python']}, "
-        f"torch {m['torch']}, {m['date']}"
-    )

@@ -1,0 +1,117 @@
+"""The ``minipaged`` command: its entry point, doctor and kernels; the other commands have modules of their own.
+
+torch, transformers and gradio take seconds to import, so each command imports what it needs when it runs, and
+``--help`` stays quick. A model's text is printed as it is, never by rich, which reads ``[bold]`` as markup.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from minipaged import __version__
+from minipaged.cli.bench_commands import app as bench
+from minipaged.cli.chat_command import chat
+from minipaged.cli.experiments_commands import app as experiments
+from minipaged.cli.generate_command import generate
+from minipaged.cli.grade_command import grade
+from minipaged.cli.lab_commands import app as labs
+from minipaged.cli.options import fail, torchrun
+from minipaged.cli.serve_commands import batch, serve
+from minipaged.cli.visualize_command import visualize
+from minipaged.errors import InvalidConfig, MinipagedError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(experiments, name="experiments")
+app.add_typer(bench, name="bench")
+app.command()(chat)
+app.command()(serve)
+app.command()(batch)
+app.add_typer(labs, name="lab")
+app.command()(grade)
+kernels = typer.Typer(help="Look into the Triton kernels.", no_args_is_help=True)
+app.add_typer(kernels, name="kernels")
+app.command()(visualize)
+app.command()(generate)
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0; 1 for what went wrong while running; 2 for what the user can mend; 130 after Ctrl-C.
+
+    With 1 and 2 one line says what. Of several processes that torchrun started, the first one alone says anything.
+    """
+    if torchrun() and os.environ["RANK"] != "0":
+        # Nor does the exit code of another: torchrun would end the first one for it, in the midst of its message. Only
+        # the traceback of a bug gets out of here.
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere), suppress(SystemExit):
+            _main()
+    else:
+        _main()
+
+
+def _main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that knows no emoji shows "?" rather than a traceback
+            stream.reconfigure(errors="replace")
+    try:
+        app(prog_name="minipaged")
+    except MinipagedError as error:
+        # Those that a user can cause are values or a port; a failed step or broken bookkeeping is nobody's typing.
+        fail(str(error))
+        sys.exit(2 if isinstance(error, ValueError | OSError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """PagedAttention you can read in an afternoon, run on anything, and watch as it runs.
+
+    Without a command, starts the visualizer.
+    """
+    if version:
+        print(f"minipaged {__version__}")
+        raise typer.Exit
+    if torchrun() and context.invoked_subcommand != "generate":
+        command = context.invoked_subcommand or "visualize"
+        raise InvalidConfig(f"{command!r} is for a single process; of the commands only 'generate' goes with torchrun")
+    if context.invoked_subcommand is None:
+        visualize()
+
+
+@app.command()
+def doctor() -> None:
+    """Check what is installed and what this machine can do."""
+    from minipaged.doctor import report
+
+    raise typer.Exit(0 if report(Console(highlight=False)) else 1)
+
+
+@kernels.command("report")
+def kernels_report(
+    only: Annotated[str, typer.Argument(help="Variants with this in their name, e.g. 'decode bf16'.")] = "",
+    ptx: Annotated[bool, typer.Option("--ptx", help="Print NVIDIA's assembly language, too.")] = False,
+    sass: Annotated[bool, typer.Option("--sass", help="Print the GPU's machine code, too.")] = False,
+) -> None:
+    """Compile the Triton kernels for sm_80 and sm_90, and show what became of them: needs no GPU."""
+    from minipaged.kernels.backend import require_compiler
+
+    require_compiler()
+    from minipaged.kernels import report
+
+    chosen = [variant for variant in report.variants() if only in variant.name]
+    if not chosen:
+        raise typer.Exit(fail(f"no variant has {only!r} in its name; without a name, all of them are listed"))
+    print(report.LEGEND, report.HEADER, sep="\n\n", flush=True)
+    for compiled in report.compile_all(chosen):
+        print(report.line(compiled), flush=True)
+        for code in (compiled.ptx if ptx else "", compiled.sass if sass else ""):
+            print(code, end="")

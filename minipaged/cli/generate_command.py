@@ -1,0 +1,111 @@
+"""``minipaged generate``: one text continued, in one process or in several that torchrun started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from minipaged.cli.options import (
+    DEFAULT,
+    Attention,
+    Device,
+    Dtype,
+    KvDtype,
+    MaxTokens,
+    Memory,
+    MinP,
+    Model,
+    NumSpeculativeTokens,
+    Seed,
+    Speculate,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    given,
+    load,
+    sampling,
+    torchrun,
+)  # fmt: skip
+from minipaged.config import SamplingParams
+
+if TYPE_CHECKING:
+    from minipaged.llm import LLM
+    from minipaged.outputs import Delta
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    n: Annotated[int, typer.Option("-n", help="Continuations to sample; they share the prompt's blocks.")] = 1,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    max_tokens: MaxTokens = None,
+    stop: Stop = None,
+    seed: Seed = None,
+    model: Model = DEFAULT.model,
+    device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
+    memory: Memory = None,
+    attention: Attention = None,
+    kv_dtype: KvDtype = None,
+    speculate: Speculate = None,
+    num_speculative_tokens: NumSpeculativeTokens = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Continue a text. With torchrun, several processes share the model (tensor parallelism)."""
+    params = sampling(
+        n=n,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        max_tokens=max_tokens,
+        stop=stop,
+        seed=seed,
+        logprobs=0 if as_json else None,  # the sampled tokens' only, for cumulative_logprob
+    )
+    settings = given(
+        device=device, dtype=dtype, memory=memory, attention=attention, kv_dtype=kv_dtype, speculate=speculate,
+        num_speculative_tokens=num_speculative_tokens,
+    )  # fmt: skip
+    if torchrun():
+        from minipaged.execution.tensor_parallel import run
+
+        run(lambda llm: _answer(llm, prompt, params, as_json), model, **settings)
+    else:
+        _answer(load(model, **settings), prompt, params, as_json)
+
+
+def _answer(llm: LLM, prompt: str, params: SamplingParams, as_json: bool) -> None:
+    if params.n == 1 and not as_json:
+        _print_stream(llm.stream(prompt, params))
+        return
+    outputs = llm.generate(prompt, params)[0].outputs
+    if as_json:
+        keys = ("index", "text", "token_ids", "finish_reason", "cumulative_logprob")
+        samples = [{key: getattr(output, key) for key in keys} for output in outputs]
+        answer = {"model": llm.engine.config.model, "prompt": prompt, "outputs": samples}
+        print(json.dumps(answer, ensure_ascii=False))
+        return
+    console = Console()
+    for output in outputs:
+        console.rule(f"{output.index + 1} of {params.n}, finished by {output.finish_reason}")
+        print(output.text)
+
+
+def _print_stream(deltas: Iterator[Delta]) -> str:
+    """Prints text as it comes and returns the whole of it."""
+    pieces = []
+    try:
+        for delta in deltas:
+            print(delta.text, end="", flush=True)
+            pieces.append(delta.text)
+    finally:
+        print()  # also after Ctrl-C, for the shell's prompt
+    return "".join(pieces)

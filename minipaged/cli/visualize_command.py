@@ -1,0 +1,114 @@
+"""``minipaged visualize``: the visualizer, on an engine, on a recording, or on what a student wrote for a lab."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minipaged.cli.options import (
+    DEFAULT,
+    Device,
+    Dtype,
+    Eviction,
+    Memory,
+    Model,
+    NumSpeculativeTokens,
+    Speculate,
+    fail,
+    given,
+    load,
+)
+from minipaged.config import EngineConfig
+
+if TYPE_CHECKING:
+    from minipaged.llm import LLM
+
+
+def visualize(
+    model: Model = DEFAULT.model,
+    device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None,
+    num_blocks: Annotated[int | None, typer.Option(help="KV blocks in the pool.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in the running batch at once.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens computed in one step.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens a sequence may reach.")] = None,
+    preemption: Annotated[str | None, typer.Option(help="What a full pool does: recompute or swap.")] = None,
+    memory: Memory = None,
+    eviction: Eviction = None,
+    speculate: Speculate = None,
+    num_speculative_tokens: NumSpeculativeTokens = None,
+    classroom: Annotated[
+        bool, typer.Option("--classroom", help="Others may watch; only who has the printed address controls.")
+    ] = False,
+    share: Annotated[
+        bool,
+        typer.Option("--share", help="A public link, through Gradio's servers. Whoever opens it may only watch."),
+    ] = False,
+    replay: Annotated[Path | None, typer.Option(help="Show this recording; no model is loaded.")] = None,
+    lab: Annotated[str | None, typer.Option("--lab", help="Run on what you wrote for this lab, e.g. A1.")] = None,
+) -> None:
+    """Watch the engine's memory while it runs, in the browser."""
+    from visualizer.scenarios import DEMO_SETTINGS
+
+    if classroom and host == "127.0.0.1":
+        host = "0.0.0.0"
+    if replay is not None:
+        launch = _visualizer()
+        try:
+            launch(host=host, port=port, open_browser=open_browser, replay=replay, share=share)
+        except (ValueError, OSError) as error:
+            raise typer.Exit(fail(str(error))) from None
+        raise typer.Exit(130)
+
+    settings = DEMO_SETTINGS | given(
+        device=device,
+        dtype=dtype,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        preemption=preemption,
+        memory=memory,
+        eviction=eviction,
+        speculate=speculate,
+        num_speculative_tokens=num_speculative_tokens,
+    )
+    if lab is not None:
+        from minipaged.labs.live import settings_of
+
+        settings |= settings_of(lab)
+    EngineConfig(model=model, **settings)  # complain before the slow imports, not after
+    launch = _visualizer()
+    launch(
+        lambda: load(model, **settings) if lab is None else _load_lab(lab, model, **settings),
+        host=host, port=port, open_browser=open_browser, classroom=classroom, share=share,
+        recordings_will_do=model == DEFAULT.model and lab is None, other_models=lab is None,
+    )  # fmt: skip
+    raise typer.Exit(130)  # gradio returns on Ctrl-C, and on nothing else
+
+
+def _visualizer() -> Callable[..., Any]:
+    try:
+        from visualizer.app import launch
+    except ModuleNotFoundError as error:
+        if error.name not in ("gradio", "plotly"):
+            raise
+        code = fail(f"the visualizer needs {error.name}: pip install 'gradio>=6.24,<7' plotly")
+        raise typer.Exit(code) from None
+    return launch
+
+
+def _load_lab(lab: str, model: str, **settings: Any) -> LLM:
+    from minipaged.labs.live import install
+
+    llm = load(model, **settings)
+    install(llm, lab)
+    return llm
