@@ -17,7 +17,7 @@ from statistics import median
 
 from playwright.sync_api import sync_playwright
 
-from benchmarks.report import write
+from benchmarks.result_files import write
 from visualizer.app import launch
 
 GOAL = 3.0  # seconds to the scene

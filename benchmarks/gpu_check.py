@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.report import judge, print_report
+from benchmarks.gpu.targets import judge, print_report
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "gpu.json"
@@ -51,8 +51,8 @@ SECTIONS = (
     Section("kernels", "benchmarks.gpu.correctness:kernel_tests", 110, 20),
     Section("parity", "benchmarks.gpu.correctness:parity", 90, 20),
     Section("sanitizer", "benchmarks.gpu.correctness:sanitizer", 70, 20),
-    Section("decode", "benchmarks.gpu.attention:decode", 100, 20),
-    Section("prefill", "benchmarks.gpu.attention:prefill", 45, 15),
+    Section("decode", "benchmarks.gpu.attention_speed:decode", 100, 20),
+    Section("prefill", "benchmarks.gpu.attention_speed:prefill", 45, 15),
     Section("end_to_end", "benchmarks.gpu.end_to_end:measure", 240, 30),
     Section("flex", "benchmarks.gpu.correctness:flex", 90, 30),
 )

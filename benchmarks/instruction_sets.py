@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import write
+from benchmarks.result_files import write
 from minipaged import LLM, SamplingParams
 from minipaged.bench.peers import make_checkpoint
 from minipaged.kernels import native

@@ -15,7 +15,7 @@ import json
 import torch
 from torch import Tensor
 
-from benchmarks.report import write
+from benchmarks.result_files import write
 from minipaged import LLM, SamplingParams
 from minipaged.execution.batch import Batch
 from minipaged.tiny.train import held_out_batches

@@ -20,7 +20,7 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
-from benchmarks.report import write
+from benchmarks.result_files import write
 from minipaged import LLM
 from visualizer.app import Visualizer, launch
 from visualizer.scenarios import Arrival

@@ -19,7 +19,7 @@ from random import Random
 from statistics import median
 from typing import Any
 
-from benchmarks.report import write
+from benchmarks.result_files import write
 from minipaged import LLM, SamplingParams
 from minipaged.bench.peers import make_checkpoint
 from minipaged.execution import runner

@@ -22,7 +22,7 @@ from urllib.request import urlopen
 
 import httpx
 
-from benchmarks.report import write
+from benchmarks.result_files import write
 from minipaged import LLM
 from visualizer.app import Visualizer, launch
 from visualizer.scenarios import Arrival

@@ -18,13 +18,13 @@ from fastapi import Response  # noqa: E402
 
 from minipaged.config import CHOICES  # noqa: E402
 from minipaged.errors import MinipagedError, PortInUse  # noqa: E402
+from visualizer.charts import figures_as_json  # noqa: E402
 from visualizer.classroom import Guard  # noqa: E402
 from visualizer.commands import Commands  # noqa: E402
 from visualizer.engine_thread import DEFAULT_RATE, EngineThread  # noqa: E402
 from visualizer.experiments import LOOKING, Experiments  # noqa: E402
 from visualizer.experiments import menu as experiments_menu  # noqa: E402
 from visualizer.export import PLOTLY, stylesheets  # noqa: E402
-from visualizer.figures import figures_as_json  # noqa: E402
 from visualizer.log import RecordLog  # noqa: E402
 from visualizer.recordings import Recordings  # noqa: E402
 from visualizer.scenarios import DEMO_SETTINGS, OPENING, Scenario, menu  # noqa: E402

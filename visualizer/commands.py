@@ -12,7 +12,7 @@ from typing import Any
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.errors import InvalidRequest, MinipagedError
 from minipaged.memory.waste import AHEAD
-from visualizer.attention import look
+from visualizer.attention_weights import look
 from visualizer.engine_thread import EngineThread
 from visualizer.scenarios import SCENARIOS, Arrival, Scenario
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import plotly
 
-from visualizer.figures import figures_as_json
+from visualizer.charts import figures_as_json
 from visualizer.sources import sources
 
 STATIC = Path(__file__).resolve().parent / "static"

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.device_timing import copy_bandwidth, free_memory, spread
 from benchmarks.gpu.job import Job
-from benchmarks.gpu.timing import copy_bandwidth, free_memory, spread
 
 BATCHES, NUM_PROMPT, NUM_TOKENS = (1, 32, 256), 128, 128
 MAX_RUNS = 3

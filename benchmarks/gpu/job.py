@@ -1,6 +1,6 @@
 """One section of the GPU check, in a process of its own: what it found is on disk after every finding.
 
-    python -m benchmarks.gpu.job benchmarks.gpu.decode:measure RESULT.json --seconds 60 [--smoke]
+    python -m benchmarks.gpu.job benchmarks.gpu.end_to_end:measure RESULT.json --seconds 60 [--smoke]
 
 An illegal memory access spoils CUDA for the rest of a process, and a kernel may hang. So no section runs in the process
 of another, and one that has to be killed leaves what it had found.

@@ -39,7 +39,7 @@ LENGTHS = {"sharegpt": sharegpt_like, "alpaca": alpaca_like, "translation": tran
 @app.command()
 def scheduler(quick: Quick = False, out: Out = None) -> None:
     """What deciding costs: microseconds a sequence a step without a model, and memory over many requests."""
-    from minipaged.bench.scheduler import measure
+    from minipaged.bench.scheduler_cost import measure
 
     console = Console(highlight=False)
     result = measure(quick, lambda text: console.print(text, style="dim"))

@@ -12,8 +12,8 @@ import typer
 from minipaged.errors import InvalidRequest
 from minipaged.labs import find
 from minipaged.labs import grade as grading
+from minipaged.labs.class_page import page
 from minipaged.labs.lab import Lab
-from minipaged.labs.report import page
 from minipaged.labs.submissions import Submission, collect
 
 GRADER_BUG = 70

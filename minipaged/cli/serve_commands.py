@@ -108,10 +108,10 @@ def batch(
 ) -> None:
     """Answer a file of requests. Interrupted in whatever way, the same command goes on where it was."""
     with extra():
-        from minipaged import batch as batches
+        from minipaged import offline_batch
 
         if ray:
-            from minipaged import batch_ray
+            from minipaged import offline_batch_ray
     if workers and not ray:
         raise typer.Exit(fail("--workers is for --ray; without it there is one engine"))
     settings = given(
@@ -120,15 +120,15 @@ def batch(
     )  # fmt: skip
     settings |= {"model": model, "device": device, "dtype": dtype}
     EngineConfig(**settings).check_schedule(schedule)  # complain before a model is loaded or a cluster starts
-    todo = batches.open_batch(prompts, out)
+    todo = offline_batch.open_batch(prompts, out)
     if ray:
-        answers = batch_ray.answers(partial(load, **settings), todo, device, workers, schedule)
+        answers = offline_batch_ray.answers(partial(load, **settings), todo, device, workers, schedule)
     else:
-        answers = batches.answers(load(**settings), todo, schedule)
+        answers = offline_batch.answers(load(**settings), todo, schedule)
     columns = TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(todo))
-        batches.write(answers, out, lambda done: bar.update(task, completed=done))
+        offline_batch.write(answers, out, lambda done: bar.update(task, completed=done))
     print(f"{len(todo)} requests answered, all in {out}")
 
 

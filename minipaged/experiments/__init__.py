@@ -44,15 +44,22 @@ def run(name: str, quick: bool = False, progress: Progress | None = None) -> Res
     if entry is None:
         raise InvalidRequest(f"there is no experiment {name!r}; there are {', '.join(e.name for e in _ENTRIES)}")
     started = time.perf_counter()
-    result = import_module(f"{__name__}.{name.replace('-', '_')}").measure(quick, progress or _silent)
+    result = import_module(_module(name)).measure(quick, progress or _silent)
     result.name, result.title, result.reproduces, result.quick = name, entry.title, entry.figure, quick
     result.seconds, result.machine = round(time.perf_counter() - started, 1), machine()
     return result
 
 
+def _module(name: str) -> str:
+    return f"{__name__}.{_MODULES.get(name, name.replace('-', '_'))}"
+
+
 def _silent(done: float, text: str) -> None:
     pass
 
+
+# The experiments whose file is not called as they are: another package has a file of that name.
+_MODULES = {"batchllm": "batch_orders", "eviction": "eviction_policies", "waste": "waste_classes"}
 
 _ENTRIES = (
     Entry("waste", "What the KV cache is filled with, by class of waste", "PagedAttention, Fig. 2", 2),

@@ -11,8 +11,8 @@ import uvicorn
 from minipaged.engine_thread import EngineLoop
 from minipaged.errors import InvalidConfig, PortInUse
 from minipaged.server.answers import model_name
-from minipaged.server.app import build_app
-from minipaged.server.metrics import Metrics
+from minipaged.server.counters import Metrics
+from minipaged.server.routes import build_app
 from minipaged.server.service import Limits, Service
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -15,7 +15,7 @@ from minipaged.config import SamplingParams
 from minipaged.engine_thread import EngineLoop
 from minipaged.errors import InvalidConfig, InvalidRequest
 from minipaged.outputs import RequestOutput
-from minipaged.server.metrics import Metrics
+from minipaged.server.counters import Metrics
 from minipaged.server.protocol import ApiError
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import gpu_check
 from benchmarks.gpu import small_run
-from benchmarks.gpu.report import LARGE, judge
-from benchmarks.gpu.timing import compare, rate, spread
+from benchmarks.gpu.device_timing import compare, rate, spread
+from benchmarks.gpu.targets import LARGE, judge
 from benchmarks.gpu_check import Section, main, run_sections
 from tests.benchmarks.sections import dies, disappoints, exits, fine, hangs, raises
 

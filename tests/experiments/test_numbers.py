@@ -6,7 +6,7 @@ from statistics import fmean
 import pytest
 
 from minipaged import LLM
-from minipaged.experiments import batchllm, block_size, eviction, latency, saturation, waste
+from minipaged.experiments import batch_orders, block_size, eviction_policies, latency, saturation, waste_classes
 from minipaged.experiments.beam_search import saved
 from minipaged.experiments.burstiness import served
 from minipaged.experiments.parallel_sampling import BlocksSaved
@@ -54,7 +54,7 @@ def test_classes_sum_to_the_pool(pool):
 
 
 def test_waste_and_its_paper_agree_within_a_few_points():
-    result = waste.measure(True, silent)
+    result = waste_classes.measure(True, silent)
     for row in result.rows:
         if row.paper:
             assert row.ours == pytest.approx(float(row.paper), abs=8), row.what
@@ -126,13 +126,16 @@ def test_preemptions_rise_with_burstiness():
 
 
 def test_right_bits_are_belady_and_wrong_ones_cost_more_the_more_there_are():
-    requests = eviction.zipf_with_scans(2000)
-    hits = {name: eviction.hit_percent(requests, p) for name, p in eviction.without_predictions(requests).items()}
+    requests = eviction_policies.zipf_with_scans(2000)
+    hits = {
+        name: eviction_policies.hit_percent(requests, p)
+        for name, p in eviction_policies.without_predictions(requests).items()
+    }
     assert hits["LRU"] < hits["Belady"] - 10
-    bits = eviction.discard_bits(requests, eviction.K)
-    for make in eviction.DISCARD.values():
-        assert eviction.hit_percent(requests, make(bits)) == hits["Belady"]
-    curves = eviction.sweep(requests, silent)
+    bits = eviction_policies.discard_bits(requests, eviction_policies.K)
+    for make in eviction_policies.DISCARD.values():
+        assert eviction_policies.hit_percent(requests, make(bits)) == hits["Belady"]
+    curves = eviction_policies.sweep(requests, silent)
     assert len(curves) == 6
     for rates, values in curves.values():
         assert values[0] > values[3] > values[-1] and rates[0] == 0 and rates[-1] == 1
@@ -141,11 +144,11 @@ def test_right_bits_are_belady_and_wrong_ones_cost_more_the_more_there_are():
 
 
 def test_whoever_knows_last_turns_finds_more_of_a_chat():
-    chats = eviction.conversations(60)
+    chats = eviction_policies.conversations(60)
     assert 0 < len(chats.last) < len(chats.requests)
-    policies = eviction.chat_policies(chats)
+    policies = eviction_policies.chat_policies(chats)
     names = ("LRU", "Mark0, last turn known", "Belady")
-    found = [eviction.found_percent(chats, policies[name], num_blocks=400) for name in names]
+    found = [eviction_policies.found_percent(chats, policies[name], num_blocks=400) for name in names]
     assert found == sorted(found) and found[2] > 1.2 * found[0]
 
 
@@ -171,10 +174,10 @@ def test_every_system_is_one_that_the_engine_has():
 
 
 def test_groups_serve_a_batch_under_memory_pressure_sooner():
-    work = batchllm.one_level(4, documents=16)
+    work = batch_orders.one_level(4, documents=16)
     clock = Roofline(num_slots=2400)
-    runs = {name: batchllm.simulated(system, work, clock) for name, system in batchllm.SYSTEMS.items()}
-    fcfs, ours = runs[batchllm.BASE], runs[batchllm.OURS]
+    runs = {name: batch_orders.simulated(system, work, clock) for name, system in batch_orders.SYSTEMS.items()}
+    fcfs, ours = runs[batch_orders.BASE], runs[batch_orders.OURS]
     assert fcfs.seconds > 1.3 * ours.seconds and ours.saved > 1.5 * fcfs.saved
     planned = plan([prompt for prompt, _ in work], [count for _, count in work], 16).saved_tokens
     assert ours.saved == planned / sum(len(prompt) for prompt, _ in work)
@@ -182,7 +185,7 @@ def test_groups_serve_a_batch_under_memory_pressure_sooner():
 
 
 def test_with_nothing_to_share_groups_cost_nothing():
-    work = batchllm.nothing_shared(4, 60)
-    clock, systems = Roofline(num_slots=2400), batchllm.SYSTEMS
-    fcfs, ours = (batchllm.simulated(systems[name], work, clock) for name in (batchllm.BASE, batchllm.OURS))
+    work = batch_orders.nothing_shared(4, 60)
+    clock, systems = Roofline(num_slots=2400), batch_orders.SYSTEMS
+    fcfs, ours = (batch_orders.simulated(systems[name], work, clock) for name in (batch_orders.BASE, batch_orders.OURS))
     assert ours.saved == fcfs.saved == 0 and ours.seconds < 1.03 * fcfs.seconds

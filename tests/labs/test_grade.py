@@ -21,8 +21,8 @@ from minipaged.cli import grade_command
 from minipaged.labs import checking, find
 from minipaged.labs import grade as grading
 from minipaged.labs.checking import Result
+from minipaged.labs.class_page import causes, histogram
 from minipaged.labs.desk import Desk
-from minipaged.labs.report import causes, histogram
 from minipaged.labs.submissions import MAX_ENTRIES, MAX_SOURCE, collect
 from tests.labs.files import PACKAGE
 

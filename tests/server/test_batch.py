@@ -18,9 +18,9 @@ import minipaged
 
 pytest.importorskip("pydantic", reason="the server's extra is not installed: pip install 'minipaged[serve]'")
 from minipaged import SamplingParams  # noqa: E402
-from minipaged.batch import ANSWER, Task, open_batch, partition, run  # noqa: E402
 from minipaged.cli import app  # noqa: E402
 from minipaged.errors import InvalidConfig, InvalidRequest  # noqa: E402
+from minipaged.offline_batch import ANSWER, Task, open_batch, partition, run  # noqa: E402
 from tests.fake import fake_engine, unbatched  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +100,7 @@ def test_an_engine_without_a_prefix_cache_has_no_groups(files) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from minipaged import batch
+from minipaged import offline_batch
 from tests.server.test_batch import fake_llm
 path, out, lines = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 def killed_while_writing(file, pieces):
@@ -113,8 +113,8 @@ def killed_while_writing(file, pieces):
             os.kill(os.getpid(), signal.SIGKILL)
         file.write(piece)
         file.flush()
-batch._append = killed_while_writing
-batch.run(fake_llm(), batch.open_batch(path, out), out)
+offline_batch._append = killed_while_writing
+offline_batch.run(fake_llm(), offline_batch.open_batch(path, out), out)
 """
 
 
@@ -175,8 +175,8 @@ def test_the_command_says_what_ray_needs(files, monkeypatch) -> None:
     command = ["batch", str(files[0]), "-o", str(files[1])]
     alone = CliRunner().invoke(app, [*command, "--workers", "2"])
     assert alone.exit_code == 2 and "--workers is for --ray" in alone.output
-    monkeypatch.delattr(minipaged, "batch_ray", raising=False)
-    monkeypatch.delitem(sys.modules, "minipaged.batch_ray", raising=False)
+    monkeypatch.delattr(minipaged, "offline_batch_ray", raising=False)
+    monkeypatch.delitem(sys.modules, "minipaged.offline_batch_ray", raising=False)
     for name in ("ray", "pyarrow"):
         monkeypatch.setitem(sys.modules, name, None)
     missing = CliRunner().invoke(app, [*command, "--ray"])

@@ -17,9 +17,9 @@ pytest.importorskip("pydantic", reason="the server's extra is not installed: pip
 import ray  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from minipaged.batch import open_batch, write  # noqa: E402
-from minipaged.batch_ray import answers  # noqa: E402
 from minipaged.errors import ModelError, WorkerFailed  # noqa: E402
+from minipaged.offline_batch import open_batch, write  # noqa: E402
+from minipaged.offline_batch_ray import answers  # noqa: E402
 from tests.server.test_batch import check, fake_llm, files  # noqa: E402, F401
 
 

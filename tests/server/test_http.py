@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from minipaged.errors import InvalidConfig, PortInUse
-from minipaged.server.app import EventStream
+from minipaged.server.routes import EventStream
 from minipaged.server.run import Server, bind
 from minipaged.server.service import Limits
 from tests.server.conftest import HTTP, PATIENCE, Running, in_thread, run_async, until
@@ -294,7 +294,7 @@ def test_connections_that_say_nothing_are_limited(start) -> None:
 
 
 def test_without_prometheus_client_metrics_say_what_to_install(start, monkeypatch) -> None:
-    monkeypatch.setattr("minipaged.server.metrics.prometheus", None)
+    monkeypatch.setattr("minipaged.server.counters.prometheus", None)
     server = start()
     assert "pip install" in is_error(HTTP.get(f"{server.url}/metrics"), 501)["message"]
     assert post(server).status_code == 200

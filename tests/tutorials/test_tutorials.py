@@ -178,8 +178,10 @@ def test_every_link_leads_somewhere(page):
 def test_the_guide_outlines_every_tutorial_and_calls_questions_by_options_that_exist():
     guide = (FOLDER / "INSTRUCTORS.md").read_text(encoding="utf-8")
     assert re.findall(r"(?m)^\*\*(\d+) · ", guide) == [str(number) for number in range(1, 14)]
-    options = {option for call in re.findall(r"questions\.py (.+)", guide) for option in re.findall(r"--[\w-]+", call)}
-    assert options == set(re.findall(r'"(--[\w-]+)"', (FOLDER / "questions.py").read_text(encoding="utf-8")))
+    options = {
+        option for call in re.findall(r"question_sheets\.py (.+)", guide) for option in re.findall(r"--[\w-]+", call)
+    }
+    assert options == set(re.findall(r'"(--[\w-]+)"', (FOLDER / "question_sheets.py").read_text(encoding="utf-8")))
 
 
 def test_the_readme_lists_every_tutorial_and_no_other():

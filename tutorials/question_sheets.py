@@ -1,7 +1,7 @@
 """Predict, then run: a sheet of questions for each student, and its key, answered by the engine itself.
 
-    python tutorials/questions.py --student ada --secret-file secret.txt          the sheet
-    python tutorials/questions.py --student ada --secret-file secret.txt --key    the sheet with answers
+    python tutorials/question_sheets.py --student ada --secret-file secret.txt          the sheet
+    python tutorials/question_sheets.py --student ada --secret-file secret.txt --key    the sheet with answers
 
 The numbers in a question are drawn from HMAC(secret, student|question): every student has their own, the same each
 time, and nobody without the secret can work them out beforehand. The secret is a line of at least 16 characters

@@ -1,6 +1,6 @@
 """What vAttention costs and saves on this machine: mapping, attention, and whole steps, sync against async.
 
-    python -m benchmarks.virtual_memory [--rounds 5] [--threads 1]
+    python -m benchmarks.vattention_cost [--rounds 5] [--threads 1]
 
 It writes benchmarks/results/virtual_memory.json.
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import write
+from benchmarks.result_files import write
 from minipaged import LLM, EngineConfig, SamplingParams
 from minipaged.execution.virtual_memory import HostMemory
 from minipaged.kernels import contiguous, reference
@@ -187,7 +187,7 @@ def main() -> None:
             "threads": options.threads, "mapping": mapping(options.rounds), "attention": attention(options.rounds),
             "steps": steps(options.rounds),
         }  # fmt: skip
-    write("virtual_memory", result, f"python -m benchmarks.virtual_memory --rounds {options.rounds}")
+    write("virtual_memory", result, f"python -m benchmarks.vattention_cost --rounds {options.rounds}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The README's table of engines side by side, from the committed result.
 
-python -m minipaged.bench.readme            # prints the table
-python -m minipaged.bench.readme --write    # puts it between the markers in README.md
+python -m minipaged.bench.peers_readme            # prints the table
+python -m minipaged.bench.peers_readme --write    # puts it between the markers in README.md
 """
 
 from __future__ import annotations

@@ -9,14 +9,14 @@ from types import ModuleType
 
 import pytest
 
-PATH = Path(__file__).parents[2] / "tutorials" / "questions.py"
+PATH = Path(__file__).parents[2] / "tutorials" / "question_sheets.py"
 SECRET = b"a secret of a test, long enough"
 STUDENTS = [f"student-{number}" for number in range(12)]
 
 
 @pytest.fixture(scope="module")
 def sheets() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("questions_of_tutorials", PATH)
+    spec = importlib.util.spec_from_file_location("question_sheets", PATH)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

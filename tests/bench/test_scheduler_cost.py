@@ -2,7 +2,7 @@
 
 import gc
 
-from minipaged.bench import scheduler as bench
+from minipaged.bench import scheduler_cost as bench
 
 
 def test_all_sequences_decode_throughout_and_no_block_is_shared():

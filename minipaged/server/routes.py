@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from minipaged.errors import InvalidRequest
 from minipaged.server.answers import Prepared, no_model, prepare, refusal
-from minipaged.server.metrics import Stopwatch
+from minipaged.server.counters import Stopwatch
 from minipaged.server.protocol import ApiError, ChatRequest, CompletionRequest, parse
 from minipaged.server.service import Service
 

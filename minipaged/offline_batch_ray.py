@@ -1,7 +1,7 @@
 """The same offline work on several workers or machines, over Ray Data.
 
-Each worker is an actor with an LLM of its own, which answers one part of the tasks (`batch.partition`) in one run of
-its engine. The driver alone writes the output, as without Ray: a run that was killed goes on in the same way.
+Each worker is an actor with an LLM of its own, which answers one part of the tasks (`offline_batch.partition`) in one
+run of its engine. The driver alone writes the output, as without Ray: a run that was killed goes on in the same way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from minipaged import batch
+from minipaged import offline_batch
 from minipaged.errors import WorkerFailed
 
 
@@ -37,17 +37,17 @@ class _Worker:
         self.begun: set[str] = set()
 
     def __call__(self, part: pyarrow.Table) -> Iterator[pyarrow.Table]:
-        tasks = [batch.Task(**task) for task in json.loads(part["tasks"][0].as_py())]
+        tasks = [offline_batch.Task(**task) for task in json.loads(part["tasks"][0].as_py())]
         if tasks[0].custom_id in self.begun:
             raise RuntimeError("the connection to it was lost")
         self.begun.add(tasks[0].custom_id)
-        for lines in batch.answers(self.llm, tasks, self.schedule):
+        for lines in offline_batch.answers(self.llm, tasks, self.schedule):
             yield pyarrow.table({"line": lines})
 
 
 def answers(
     load: Callable[[], Any],
-    tasks: list[batch.Task],
+    tasks: list[offline_batch.Task],
     device: str,
     workers: int | None = None,
     schedule: str = "fcfs",
@@ -62,7 +62,7 @@ def answers(
     try:
         _start()
         workers, resources = _resources(device, workers)
-        lines = _dataset({"load": load, "schedule": schedule}, batch.partition(tasks, workers), resources)
+        lines = _dataset({"load": load, "schedule": schedule}, offline_batch.partition(tasks, workers), resources)
         for block in lines.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield block["line"].to_pylist()
     except (RayError, ConnectionError) as error:
@@ -88,7 +88,9 @@ def _resources(device: str, workers: int | None) -> tuple[int, dict[str, float]]
     return workers, {"num_cpus": max(1, int(cores))}
 
 
-def _dataset(worker: dict[str, Any], parts: list[list[batch.Task]], resources: dict[str, float]) -> ray.data.Dataset:
+def _dataset(
+    worker: dict[str, Any], parts: list[list[offline_batch.Task]], resources: dict[str, float]
+) -> ray.data.Dataset:
     rows = [{"tasks": json.dumps([asdict(task) for task in part])} for part in parts]
     parts_ = ray.data.from_items(rows, override_num_blocks=len(rows))
     parts_.context.enable_progress_bars = False

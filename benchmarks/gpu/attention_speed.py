@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu.device_timing import cache_size, compare, copy_bandwidth, free_memory, rate
 from benchmarks.gpu.job import Job
-from benchmarks.gpu.timing import cache_size, compare, copy_bandwidth, free_memory, rate
 from minipaged.kernels import reference
 from minipaged.kernels.backend import kernels_for
 
