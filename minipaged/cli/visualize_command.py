@@ -99,9 +99,10 @@ def _visualizer() -> Callable[..., Any]:
     try:
         from visualizer.app import launch
     except ModuleNotFoundError as error:
-        if error.name not in ("gradio", "plotly"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("gradio", "plotly"):
             raise
-        code = fail(f"the visualizer needs {error.name}: pip install 'gradio>=6.24,<7' plotly")
+        code = fail(f"the visualizer needs {package}: pip install 'gradio>=6.24,<7' plotly")
         raise typer.Exit(code) from None
     return launch
 
