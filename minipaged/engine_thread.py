@@ -1,7 +1,7 @@
 """The engine in a thread of its own: it takes commands from a queue and tells a listener what comes out.
 
 An engine is not thread-safe, and its callers come and go. So only this thread touches the engine: a caller hands in
-a function and gets a `Future`. The server runs `EngineLoop` as it is. The visualizer's `EngineThread` overrides
+a function and gets a `Future`. The server runs `EngineLoop` as it is. The visualizer's `PacedLoop` overrides
 ``_patience``, ``_step``, ``_settle``, ``_recover`` and ``_adopt``; the loop itself, ``_run``, is the same.
 """
 

@@ -38,7 +38,7 @@ class Sink(Protocol):
         """Whether the thread is paused, how fast it steps, whether there is work."""
 
 
-class EngineThread(EngineLoop):
+class PacedLoop(EngineLoop):
     """Steps ``llm.engine`` at a given rate as long as there is work, and tells a sink what happens.
 
     All public methods may be called from any thread; what they return is a `Future` of the command's result.
