@@ -1,8 +1,8 @@
 """The engine in a thread of its own: it takes commands from a queue and tells a listener what comes out.
 
-An engine is not thread-safe, and those who want something from it come and go. So nobody but this thread touches
-the engine: whoever wants something hands in a function and gets a `Future`. The server runs on it, and so does the
-visualizer, whose thread is this one with a brake, a pause button and scenarios.
+An engine is not thread-safe, and its callers come and go. So only this thread touches the engine: a caller hands in
+a function and gets a `Future`. The server runs `EngineLoop` as it is. The visualizer's `PacedLoop` overrides
+``_patience``, ``_step``, ``_settle``, ``_recover`` and ``_adopt``; the loop itself, ``_run``, is the same.
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ class EngineLoop:
         if not future.set_running_or_notify_cancel():
             return  # whoever asked has given up waiting
         try:
-            result = command()
+            try:
+                result = command()
+            finally:  # before the result, so that its receiver finds the state it led to
+                self._settle()
         except Exception as error:  # the caller's business; the engine goes on for the others
             future.set_exception(error)
         else:
@@ -108,9 +111,10 @@ class EngineLoop:
             self._step()
         except StepFailed as error:
             log.error("%s", error)  # the engine goes on with the others
-        except Exception:  # a bug, after which nobody knows what the books are worth
-            log.exception("the engine's step raised; it starts over")
-            self._adopt(fresh(self.engine))
+        except Exception as error:
+            log.exception("the engine's step raised")
+            self._recover(error)
+        self._settle()
 
     def _step(self) -> None:
         """One step, and its outputs told. Raises what the step raised."""
@@ -120,6 +124,14 @@ class EngineLoop:
             self._tell(error.outputs, "a step of the engine failed")
             raise
         self._tell(outputs)
+
+    def _settle(self) -> None:
+        """Runs after each step and each command. A subclass tells here what they changed."""
+
+    def _recover(self, error: Exception) -> None:
+        """A step raised because of a bug, and the bookkeeping may be wrong: starts over."""
+        log.error("the engine starts over")
+        self._adopt(fresh(self.engine))
 
     def _tell(self, outputs: list[RequestOutput], why: str | None = None) -> None:
         if self._listener is not None and outputs:

@@ -21,11 +21,11 @@ from minipaged.errors import MinipagedError, PortInUse  # noqa: E402
 from visualizer.charts import figures_as_json  # noqa: E402
 from visualizer.classroom import Guard  # noqa: E402
 from visualizer.commands import Commands  # noqa: E402
-from visualizer.engine_thread import DEFAULT_RATE, EngineThread  # noqa: E402
 from visualizer.experiments import LOOKING, Experiments  # noqa: E402
 from visualizer.experiments import menu as experiments_menu  # noqa: E402
 from visualizer.export import PLOTLY, stylesheets  # noqa: E402
 from visualizer.log import RecordLog  # noqa: E402
+from visualizer.paced_loop import DEFAULT_RATE, PacedLoop  # noqa: E402
 from visualizer.recordings import Recordings  # noqa: E402
 from visualizer.scenarios import DEMO_SETTINGS, OPENING, Scenario, menu  # noqa: E402
 from visualizer.sources import sources  # noqa: E402
@@ -56,7 +56,7 @@ class Visualizer:
     """A page and the engine behind it (none, if it shows recordings)."""
 
     blocks: gr.Blocks
-    thread: Any  # EngineThread, or None
+    thread: Any  # PacedLoop, or None
     log: RecordLog
     url: str = ""
     public_url: str = ""  # through Gradio's servers, if asked for and possible
@@ -89,7 +89,7 @@ def build(
     the `LLM` when somebody asks for another model; ``None``: nobody may.
     """
     log = RecordLog()
-    thread = EngineThread(llm, log, rate)
+    thread = PacedLoop(llm, log, rate)
     experiments = Experiments()
     guard = Guard(_with_experiments(experiments, Commands(thread, scenario or OPENING, load)), classroom)
     recordings = Recordings(log)

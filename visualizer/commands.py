@@ -13,7 +13,7 @@ from minipaged.config import EngineConfig, SamplingParams
 from minipaged.errors import InvalidRequest, MinipagedError
 from minipaged.memory.waste import AHEAD
 from visualizer.attention_weights import look
-from visualizer.engine_thread import EngineThread
+from visualizer.paced_loop import PacedLoop
 from visualizer.scenarios import SCENARIOS, Arrival, Scenario
 
 MAX_CHARACTERS = 20_000
@@ -52,7 +52,7 @@ class BadCommand(MinipagedError, ValueError):
 class Commands:
     """Checks payloads and passes them on to the engine's thread."""
 
-    def __init__(self, thread: EngineThread, scenario: Scenario, load: Callable[..., Any] | None = None) -> None:
+    def __init__(self, thread: PacedLoop, scenario: Scenario, load: Callable[..., Any] | None = None) -> None:
         """``load(**settings)`` makes the `LLM` for another model; ``None``: the model stays what it is."""
         self._thread = thread
         self._scenario = scenario

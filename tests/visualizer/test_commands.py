@@ -11,10 +11,10 @@ import pytest
 
 from minipaged import LLM, EngineConfig
 from tests.aio import run
-from visualizer import engine_thread
+from visualizer import paced_loop
 from visualizer.commands import MAX_CHARACTERS, MAX_MESSAGES, Commands
-from visualizer.engine_thread import EngineThread
 from visualizer.log import RecordLog
+from visualizer.paced_loop import PacedLoop
 from visualizer.scenarios import DEMO_SETTINGS as SETTINGS
 from visualizer.scenarios import OPENING
 
@@ -37,14 +37,14 @@ def llm(model: tuple[LLM, EngineConfig]) -> LLM:
 
 
 @pytest.fixture
-def thread(llm: LLM) -> Iterator[EngineThread]:
-    thread = EngineThread(llm, RecordLog(), rate=None)
+def thread(llm: LLM) -> Iterator[PacedLoop]:
+    thread = PacedLoop(llm, RecordLog(), rate=None)
     thread.start()
     yield thread
     thread.stop()
 
 
-def ask(thread: EngineThread, payload: dict[str, Any], load: Any = None) -> dict[str, Any]:
+def ask(thread: PacedLoop, payload: dict[str, Any], load: Any = None) -> dict[str, Any]:
     return run(Commands(thread, OPENING, load)(payload))
 
 
@@ -55,11 +55,11 @@ def until(condition: Callable[[], Any], seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def now(thread: EngineThread) -> dict[str, Any]:
+def now(thread: PacedLoop) -> dict[str, Any]:
     return thread._sink._status
 
 
-def test_a_scenario_brings_its_own_engine_and_applied_settings_stay(thread: EngineThread) -> None:
+def test_a_scenario_brings_its_own_engine_and_applied_settings_stay(thread: PacedLoop) -> None:
     assert ask(thread, {"do": "play", "scenario": "burst"})["ok"]
     assert thread.engine.num_blocks == 48 and thread.engine.config.max_num_seqs == 4
     assert now(thread)["scenario"] == "burst" and now(thread)["asks"]
@@ -93,7 +93,7 @@ def test_a_scenario_brings_its_own_engine_and_applied_settings_stay(thread: Engi
         ({"model": 7}, "text"),
     ],
 )
-def test_bad_settings_get_words_and_the_old_engine_goes_on(thread: EngineThread, change: dict, words: str) -> None:
+def test_bad_settings_get_words_and_the_old_engine_goes_on(thread: PacedLoop, change: dict, words: str) -> None:
     engine = thread.engine
     answer = ask(thread, {"do": "configure"} | change, load=LLM_OF)
     assert not answer["ok"] and words in answer["message"].lower()
@@ -105,7 +105,7 @@ def LLM_OF(**settings: Any) -> LLM:
     return LLM(**settings)
 
 
-def test_another_model_is_loaded_beside_the_engine_and_only_where_allowed(thread: EngineThread) -> None:
+def test_another_model_is_loaded_beside_the_engine_and_only_where_allowed(thread: PacedLoop) -> None:
     refused = ask(thread, {"do": "configure", "model": "other"})
     assert not refused["ok"] and "open to other machines" in refused["message"]
     old, seen = thread.llm, []
@@ -157,7 +157,7 @@ def test_another_model_is_loaded_beside_the_engine_and_only_where_allowed(thread
         ({"do": "answer", "id": "x"}, "number"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_words(thread: EngineThread, payload: dict, words: str) -> None:
+def test_what_makes_no_sense_is_refused_in_words(thread: PacedLoop, payload: dict, words: str) -> None:
     answer = ask(thread, payload)
     assert not answer["ok"] and words in answer["message"].lower(), answer
     assert not thread._sink.state.requests
@@ -169,7 +169,7 @@ REFINED_VALUES = {
 }  # fmt: skip
 
 
-def test_all_that_is_refined_reaches_the_engine(thread: EngineThread) -> None:
+def test_all_that_is_refined_reaches_the_engine(thread: PacedLoop) -> None:
     thread.pause().result(5)
     request_id = ask(thread, SUBMIT | REFINED_VALUES)["result"]
     chat = SAY | {"messages": [{"role": "user", "content": "Hello"}]}
@@ -180,7 +180,7 @@ def test_all_that_is_refined_reaches_the_engine(thread: EngineThread) -> None:
     assert ask(thread, {"do": "check"} | REFINED_VALUES) == {"ok": True, "result": sorted(REFINED_VALUES)}
 
 
-def test_min_tokens_and_stop_do_what_they_say(thread: EngineThread) -> None:
+def test_min_tokens_and_stop_do_what_they_say(thread: PacedLoop) -> None:
     story = SUBMIT | {"max_tokens": 60, "seed": 3}
     texts = {}
     for name, change in {"free": {}, "stopped": {"stop": ["."]}, "long": {"min_tokens": 60}}.items():
@@ -209,17 +209,17 @@ def test_min_tokens_and_stop_do_what_they_say(thread: EngineThread) -> None:
         ({"do": "configure", "model": 3}, "model"),
     ],
 )
-def test_the_field_that_is_wrong_is_named(thread: EngineThread, payload: dict, field: str) -> None:
+def test_the_field_that_is_wrong_is_named(thread: PacedLoop, payload: dict, field: str) -> None:
     assert ask(thread, payload)["field"] == field
 
 
-def test_what_two_fields_make_wrong_together_is_neithers_fault(thread: EngineThread) -> None:
+def test_what_two_fields_make_wrong_together_is_neithers_fault(thread: PacedLoop) -> None:
     assert "field" not in ask(thread, SUBMIT | {"min_tokens": 6})
     assert ask(thread, {"do": "check", "min_tokens": 500})["ok"], "only the prompt's max_tokens makes that wrong"
 
 
 def test_a_question_holds_a_step_back_until_it_is_answered_or_time_is_up(
-    thread: EngineThread, monkeypatch: pytest.MonkeyPatch
+    thread: PacedLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask(thread, {"do": "play", "scenario": "samples"})
     until(lambda: now(thread)["question"])
@@ -232,11 +232,11 @@ def test_a_question_holds_a_step_back_until_it_is_answered_or_time_is_up(
     until(lambda: not thread.call(thread._has_work).result(5))
     thread.call(thread.engine.check).result(5)
 
-    monkeypatch.setattr(engine_thread, "TIME_TO_ANSWER", 0.05)
+    monkeypatch.setattr(paced_loop, "TIME_TO_ANSWER", 0.05)
     ask(thread, {"do": "play", "scenario": "samples"})
     until(lambda: now(thread)["verdict"])
 
-    monkeypatch.setattr(engine_thread, "TIME_TO_ANSWER", 60)
+    monkeypatch.setattr(paced_loop, "TIME_TO_ANSWER", 60)
     ask(thread, {"do": "play", "scenario": "samples"})
     until(lambda: now(thread)["question"])
     ask(thread, {"do": "asks", "asks": False})

@@ -12,7 +12,7 @@ from minipaged import LLM
 from minipaged.config import EngineConfig
 from minipaged.events import EngineStarted, Event, State
 from minipaged.memory.prefix_cache import LRU
-from visualizer.engine_thread import DEFAULT_RATE, EngineThread
+from visualizer.paced_loop import DEFAULT_RATE, PacedLoop
 from visualizer.scenarios import SCENARIOS, Scenario, menu
 
 STEPS = int(20 * DEFAULT_RATE)  # what a viewer sees in twenty seconds
@@ -59,7 +59,7 @@ class Viewer:
 def play(llm: LLM, scenario: Scenario) -> Run:
     """The first twenty seconds, computed at full speed in this thread. Its question waits two steps for an answer."""
     viewer = Viewer()
-    thread = EngineThread(llm, viewer, rate=None)
+    thread = PacedLoop(llm, viewer, rate=None)
     settle(thread, thread.reset(scenario))
     run = Run(viewer.events, viewer.state)
     assert thread._asks == scenario.asks
@@ -78,7 +78,7 @@ def play(llm: LLM, scenario: Scenario) -> Run:
     return run
 
 
-def settle(thread: EngineThread, future: Any) -> None:
+def settle(thread: PacedLoop, future: Any) -> None:
     thread._obey(*thread._commands.get())
     future.result(0)
 

@@ -1,12 +1,10 @@
-"""The engine's thread as the page needs it: at a pace one can follow, with a pause button, scenarios and questions."""
+"""What the page adds to the engine's loop: a pace one can follow, a pause button, scenarios and questions."""
 
 from __future__ import annotations
 
 import logging
-import queue
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import count
@@ -15,7 +13,7 @@ from typing import Any, Protocol
 from minipaged.config import EngineConfig
 from minipaged.engine import BatchItem, Engine
 from minipaged.engine_thread import EngineLoop, fresh
-from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
+from minipaged.errors import InvalidConfig, InvalidRequest
 from minipaged.events import EngineError, EngineStarted, Event
 from visualizer.questions import Question, Quiz
 from visualizer.scenarios import Arrival, Scenario
@@ -40,7 +38,7 @@ class Sink(Protocol):
         """Whether the thread is paused, how fast it steps, whether there is work."""
 
 
-class EngineThread(EngineLoop):
+class PacedLoop(EngineLoop):
     """Steps ``llm.engine`` at a given rate as long as there is work, and tells a sink what happens.
 
     All public methods may be called from any thread; what they return is a `Future` of the command's result.
@@ -89,13 +87,11 @@ class EngineThread(EngineLoop):
         return self.call(lambda: self._set_paused(False))
 
     def step(self) -> Future[None]:
-        """Pauses, and computes one step."""
+        """Pauses, and computes one step, or shows the one that is held back."""
 
         def step() -> None:
-            held = self._question is not None
-            self._set_paused(True)
-            if not held:  # else what was held back is the step asked for
-                self._advance()
+            self._paused = True
+            self._advance()
 
         return self.call(step)
 
@@ -158,20 +154,7 @@ class EngineThread(EngineLoop):
 
         return self.call(answer)
 
-    # --- the thread -----------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        while not self._stopping:
-            try:
-                command, future = self._commands.get(timeout=self._patience())
-            except queue.Empty:
-                if self._question is None:
-                    self._advance()
-                else:
-                    self._reveal()  # nobody has answered
-                self._publish_status()
-            else:
-                self._obey(command, future)
+    # --- what differs in the thread -------------------------------------------------------------------------
 
     def _patience(self) -> float | None:
         """How long to wait for a command before the next step is due; ``None``: no step is."""
@@ -181,40 +164,46 @@ class EngineThread(EngineLoop):
             return None
         return max(0.0, self._next_step_at - time.monotonic())
 
-    def _has_work(self) -> bool:
-        return bool(self._script) or self.engine.has_unfinished()
-
-    def _obey(self, command: Callable[[], Any], future: Future[Any]) -> None:
-        def shown() -> Any:
-            try:
-                return command()
-            finally:  # before the result, so that whoever has it finds the status it led to
-                self._flush()
-                self._publish_status()
-
-        super()._obey(shown, future)
-
-    def _advance(self) -> None:
-        """One step, with the scenario's arrivals that are due before it. Never raises."""
+    def _step(self) -> None:
+        """Shows the step that is held back; else computes one, with the scenario's arrivals that are due before it."""
+        if self._question is not None:
+            self._reveal()
+            return
         now = time.monotonic()
         if self._rate is not None:
             # From when it was due, so that the rate holds on average; but never a burst after a pause.
             self._next_step_at = max(self._next_step_at, now - 0.1) + 1 / self._rate
-        try:
-            self._submit_due()
-            self._step()
-            self._script_step += 1
-            self._ask()
-        except StepFailed as error:
-            log.error("%s", error)  # the engine has emitted an EngineError and goes on with the others
-        except Exception as error:  # a bug: tell it, and do not repeat it twelve times a second
-            log.exception("the engine's step raised")
-            if self._listener is None:
-                self._paused = True
-            else:  # others want their answers, and nobody knows what the books are worth
-                self._adopt(fresh(self.engine))
-            self._pending.append(EngineError(f"{type(error).__name__}: {error}"))
+        self._submit_due()
+        super()._step()
+        self._script_step += 1
+        self._ask()
+
+    def _settle(self) -> None:
         self._flush()
+        self._publish_status()
+
+    def _recover(self, error: Exception) -> None:
+        """Starts over if a listener waits for answers. Else pauses: the bug would return at every step."""
+        if self._listener is None:
+            self._paused = True
+        else:
+            super()._recover(error)
+        self._pending.append(EngineError(f"{type(error).__name__}: {error}"))
+
+    def _adopt(self, engine: Engine) -> None:
+        """Makes ``engine`` the one to run, and begins a new run with it."""
+        super()._adopt(engine)
+        self._pending.clear()
+        self._question = None
+        self._num_requests = 0
+        engine.events.subscribe(self._pending.append)
+        self._sink.started(engine.started_event())
+        self._publish_status()
+
+    # --- the page's own -------------------------------------------------------------------------------------
+
+    def _has_work(self) -> bool:
+        return bool(self._script) or self.engine.has_unfinished()
 
     def _submit_due(self) -> None:
         """An engine without work takes the next arrival at once: its steps stand still."""
@@ -284,7 +273,6 @@ class EngineThread(EngineLoop):
         question, self._question = self._question, None
         if question is not None:
             self._verdict = {"id": self._question_id, "answer": question.answer, "why": question.why}
-            self._flush()
 
     def _set_paused(self, paused: bool) -> None:
         self._reveal()
@@ -294,16 +282,6 @@ class EngineThread(EngineLoop):
     def _engine(self, config: EngineConfig) -> Engine:
         """An engine without a past. Only other settings need other KV tensors."""
         return fresh(self.engine) if config == self.engine.config else self.llm.build_engine(config)
-
-    def _adopt(self, engine: Engine) -> None:
-        """Makes ``engine`` the one to run, and begins a new run with it."""
-        super()._adopt(engine)
-        self._pending.clear()
-        self._question = None
-        self._num_requests = 0
-        engine.events.subscribe(self._pending.append)
-        self._sink.started(engine.started_event())
-        self._publish_status()
 
     def _flush(self) -> None:
         if self._question is not None:

@@ -1,4 +1,4 @@
-"""The engine's thread and what the page may ask of it, without a browser and without a model."""
+"""The paced engine loop and what the page may ask of it, without a browser and without a model."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +11,8 @@ from minipaged.errors import InvalidRequest
 from tests.aio import run
 from tests.fake import fake_engine
 from visualizer.commands import Commands
-from visualizer.engine_thread import MAX_WAITING, EngineThread
 from visualizer.log import RecordLog
+from visualizer.paced_loop import MAX_WAITING, PacedLoop
 from visualizer.scenarios import Arrival, Scenario
 
 SCENARIO = Scenario("two", (Arrival(0, "one", max_tokens=20), Arrival(5, "two", n=2, max_tokens=20)))
@@ -20,10 +20,10 @@ GOOD = {"do": "submit", "prompt": "hello", "n": 1, "temperature": 0.5, "max_toke
 
 
 @pytest.fixture
-def thread() -> Iterator[EngineThread]:
+def thread() -> Iterator[PacedLoop]:
     llm: Any = SimpleNamespace(engine=fake_engine(), encode=lambda text: [len(text) % 50] * len(text.split()))
     llm.render_chat = lambda messages: llm.encode(messages[0]["content"])
-    thread = EngineThread(llm, RecordLog(), rate=None)
+    thread = PacedLoop(llm, RecordLog(), rate=None)
     thread.start()
     yield thread
     thread.stop()
@@ -37,22 +37,22 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
-def ask(thread: EngineThread, payload: Any) -> dict[str, Any]:
+def ask(thread: PacedLoop, payload: Any) -> dict[str, Any]:
     return run(Commands(thread, SCENARIO)(payload))
 
 
-def idle(thread: EngineThread) -> bool:
+def idle(thread: PacedLoop) -> bool:
     return not thread.call(lambda: thread._has_work()).result(5)
 
 
-def test_a_request_runs_to_its_end_and_is_logged(thread: EngineThread) -> None:
+def test_a_request_runs_to_its_end_and_is_logged(thread: PacedLoop) -> None:
     request_id = thread.submit(Arrival(0, "a b c", n=3, max_tokens=9)).result(5)
     until(lambda: request_id in thread._sink.state.finished)
     assert len(thread._sink.state.requests[request_id]) == 3
     thread.call(thread.engine.check).result(5)
 
 
-def test_paused_it_computes_nothing_and_steps_one_at_a_time(thread: EngineThread) -> None:
+def test_paused_it_computes_nothing_and_steps_one_at_a_time(thread: PacedLoop) -> None:
     thread.pause().result(5)
     thread.submit(Arrival(0, "a b c", max_tokens=9)).result(5)
     time.sleep(0.05)
@@ -64,7 +64,7 @@ def test_paused_it_computes_nothing_and_steps_one_at_a_time(thread: EngineThread
     until(lambda: idle(thread))
 
 
-def test_the_rate_is_kept(thread: EngineThread) -> None:
+def test_the_rate_is_kept(thread: PacedLoop) -> None:
     thread.set_rate(50).result(5)
     started = time.monotonic()
     thread.submit(Arrival(0, "a b c", max_tokens=20, seed=1)).result(5)
@@ -73,7 +73,7 @@ def test_the_rate_is_kept(thread: EngineThread) -> None:
     assert (time.monotonic() - started) > (steps - 8) / 50
 
 
-def test_reset_starts_over_with_an_empty_pool(thread: EngineThread) -> None:
+def test_reset_starts_over_with_an_empty_pool(thread: PacedLoop) -> None:
     thread.submit(Arrival(0, "a b c d e f g h", max_tokens=100)).result(5)
     before = thread._sink.run
     thread.reset().result(5)
@@ -82,7 +82,7 @@ def test_reset_starts_over_with_an_empty_pool(thread: EngineThread) -> None:
     assert thread.engine.block_tables() == {} and idle(thread)
 
 
-def test_a_scenario_arrives_at_its_steps_and_repeats(thread: EngineThread) -> None:
+def test_a_scenario_arrives_at_its_steps_and_repeats(thread: PacedLoop) -> None:
     finals = []
     for _ in range(2):
         thread.reset(SCENARIO).result(5)
@@ -92,7 +92,7 @@ def test_a_scenario_arrives_at_its_steps_and_repeats(thread: EngineThread) -> No
     assert len(finals[0]["seqs"]) == 3
 
 
-def test_a_failed_step_is_told_and_the_engine_goes_on(thread: EngineThread) -> None:
+def test_a_failed_step_is_told_and_the_engine_goes_on(thread: PacedLoop) -> None:
     thread.pause().result(5)
     thread.submit(Arrival(0, "a b", max_tokens=5)).result(5)
     real = thread.engine.runner.execute
@@ -109,7 +109,7 @@ def test_a_failed_step_is_told_and_the_engine_goes_on(thread: EngineThread) -> N
     until(lambda: after in thread._sink.state.finished)
 
 
-def test_a_bug_in_a_step_is_told_and_pauses(thread: EngineThread) -> None:
+def test_a_bug_in_a_step_is_told_and_pauses(thread: PacedLoop) -> None:
     def bug() -> None:
         raise KeyError("who knows")
 
@@ -122,13 +122,13 @@ def test_a_bug_in_a_step_is_told_and_pauses(thread: EngineThread) -> None:
     assert thread._thread.is_alive()
 
 
-def test_a_sink_that_raises_does_not_end_the_thread(thread: EngineThread) -> None:
+def test_a_sink_that_raises_does_not_end_the_thread(thread: PacedLoop) -> None:
     thread._sink.publish = lambda events: 1 / 0
     thread.submit(Arrival(0, "a b", max_tokens=5)).result(5)
     until(lambda: idle(thread))
 
 
-def test_the_waiting_queue_has_an_end(thread: EngineThread) -> None:
+def test_the_waiting_queue_has_an_end(thread: PacedLoop) -> None:
     thread.pause().result(5)
     for _ in range(MAX_WAITING):
         thread.submit(Arrival(0, "a", max_tokens=1)).result(5)
@@ -177,7 +177,7 @@ def test_the_waiting_queue_has_an_end(thread: EngineThread) -> None:
         ({"do": "attention", "seq_id": 7, "position": 0}, "ended"),
     ],
 )
-def test_bad_commands_get_words_and_change_nothing(thread: EngineThread, change: dict, words: str) -> None:
+def test_bad_commands_get_words_and_change_nothing(thread: PacedLoop, change: dict, words: str) -> None:
     answer = ask(thread, GOOD | change)
     assert answer["ok"] is False and words in answer["message"]
     assert not thread._sink.state.requests and idle(thread)
@@ -185,11 +185,11 @@ def test_bad_commands_get_words_and_change_nothing(thread: EngineThread, change:
 
 
 @pytest.mark.parametrize("payload", [None, [], "submit", 3, [GOOD]])
-def test_what_is_no_object_is_refused(thread: EngineThread, payload: Any) -> None:
+def test_what_is_no_object_is_refused(thread: PacedLoop, payload: Any) -> None:
     assert ask(thread, payload)["ok"] is False
 
 
-def test_every_command_works(thread: EngineThread) -> None:
+def test_every_command_works(thread: PacedLoop) -> None:
     for do in ("pause", "step", "resume", "reset", "play"):
         assert ask(thread, {"do": do})["ok"], do
     assert ask(thread, {"do": "rate", "rate": "max"})["ok"]
