@@ -17,7 +17,7 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check \
 
 help:
 	@echo "make demo    install into .venv if need be and start the visualizer on http://127.0.0.1:$(PORT)"
-	@echo "make test    the whole test suite"
+	@echo "make test    the whole test suite, in random order (CONTRIBUTING.md tells how to repeat one)"
 	@echo "make test-optimized  a part of it under python -O"
 	@echo "make check   ruff and mypy"
 	@echo "make gpu-check  on a machine with a GPU: kernels, parity, benchmarks (no .venv; PYTHON=python3)"
