@@ -14,7 +14,10 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """torch's own random numbers are the same for a test, whichever tests ran before it."""
+def same_for_every_test():
+    """torch's own random numbers, whichever tests ran before; and the hook that typer and torch.distributed replace."""
+    hook = sys.excepthook
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+    yield
+    sys.excepthook = hook
