@@ -13,11 +13,12 @@ VENV := .venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check \
 	--constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test check gpu-check clean
+.PHONY: help demo test test-optimized check gpu-check clean
 
 help:
 	@echo "make demo    install into .venv if need be and start the visualizer on http://127.0.0.1:$(PORT)"
-	@echo "make test    the whole test suite"
+	@echo "make test    the whole test suite, in random order (CONTRIBUTING.md tells how to repeat one)"
+	@echo "make test-optimized  a part of it under python -O"
 	@echo "make check   ruff and mypy"
 	@echo "make gpu-check  on a machine with a GPU: kernels, parity, benchmarks (no .venv; PYTHON=python3)"
 	@echo "make clean   remove .venv and everything else that was made"
@@ -29,6 +30,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
+# What minipaged does must not depend on its asserts. In one process: pytest-xdist's workers would run without -O.
+test-optimized: $(VENV)/.installed-dev
+	$(VENV)/bin/python -O -m pytest --numprocesses 0 tests/test_engine.py tests/test_fuzz.py tests/test_events.py
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check

@@ -383,7 +383,7 @@ class Engine:
         return [self.tokenizer.decode([token]) if self.tokenizer is not None else f"<{token}>" for token in tokens]
 
     def _outputs(self, requests: list[Request]) -> list[RequestOutput]:
-        outputs = [RequestOutput.of(request) for request in requests]
+        outputs = [request.output() for request in requests]
         for output in outputs:
             if output.finished:
                 del self._requests[output.request_id]

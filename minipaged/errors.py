@@ -4,13 +4,6 @@ The ones that a user can cause (`InvalidRequest`, `InvalidConfig`, `ModelError`,
 `ValueError`s: they are raised at the door, before anything has changed, and their message says what to do.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from minipaged.outputs import RequestOutput
-
 
 class MinipagedError(Exception):
     """Base of all errors raised on purpose."""
@@ -57,6 +50,6 @@ class StepFailed(MinipagedError, RuntimeError):
     """A step raised (out of memory, a kernel error). Its requests were aborted and their blocks freed; the engine
     goes on with the others. ``outputs`` holds what the aborted requests had so far."""
 
-    def __init__(self, message: str, outputs: list[RequestOutput]) -> None:
+    def __init__(self, message: str, outputs: list) -> None:  # of `RequestOutput`; errors import nothing
         super().__init__(message)
         self.outputs = outputs

@@ -421,7 +421,8 @@ class GroupState:
 
 @dataclass
 class State:
-    """The engine's state rebuilt from its events: ``state.apply(event)`` for each, in order.
+    """The engine's state rebuilt from its events: ``state.apply(event)`` for each, in order. Events that contradict
+    those before them raise ``ValueError`` or ``LookupError``.
 
     ``waiting``, ``running`` and ``swapped`` hold request ids in queue order. ``ref_counts[b]`` is how many block tables
     and groups name block b, ``swap_ref_counts`` the same on the CPU; ``cached[b]`` the prefix cache's name for it, and
@@ -468,7 +469,7 @@ class State:
     # One method per event type, named after it.
 
     def _engine_started(self, e: EngineStarted) -> None:
-        self.__init__()  # type: ignore[misc]  # a run starts from nothing
+        vars(self).update(vars(State()))  # a run starts from nothing
         self.config = {f.name: getattr(e, f.name) for f in fields(e)}
         self.ref_counts = [0] * e.num_blocks
         self.swap_ref_counts = [0] * e.swap_blocks
@@ -498,7 +499,8 @@ class State:
 
     def _allocated(self, e: Allocated | Shared) -> None:
         table = self.seqs[e.seq_id].table
-        assert e.logical == len(table), f"block tables grow at their end: {e}"
+        if e.logical != len(table):
+            raise ValueError(f"block tables grow at their end: {e}")
         table.append(e.block)
         self.ref_counts[e.block] += 1
 
@@ -587,7 +589,8 @@ class State:
         seq = self.seqs[e.seq_id]
         seq.proposed, seq.taken_back = [], seq.proposed[e.accepted :]
         for block in e.blocks:
-            assert seq.table.pop() == block, f"block tables shrink at their end: {e}"
+            if seq.table.pop() != block:
+                raise ValueError(f"block tables shrink at their end: {e}")
             self.ref_counts[block] -= 1
 
     def _freed(self, e: Freed) -> None:

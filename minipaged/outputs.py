@@ -4,34 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import cached_property
+from typing import ClassVar
 
-from minipaged.request import Request, Sequence
 
+class _Output:
+    """Base of what each step returns: values that are compared and printed by ``fields``.
 
-class _CopiedWhenRead:
-    """Base of what each step returns. A list of tokens, which the engine goes on appending to, is copied when it is
-    first read: most outputs are replaced unread by the next step's, and to copy all tokens in every step would cost a
-    long sequence the square of its length.
+    The engine goes on appending to its lists of tokens, so an output needs a copy. It is made when it is first read:
+    the next step's outputs replace most of these unread, and to copy all tokens in every step would cost a long
+    sequence the square of its length.
     """
 
-    @classmethod
-    def _made(cls, **fields: Any) -> Self:
-        """An instance of these fields; ``_name = (tokens, start, end)`` stands for ``name`` until that is read."""
-        output = object.__new__(cls)
-        vars(output).update(fields)  # what a frozen dataclass's own __init__ does one by one
-        return output
+    fields: ClassVar[tuple[str, ...]]
 
-    def __getattr__(self, name: str) -> Any:  # only called for what is not there
-        if name.startswith("_") or "_" + name not in vars(self):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        tokens, start, end = vars(self)["_" + name]
-        vars(self)[name] = copied = tokens[start:end]
-        return copied
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self.fields)
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.fields)
+        return f"{type(self).__name__}({values})"
 
 
-@dataclass(frozen=True)
-class CompletionOutput(_CopiedWhenRead):
+class CompletionOutput(_Output):
     """One generated sequence, as of the step that returned it.
 
     ``logprobs[i]`` maps token ids to log-probabilities at output position i (``None`` unless asked for); the sampled
@@ -39,55 +36,62 @@ class CompletionOutput(_CopiedWhenRead):
     ``"stop"``, ``"length"``, ``"abort"``, or ``None`` while it runs. Of a beam search they come best first.
     """
 
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[dict[int, float]] | None
-    cumulative_logprob: float | None
-    finish_reason: str | None
+    fields = ("index", "text", "token_ids", "logprobs", "cumulative_logprob", "finish_reason")
 
-    @classmethod
-    def of(cls, index: int, seq: Sequence, asked: bool) -> CompletionOutput:
-        """A sequence as it is now; ``asked``: for log-probabilities."""
-        return cls._made(
-            index=index,
-            text=seq.text.text if seq.text is not None else "",
-            _token_ids=(seq.tokens, seq.num_prompt, len(seq.tokens)),
-            logprobs=list(seq.logprobs) if asked else None,
-            cumulative_logprob=seq.cumulative_logprob if asked else None,
-            finish_reason=seq.finish_reason,
-        )
+    def __init__(
+        self,
+        index: int,
+        text: str,
+        token_ids: list[int],
+        logprobs: list[dict[int, float]] | None,
+        cumulative_logprob: float | None,
+        finish_reason: str | None,
+        start: int = 0,
+        end: int | None = None,
+    ) -> None:
+        """``token_ids`` may grow later: the output's are those from ``start`` to ``end``."""
+        self.index = index
+        self.text = text
+        self.logprobs = logprobs
+        self.cumulative_logprob = cumulative_logprob
+        self.finish_reason = finish_reason
+        self._tokens = token_ids
+        self._start = start
+        self._end = len(token_ids) if end is None else end
+
+    @cached_property
+    def token_ids(self) -> list[int]:
+        return self._tokens[self._start : self._end]
 
 
-@dataclass(frozen=True)
-class RequestOutput(_CopiedWhenRead):
+class RequestOutput(_Output):
     """A request and its sequences so far; ``finished`` once all of them have ended.
 
     A beam search has no outputs until it is finished. ``prompt_logprobs`` has an entry per prompt token (``None`` for
     the first, which nothing precedes), if asked for.
     """
 
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool
-    prompt_logprobs: list[dict[int, float] | None] | None = None
+    fields = ("request_id", "prompt", "prompt_token_ids", "outputs", "finished", "prompt_logprobs")
 
-    @classmethod
-    def of(cls, request: Request) -> RequestOutput:
-        asked = request.params.logprobs is not None
-        finished = not request.live
-        seqs = request.seqs if finished or not request.beams else []
-        outputs = [CompletionOutput.of(index, seq, asked) for index, seq in enumerate(seqs)]
-        return cls._made(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            _prompt_token_ids=(request.prompt_token_ids, 0, None),
-            outputs=outputs,
-            finished=finished,
-            prompt_logprobs=list(request.prompt_logprobs) if request.prompt_logprobs is not None else None,
-        )
+    def __init__(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        outputs: list[CompletionOutput],
+        finished: bool,
+        prompt_logprobs: list[dict[int, float] | None] | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.outputs = outputs
+        self.finished = finished
+        self.prompt_logprobs = prompt_logprobs
+        self._prompt_tokens = prompt_token_ids
+
+    @cached_property
+    def prompt_token_ids(self) -> list[int]:
+        return self._prompt_tokens.copy()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from minipaged.config import SamplingParams
+from minipaged.outputs import CompletionOutput, RequestOutput
 
 if TYPE_CHECKING:
     from minipaged.scheduling.beam import BeamSearch
@@ -45,6 +46,18 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    def output(self, index: int, with_logprobs: bool) -> CompletionOutput:
+        """The sequence as it is now."""
+        return CompletionOutput(
+            index,
+            self.text.text if self.text is not None else "",
+            self.tokens,
+            list(self.logprobs) if with_logprobs else None,
+            self.cumulative_logprob if with_logprobs else None,
+            self.finish_reason,
+            start=self.num_prompt,
+        )
 
 
 class Status(enum.Enum):
@@ -100,3 +113,16 @@ class Request:
         if self.beams:
             return max(self.beams.candidates_per_beam, self.params.logprobs or 0)
         return self.params.logprobs
+
+    def output(self) -> RequestOutput:
+        """What the caller gets: the request as it is now."""
+        finished = not self.live
+        seqs = self.seqs if finished or not self.beams else []
+        return RequestOutput(
+            self.request_id,
+            self.prompt,
+            self.prompt_token_ids,
+            [seq.output(index, self.params.logprobs is not None) for index, seq in enumerate(seqs)],
+            finished,
+            list(self.prompt_logprobs) if self.prompt_logprobs is not None else None,
+        )

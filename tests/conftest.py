@@ -1,5 +1,23 @@
-"""Before anything imports torch: models as small as the tests' are slower on two threads than on one."""
+"""What all tests share: one thread, a random order, and random numbers that do not depend on it."""
 
 import os
+import sys
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the tests' models are faster on one thread
+
+
+def pytest_configure(config):
+    """pytest-randomly shuffles the tests. It must not seed Python's and numpy's generators: tests seed their own."""
+    config.option.randomly_reset_seed = False
+
+
+@pytest.fixture(autouse=True)
+def same_for_every_test():
+    """torch's own random numbers, whichever tests ran before; and the hook that typer and torch.distributed replace."""
+    hook = sys.excepthook
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    yield
+    sys.excepthook = hook

@@ -56,6 +56,14 @@ def run(monkeypatch, capsys):
     return run
 
 
+def run_without(package: str, *args: str) -> tuple[int, str]:
+    """Exit code and stderr where ``package`` cannot be imported. In a process of its own: modules imported anew in this
+    one would replace those that other tests hold and patch."""
+    code = f"import sys; sys.modules[{package!r}] = None; from minipaged.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
 def start(*args: str, **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "minipaged", *args]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
@@ -428,12 +436,8 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_chat(checkpoint, tmp_
 
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
-def test_without_its_packages_the_server_says_what_to_install(monkeypatch, run, package):
-    for name in list(sys.modules):  # other tests may have imported parts of it
-        if name.startswith(("minipaged.server", f"{package}.")):
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    code, _, err = run("serve")
+def test_without_its_packages_the_server_says_what_to_install(package):
+    code, err = run_without(package, "serve")
     assert code == 2 and package in err and "pip install 'minipaged[serve]'" in err
 
 
@@ -481,12 +485,8 @@ def test_visualize_hands_on_what_was_given(run, launched):
 
 
 @pytest.mark.parametrize("package", ["gradio", "plotly"])
-def test_visualize_without_its_packages_says_what_to_install(monkeypatch, run, package):
-    for name in list(sys.modules):  # other tests may have imported parts of it
-        if name.startswith(("visualizer.", f"{package}.")):
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    code, _, err = run("visualize")
+def test_visualize_without_its_packages_says_what_to_install(package):
+    code, err = run_without(package, "visualize")
     assert code == 2 and "pip install" in err and package in err
 
 

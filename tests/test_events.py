@@ -7,7 +7,17 @@ import pytest
 
 from minipaged.config import SamplingParams
 from minipaged.engine import BatchItem
-from minipaged.events import EVENT_TYPES, Recorder, State, event_from_dict, load_recording, replay
+from minipaged.events import (
+    EVENT_TYPES,
+    Allocated,
+    Recorder,
+    SeqState,
+    Speculated,
+    State,
+    event_from_dict,
+    load_recording,
+    replay,
+)
 from tests.fake import fake_engine, guess_at_random
 
 
@@ -66,6 +76,45 @@ def test_the_last_state_is_an_idle_engine():
     *_, state = replay(events)
     assert not state.waiting and not state.running and len(state.finished) == 7
     assert set(state.ref_counts) == {0}
+
+
+def test_a_state_has_the_engines_tables_after_every_step():
+    engine, state = busy_engine(), State()
+    state.apply(engine.started_event())
+    engine.events.subscribe(state.apply)
+    taken_back = []
+    engine.events.subscribe(lambda event: taken_back.extend(event.blocks) if event.type == "speculated" else None)
+    add_requests(engine)
+    while engine.has_unfinished():
+        engine.step()
+        expected = {seq_id: table for seq_id, table in engine.block_tables().items() if table}
+        assert {seq_id: seq.table for seq_id, seq in state.seqs.items() if seq.table} == expected
+    assert taken_back, "the run above should take back blocks of wrong guesses"
+
+
+def test_a_run_that_starts_anew_forgets_the_one_before():
+    started, *rest = record()
+    state, fresh = State(), State()
+    for event in (started, *rest[: len(rest) // 2], started):
+        state.apply(event)
+    fresh.apply(started)
+    assert state == fresh
+
+
+@pytest.mark.parametrize("event", [Allocated(0, 3, 1), Speculated(0, 1, 0, [4])])
+def test_a_table_that_changes_elsewhere_than_at_its_end_is_refused(event):
+    state = State(seqs={0: SeqState("r", 1, [1], ["a"], [None], table=[5])}, ref_counts=[0] * 6)
+    with pytest.raises(ValueError, match="at their end"):
+        state.apply(event)
+
+
+def test_asserts_in_tests_are_checked_under_python_o_too():
+    """pytest turns a test module's asserts into plain raises. Without that, `make test-optimized` would pass always."""
+    try:
+        assert not EVENT_TYPES
+    except AssertionError:
+        return
+    pytest.fail("asserts are not executed")
 
 
 def test_an_engine_nobody_listens_to_makes_no_events(monkeypatch):

@@ -52,7 +52,8 @@ def record(name: str, arrivals: tuple[Arrival, ...], params: SamplingParams | No
     recorder.close()
     size = path.stat().st_size
     print(f"{path.name}: {step} steps, {size // 1000} kB")
-    assert size < LIMIT
+    if size >= LIMIT:
+        raise SystemExit(f"{path.name} is larger than the {LIMIT // 1000} kB that a recording may have")
 
 
 def submit(llm: LLM, arrival: Arrival, params: SamplingParams | None) -> None:

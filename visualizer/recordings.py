@@ -34,7 +34,7 @@ class Recordings:
         try:
             for _ in replay(events):
                 line += 1
-        except (LookupError, ValueError, AssertionError, TypeError) as error:
+        except (LookupError, ValueError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {line}: not a recording of an engine ({type(error).__name__}: {error})"
             ) from error

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from minipaged.execution.batch import Batch
 from minipaged.execution.kv_cache import KVCache
 from minipaged.kernels import native
+from minipaged.models.gpt2 import GPT2
 from minipaged.models.llama import Llama
 
 # Tokens · weights, up to which one thread is enough: about a millisecond. Several are faster on an idle machine, by a
@@ -44,11 +46,12 @@ _Step = _structure(
 
 
 class NativeForward:
-    """Runs a model, a `Llama` or a `GPT2`, on one KV cache. Only for what `serves` says yes to."""
+    """Runs a model of `FAMILIES` on one KV cache. Only for what `serves` says yes to."""
 
     def __init__(self, model: Any, kv_cache: KVCache) -> None:
         config = model.config
-        layers, ends = (_llama if isinstance(model, Llama) else _gpt2)(model)
+        family = FAMILIES[type(model)]
+        layers, ends = family.parts(model)
         self._kept: list[Tensor] = []  # what the pointers point to
         self._layers = (_Layer * len(layers))(*(
             _Layer(**self._pointers(parts | {"k_cache": kv_cache.k[i], "v_cache": kv_cache.v[i]}),
@@ -57,7 +60,7 @@ class NativeForward:
         ))  # fmt: skip
         self._model = _Model(
             num_layers=len(layers), C=config.hidden_size, H=config.num_heads, KH=config.num_kv_heads, D=config.head_dim,
-            F=config.intermediate_size, V=config.vocab_size, S=kv_cache.block_size, gated=isinstance(model, Llama),
+            F=config.intermediate_size, V=config.vocab_size, S=kv_cache.block_size, gated=family.gated,
             centered="norm_bias" in ends, eps=config.norm_eps, scale=config.head_dim**-0.5,
             layers=ctypes.addressof(self._layers), **self._pointers(ends),
         )  # fmt: skip
@@ -67,7 +70,12 @@ class NativeForward:
 
     @staticmethod
     def serves(model: Any, kv_cache: KVCache) -> bool:
-        """Whether the model's numbers are of a kind, and its layers of a width, that the kernels take."""
+        """Whether the model is of a family, its numbers are of a kind, and its layers of a width that the kernels take.
+
+        A subclass of a family's class may compute something else: its own ``forward`` does that.
+        """
+        if type(model) not in FAMILIES:
+            return False
         dtype, config = kv_cache.k[0].dtype, model.config
         if kv_cache.kernels.name != "native" or {p.dtype for p in model.parameters()} != {dtype}:
             return False
@@ -138,3 +146,11 @@ def _gpt2(model: Any) -> tuple[list[Parts], Parts]:
         layers[-1] |= {f"{name}_bias": part.bias for name, part in parts.items()}
     ends = {"embedding": model.wte.weight, "positions": model.wpe.weight, "head": model.lm_head.weight}
     return layers, ends | {"norm": model.ln_f.weight, "norm_bias": model.ln_f.bias}
+
+
+class _Family(NamedTuple):
+    parts: Callable[[Any], tuple[list[Parts], Parts]]
+    gated: bool  # whether the MLP's first layer also computes gates
+
+
+FAMILIES: dict[type, _Family] = {Llama: _Family(_llama, gated=True), GPT2: _Family(_gpt2, gated=False)}

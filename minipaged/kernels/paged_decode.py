@@ -150,8 +150,8 @@ def paged_decode(
 ) -> Tensor:
     """`reference.paged_decode` in one launch, or two for few sequences with long contexts. Never waits for the GPU.
 
-    q: [B, H, D]; caches: [N, S, KH, D], any strides but 1 in the last dimension; block_tables: [B, M];
-    context_lens: [B]. Returns [B, H, D].
+    q: [B, H, D]; caches: [N, S, KH, D]; block_tables: [B, M]; context_lens: [B]. Returns [B, H, D].
+    The last dimension of q and of the caches must have stride 1. Other strides are free, but equal in both caches.
     """
     B, H, D = q.shape
     S, KH = k_cache.shape[1:3]

@@ -112,8 +112,9 @@ def paged_prefill(
 ) -> Tensor:
     """`reference.paged_prefill` in one launch.
 
-    q: [sum(query_lens), H, D]; caches: [N, S, KH, D], any strides but 1 in the last dimension; block_tables: [B, M].
-    Sequence b's queries are its last query_lens[b] of context_lens[b] tokens. Returns the shape of q.
+    q: [sum(query_lens), H, D]; caches: [N, S, KH, D]; block_tables: [B, M]. Sequence b's queries are its last
+    query_lens[b] of context_lens[b] tokens. Returns the shape of q. The last dimension of q and of the caches must have
+    stride 1. Other strides are free, but equal in both caches.
     """
     T, H, D = q.shape
     S, KH = k_cache.shape[1:3]

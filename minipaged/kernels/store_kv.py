@@ -83,7 +83,11 @@ def store_kv(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """`reference.store_kv` in one launch. k, v: [T, KH, D], any strides but 1 in the last dimension."""
+    """`reference.store_kv` in one launch.
+
+    k, v: [T, KH, D]; they are copied first if the last dimension's stride is not 1. The caches' last dimension must
+    have stride 1. Other strides are free, but equal in both caches.
+    """
     T, KH, D = k.shape
     S = k_cache.shape[1]
     dims = triton.next_power_of_2(D)

@@ -16,6 +16,7 @@ from minipaged.execution.native_forward import NativeForward
 from minipaged.kernels import native
 from minipaged.kernels.backend import kernels_for
 from minipaged.models.gpt2 import GPT2
+from minipaged.models.llama import Llama
 from minipaged.models.loader import load_model
 from tests.checkpoints import save_llama
 from tests.models.families import FAMILIES, config_of, randomize
@@ -174,6 +175,33 @@ def test_what_it_does_not_serve_the_model_does(tmp_path):
     assert NativeForward.serves(narrow, cache_for(narrow, torch.float32))
     assert not NativeForward.serves(narrow.to(torch.bfloat16), cache_for(narrow, torch.bfloat16))  # 5 is no pairs
     assert not NativeForward.serves(served.to(torch.float16), cache_for(served, torch.float16))
+
+
+class Doubled(Llama):
+    """A third family: a Llama's weights, but another ``forward``."""
+
+    def forward(self, *args, **named):
+        return 2 * super().forward(*args, **named)
+
+
+def test_a_model_of_another_class_is_not_computed_as_one_of_the_known_families(tmp_path, monkeypatch):
+    model = load(tmp_path, "llama2", "float32")
+    cache = cache_for(model, torch.float32)
+    assert NativeForward.serves(model, cache)
+    model.__class__ = Doubled
+    assert not NativeForward.serves(model, cache)
+    with pytest.raises(KeyError):
+        NativeForward(model, cache)
+
+    def load_doubled(*args, **named):
+        loaded = load_model(*args, **named)
+        loaded.model.__class__ = Doubled
+        return loaded
+
+    monkeypatch.setattr("minipaged.llm.load_model", load_doubled)
+    llm = LLM(str(tmp_path), device="cpu", dtype="float32", attention="native", num_blocks=64)
+    assert llm.engine.runner.at_once is None, "the model's own forward computes its steps"
+    assert llm.generate([[1, 7, 9]], SamplingParams(temperature=0, max_tokens=2))[0].finished
 
 
 def test_who_looks_on_is_left_to_the_model(tmp_path):

@@ -5,8 +5,6 @@ import torch
 
 from minipaged.kernels import reference
 
-torch.manual_seed(0)
-
 
 def dense(q, k, v, scale, window=None):
     """Textbook causal attention in float64 of the last len(q) queries. q: [n, H, D]; k, v: [L, KH, D]."""

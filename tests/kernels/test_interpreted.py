@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.timeout(900)  # half a minute, but everything else on the machine may be as busy
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no Triton but for Linux")
 def test_kernels_equal_their_oracles_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/kernels/interpreted"]  # prints its seed
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)

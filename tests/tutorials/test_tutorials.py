@@ -10,6 +10,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -35,12 +36,14 @@ def python(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str
 
 
 @pytest.fixture(scope="module")
-def builder() -> ModuleType:
+def builder() -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("build_tutorials", FOLDER / "build.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path])  # it puts the tutorials' folder there
+        spec.loader.exec_module(module)
+        yield module
 
 
 def test_there_are_thirteen_tutorials():
