@@ -63,7 +63,7 @@ def main() -> None:
                 for name, found in rounds.items():
                     llm = torchs if name == "torch" else ours
                     if llm is ours:
-                        ours.engine.runner.at_once._forward = steps[name]
+                        ours.engine.runner.forward._forward = steps[name]
                     rate = tokens_per_second(llm, batch, number)
                     if number:  # the first one is not counted
                         found.append(rate)

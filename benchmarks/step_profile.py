@@ -55,8 +55,8 @@ def watched(model: Path, attention: str) -> tuple[LLM, Clock]:
     scheduler.commit = clock.timed("commit", scheduler.commit)  # type: ignore[method-assign]
     engine.sampler = clock.timed("sample", engine.sampler)
     engine._outputs = clock.timed("outputs", engine._outputs)  # type: ignore[method-assign]
-    if model_runner.at_once is not None:
-        model_runner.at_once.run = clock.timed("forward", model_runner.at_once.run)
+    if model_runner.forward is not model_runner.model:
+        model_runner.forward = clock.timed("forward", model_runner.forward)
     model_runner.model.forward = clock.timed("forward", model_runner.model.forward)
     return llm, clock
 

@@ -21,8 +21,9 @@ import torch
 
 from benchmarks.result_files import write
 from minipaged import LLM, EngineConfig, SamplingParams
-from minipaged.execution.virtual_memory import HostMemory
-from minipaged.kernels import contiguous, reference
+from minipaged.features.vattention import slot_attention as contiguous
+from minipaged.features.vattention.page_memory import HostMemory
+from minipaged.kernels import reference
 
 MODES: dict[str, dict[str, Any]] = {
     "paged": {"memory": "paged"},

@@ -1,20 +1,21 @@
 """minipaged: PagedAttention you can read in an afternoon, run on anything, and watch as it runs."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from minipaged.config import EngineConfig, SamplingParams
-
 if TYPE_CHECKING:
+    from minipaged.config import EngineConfig
+    from minipaged.core.params import SamplingParams
     from minipaged.llm import LLM
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "EngineConfig", "SamplingParams", "__version__"]
 
+_HOMES = {"LLM": "minipaged.llm", "EngineConfig": "minipaged.config", "SamplingParams": "minipaged.core.params"}
+
 
 def __getattr__(name: str) -> Any:
-    # torch takes seconds to import, and whoever reads a recording or asks for --help does not need it.
-    if name == "LLM":
-        from minipaged.llm import LLM
-
-        return LLM
+    # Not imported before they are asked for: torch takes seconds, and the heart must run without the features.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from minipaged.engine import Engine
+from minipaged.build import rebuild
+from minipaged.core.engine import Engine
 from minipaged.errors import StepFailed
 from minipaged.outputs import RequestOutput
 
@@ -131,7 +132,7 @@ class EngineLoop:
     def _recover(self, error: Exception) -> None:
         """A step raised because of a bug, and the bookkeeping may be wrong: starts over."""
         log.error("the engine starts over")
-        self._adopt(fresh(self.engine))
+        self._adopt(rebuild(self.engine))
 
     def _tell(self, outputs: list[RequestOutput], why: str | None = None) -> None:
         if self._listener is not None and outputs:
@@ -142,18 +143,3 @@ class EngineLoop:
         self.engine = self.llm.engine = engine
         if self._listener is not None:
             self._listener.lost("the engine was started over")
-
-
-def fresh(engine: Engine) -> Engine:
-    """An engine like this one before its first request: same model and KV tensors, new bookkeeping."""
-    return Engine(
-        engine.config,
-        engine.runner,
-        engine.sampler,
-        vocab_size=engine.vocab_size,
-        eos_token_ids=engine.eos_token_ids,
-        tokenizer=engine.tokenizer,
-        bytes_per_block=engine.bytes_per_block,
-        make_memory=engine.make_memory,
-        make_scheduler=engine.make_scheduler,
-    )

@@ -4,6 +4,11 @@ The ones that a user can cause (`InvalidRequest`, `InvalidConfig`, `ModelError`,
 `ValueError`s: they are raised at the door, before anything has changed, and their message says what to do.
 """
 
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any
+
 
 class MinipagedError(Exception):
     """Base of all errors raised on purpose."""
@@ -53,3 +58,16 @@ class StepFailed(MinipagedError, RuntimeError):
     def __init__(self, message: str, outputs: list) -> None:  # of `RequestOutput`; errors import nothing
         super().__init__(message)
         self.outputs = outputs
+
+
+def whole_number(value: Any, name: str, least: int, error: type[ValueError]) -> None:
+    """Raises ``error`` unless ``value`` is a whole number of at least ``least``."""
+    # bool is an Integral in Python; `n=True` is a slip, not a number.
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise error(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def real_number(value: Any, name: str, low: float, high: float) -> None:
+    """Raises `InvalidRequest` unless ``value`` is a number from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
+        raise InvalidRequest(f"{name} must be a number between {low:g} and {high:g}, not {value!r}")

@@ -10,29 +10,21 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any
 
-import torch
-
+from minipaged.build import build_engine
 from minipaged.config import EngineConfig, SamplingParams
-from minipaged.engine import BatchItem, Engine
+from minipaged.core.engine import Engine
 from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
-from minipaged.execution.cuda_graphs import DecodeGraphs, use_graphs
-from minipaged.execution.kv_cache import KVCache, blocks_that_fit
-from minipaged.execution.native_forward import NativeForward
-from minipaged.execution.runner import ModelRunner
-from minipaged.execution.sampler import sample
-from minipaged.execution.speculative import SpeculativeRunner
-from minipaged.execution.tensor_parallel import LeadingRunner, check, gather, neighbours, together
-from minipaged.execution.virtual_memory import Layout, VirtualKVCache, page_size
-from minipaged.kernels.backend import Kernels, choose, kernels_for
-from minipaged.memory.managers import make_manager
-from minipaged.memory.prediction import closing_words
+from minipaged.features.batchllm.groups import BatchItem
+from minipaged.features.cuda_graphs import use_graphs
+from minipaged.features.tensor_parallel.ranks import check, together
+from minipaged.features.tensor_parallel.shard import Shard
+from minipaged.features.vattention.virtual_memory import page_size
+from minipaged.kernels.backend import choose
 from minipaged.models.loader import LoadedModel, device_of, load_model
-from minipaged.models.shard import Shard
 from minipaged.outputs import CompletionOutput, Delta, RequestOutput, differences
 
 Prompt = str | list[int]
@@ -43,7 +35,7 @@ class LLM:
     """A model and an engine that serves it. Threads may share it: what they ask for is batched together.
 
     Takes the fields of `EngineConfig` as keywords. Raises `InvalidConfig` or `ModelError` before anything is loaded
-    in vain. ``shard`` is for `execution.tensor_parallel.run`, which makes one LLM of several processes.
+    in vain. ``shard`` is for `features.tensor_parallel.launch.run`, which makes one LLM of several processes.
 
     >>> llm = LLM("tiny")
     >>> print(llm.generate("Once upon a time", SamplingParams(seed=1))[0].outputs[0].text)
@@ -54,7 +46,7 @@ class LLM:
         config, loaded = load() if shard is None else together(load)
         self.tokenizer = loaded.tokenizer
         self._loaded, self._drafts = loaded, dict[str, LoadedModel]()
-        self.engine = _build_engine(config, loaded, self._draft(config))
+        self.engine = build_engine(config, loaded, self._draft(config))
         self._ids = count()
         self._lock = threading.RLock()
         self._in_engine = False
@@ -69,7 +61,7 @@ class LLM:
         if self._loaded.shard is not None:
             raise InvalidConfig("tensor parallelism goes with one engine: the other processes work for that alone")
         parts = {"make_memory": self.engine.make_memory, "make_scheduler": self.engine.make_scheduler}
-        return _build_engine(config, self._loaded, self._draft(config), **parts)
+        return build_engine(config, self._loaded, self._draft(config), **parts)
 
     def generate(
         self,
@@ -308,102 +300,7 @@ def _load(model: str, settings: dict[str, Any], shard: Shard | None) -> tuple[En
         page_size(device)  # so does this
     if shard is not None:
         check(config, device)  # and this
-    return config, load_model(config.model, config.device, config.dtype, shard)
-
-
-def _build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None = None, **parts: Any) -> Engine:
-    """Fills in what depends on the models and the machine, and makes the KV cache. ``parts``: others than usual."""
-    spec = loaded.spec
-    max_model_len = config.max_model_len or spec.max_model_len
-    if max_model_len > spec.max_model_len:
-        raise InvalidConfig(f"max_model_len is {max_model_len}, but {config.model} was made for {spec.max_model_len}")
-    virtual = config.memory == "vattention"
-    # Contiguous attention is torch's own, and so is what goes with it.
-    kernels = kernels_for("torch" if virtual else config.attention, loaded.device)
-    heads = (spec.num_kv_heads, spec.head_dim)
-    layout = Layout(spec.num_layers, *heads, _kv_dtype(config, loaded), config.tensor_slicing)
-    block_size = config.block_size
-    if virtual:
-        block_size = layout.block_size(block_size, config.max_num_seqs, max_model_len, loaded.device)
-    assert block_size is not None
-    bytes_per_block = sum(_bytes_per_block(config, model, block_size) for model in (loaded, draft) if model is not None)
-    useful = config.max_num_seqs * -(-max_model_len // block_size)
-    swap_blocks = config.swap_blocks if config.preemption == "swap" else 0
-    shard = loaded.shard
-    bytes_here = bytes_per_block if shard is None else bytes_per_block * neighbours(loaded.device)
-    fit = partial(
-        blocks_that_fit, bytes_here, loaded.device, wanted=config.num_blocks, useful=useful, swap_blocks=swap_blocks
-    )
-    num_blocks = fit() if shard is None else min(gather(together(fit)))  # one block table for all
-    config = replace(config, block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len)
-    swap_blocks = config.swap_space(num_blocks)
-    if loaded.tokenizer is not None:
-        parts = {"make_memory": partial(make_manager, closing=closing_words(loaded.tokenizer))} | parts
-    graphs = shard is None and use_graphs(config, kernels.name, loaded.device)
-    kv_cache: KVCache
-    if virtual:
-        slots = {"max_num_seqs": config.max_num_seqs, "max_model_len": max_model_len}
-        kv_cache = VirtualKVCache(layout, num_blocks, block_size, loaded.device, swap_blocks, **slots)
-    else:
-        kv_cache = _kv_cache(config, loaded, kernels, graphs)
-    own = (loaded.model, kv_cache, loaded.device, _at_once(config, loaded, kv_cache, graphs))
-    runner = ModelRunner(*own) if shard is None or shard.rank else LeadingRunner(*own)
-    if draft is not None:
-        kv_cache = _kv_cache(config, draft, kernels, graphs)
-        at_once = _at_once(config, draft, kv_cache, graphs)
-        runner = SpeculativeRunner(ModelRunner(draft.model, kv_cache, draft.device, at_once), *own)
-    return Engine(
-        config,
-        runner,
-        sample,
-        vocab_size=spec.vocab_size,
-        eos_token_ids=spec.eos_token_ids,
-        tokenizer=loaded.tokenizer,
-        bytes_per_block=bytes_per_block,
-        **parts,
-    )
-
-
-def _kv_dtype(config: EngineConfig, loaded: LoadedModel) -> torch.dtype:
-    return torch.int8 if config.kv_dtype == "int8" else loaded.dtype
-
-
-def _bytes_per_block(config: EngineConfig, loaded: LoadedModel, block_size: int) -> int:
-    spec = loaded.spec
-    heads = (spec.num_kv_heads, spec.head_dim)
-    return KVCache.bytes_per_block(spec.num_layers, block_size, *heads, _kv_dtype(config, loaded))
-
-
-def _kv_cache(config: EngineConfig, loaded: LoadedModel, kernels: Kernels, graphs: bool) -> KVCache:
-    """The KV cache of one model. With graphs it has one block more, which the block tables know nothing of."""
-    assert config.num_blocks and config.block_size
-    spec, sizes = loaded.spec, (config.num_blocks + int(graphs), config.block_size)
-    shape = (spec.num_layers, *sizes, spec.num_kv_heads, spec.head_dim)
-    return KVCache(*shape, _kv_dtype(config, loaded), loaded.device, config.swap_space(config.num_blocks), kernels)
-
-
-def _at_once(
-    config: EngineConfig, loaded: LoadedModel, kv_cache: KVCache, graphs: bool
-) -> DecodeGraphs | NativeForward | None:
-    """What runs a step in one go: recorded graphs on a GPU, C++ on a CPU."""
-    if graphs:
-        return _graphs(config, loaded, kv_cache)
-    if loaded.shard is None and NativeForward.serves(loaded.model, kv_cache):  # which sums over no ranks
-        return NativeForward(loaded.model, kv_cache)
-    return None
-
-
-def _graphs(config: EngineConfig, loaded: LoadedModel, kv_cache: KVCache) -> DecodeGraphs:
-    """Graphs for any batch of this engine. Rows of padding write to the last block of the cache."""
-    assert config.num_blocks and config.max_model_len and config.block_size
-    return DecodeGraphs(
-        loaded.model,
-        kv_cache,
-        loaded.device,
-        max_num_seqs=config.max_num_seqs,
-        max_blocks=-(-config.max_model_len // config.block_size),
-        scratch_block=config.num_blocks,
-    )
+    return config, load_model(config.model, config.device, config.dtype, shard, config.model_families)
 
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class _Output:
@@ -92,6 +92,27 @@ class RequestOutput(_Output):
     @cached_property
     def prompt_token_ids(self) -> list[int]:
         return self._prompt_tokens.copy()
+
+
+def output_of(request: Any) -> RequestOutput:
+    """What the caller gets of a `core.request.Request`: it and its sequences as they are now."""
+    finished, with_logprobs = not request.live, request.params.logprobs is not None
+    outputs = [
+        CompletionOutput(
+            index,
+            seq.text.text if seq.text is not None else "",
+            seq.tokens,
+            list(seq.logprobs) if with_logprobs else None,
+            seq.cumulative_logprob if with_logprobs else None,
+            seq.finish_reason,
+            start=seq.num_prompt,
+        )
+        for index, seq in enumerate(request.seqs if finished or request.decoding.independent else [])
+    ]
+    prompt_logprobs = list(request.prompt_logprobs) if request.prompt_logprobs is not None else None
+    return RequestOutput(
+        request.request_id, request.prompt, request.prompt_token_ids, outputs, finished, prompt_logprobs
+    )
 
 
 @dataclass(frozen=True)

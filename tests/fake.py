@@ -12,11 +12,15 @@ from itertools import chain, count
 from random import Random
 from zlib import crc32
 
+from minipaged.build import assemble
 from minipaged.config import EngineConfig, SamplingParams
-from minipaged.engine import Engine
-from minipaged.request import Sequence
-from minipaged.scheduling.beam import BeamSearch
-from minipaged.scheduling.plan import Chunk, SampledToken, StepPlan
+from minipaged.core.engine import Engine
+from minipaged.core.plan import Chunk, SampledToken, StepPlan
+from minipaged.core.request import Sequence
+from minipaged.features.batchllm.groups import Groups
+from minipaged.features.beam_search import BeamSearch
+from minipaged.features.speculative.drafts import speculation_of
+from minipaged.features.swap.swap_stage import Swap
 
 VOCAB = 50
 EOS = 7
@@ -113,8 +117,8 @@ def fake_sampler(contexts: list[tuple[int, ...]], plan: StepPlan) -> list[Sample
     for context, chunk in zip(contexts, plan.chunks, strict=True):
         if chunk.draft:
             sampled += _checked(context, chunk)
-        elif chunk.request.beams:
-            sampled += [_top(next_logprobs(context), chunk.request.beams.candidates_per_beam) for _ in chunk.samples]
+        elif isinstance(chunk.request.decoding, BeamSearch):
+            sampled += [_top(next_logprobs(context), chunk.request.decoding.num_logprobs) for _ in chunk.samples]
         else:
             sampled += [SampledToken(next_token(context, chunk.request.seqs.index(seq))) for seq in chunk.samples]
     return sampled
@@ -136,7 +140,7 @@ def fake_engine(**settings: object) -> Engine:
     defaults: dict = {"num_blocks": 32, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32}
     config = EngineConfig(model="fake", **(defaults | {"max_model_len": 200} | settings))
     swap_blocks = (config.swap_blocks or config.num_blocks) if config.preemption == "swap" else 0
-    return Engine(
+    return assemble(
         config,
         FakeRunner(config.block_size, config.num_blocks, swap_blocks),
         fake_sampler,
@@ -156,10 +160,28 @@ def guess_at_random(engine: Engine, random: Random, right: float) -> None:
             tokens.append(next_token(tokens, branch) if random.random() < right else random.randrange(VOCAB))
         return tokens[len(seq.tokens) :]
 
-    engine.scheduler.speculation.propose = propose
+    speculation_of(engine).propose = propose
 
 
 def random_prompt(random: Random, longest: int) -> list[int]:
     """Prompts that often begin alike, so that the prefix cache has something to find."""
     stem = [random.choice((1, 2)) for _ in range(random.choice((0, 4, 12)))]
     return (stem + [random.randrange(VOCAB) for _ in range(random.randint(1, longest))])[:longest]
+
+
+def swap_of(engine: Engine) -> Swap:
+    """The stage that swaps; an empty one for an engine that does not."""
+    for stage in engine.scheduler.stages:
+        if isinstance(stage, Swap):
+            return stage
+    none = Swap(0)
+    none.bind(engine.scheduler)
+    return none
+
+
+def running_groups(engine: Engine) -> Groups:
+    """The groups of batches; none before the first batch."""
+    for stage in engine.scheduler.stages:
+        if isinstance(stage, Groups):
+            return stage
+    return Groups(engine.scheduler.admission)

@@ -15,12 +15,12 @@ from random import Random
 from typing import Any
 
 from minipaged import SamplingParams
-from minipaged.engine import BatchItem
 from minipaged.errors import InvalidRequest
-from minipaged.memory.eviction import BY_NAME
-from minipaged.memory.waste import AHEAD
+from minipaged.events.waste import AHEAD
+from minipaged.features.batchllm.groups import BatchItem
+from minipaged.features.eviction.policies import BY_NAME
 from tests.fake import fake_engine, guess_at_random, random_prompt
-from tests.memory.test_virtual import virtual_engine
+from tests.features.test_virtual import virtual_engine
 
 FILE = Path(__file__).with_suffix(".json")
 SEEDS = 24  # runs per configuration

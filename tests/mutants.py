@@ -18,41 +18,46 @@ from types import ModuleType
 from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
-from minipaged.engine import Engine
+from minipaged.core.block_table import BlockTables
+from minipaged.core.engine import Engine
+from minipaged.core.pool import BlockPool
+from minipaged.core.prefix_cache import LRU, PrefixCache
+from minipaged.core.scheduler import Scheduler
+from minipaged.core.seams import Sampling
 from minipaged.events import EventLog
-from minipaged.execution import sampler
-from minipaged.execution.runner import ModelRunner
-from minipaged.execution.virtual_memory import VirtualKVCache
-from minipaged.kernels import contiguous as contiguous_kernel
+from minipaged.features import full_sampler as sampler
+from minipaged.features.batchllm import planning as batchllm
+from minipaged.features.batchllm.groups import Groups
+from minipaged.features.beam_search import BeamSearch
+from minipaged.features.contiguous.buddy import BuddyPool
+from minipaged.features.contiguous.contiguous_tables import ContiguousTables
+from minipaged.features.eviction.policies import FlushWhenAll0, LeafFirst
+from minipaged.features.speculative.drafts import Speculation
+from minipaged.features.static_batching import StaticBatching
+from minipaged.features.swap import swap_tables
+from minipaged.features.swap.swap_runner import SwapRunner
+from minipaged.features.swap.swap_stage import Swap
+from minipaged.features.swap.swap_tables import SwapTables
+from minipaged.features.tensor_parallel.shard import Shard
+from minipaged.features.vattention import slot_attention as contiguous_kernel
+from minipaged.features.vattention.virtual_memory import VirtualKVCache
+from minipaged.features.vattention.virtual_tables import VirtualTables
 from minipaged.kernels import reference
-from minipaged.memory.eviction import FlushWhenAll0, LeafFirst
-from minipaged.memory.managers.buddy import BuddyPool
-from minipaged.memory.managers.contiguous import ContiguousTables
-from minipaged.memory.managers.virtual import VirtualTables
-from minipaged.memory.pool import BlockPool
-from minipaged.memory.prefix_cache import PrefixCache
-from minipaged.memory.table import BlockTables
-from minipaged.models.shard import Shard
-from minipaged.request import Request
-from minipaged.scheduling import batchllm
-from minipaged.scheduling.groups import BatchScheduler
-from minipaged.scheduling.scheduler import Scheduler
-from minipaged.scheduling.speculative import Speculation
 from tests import test_engine as engine
+from tests.core import test_scheduler as scheduler
+from tests.core import test_tables as tables
+from tests.core.test_state_machine import FIXED, MemoryMachine
 from tests.execution import test_reference, test_runner
-from tests.execution import test_speculative as sampled_drafts
-from tests.execution import test_virtual_memory as virtual_memory
-from tests.memory import test_buddy as buddy
-from tests.memory import test_contiguous as contiguous
-from tests.memory import test_eviction as eviction
-from tests.memory import test_tables as tables
-from tests.memory import test_virtual as virtual
-from tests.memory.test_buddy import BuddyMachine
-from tests.memory.test_state_machine import FIXED, MemoryMachine
+from tests.features import test_batchllm as groups
+from tests.features import test_buddy as buddy
+from tests.features import test_contiguous as contiguous
+from tests.features import test_draft_runner as sampled_drafts
+from tests.features import test_drafts as drafts
+from tests.features import test_eviction as eviction
+from tests.features import test_virtual as virtual
+from tests.features import test_virtual_memory as virtual_memory
+from tests.features.test_buddy import BuddyMachine
 from tests.models import test_shard as shards
-from tests.scheduling import test_batchllm as groups
-from tests.scheduling import test_scheduler as scheduler
-from tests.scheduling import test_speculative as drafts
 from tests.test_fuzz import Trace
 
 Check = Callable[[], object]
@@ -66,7 +71,7 @@ def fuzz() -> None:
 
 def machine() -> None:
     """A part of the state machine's examples, not simplified when they fail."""
-    some_examples(MemoryMachine, 80)
+    some_examples(MemoryMachine, 120)
 
 
 def chunks() -> None:
@@ -166,7 +171,7 @@ MUTANTS = [
     Mutant(
         "copies are not counted among the blocks a step needs",
         BlockTables,
-        "_needed",
+        "count_blocks",
         "grown += sum(min(count, pool.ref_counts[block] - 1) for block, count in writers.items())",
         "pass",
         (fuzz, machine, tables.test_blocks_needed_counts_one_copy_less_than_owners_when_all_write),
@@ -174,7 +179,7 @@ MUTANTS = [
     Mutant(
         "a copy is counted for every writer, the last owner included",
         BlockTables,
-        "_needed",
+        "count_blocks",
         "min(count, pool.ref_counts[block] - 1)",
         "count * (pool.ref_counts[block] > 1)",
         (machine, tables.test_blocks_needed_counts_one_copy_less_than_owners_when_all_write),
@@ -191,7 +196,7 @@ MUTANTS = [
     Mutant(
         "a block is registered before its KV exists",
         Scheduler,
-        "_place",
+        "place",
         "candidates = ",
         "self.memory.computed(seq.seq_id, seq.tokens, end); candidates = ",
         (engine.test_what_a_failing_step_would_have_computed_is_never_found,),
@@ -224,8 +229,8 @@ MUTANTS = [
         "an evicted block stays in the index",
         PrefixCache,
         "evict",
-        "del self._index[key], self._block_of",
-        "del self._block_of",
+        "del self._block_of[self._index.pop(key).prefix]",
+        "del self._block_of[self._index[key].prefix]",
         (fuzz, machine, tables.test_an_evicted_block_leaves_the_index_and_its_twin_stays_valid),
     ),
     Mutant(
@@ -238,7 +243,7 @@ MUTANTS = [
     ),
     Mutant(
         "a beginning is evicted before those that continue it, who can never be found again then",
-        LeafFirst,
+        LRU,
         "leaves",
         " if self._cache.is_leaf(block)",
         "",
@@ -246,7 +251,7 @@ MUTANTS = [
     ),
     Mutant(
         "a block that is used for something else keeps the prediction of what it held before",
-        PrefixCache,
+        LeafFirst,
         "evict",
         "self.bits.pop(block, None)",
         "pass",
@@ -254,10 +259,10 @@ MUTANTS = [
     ),
     Mutant(
         "only blocks that were computed anew get the bit of a request, not those it found",
-        PrefixCache,
+        LeafFirst,
         "note",
-        "if block in self]",
-        "if block in self and block not in self.bits]",
+        "if block in self._cache]",
+        "if block in self._cache and block not in self.bits]",
         (eviction.test_a_block_has_the_bit_of_its_latest_request,),
     ),
     Mutant(
@@ -278,10 +283,10 @@ MUTANTS = [
     ),
     Mutant(
         "hits on blocks that nobody uses are taken to be for nothing",
-        Scheduler,
-        "_fits",
-        "sum(self.memory.pool.ref_counts[hit.block] > 0 for hit in self._hits(request))",
-        "len(self._hits(request))",
+        BlockTables,
+        "fits",
+        "sum(self.pool.ref_counts[hit.block] > 0 for hit in hits)",
+        "len(hits)",
         (
             fuzz,
             scheduler.test_cached_blocks_that_nobody_uses_are_not_counted_twice_at_admission,
@@ -298,40 +303,40 @@ MUTANTS = [
     ),
     Mutant(
         "two of a group compute the same beginning side by side",
-        BatchScheduler,
-        "_ready",
+        Groups,
+        "eligible",
         "busy.add(group)",
         "pass",
         (groups.test_a_group_shares_its_blocks_while_it_lives_and_they_are_free_when_it_ends,),
     ),
     Mutant(
         "who ends at once leaves nothing to the group",
-        BatchScheduler,
-        "_finish",
-        "self._keep(request, seq)",
+        Groups,
+        "releasing",
+        "self.keep(request, seq)",
         "pass",
         (groups.test_the_first_may_end_before_the_others_begin,),
     ),
     Mutant(
         "what a group has kept is never free again",
-        BatchScheduler,
-        "_finish",
-        "self.memory.release(group.number)",
+        Groups,
+        "finished",
+        "self.release(group)",
         "pass",
         (groups.test_a_group_shares_its_blocks_while_it_lives_and_they_are_free_when_it_ends,),
     ),
     Mutant(
         "a text ends early because of blocks that are kept for others",
-        BatchScheduler,
-        "_outgrow",
-        "if not self._release_idle():",
+        Scheduler,
+        "outgrow",
+        "if not any(stage.reclaim(request, plan) for stage in self.stages):",
         "if True:",
         (groups.test_what_is_kept_gives_way_before_somebody_ends_early,),
     ),
     Mutant(
         "a group takes whatever the cache holds of its prompts: more is saved than was predicted",
-        BatchScheduler,
-        "_hits",
+        Groups,
+        "hits",
         "if group else",
         "if False else",
         (groups.test_nothing_but_the_group_s_beginning_is_taken_from_the_cache,),
@@ -347,17 +352,17 @@ MUTANTS = [
     ),
     Mutant(
         "admission gives away what running prompts have yet to take",
-        Scheduler,
-        "_fits",
-        "self.memory.pool.num_free - owed",
-        "self.memory.pool.num_free",
+        BlockTables,
+        "fits",
+        "self.pool.num_free - owed",
+        "self.pool.num_free",
         (partial(scheduler.test_blocks_that_branches_are_about_to_take_are_not_given_to_others, 0),),
     ),
     Mutant(
         "max_num_seqs counts requests, not their n sequences",
-        Request,
+        Sampling,
         "width",
-        "return self.beams.width if self.beams and self.live else len(self.live)",
+        "return len(request.live)",
         "return 1",
         (scheduler.test_never_more_sequences_than_max_num_seqs,),
     ),
@@ -388,7 +393,7 @@ MUTANTS = [
     Mutant(
         "recomputation forgets the tokens that were generated",
         Scheduler,
-        "_preempt",
+        "preempt",
         "seq.num_computed = 0",
         "seq.num_computed = 0; del seq.tokens[seq.num_prompt :]",
         (fuzz,),
@@ -404,7 +409,7 @@ MUTANTS = [
     Mutant(
         "preemption seeds a sequence's generator anew",
         Scheduler,
-        "_preempt",
+        "preempt",
         "seq.num_computed = 0",
         "seq.num_computed = 0; seq.rng.seed(str(victim.params.seed))",
         (partial(scheduler.test_draws_depend_on_neither_preemption_nor_neighbours_and_branches_differ, "recompute"),),
@@ -412,23 +417,23 @@ MUTANTS = [
     Mutant(
         "all branches of a seeded request draw the same numbers",
         Engine,
-        "_generators",
+        "_request",
         'Random(f"{seed}/{branch}")',
         "Random(seed)",
         (partial(scheduler.test_draws_depend_on_neither_preemption_nor_neighbours_and_branches_differ, "recompute"),),
     ),
     Mutant(
         "beams compete before all of them are computed again",
-        Scheduler,
-        "_target",
-        "if request.beams and len(live) > 1",
+        BeamSearch,
+        "target",
+        "if len(live) > 1",
         "if False",
         (scheduler.test_beams_that_are_computed_again_in_chunks_wait_for_one_another,),
     ),
     # --- swapping ---
     Mutant(
         "a shared block is swapped once for each of its owners",
-        BlockTables,
+        swap_tables,
         "_move",
         "if block in moves:",
         "if False:",
@@ -436,58 +441,58 @@ MUTANTS = [
     ),
     Mutant(
         "swapping loses the reference counts of shared blocks",
-        BlockTables,
+        swap_tables,
         "_move",
-        "to_pool.share(moves[block])",
+        "target.share(moves[block])",
         "pass",
         (fuzz, machine, tables.test_a_shared_block_is_swapped_once_and_is_shared_there_too),
     ),
     Mutant(
         "the swap space is taken to be endless",
-        BlockTables,
+        SwapTables,
         "can_swap_out",
-        "<= self.swap_pool.num_free",
-        ">= 0 and self.swap_pool.num_blocks > 0",
+        "<= self.pool.num_free",
+        ">= 0",
         (fuzz, machine, tables.test_what_does_not_fit_into_the_swap_space_is_known_before),
     ),
     Mutant(
         "swapping in forgets the next token",
-        BlockTables,
+        SwapTables,
         "blocks_needed_to_swap_in",
-        " + self._needed(writes, self.swapped, self.swap_pool)",
+        " + self.memory.count_blocks(writes, self.tables, self.pool)",
         "",
         (fuzz, machine, tables.test_swapping_in_counts_the_next_token_and_its_copies),
     ),
     Mutant(
         "requests are admitted while a swapped one waits",
-        Scheduler,
-        "schedule",
-        "if not self.swapped:",
-        "if True:",
+        Swap,
+        "before_admission",
+        "return not self.requests_out",
+        "return True",
         (scheduler.test_nobody_is_admitted_while_a_swapped_request_waits,),
     ),
     Mutant(
         "a swapped request's blocks are given back to the wrong pool",
-        BlockTables,
+        SwapTables,
         "free",
-        "self.swapped, self.swap_pool",
-        "self.swapped, self.pool",
+        "self.pool.free(block)",
+        "self.memory.pool.free(block)",
         (fuzz, machine),
     ),
     Mutant(
         "blocks are swapped out after others were copied over them",
-        ModelRunner,
+        SwapRunner,
         "execute",
-        "self.kv_cache.swap_out(plan.swap_outs)",
-        "self.kv_cache.copy(plan.copies); self.kv_cache.swap_out(plan.swap_outs)",
+        "self.space.swap_out(plan.swap_outs)",
+        "self.inner.kv_cache.copy(plan.copies); self.space.swap_out(plan.swap_outs)",
         (test_runner.test_a_block_may_be_swapped_out_swapped_in_and_copied_in_one_step,),
     ),
     Mutant(
         "blocks are swapped in over what is yet to be swapped out",
-        ModelRunner,
+        SwapRunner,
         "execute",
-        "self.kv_cache.swap_out(plan.swap_outs)",
-        "self.kv_cache.swap_in(plan.swap_ins); self.kv_cache.swap_out(plan.swap_outs)",
+        "self.space.swap_out(plan.swap_outs)",
+        "self.space.swap_in(plan.swap_ins); self.space.swap_out(plan.swap_outs)",
         (test_runner.test_a_block_may_be_swapped_out_swapped_in_and_copied_in_one_step,),
     ),
     Mutant(
@@ -557,18 +562,18 @@ MUTANTS = [
     ),
     Mutant(
         "a static batch takes in whoever comes",
-        Scheduler,
-        "_admit",
-        "(self.static_batching and self.running)",
-        "False",
+        StaticBatching,
+        "eligible",
+        "[] if self.scheduler.running else waiting",
+        "waiting",
         (fuzz, partial(scheduler.test_a_static_batch_ends_with_its_longest_request_before_anybody_joins, "paged")),
     ),
     Mutant(
         "a static batch ends with its prompts' token budget",
-        Scheduler,
-        "_admit",
-        "(budget > 0 or self.static_batching)",
-        "budget > 0",
+        StaticBatching,
+        "limits",
+        "super().limits(request)._replace(needs_tokens=False)",
+        "FCFS.limits(self, request)",
         (scheduler.test_a_static_batch_is_as_large_as_memory_allows_whatever_the_token_budget,),
     ),
     # --- endings ---
@@ -584,8 +589,8 @@ MUTANTS = [
         "an abort forgets to free",
         Scheduler,
         "abort",
-        'self._finish(request, seq, "abort")',
-        'seq.finish_reason = "abort"; request in self.running and self.running.remove(request)',
+        'request.decoding.end(request, list(request.live), "abort", self)',
+        '[request.end(s, "abort") for s in [*request.live]]; request in self.running and self.running.remove(request)',
         (fuzz, partial(engine.test_an_abort_in_any_state_gives_every_block_back_and_twice_is_fine, 3)),
     ),
     Mutant(
@@ -598,18 +603,18 @@ MUTANTS = [
     ),
     Mutant(
         "who was swapped out by a failed step goes on without having been copied",
-        Engine,
-        "_give_up",
-        ", *swapped_out",
-        "",
+        Swap,
+        "failed",
+        "[request for request in plan.preempted if request.status is Status.SWAPPED]",
+        "[]",
         (engine.test_a_request_that_a_failing_step_swapped_out_is_aborted_with_it,),
     ),
     Mutant(
         "a branch that outgrows the pool takes the others with it",
         Scheduler,
-        "_outgrow",
-        'self._finish(request, request.live[-1], "length")',
-        '[self._finish(request, seq, "length") for seq in request.live]',
+        "outgrow",
+        "request.live[-1:]",
+        "list(request.live)",
         (scheduler.test_of_branches_that_outgrow_the_pool_the_last_gives_way_to_the_others,),
     ),
     # --- speculation ---
@@ -624,7 +629,7 @@ MUTANTS = [
     Mutant(
         "rejected tokens count as computed",
         Speculation,
-        "settle",
+        "sampled",
         "seq.num_computed += accepted",
         "seq.num_computed += len(chunk.draft)",
         (fuzz,),
@@ -639,16 +644,16 @@ MUTANTS = [
     ),
     Mutant(
         "what follows an end within a right guess is said too",
-        Scheduler,
-        "commit",
-        "if seq.finish_reason is None:",
-        "if True:",
+        Sampling,
+        "advance",
+        "if seq.finish_reason is not None:",
+        "if False:",
         (fuzz, partial(drafts.test_what_ends_a_text_in_the_midst_of_a_right_guess_ends_it_there, 2)),
     ),
     Mutant(
         "everybody guesses with the whole of what is left of the budget",
         Speculation,
-        "extend",
+        "planned",
         "budget -= len(chunk.draft)",
         "pass",
         (drafts.test_guesses_take_only_what_is_left_of_budget_and_blocks,),
@@ -664,8 +669,8 @@ MUTANTS = [
     Mutant(
         "others fork off a sequence together with the blocks of its guess",
         Speculation,
-        "extend",
-        "request.live[-1].seq_id in scheduler.memory.tables",
+        "planned",
+        "not scheduler.forking(request)",
         "True",
         (drafts.test_who_computes_for_others_too_does_not_guess,),
     ),
@@ -689,7 +694,7 @@ MUTANTS = [
     Mutant(
         "a slot goes on showing the page that was copied on write",
         VirtualTables,
-        "seal",
+        "map_slots",
         "self.mapped[slot][: len(table)] != table",
         "len(self.mapped[slot]) < len(table)",
         (partial(virtual.test_mapping_decides_nothing, 3),),
@@ -705,7 +710,7 @@ MUTANTS = [
     Mutant(
         "books are believed although a mapping failed",
         VirtualTables,
-        "seal",
+        "map_slots",
         "not all(maps.done for maps in self._plans)",
         "False",
         (partial(virtual.test_after_a_failed_mapping_nobody_reads_what_was_not_mapped, "sync", 3),),

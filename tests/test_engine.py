@@ -8,7 +8,7 @@ import pytest
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
 from minipaged.events import EngineError, State
-from tests.fake import EOS, VOCAB, fake_engine, unbatched
+from tests.fake import EOS, VOCAB, fake_engine, swap_of, unbatched
 
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
 
@@ -181,12 +181,12 @@ def test_a_step_that_only_swaps_out_is_executed_too():
 
 def test_an_abort_while_swapped_out_gives_the_swap_space_back():
     engine = crowded_by_beams()
-    while not engine.scheduler.swapped:
+    while not swap_of(engine).requests_out:
         engine.step()
-    assert engine.memory.swap_pool.num_free < engine.swap_blocks
+    assert swap_of(engine).space.pool.num_free < swap_of(engine).space.pool.num_blocks
     assert engine.abort("short").finished and engine.abort("short") is None
     engine.check()
-    assert engine.memory.swap_pool.num_free == engine.swap_blocks
+    assert swap_of(engine).space.pool.num_free == swap_of(engine).space.pool.num_blocks
     run(engine)
 
 
@@ -212,7 +212,7 @@ def test_a_request_that_a_failing_step_swapped_out_is_aborted_with_it():
     with pytest.raises(StepFailed, match="aborted: beams, short"):
         run(engine)
     engine.check()
-    assert not engine.has_unfinished() and engine.memory.swap_pool.num_free == engine.swap_blocks
+    assert not engine.has_unfinished() and swap_of(engine).space.pool.num_free == swap_of(engine).space.pool.num_blocks
 
 
 def test_what_a_failing_step_would_have_computed_is_never_found():

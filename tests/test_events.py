@@ -6,7 +6,6 @@ from random import Random
 import pytest
 
 from minipaged.config import SamplingParams
-from minipaged.engine import BatchItem
 from minipaged.events import (
     EVENT_TYPES,
     Allocated,
@@ -18,6 +17,7 @@ from minipaged.events import (
     load_recording,
     replay,
 )
+from minipaged.features.batchllm.groups import BatchItem
 from tests.fake import fake_engine, guess_at_random
 
 

@@ -8,8 +8,9 @@ import pytest
 from minipaged.config import SamplingParams
 from minipaged.errors import InvalidRequest
 from minipaged.events import State
-from minipaged.memory.waste import AHEAD
-from tests.fake import fake_engine, guess_at_random, random_prompt, unbatched, unbatched_beams
+from minipaged.events.waste import AHEAD
+from minipaged.features.speculative.drafts import speculation_of
+from tests.fake import fake_engine, guess_at_random, random_prompt, swap_of, unbatched, unbatched_beams
 
 TRACES = 5000
 PARTS = 5
@@ -37,7 +38,7 @@ def random_engine(random: Random):
         batching="static" if random.random() < 0.15 else "continuous",
         **settings,
     )
-    if engine.scheduler.speculation:
+    if speculation_of(engine):
         guess_at_random(engine, random, right=random.choice((0.0, 0.6, 0.9, 1.0)))
     return engine
 
@@ -74,14 +75,14 @@ class Trace:
         self.asked: dict[str, tuple] = {}
         self.done: dict = {}
         self.cut: set[str] = set()  # ended early: aborted, or too large for the pool
-        outgrow = self.engine.scheduler._outgrow
+        outgrow = self.engine.scheduler.outgrow
 
         def watched(request, plan):
             self.cut.add(request.request_id)
             self.seen["outgrown"] += 1
             outgrow(request, plan)
 
-        self.engine.scheduler._outgrow = watched
+        self.engine.scheduler.outgrow = watched
 
     def listen(self, event):
         self.state.apply(event)
@@ -146,19 +147,23 @@ class Trace:
         assert min(held) >= 0 and held.total <= engine.num_blocks * engine.config.block_size
         # Of a static batch some may wait for their first tokens, with a table that is empty.
         assert {i: seq.table for i, seq in seqs.items() if seq.table} == not_empty(engine.block_tables())
-        assert {i: seq.swap_table for i, seq in seqs.items() if seq.swap_table} == not_empty(engine.memory.swapped)
+        assert {i: seq.swap_table for i, seq in seqs.items() if seq.swap_table} == not_empty(
+            swap_of(engine).space.tables
+        )
         assert self.state.ref_counts == engine.memory.pool.ref_counts
-        assert self.state.swap_ref_counts == engine.memory.swap_pool.ref_counts
+        assert self.state.swap_ref_counts == swap_of(engine).space.pool.ref_counts
         scheduler = engine.scheduler
         for seq in (seq for request in scheduler.running for seq in request.live):
             assert (seqs[seq.seq_id].tokens, seqs[seq.seq_id].num_computed) == (seq.tokens, seq.num_computed)
-        for name in ("waiting", "running", "swapped"):
-            assert getattr(self.state, name) == [r.request_id for r in getattr(scheduler, name)], name
+        queues = {"waiting": scheduler.waiting, "running": scheduler.running, "swapped": swap_of(engine).requests_out}
+        for name, queue in queues.items():
+            assert getattr(self.state, name) == [r.request_id for r in queue], name
 
     def check_end(self) -> None:
         memory = self.engine.memory
         assert memory.pool.num_free == memory.pool.num_blocks and not memory.tables
-        assert memory.swap_pool.num_free == memory.swap_pool.num_blocks and not memory.swapped
+        space = swap_of(self.engine).space
+        assert space.pool.num_free == space.pool.num_blocks and not space.tables
         assert self.done.keys() == self.asked.keys()
         if self.engine.memory.reserves_ahead:
             assert not self.seen["preempted"] and not self.seen["outgrown"], "all was set aside at admission"

@@ -8,13 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CODE = ("minipaged", "visualizer", "benchmarks", "tutorials")
 OFTEN = ("__init__.py", "__main__.py", "conftest.py")  # Python and pytest ask for these names
-# Pairs that still share a name. A pair leaves this set when one of its files gets a name of its own.
-KNOWN = {
-    ("minipaged/engine_thread.py", "visualizer/engine_thread.py"),
-    ("minipaged/execution/speculative.py", "minipaged/scheduling/speculative.py"),
-    ("minipaged/kernels/contiguous.py", "minipaged/memory/managers/contiguous.py"),
-    ("tests/execution/test_speculative.py", "tests/scheduling/test_speculative.py"),
-}
+KNOWN = {("minipaged/build.py", "tutorials/build.py")}  # one puts engines together, the other makes pages
 
 
 def shared_names(*folders: str) -> set[tuple[str, ...]]:

@@ -13,9 +13,10 @@ from minipaged import LLM, EngineConfig, SamplingParams
 from minipaged.config import MANAGERS
 from minipaged.errors import InvalidConfig, InvalidRequest, MinipagedError, StepFailed
 from minipaged.events import Admitted, Copied, Preempted, Shared, StepFinished
-from minipaged.execution.kv_cache import blocks_that_fit
+from minipaged.execution.pool_size import blocks_that_fit
 from tests.aio import run
 from tests.checkpoints import VOCAB, save_llama, transformers_greedy
+from tests.fake import swap_of
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
@@ -307,7 +308,7 @@ def test_an_llm_counts_its_swap_space(checkpoint, monkeypatch):
     plenty = small(checkpoint, num_blocks=None, preemption="swap").engine
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=40 * plenty.bytes_per_block))
     engine = small(checkpoint, num_blocks=None, preemption="swap").engine
-    assert engine.num_blocks == engine.swap_blocks == 10
+    assert engine.num_blocks == swap_of(engine).space.pool.num_blocks == 10
     assert small(checkpoint, num_blocks=None, preemption="swap", swap_blocks=5).engine.num_blocks == 15
     assert small(checkpoint, num_blocks=None).engine.num_blocks == 20
 

@@ -13,16 +13,16 @@ import pytest
 from minipaged.config import EngineConfig, SamplingParams
 
 ROOT = Path(__file__).parent.parent
-TABLES = "tests/memory/test_tables.py"
-MACHINE = "tests/memory/test_state_machine.py::TestMemory"
-SCHEDULER = "tests/scheduling/test_scheduler.py"
+TABLES = "tests/core/test_tables.py"
+MACHINE = "tests/core/test_state_machine.py::TestMemory"
+SCHEDULER = "tests/core/test_scheduler.py"
 ENGINE = "tests/test_engine.py"
 FUZZ = "tests/test_fuzz.py::test_random_traces_give_the_tokens_of_an_unbatched_loop"
 LLM = "tests/test_llm.py"
 STREAM = "tests/text/test_stream.py"
 SAMPLER = "tests/execution/test_sampler.py"
-DRAFTS = "tests/scheduling/test_speculative.py"
-SPECULATION = "tests/execution/test_speculative.py"
+DRAFTS = "tests/features/test_drafts.py"
+SPECULATION = "tests/features/test_draft_runner.py"
 KERNELS = "tests/execution/test_reference.py"
 
 PITFALLS = {
@@ -130,8 +130,8 @@ PITFALLS = {
     ],
     "n sequences count as n": [f"{SCHEDULER}::test_never_more_sequences_than_max_num_seqs"],
     "captured batch sizes leave out a max_num_seqs that is no power of two": [
-        "tests/execution/test_cuda_graphs.py::test_some_graph_covers_every_batch_and_little_of_it_is_padding",
-        "tests/execution/test_cuda_graphs.py::test_tokens_are_the_same_with_graphs_and_each_size_is_recorded_once",
+        "tests/features/test_cuda_graphs.py::test_some_graph_covers_every_batch_and_little_of_it_is_padding",
+        "tests/features/test_cuda_graphs.py::test_tokens_are_the_same_with_graphs_and_each_size_is_recorded_once",
     ],
     "an abort in any state, also twice, gives every block back": [
         f"{ENGINE}::test_an_abort_in_any_state_gives_every_block_back_and_twice_is_fine",

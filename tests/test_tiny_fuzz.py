@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from minipaged.build import build_engine
 from minipaged.config import EngineConfig, SamplingParams
-from minipaged.llm import _build_engine
-from minipaged.memory.waste import AHEAD
+from minipaged.events.waste import AHEAD
 from minipaged.models.loader import load_model
 from tests.checkpoints import save_llama
 
@@ -81,7 +81,7 @@ class Trace:
             device="cpu",
             **memory,
         )
-        self.engine = _build_engine(config, loaded)
+        self.engine = build_engine(config, loaded)
         self.seen = Counter([config.memory, config.batching])
         self.engine.events.subscribe(lambda event: self.seen.update([event.type]))
 

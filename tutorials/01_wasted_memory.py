@@ -316,7 +316,7 @@ print(f"blocks of 16: {mean_batch:.1f} at once, {share:.1f} % of the pool holds 
 # %%
 from show import source
 
-from minipaged.memory import waste
+from minipaged.events import waste
 
 source(waste.held)
 
@@ -364,7 +364,7 @@ for manager in ("orca-max", "orca-pow2", "orca-oracle", "paged"):
 # you what happens next. Then choose **The same requests, paged**. Below the pool, the tab *Waste* draws the classes of
 # this tutorial live.
 #
-# Source lines: `held`, `reservation` and `timeline` in [`minipaged/memory/waste.py`](../minipaged/memory/waste.py).
+# Source lines: `held`, `reservation` and `timeline` in [`minipaged/events/waste.py`](../minipaged/events/waste.py).
 #
 # ## Exercises
 #

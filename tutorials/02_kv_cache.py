@@ -221,7 +221,7 @@ print(f"{block:,} bytes a block of 16 tokens, {block // 16:,} bytes a token")
 # And this is the counter that drives everything, in the engine's own words:
 
 # %%
-from minipaged.request import Sequence
+from minipaged.core.request import Sequence
 
 source(Sequence)
 
@@ -272,7 +272,7 @@ print("largest difference below 0.0001:", max(differences) < 1e-4)
 # of a block is a token whose key and value are cached. Click a token of a text: you see how strongly it looked at each
 # earlier one, block by block. All of those keys were computed long ago.
 #
-# Source lines: `Sequence` in [`minipaged/request.py`](../minipaged/request.py), `KVCache` in
+# Source lines: `Sequence` in [`minipaged/core/request.py`](../minipaged/core/request.py), `KVCache` in
 # [`minipaged/execution/kv_cache.py`](../minipaged/execution/kv_cache.py), and the model's attention,
 # `Attention.forward` in [`minipaged/models/llama.py`](../minipaged/models/llama.py).
 #

@@ -224,7 +224,7 @@ for length in range(1, 10):
 # %%
 from show import source
 
-from minipaged.memory.pool import BlockPool
+from minipaged.core.pool import BlockPool
 
 source(BlockPool.allocate)
 
@@ -232,7 +232,7 @@ source(BlockPool.allocate)
 # `Tables.reserve` is called `reserve` there, too. The second loop is yours. (The first is copy-on-write.)
 
 # %%
-from minipaged.memory.table import BlockTables
+from minipaged.core.block_table import BlockTables
 
 source(BlockTables.reserve)
 
@@ -251,7 +251,7 @@ source(build_batch)
 # %%
 import random
 
-from minipaged.memory.table import Write
+from minipaged.core.plan import Write
 
 rng = random.Random(0)
 mine, engines = Tables(64), BlockTables(num_blocks=64, block_size=BLOCK_SIZE, enable_prefix_caching=False)
@@ -289,8 +289,8 @@ for text, table in list(mine.tables.items())[:4]:
 # text. Rewind to the first steps, and go event by event (Shift and an arrow key) to see `Allocated` when, and only
 # when, a last block is full.
 #
-# Source lines: `BlockPool` in [`minipaged/memory/pool.py`](../minipaged/memory/pool.py), `BlockTables` in
-# [`minipaged/memory/table.py`](../minipaged/memory/table.py), `build_batch` in
+# Source lines: `BlockPool` in [`minipaged/core/pool.py`](../minipaged/core/pool.py), `BlockTables` in
+# [`minipaged/core/block_table.py`](../minipaged/core/block_table.py), `build_batch` in
 # [`minipaged/execution/batch.py`](../minipaged/execution/batch.py).
 #
 # ## Exercises

@@ -301,7 +301,7 @@ print("the sum is the whole:", torch.allclose(summands[0] + summands[1], whole, 
 # requests, and how their tokens are to be sampled.)
 
 # %%
-from minipaged.execution.tensor_parallel import LeadingRunner
+from minipaged.features.tensor_parallel.ranks import LeadingRunner
 
 source(LeadingRunner.execute)
 

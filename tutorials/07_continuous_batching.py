@@ -286,7 +286,7 @@ print("same tokens as with 64 blocks:", tight == roomy)
 # %%
 from show import source
 
-from minipaged.engine import Engine
+from minipaged.core.engine import Engine
 
 source(Engine.step)
 
@@ -295,7 +295,7 @@ source(Engine.step)
 # admits anybody. (`seal` is for another kind of memory, vAttention's; with blocks it does nothing.)
 
 # %%
-from minipaged.scheduling import scheduler as engine_scheduler
+from minipaged.core import scheduler as engine_scheduler
 
 source(engine_scheduler.Scheduler.schedule)
 
@@ -334,9 +334,9 @@ gantt(plan, "Eight requests on the real engine: each begins in the very step aft
 # - **A long prompt among short ones**: a budget of 20 rows; watch the step's bar at the bottom.
 # - **Out of memory: recompute**: who gives its blocks back, and how it comes back.
 #
-# Source lines: `Engine.step` in [`minipaged/engine.py`](../minipaged/engine.py), `Scheduler` in
-# [`minipaged/scheduling/scheduler.py`](../minipaged/scheduling/scheduler.py), and what they hand to each other,
-# `StepPlan` in [`minipaged/scheduling/plan.py`](../minipaged/scheduling/plan.py).
+# Source lines: `Engine.step` in [`minipaged/core/engine.py`](../minipaged/core/engine.py), `Scheduler` in
+# [`minipaged/core/scheduler.py`](../minipaged/core/scheduler.py), and what they hand to each other,
+# `StepPlan` in [`minipaged/core/plan.py`](../minipaged/core/plan.py).
 #
 # ## Exercises
 #

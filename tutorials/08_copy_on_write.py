@@ -227,7 +227,7 @@ print("it would have fitted; copies:", tight.copies, " free:", len(tight.free_bl
 # %%
 from show import source
 
-from minipaged.memory.table import BlockTables
+from minipaged.core.block_table import BlockTables
 
 source(BlockTables.fork)
 
@@ -242,7 +242,7 @@ source(BlockTables.reserve)
 # Does it count right? Four tables over a half-filled block, and all of them write:
 
 # %%
-from minipaged.memory.table import Write
+from minipaged.core.plan import Write
 
 engine_tables = BlockTables(num_blocks=8, block_size=4)
 engine_tables.open(0)
@@ -265,7 +265,7 @@ for write in writes:
 # %%
 from minipaged import LLM, SamplingParams
 from minipaged.events import Recorder, State
-from minipaged.metrics import usage
+from minipaged.events.metrics import usage
 
 llm = LLM("tiny", device="cpu", num_blocks=64, enable_prefix_caching=False)
 long_prompt = [100 + i for i in range(40)]  # token ids; their meaning does not matter here
@@ -322,9 +322,9 @@ print(f"sharing saved {100 * (1 - used / entries):.0f} % of the blocks, on avera
 # - **Beam search**: forks and frees in every step. Click a text to see who descends from whom.
 #
 # Source lines: `BlockTables.fork`, `reserve` and `blocks_needed` in
-# [`minipaged/memory/table.py`](../minipaged/memory/table.py), `BlockPool.share` in
-# [`minipaged/memory/pool.py`](../minipaged/memory/pool.py), and
-# [`minipaged/scheduling/beam.py`](../minipaged/scheduling/beam.py).
+# [`minipaged/core/block_table.py`](../minipaged/core/block_table.py), `BlockPool.share` in
+# [`minipaged/core/pool.py`](../minipaged/core/pool.py), and
+# [`minipaged/features/beam_search.py`](../minipaged/features/beam_search.py).
 #
 # ## Exercises
 #

@@ -305,7 +305,7 @@ for tail_first in (True, False):
 # %%
 from show import source
 
-from minipaged.memory.prefix_cache import PrefixCache
+from minipaged.core.prefix_cache import PrefixCache
 
 source(PrefixCache.lookup)
 
@@ -316,7 +316,7 @@ source(PrefixCache.insert)
 # The search, block by block, which stops before the last token:
 
 # %%
-from minipaged.memory.table import BlockTables
+from minipaged.core.block_table import BlockTables
 
 source(BlockTables.match)
 
@@ -374,9 +374,9 @@ print("same output:", with_cache == without)
 # blocks are free, but still know what they hold. The last question comes when everybody has gone, and finds them. The
 # page asks you how many tokens will be found; the tab *Prefix cache* counts them.
 #
-# Source lines: [`minipaged/memory/prefix_cache.py`](../minipaged/memory/prefix_cache.py); `match`, `computed` and
-# `free` in [`minipaged/memory/table.py`](../minipaged/memory/table.py); `BlockPool.allocate` in
-# [`minipaged/memory/pool.py`](../minipaged/memory/pool.py).
+# Source lines: [`minipaged/core/prefix_cache.py`](../minipaged/core/prefix_cache.py); `match`, `computed` and
+# `free` in [`minipaged/core/block_table.py`](../minipaged/core/block_table.py); `BlockPool.allocate` in
+# [`minipaged/core/pool.py`](../minipaged/core/pool.py).
 #
 # ## Exercises
 #
@@ -387,7 +387,7 @@ print("same output:", with_cache == without)
 # <details><summary>Answer</summary>
 
 # %%
-from minipaged.memory.table import Write
+from minipaged.core.plan import Write
 
 tables, prompt = BlockTables(num_blocks=16, block_size=16), list(range(100))
 tables.open(0)
@@ -446,7 +446,7 @@ def found(policy):
     return total
 
 
-from minipaged.memory.eviction import LRU
+from minipaged.features.eviction.policies import LRU
 
 print("LRU: ", found(LRU()), "blocks found of at most", 2 * 45)
 print("MRU: ", found(MostRecent()), "blocks found of at most", 2 * 45)

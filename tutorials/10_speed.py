@@ -188,7 +188,7 @@ print("a new tensor as x:", y.tolist(), " the truth:", model().tolist())
 # %%
 from show import source
 
-from minipaged.execution import cuda_graphs
+from minipaged.features import cuda_graphs
 
 source(cuda_graphs.batch_sizes)
 
@@ -210,9 +210,9 @@ print("for 64 sequences:", cuda_graphs.batch_sizes(64))
 # engine's own `DecodeGraphs`; once it gets a scratch block, once block 0.
 
 # %%
-from minipaged.execution.cuda_graphs import DecodeGraphs
 from minipaged.execution.kv_cache import KVCache
 from minipaged.execution.runner import ModelRunner
+from minipaged.features.cuda_graphs import DecodeGraphs
 
 prompts = [[100 + 7 * text + i for i in range(20)] for text in range(5)]
 model_of_engine, cpu, recorded = engine.runner.model, torch.device("cpu"), []
@@ -388,7 +388,7 @@ source_in("minipaged/kernels/paged_decode.py", "splits_of")
 # and say of each step whether a graph could run it (`covers`), and with how many rows: `batch_sizes(4)` is 1, 2, 4. The
 # bar at the bottom shows who computes a prompt.
 #
-# Source lines: [`minipaged/execution/cuda_graphs.py`](../minipaged/execution/cuda_graphs.py); `_merge_kernel` and
+# Source lines: [`minipaged/features/cuda_graphs.py`](../minipaged/features/cuda_graphs.py); `_merge_kernel` and
 # `splits_of` in [`minipaged/kernels/paged_decode.py`](../minipaged/kernels/paged_decode.py).
 #
 # ## Exercises

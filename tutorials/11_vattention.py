@@ -254,7 +254,7 @@ for deferred in (True, False):
 # %%
 from show import source
 
-from minipaged.execution.virtual_memory import HostMemory
+from minipaged.features.vattention.page_memory import HostMemory
 
 source(HostMemory)
 
@@ -263,7 +263,7 @@ source(HostMemory)
 # page that the slot still shows, if it is free, before any other.
 
 # %%
-from minipaged.memory.managers.virtual import VirtualTables
+from minipaged.features.vattention.virtual_tables import VirtualTables
 
 source(VirtualTables._allocate)
 
@@ -349,9 +349,10 @@ print("different addresses:", key_a.data_ptr() != key_b.data_ptr(), " a sees b's
 # Or run `make demo` and choose **The same requests, paged** (menu *scenario*): its tab *Waste* shows what other
 # managers would hold for the same texts.
 #
-# Source lines: [`minipaged/execution/virtual_memory.py`](../minipaged/execution/virtual_memory.py),
-# [`minipaged/memory/managers/virtual.py`](../minipaged/memory/managers/virtual.py), and attention without tables in
-# [`minipaged/kernels/contiguous.py`](../minipaged/kernels/contiguous.py).
+# Source lines, all in [`minipaged/features/vattention/`](../minipaged/features/vattention/):
+# [`virtual_memory.py`](../minipaged/features/vattention/virtual_memory.py),
+# [`virtual_tables.py`](../minipaged/features/vattention/virtual_tables.py), and attention without tables in
+# [`slot_attention.py`](../minipaged/features/vattention/slot_attention.py).
 #
 # ## Exercises
 #

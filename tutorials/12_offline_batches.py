@@ -50,9 +50,9 @@ print(f"{len(prompts)} prompts, {total} tokens in all")
 
 # %%
 from minipaged import EngineConfig, SamplingParams
-from minipaged.engine import Engine
+from minipaged.build import assemble
+from minipaged.core.plan import SampledToken
 from minipaged.events import Preempted, Scheduled
-from minipaged.scheduling.plan import SampledToken
 
 
 class NoModel:
@@ -66,7 +66,7 @@ def serve(prompts, num_blocks, lengths=None, max_num_seqs=2):
     config = EngineConfig(
         num_blocks=num_blocks, block_size=4, max_model_len=256, max_num_batched_tokens=64, max_num_seqs=max_num_seqs
     )
-    engine = Engine(config, NoModel(), lambda _, plan: [SampledToken(0) for _ in plan.samples], vocab_size=10_000)
+    engine = assemble(config, NoModel(), lambda _, plan: [SampledToken(0) for _ in plan.samples], vocab_size=10_000)
     events, steps = [], 0
     engine.events.subscribe(events.append)
     for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
@@ -287,13 +287,13 @@ for name, order in orders.items():
 # %%
 from show import source
 
-from minipaged.memory.table import BlockTables
-from minipaged.scheduling.scheduler import Scheduler
+from minipaged.core.block_table import BlockTables
+from minipaged.core.scheduler import Scheduler
 
 source(BlockTables.match)
 
 # %%
-source(Scheduler._admit)
+source(Scheduler.admit)
 
 # %% [markdown]
 # Whoever hands in the requests in a good order needs nothing else. The paper goes further: no cache to be lucky with,
@@ -304,7 +304,7 @@ source(Scheduler._admit)
 # thousands of blocks cannot exhaust Python's stack; and it counts in blocks, since a block table shares nothing less.
 
 # %%
-from minipaged.scheduling import batchllm
+from minipaged.features.batchllm import planning as batchllm
 
 source(batchllm.best)
 
@@ -313,16 +313,16 @@ source(batchllm.best)
 # of these blocks, and the reference counts of tutorial 8 do the rest:
 
 # %%
-source(BlockTables.keep)
+from minipaged.features.batchllm.groups import Groups
+
+source(Groups.keep)
 
 # %% [markdown]
 # And nobody may begin before the common part has been computed: else two requests would compute it side by side. So the
 # first of a group goes ahead, and the others let requests of other groups pass.
 
 # %%
-from minipaged.scheduling.groups import BatchScheduler
-
-source(BatchScheduler._ready)
+source(Groups.eligible)
 
 # %% [markdown]
 # **Predict.** `add_batch` takes requests as a whole and returns what it promises to save. What will it promise for our
@@ -331,8 +331,8 @@ source(BatchScheduler._ready)
 # <details><summary>Then look</summary>
 
 # %%
-from minipaged.engine import BatchItem
 from minipaged.events import Admitted
+from minipaged.features.batchllm.groups import BatchItem
 
 
 def serve_batch(num_blocks):
@@ -340,7 +340,7 @@ def serve_batch(num_blocks):
     config = EngineConfig(
         num_blocks=num_blocks, block_size=4, max_model_len=256, max_num_batched_tokens=64, max_num_seqs=6
     )
-    engine = Engine(config, NoModel(), lambda _, plan: [SampledToken(0) for _ in plan.samples], vocab_size=10_000)
+    engine = assemble(config, NoModel(), lambda _, plan: [SampledToken(0) for _ in plan.samples], vocab_size=10_000)
     events, found, steps = [], {}, 0
     engine.events.subscribe(events.append)
     promised = engine.add_batch(
@@ -393,11 +393,11 @@ print("the same answers:", [a.outputs[0].text for a in grouped] == [b.outputs[0]
 # see the tree, a branch for each group; in the pool, the blocks that are kept wear its colour. Compare it with **Shared
 # system prompt**: would D find its instructions if twenty strangers had come between?
 #
-# Source lines: `match` in [`minipaged/memory/table.py`](../minipaged/memory/table.py), `LRU` in
-# [`minipaged/memory/eviction.py`](../minipaged/memory/eviction.py), `_admit` in
-# [`minipaged/scheduling/scheduler.py`](../minipaged/scheduling/scheduler.py); `plan` in
-# [`minipaged/scheduling/batchllm.py`](../minipaged/scheduling/batchllm.py), `BatchScheduler` in
-# [`minipaged/scheduling/groups.py`](../minipaged/scheduling/groups.py).
+# Source lines: `match` in [`minipaged/core/block_table.py`](../minipaged/core/block_table.py), `LRU` in
+# [`minipaged/features/eviction/policies.py`](../minipaged/features/eviction/policies.py), `_admit` in
+# [`minipaged/core/scheduler.py`](../minipaged/core/scheduler.py); `plan` in
+# [`minipaged/features/batchllm/planning.py`](../minipaged/features/batchllm/planning.py), `BatchScheduler` in
+# [`minipaged/features/batchllm/groups.py`](../minipaged/features/batchllm/groups.py).
 #
 # ## Exercises
 #
@@ -462,7 +462,7 @@ for num_blocks in (32, 64, 128, 256, 512):
 # <details><summary>Answer</summary>
 
 # %%
-from minipaged.memory.table import Write
+from minipaged.core.plan import Write
 
 
 def found_online(window, num_blocks=48):

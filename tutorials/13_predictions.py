@@ -220,10 +220,10 @@ print(f"Belady: {best}, LRU: {faults(LRU(K), requests)}")
 # %%
 from show import source
 
-from minipaged.memory.eviction import LRU as EnginesLRU
-from minipaged.memory.eviction import FlushWhenAll0 as EnginesFlush
-from minipaged.memory.eviction import LeafFirst, Marker
-from minipaged.memory.eviction import Mark0 as EnginesMark0
+from minipaged.features.eviction.policies import LRU as EnginesLRU
+from minipaged.features.eviction.policies import FlushWhenAll0 as EnginesFlush
+from minipaged.features.eviction.policies import LeafFirst, Marker
+from minipaged.features.eviction.policies import Mark0 as EnginesMark0
 
 source(LeafFirst.leaves)
 
@@ -244,7 +244,7 @@ source(EnginesMark0.choose)
 # went on after such a turn and how many did not, and says what the majority did.
 
 # %%
-from minipaged.memory.prediction import LastTurn
+from minipaged.features.eviction.prediction import LastTurn
 
 source(LastTurn.expects_end)
 
@@ -280,7 +280,8 @@ def office(seed=0, chats=150, at_once=8):
     return result
 
 
-from minipaged.memory.table import BlockTables, Demand, Write
+from minipaged.core.block_table import BlockTables, Demand
+from minipaged.core.plan import Write
 
 
 def found(policy, prompts, num_blocks=40):
@@ -335,9 +336,10 @@ print(f"LRU, 5,000 blocks:     {found(EnginesLRU(), prompts, num_blocks=5000):.1
 # its answer, its cached blocks are marked 0 or 1. The page asks you which block goes first, and says of every eviction
 # why it was this one.
 #
-# Source lines: [`minipaged/memory/eviction.py`](../minipaged/memory/eviction.py),
-# [`minipaged/memory/prediction.py`](../minipaged/memory/prediction.py); `note`, `retire` and `evict` in
-# [`minipaged/memory/prefix_cache.py`](../minipaged/memory/prefix_cache.py).
+# Source lines: [`minipaged/features/eviction/policies.py`](../minipaged/features/eviction/policies.py),
+# [`minipaged/features/eviction/prediction.py`](../minipaged/features/eviction/prediction.py)
+# (`note` keeps the bits); `retire` and `evict` in
+# [`minipaged/core/prefix_cache.py`](../minipaged/core/prefix_cache.py).
 #
 # ## Exercises
 #

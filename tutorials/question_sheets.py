@@ -19,11 +19,11 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+from minipaged.build import assemble
 from minipaged.config import EngineConfig, SamplingParams
-from minipaged.engine import Engine
+from minipaged.core.plan import SampledToken, StepPlan
 from minipaged.events import Admitted, Copied, Event, Freed, Preempted, Scheduled
-from minipaged.memory.waste import reservation
-from minipaged.scheduling.plan import SampledToken, StepPlan
+from minipaged.events.waste import reservation
 
 SHORTEST_SECRET = 16  # characters
 
@@ -55,7 +55,7 @@ class Run:
     def __init__(self, **settings: Any) -> None:
         fields: dict[str, Any] = {"num_blocks": 64, "max_model_len": 512, "enable_prefix_caching": False} | settings
         self.runner, self.events = NoModel(), list[Event]()
-        self.engine = Engine(EngineConfig(**fields), self.runner, _sample, vocab_size=10_000)
+        self.engine = assemble(EngineConfig(**fields), self.runner, _sample, vocab_size=10_000)
         self.engine.events.subscribe(self.events.append)
 
     def add(self, name: str, prompt: int | list[int], generate: int, n: int = 1) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from minipaged.engine import Engine
+from minipaged.core.engine import Engine
 
 MAX_NUMBERS = 500_000  # beyond that (2 MB) the page gets each layer's mean over its heads only
 
@@ -15,7 +15,7 @@ def look(engine: Engine, seq_id: int, position: int) -> dict[str, Any]:
 
     To be called in the engine's thread. Raises `InvalidRequest` where there is nothing to see.
     """
-    from minipaged.execution.attention import attention  # brings torch, which a replay does without
+    from minipaged.features.attention_view import attention  # brings torch, which a replay does without
 
     weights = attention(engine, seq_id, position)
     averaged = weights.numel() > MAX_NUMBERS

@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 
 BLUE, ORANGE, GREEN, RED, SKY, PINK, GREY = "#0072b2 #e69f00 #009e73 #d55e00 #56b4e9 #cc79a7 #888888".split()
 
-# As in minipaged.memory.waste.MANAGERS, in that order.
+# As in minipaged.events.waste.MANAGERS, in that order.
 MANAGER_LINES = (
     ("Max", RED, "solid"),
     ("Pow2", ORANGE, "dash"),

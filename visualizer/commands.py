@@ -11,7 +11,7 @@ from typing import Any
 
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.errors import InvalidRequest, MinipagedError
-from minipaged.memory.waste import AHEAD
+from minipaged.events.waste import AHEAD
 from visualizer.attention_weights import look
 from visualizer.paced_loop import PacedLoop
 from visualizer.scenarios import SCENARIOS, Arrival, Scenario

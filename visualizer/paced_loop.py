@@ -10,11 +10,13 @@ from dataclasses import replace
 from itertools import count
 from typing import Any, Protocol
 
+from minipaged.build import rebuild
 from minipaged.config import EngineConfig
-from minipaged.engine import BatchItem, Engine
-from minipaged.engine_thread import EngineLoop, fresh
+from minipaged.core.engine import Engine
+from minipaged.engine_thread import EngineLoop
 from minipaged.errors import InvalidConfig, InvalidRequest
 from minipaged.events import EngineError, EngineStarted, Event
+from minipaged.features.batchllm.groups import BatchItem
 from visualizer.questions import Question, Quiz
 from visualizer.scenarios import Arrival, Scenario
 
@@ -67,7 +69,7 @@ class PacedLoop(EngineLoop):
 
     def start(self) -> None:
         """Begins with an engine that has no past: viewers could not know what happened in it before."""
-        self._adopt(fresh(self.llm.engine))
+        self._adopt(rebuild(self.llm.engine))
         super().start()
 
     # --- commands -------------------------------------------------------------------------------------------
@@ -281,7 +283,7 @@ class PacedLoop(EngineLoop):
 
     def _engine(self, config: EngineConfig) -> Engine:
         """An engine without a past. Only other settings need other KV tensors."""
-        return fresh(self.engine) if config == self.engine.config else self.llm.build_engine(config)
+        return rebuild(self.engine) if config == self.engine.config else self.llm.build_engine(config)
 
     def _flush(self) -> None:
         if self._question is not None:

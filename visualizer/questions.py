@@ -27,7 +27,7 @@ from minipaged.events import (
     State,
     SwappedOut,
 )
-from minipaged.memory.waste import AHEAD, longest_reservation, next_power_of_two, reservation
+from minipaged.events.waste import AHEAD, longest_reservation, next_power_of_two, reservation
 
 E = TypeVar("E", bound=Event)
 CHOICES = 4

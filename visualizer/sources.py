@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import minipaged
-from minipaged.engine import Engine
-from minipaged.memory.managers.contiguous import ContiguousTables
-from minipaged.memory.managers.virtual import VirtualTables
-from minipaged.memory.prefix_cache import PrefixCache
-from minipaged.memory.table import BlockTables
-from minipaged.memory.waste import AHEAD
-from minipaged.scheduling.groups import BatchScheduler
-from minipaged.scheduling.scheduler import Scheduler
-from minipaged.scheduling.speculative import Speculation
+from minipaged.core.block_table import BlockTables
+from minipaged.core.engine import Engine
+from minipaged.core.prefix_cache import PrefixCache
+from minipaged.core.scheduler import Scheduler
+from minipaged.events.waste import AHEAD
+from minipaged.features.batchllm.groups import Groups
+from minipaged.features.contiguous.contiguous_tables import ContiguousTables
+from minipaged.features.eviction.predictions import Predictions
+from minipaged.features.speculative.drafts import Speculation
+from minipaged.features.swap.swap_stage import Swap
+from minipaged.features.swap.swap_tables import SwapTables
+from minipaged.features.vattention.virtual_tables import VirtualTables
 
 ROOT = Path(minipaged.__file__).resolve().parent.parent
 
@@ -30,30 +33,30 @@ ROOT = Path(minipaged.__file__).resolve().parent.parent
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "request_added": Engine.add_request,
     "step_started": Engine.step,
-    "admitted": Scheduler._admit,
+    "admitted": Scheduler.admit,
     "allocated": BlockTables.reserve,
     "shared": BlockTables.fork,
     "shared_prefix": BlockTables.open,
     "copied": BlockTables.reserve,
     "scheduled": Scheduler.schedule,
-    "preempted": Scheduler._preempt,
-    "swapped_out": BlockTables.swap_out,
-    "swapped_in": BlockTables.swap_in,
-    "resumed": Scheduler._resume,
+    "preempted": Scheduler.preempt,
+    "swapped_out": SwapTables.swap_out,
+    "swapped_in": SwapTables.swap_in,
+    "resumed": Swap.before_admission,
     "filled": Scheduler.commit,
     "cached": PrefixCache.insert,
     "evicted": PrefixCache.evict,
-    "predicted": PrefixCache.note,
+    "predicted": Predictions.releasing,
     "forked": BlockTables.fork,
-    "sampled": Scheduler._take,
-    "proposed": Speculation.extend,
-    "speculated": Speculation.settle,
+    "sampled": Scheduler.take,
+    "proposed": Speculation.planned,
+    "speculated": Speculation.sampled,
     "freed": BlockTables.free,
-    "finished": Scheduler._finish,
-    "group_started": BatchScheduler.group,
-    "prefix_kept": BlockTables.keep,
-    "prefix_released": BlockTables.release,
-    "group_ended": BatchScheduler._finish,
+    "finished": Scheduler.finish,
+    "group_started": Groups.group,
+    "prefix_kept": Groups.keep,
+    "prefix_released": Groups.release,
+    "group_ended": Groups.finished,
     "step_finished": Engine.step,
     "engine_error": Engine._give_up,
     "engine_started": Engine.started_event,
@@ -71,8 +74,6 @@ _VIRTUAL: dict[str, Callable[..., Any]] = {
     "allocated": VirtualTables.reserve,
     "shared_prefix": VirtualTables.open,
     "copied": VirtualTables.reserve,
-    "swapped_out": VirtualTables.swap_out,
-    "freed": VirtualTables.free,
 }
 OF_MANAGER: dict[str, dict[str, Callable[..., Any]]] = dict.fromkeys(AHEAD, _CONTIGUOUS) | {"vattention": _VIRTUAL}
 

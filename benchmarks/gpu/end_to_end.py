@@ -212,14 +212,14 @@ def _as_transformers(loaded: Any, shape: dict[str, Any]) -> Any:
 @contextmanager
 def _engine(loaded: Any, batch: int) -> Iterator[Generate]:
     from minipaged import EngineConfig, SamplingParams
-    from minipaged.llm import _build_engine
+    from minipaged.build import build_engine
 
     length = NUM_PROMPT + NUM_TOKENS
     config = EngineConfig(
         device=loaded.device.type, max_num_seqs=batch, max_num_batched_tokens=8192, max_model_len=length,
         num_blocks=batch * -(-length // 16), enable_prefix_caching=False,
     )  # fmt: skip
-    engine = _build_engine(config, loaded)
+    engine = build_engine(config, loaded)
 
     def generate(prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
         params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)

@@ -13,10 +13,11 @@ from typing import Any
 
 import psutil
 
+from minipaged.build import assemble
 from minipaged.config import EngineConfig, SamplingParams
-from minipaged.engine import Engine
+from minipaged.core.engine import Engine
+from minipaged.core.plan import SampledToken, StepPlan
 from minipaged.events import Event
-from minipaged.scheduling.plan import SampledToken, StepPlan
 
 CONTEXT = 2_000  # tokens of each prompt in the measurement that the targets are about
 SHORT = 200  # the same where thousands of sequences have to fit
@@ -40,7 +41,7 @@ def idle_engine(num_seqs: int, longest: int) -> Engine:
         max_num_batched_tokens=BUDGET,
         max_model_len=longest,
     )
-    return Engine(config, IdleRunner(), lambda _, plan: [TOKEN] * len(plan.samples), vocab_size=100)
+    return assemble(config, IdleRunner(), lambda _, plan: [TOKEN] * len(plan.samples), vocab_size=100)
 
 
 def decoding(num_seqs: int, context: int, steps: int) -> Engine:

@@ -75,7 +75,7 @@ def generate(
         num_speculative_tokens=num_speculative_tokens,
     )  # fmt: skip
     if torchrun():
-        from minipaged.execution.tensor_parallel import run
+        from minipaged.features.tensor_parallel.launch import run
 
         run(lambda llm: _answer(llm, prompt, params, as_json), model, **settings)
     else:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from minipaged.scheduling.plan import StepPlan
+from minipaged.core.plan import StepPlan
 
 
 @dataclass
@@ -29,11 +28,7 @@ class Batch:
     query_lens: list[int]  # [B], tokens of this step; sums to T
     context_lens_list: list[int]  # context_lens again, for host code that must not wait for the device
     num_decodes: int
-    slots: list[int] | None = None  # [B] under vAttention: where each sequence's context lies in one piece
-    # For looking on (see execution/attention.py): `observe` is called in every layer with its index, the queries
-    # [T, H, D], its key cache, the scale and the sliding window; `read_only` leaves the caches as they are.
-    observe: Callable[[int, Tensor, Tensor, float, int | None], None] | None = None
-    read_only: bool = False
+    virtual_slots: list[int] | None = None  # [B], only under features.vattention: where each context lies in one piece
 
 
 def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
@@ -72,5 +67,5 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
         query_lens=query_lens,
         context_lens_list=context_lens,
         num_decodes=num_decodes,
-        slots=[plan.maps.slots[chunk.seq.seq_id] for chunk in plan.chunks] if plan.maps else None,
+        virtual_slots=[plan.maps.slots[chunk.seq.seq_id] for chunk in plan.chunks] if plan.maps else None,
     )

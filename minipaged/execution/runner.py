@@ -2,43 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minipaged.execution.batch import build_batch
-from minipaged.execution.cuda_graphs import DecodeGraphs
+from minipaged.core.plan import StepPlan
+from minipaged.core.seams import Runner
+from minipaged.execution.batch import Batch, build_batch
 from minipaged.execution.kv_cache import KVCache
-from minipaged.execution.native_forward import NativeForward
-from minipaged.scheduling.plan import StepPlan
+
+Forward = Callable[[Batch, KVCache], Tensor]
 
 
 class ModelRunner:
     """Owns the model and its KV cache; turns plans into logits.
 
-    ``at_once`` computes the steps that it covers in one go, in place of the model's many small calls.
+    ``forward`` may compute a step in place of the model, on the same weights: `features.cpu_step` does it in C++,
+    `features.cuda_graphs` by replaying recorded kernels.
     """
 
-    def __init__(
-        self, model: Any, kv_cache: KVCache, device: torch.device, at_once: DecodeGraphs | NativeForward | None = None
-    ) -> None:
-        self.model, self.kv_cache, self.device, self.at_once = model, kv_cache, device, at_once
+    def __init__(self, model: Any, kv_cache: KVCache, device: torch.device, forward: Forward | None = None) -> None:
+        self.model, self.kv_cache, self.device = model, kv_cache, device
+        self.forward: Forward = model if forward is None else forward
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor:
-        """Map, swap-out, swap-in, copy, forward: in this order a block may serve twice in one step.
+        """Copies blocks, then computes the chunks: a copied block may be written to in the same step.
 
         Returns logits [R, vocab], ``num_rows`` rows for each chunk; no row if there is no chunk.
         """
-        if plan.maps is not None:
-            self.kv_cache.remap(plan.maps)
-        self.kv_cache.swap_out(plan.swap_outs)
-        self.kv_cache.swap_in(plan.swap_ins)
         self.kv_cache.copy(plan.copies)
         if not plan.chunks:
             return torch.empty(0, device=self.device)
-        batch = build_batch(plan, self.kv_cache.block_size, self.device)
-        if self.at_once is not None and self.at_once.covers(batch):
-            return self.at_once.run(batch)
-        return self.model(batch, self.kv_cache)
+        return self.forward(build_batch(plan, self.kv_cache.block_size, self.device), self.kv_cache)
+
+
+class WrappedRunner:
+    """Base of the runners of features: each does its part of a plan, then lets ``inner`` do the rest."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def execute(self, plan: StepPlan) -> Any:
+        return self.inner.execute(plan)
+
+    def __getattr__(self, name: str) -> Any:
+        """``model``, ``kv_cache``, ``device``, ``forward``: those of the runner within."""
+        return getattr(object.__getattribute__(self, "inner"), name)
+
+
+__all__ = ["Forward", "ModelRunner", "Runner", "WrappedRunner"]

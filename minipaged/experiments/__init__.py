@@ -59,7 +59,12 @@ def _silent(done: float, text: str) -> None:
 
 
 # The experiments whose file is not called as they are: another package has a file of that name.
-_MODULES = {"batchllm": "batch_orders", "eviction": "eviction_policies", "waste": "waste_classes"}
+_MODULES = {
+    "batchllm": "batch_orders",
+    "beam-search": "beam_sharing",
+    "eviction": "eviction_policies",
+    "waste": "waste_classes",
+}
 
 _ENTRIES = (
     Entry("waste", "What the KV cache is filled with, by class of waste", "PagedAttention, Fig. 2", 2),

@@ -7,21 +7,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from math import inf
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
+from minipaged.build import assemble
 from minipaged.config import EngineConfig, SamplingParams
-from minipaged.engine import BatchItem, Engine
+from minipaged.core.engine import Engine
+from minipaged.core.plan import SampledToken
+from minipaged.core.request import Request
+from minipaged.core.seams import FCFS, AdmissionPolicy, Limits
 from minipaged.events import Admitted, Event, Preempted
 from minipaged.experiments.figures import bars
 from minipaged.experiments.result import READ, Progress, Result, Row
 from minipaged.experiments.simulator import OPT_13B, Roofline, SimulatedRunner
 from minipaged.experiments.timing import compare, ratio
-from minipaged.request import Request
-from minipaged.scheduling import batchllm
-from minipaged.scheduling.groups import BatchScheduler
-from minipaged.scheduling.plan import SampledToken, StepPlan
-from minipaged.scheduling.scheduler import Scheduler
+from minipaged.features.batchllm import planning as batchllm
+from minipaged.features.batchllm.groups import BatchItem, install
 from minipaged.workloads import alpaca_like, sharegpt_like
 
 if TYPE_CHECKING:
@@ -86,31 +88,23 @@ WORKLOADS: dict[str, Callable[[int], Workload]] = {
 # --- the schedules ----------------------------------------------------------------------------------------------
 
 
-class ByMemory(BatchScheduler):
-    """First come, first served, and memory alone limits who runs."""
+class ByMemory(FCFS):
+    """First come, first served, and memory alone limits how many requests run."""
 
-    def _batched(self) -> int:
-        return sum(request.width for request in self.running)
-
-    def _by_memory(self, request: Request) -> bool:
-        return True
-
-
-class ByCount(BatchScheduler):
-    """Groups, but ``max_num_seqs`` and the token budget count all."""
-
-    def _by_memory(self, request: Request) -> bool:
-        return False
+    def limits(self, request: Request | None) -> Limits:
+        running = sum(running.width for running in self.scheduler.running)
+        limits = super().limits(request)
+        return Limits(inf, limits.num_tokens + running, headroom=1)
 
 
-class LongestPrefixFirst(Scheduler):
-    """Of those who wait, whoever finds most in the cache now (SGLang's order)."""
+class LongestPrefixFirst(FCFS):
+    """Of the waiting requests, the one that finds most in the cache now starts first (SGLang's order)."""
 
-    def _admit(self, plan: StepPlan) -> None:
-        if plan.num_tokens < self.max_num_batched_tokens and len(self.running) < self.max_num_seqs:
-            found = {r: len(self.memory.match(r.live[0].tokens)) for r in self.waiting}
-            self.waiting.sort(key=lambda r: (-found[r], r.arrival))
-        super()._admit(plan)
+    def eligible(self, waiting: list[Request]) -> list[Request]:
+        if len(self.scheduler.running) >= self.scheduler.max_num_seqs:
+            return []  # finding out who would be next takes long
+        found = {r: len(self.scheduler.memory.match(r.live[0].tokens)) for r in waiting}
+        return sorted(waiting, key=lambda r: (-found[r], r.arrival))
 
 
 def in_order(order: Callable[[Workload], Iterable[int]]) -> Callable[[Engine, Workload], None]:
@@ -123,7 +117,7 @@ def in_order(order: Callable[[Workload], Iterable[int]]) -> Callable[[Engine, Wo
     return add
 
 
-def in_groups(by_ratio: bool) -> Callable[[Engine, Workload], None]:
+def in_groups(by_ratio: bool, by_count: bool = False) -> Callable[[Engine, Workload], None]:
     """Adds the batch as a whole."""
 
     def plan(prompts: list[list[int]], outputs: list[int], block_size: int) -> batchllm.Plan:
@@ -132,6 +126,7 @@ def in_groups(by_ratio: bool) -> Callable[[Engine, Workload], None]:
         return planned if by_ratio else planned._replace(groups=first_come)
 
     def add(engine: Engine, work: Workload) -> None:
+        install(engine.scheduler, by_count)
         engine.add_batch([BatchItem(str(i), one[0], params_of(one)) for i, one in enumerate(work)], plan)
 
     return add
@@ -149,19 +144,19 @@ class System(NamedTuple):
     """How a batch is handed in, and who serves it."""
 
     add: Callable[[Engine, Workload], None]
-    make_scheduler: Callable[..., Scheduler]
+    admission: Callable[[], AdmissionPolicy] = FCFS
 
 
 as_they_come = in_order(lambda work: range(len(work)))
 SYSTEMS = {
-    "FCFS + LRU": System(as_they_come, Scheduler),
-    "prefix-sorted + LRU": System(in_order(lambda work: sorted(range(len(work)), key=work.__getitem__)), Scheduler),
+    "FCFS + LRU": System(as_they_come),
+    "prefix-sorted + LRU": System(in_order(lambda work: sorted(range(len(work)), key=work.__getitem__))),
     "longest prefix first": System(as_they_come, LongestPrefixFirst),
     "FCFS + memory batching": System(as_they_come, ByMemory),
-    "BatchLLM": System(in_groups(True), BatchScheduler),
+    "BatchLLM": System(in_groups(True)),
     "BatchLLM, no groups": System(in_order(_ratio), ByMemory),
-    "BatchLLM, no ratio order": System(in_groups(False), BatchScheduler),
-    "BatchLLM, no memory batching": System(in_groups(True), ByCount),
+    "BatchLLM, no ratio order": System(in_groups(False)),
+    "BatchLLM, no memory batching": System(in_groups(True, by_count=True)),
 }
 
 
@@ -261,12 +256,16 @@ def _real(quick: bool, progress: Progress) -> list[Row]:
 def simulated(system: System, work: Workload, clock: Roofline = OPT_13B) -> Run:
     """Serves the batch on the simulated clock."""
     runner = SimulatedRunner(clock, 16, lambda plan: None)
-    engine = Engine(
-        EngineConfig(model=clock.name, num_blocks=clock.num_slots // 16, max_model_len=2048),
+    engine = assemble(
+        EngineConfig(
+            model=clock.name,
+            num_blocks=clock.num_slots // 16,
+            max_model_len=2048,
+            admission_policy=system.admission,
+        ),
         runner,
         lambda _, plan: [SampledToken(0) for _ in plan.samples],
         vocab_size=VOCAB,
-        make_scheduler=system.make_scheduler,
     )
     cached: dict[str, int] = {}
     preempted: list[str] = []
@@ -284,9 +283,10 @@ def simulated(system: System, work: Workload, clock: Roofline = OPT_13B) -> Run:
 
 def real(llm: LLM, system: System, work: Workload) -> None:
     """Serves the batch on the embedded model."""
-    llm.engine.make_scheduler = system.make_scheduler
     blocks = OPT_13B.num_slots // 16
-    config = EngineConfig(num_blocks=blocks, block_size=16 // SCALE, max_model_len=2048 // SCALE)
+    config = EngineConfig(
+        num_blocks=blocks, block_size=16 // SCALE, max_model_len=2048 // SCALE, admission_policy=system.admission
+    )
     serve(llm.build_engine(config), system, work)
 
 

@@ -10,16 +10,25 @@ from itertools import accumulate
 from random import Random
 from typing import Any
 
-from minipaged.engine import Engine
+from minipaged.core.engine import Engine
+from minipaged.core.plan import StepPlan
+from minipaged.core.pool import BlockPool
+from minipaged.core.prefix_cache import EMPTY_PREFIX, PrefixCache
 from minipaged.events import EventLog
 from minipaged.experiments.figures import lines
 from minipaged.experiments.result import Progress, Result, Row
 from minipaged.experiments.simulator import OPT_13B, VOCAB, simulate
-from minipaged.memory.eviction import FIFO, LRU, Belady, FlushWhenAll0, LeafFirst, Mark0, MarkAndPredict, Marker
-from minipaged.memory.pool import BlockPool
-from minipaged.memory.prediction import Given, LastTurn, Predictor, discard_bits, flipped, phase_bits
-from minipaged.memory.prefix_cache import EMPTY_PREFIX, PrefixCache
-from minipaged.scheduling.plan import StepPlan
+from minipaged.features.eviction.policies import (
+    FIFO,
+    LRU,
+    Belady,
+    FlushWhenAll0,
+    LeafFirst,
+    Mark0,
+    MarkAndPredict,
+    Marker,
+)
+from minipaged.features.eviction.prediction import Given, LastTurn, Predictor, discard_bits, flipped, phase_bits
 from minipaged.workloads import TraceRequest, poisson, sharegpt_like
 
 K = 50  # pages that fit
@@ -98,12 +107,12 @@ def zipf_with_scans(number: int, seed: int = 0) -> list[int]:
     return requests[:number]
 
 
-def without_predictions(requests: Seq[int]) -> dict[str, LeafFirst]:
+def without_predictions(requests: Seq[int]) -> dict[str, LRU]:
     belady = Belady([(page, 0) for page in requests], block_size=1)
     return {"LRU": LRU(), "FIFO": FIFO(), "Marker": Marker(), "Belady": belady}
 
 
-def hit_percent(requests: Seq[int], policy: LeafFirst) -> float:
+def hit_percent(requests: Seq[int], policy: LRU) -> float:
     """Serves requests for pages with the real prefix cache: K blocks, each a page of its own, in use for a moment."""
     cache = PrefixCache(EventLog(), policy)
     pool, hits = BlockPool(K, cache), 0
@@ -112,13 +121,13 @@ def hit_percent(requests: Seq[int], policy: LeafFirst) -> float:
             policy.admitted(str(number))
         found = cache.lookup(EMPTY_PREFIX, (page,))
         if found:
-            hits, block = hits + 1, found[1]
+            hits, block = hits + 1, found.block
             pool.share(block)
         else:
             block = pool.allocate()
             cache.insert(EMPTY_PREFIX, (page,), block)
-        if cache.predicts:
-            cache.note([block], cache.predict((page,)))
+        if isinstance(policy, LeafFirst) and policy.predict is not None:
+            policy.note([block], policy.predict((page,)))
         pool.free(block)
     return 100 * hits / len(requests)
 
@@ -183,10 +192,10 @@ def conversations(seconds: float, seed: int = 0) -> Chats:
     return chats
 
 
-def chat_policies(chats: Chats) -> dict[str, LeafFirst]:
+def chat_policies(chats: Chats) -> dict[str, LRU]:
     """Those without predictions, and with a predictor that knows last turns or guesses them."""
     prompts = [request.token_ids(VOCAB) for request in chats.requests]
-    policies: dict[str, LeafFirst] = {"LRU": LRU(), "FIFO": FIFO(), "Marker": Marker(), "Belady": Belady(prompts, 16)}
+    policies: dict[str, LRU] = {"LRU": LRU(), "FIFO": FIFO(), "Marker": Marker(), "Belady": Belady(prompts, 16)}
     predictors: dict[str, Callable[[], Predictor]] = {
         "guessed": lambda: LastTurn(chats.says_goodbye),
         "known": lambda: chats.is_last,
@@ -209,7 +218,7 @@ def chat_hits(quick: bool, progress: Progress) -> dict[str, float]:
     return found
 
 
-def found_percent(chats: Chats, policy: LeafFirst, **settings: Any) -> float:
+def found_percent(chats: Chats, policy: LRU, **settings: Any) -> float:
     """Serves the chats on the engine with this policy. ``settings``: other fields of `EngineConfig` than usual."""
     computed = 0
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from minipaged.engine import Engine
+from minipaged.core.engine import Engine
+from minipaged.core.plan import StepPlan
 from minipaged.experiments.figures import bars
 from minipaged.experiments.result import READ, SECONDARY, Progress, Result, Row
 from minipaged.experiments.simulator import OPT_13B, simulate
-from minipaged.scheduling.plan import StepPlan
 from minipaged.workloads import alpaca_like, at_once, sharegpt_like, trace
 
 PAPER = {2: "6.09", 4: "8.53", 6: "9.79"}  # Alpaca, percent; the paper's text says 6.1 to 9.8

@@ -55,14 +55,14 @@ def _candidates(block_size: int) -> dict[str, Callable[[], Any]]:
     num_blocks = -(-TOKENS // block_size)
     settings: dict[str, Any] = {"max_num_seqs": 1, "max_num_batched_tokens": TOKENS, "enable_prefix_caching": False}
     llm = LLM("tiny", block_size=block_size, num_blocks=num_blocks + 1, preemption="swap", **settings)
-    cache: Any = llm.engine.runner.kv_cache  # type: ignore[attr-defined]
+    space: Any = llm.engine.runner.space  # type: ignore[attr-defined]
     pairs = [(block, num_blocks - 1 - block) for block in range(num_blocks)]
     back = [(there, here) for here, there in pairs]
     prompt = [token % 1000 + 10 for token in range(TOKENS)]
     one = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
 
     def swap() -> None:
-        cache.swap_out(pairs)
-        cache.swap_in(back)
+        space.swap_out(pairs)
+        space.swap_in(back)
 
     return {"recompute": lambda: llm.generate([prompt], one), "swap": swap}

@@ -7,10 +7,10 @@ from functools import cache
 from statistics import fmean
 from typing import Any
 
-from minipaged.engine import Engine
+from minipaged.core.engine import Engine
+from minipaged.core.plan import StepPlan
+from minipaged.events.waste import Held, Moment
 from minipaged.experiments.simulator import simulate
-from minipaged.memory.waste import Held, Moment
-from minipaged.scheduling.plan import StepPlan
 from minipaged.workloads import TraceRequest, at_once, sharegpt_like, trace
 
 SYSTEMS: dict[str, dict[str, Any]] = {

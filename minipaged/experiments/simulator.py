@@ -13,10 +13,11 @@ from itertools import count
 from statistics import fmean
 from typing import Any
 
+from minipaged.build import assemble
 from minipaged.config import EngineConfig, SamplingParams
-from minipaged.engine import Engine
+from minipaged.core.engine import Engine
+from minipaged.core.plan import SampledToken, StepPlan
 from minipaged.errors import InvalidRequest
-from minipaged.scheduling.plan import SampledToken, StepPlan
 from minipaged.workloads import TraceRequest
 
 VOCAB = 50_272  # OPT's
@@ -168,7 +169,7 @@ def simulate(
         ]
 
     runner = SimulatedRunner(clock, fields["block_size"], look)
-    engine = Engine(EngineConfig(**fields), runner, sampler, vocab_size=VOCAB)
+    engine = assemble(EngineConfig(**fields), runner, sampler, vocab_size=VOCAB)
     coming = deque(sorted((r for r in requests if not r.failed), key=lambda r: r.arrival))
     while coming or engine.has_unfinished():
         if not engine.has_unfinished():

@@ -17,7 +17,7 @@ from minipaged.experiments.timing import ratio
 from minipaged.workloads import TraceRequest, at_once, sharegpt_like, trace
 
 if TYPE_CHECKING:
-    from minipaged.engine import Engine
+    from minipaged.core.engine import Engine
     from minipaged.llm import LLM
 
 SCALE = 16  # the paper's lengths, pool and blocks, divided by this: what the embedded model can serve, and quickly

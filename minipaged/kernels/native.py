@@ -1,7 +1,7 @@
 """The kernels of native.cpp, compiled for this CPU at their first use, as Triton compiles its own for a GPU.
 
 ``paged_decode`` is one of the functions that a model calls; ``forward`` is a whole step
-(`minipaged.execution.native_forward`). They need a C++ compiler (``c++``, or what ``CXX`` names), and serve float32 and
+(`minipaged.features.cpu_step`). They need a C++ compiler (``c++``, or what ``CXX`` names), and serve float32 and
 bfloat16 tensors on a CPU; everything else goes to `reference`, whose functions say what each means. The library is kept
 in ``~/.cache/minipaged`` (or ``XDG_CACHE_HOME``) under a name that tells source, compiler and processor apart.
 """

@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minipaged.build import assemble
 from minipaged.config import EngineConfig, SamplingParams
-from minipaged.engine import Engine
+from minipaged.core.engine import Engine
+from minipaged.core.plan import StepPlan
 from minipaged.errors import StepFailed
 from minipaged.execution.kv_cache import KVCache
 from minipaged.execution.runner import ModelRunner
-from minipaged.execution.sampler import sample
+from minipaged.features.full_sampler import sample
 from minipaged.kernels import reference
 from minipaged.kernels.backend import TORCH, Kernels
 from minipaged.labs import toy
 from minipaged.labs.checking import Tape, Trace, Trial
 from minipaged.labs.student import StudentError, Violation
 from minipaged.models.llama import Llama, LlamaConfig
-from minipaged.scheduling.plan import StepPlan
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Any]  # arguments and result of `paged_decode`
 
@@ -71,11 +72,11 @@ def small_engine(model: Llama, kernels: Kernels = TORCH, prepare: Prepare = lamb
     )  # fmt: skip
     heads = (MODEL["num_key_value_heads"], MODEL["head_dim"])
     cache = KVCache(
-        MODEL["num_hidden_layers"], NUM_BLOCKS, BLOCK_SIZE, *heads, torch.float32, torch.device("cpu"), 0, kernels
+        MODEL["num_hidden_layers"], NUM_BLOCKS, BLOCK_SIZE, *heads, torch.float32, torch.device("cpu"), kernels
     )
     for tensor in cache.k + cache.v:  # as an earlier owner may leave it
         tensor.fill_(torch.nan)
-    return Engine(config, Runner(model, cache, prepare), sample, vocab_size=MODEL["vocab_size"])
+    return assemble(config, Runner(model, cache, prepare), sample, vocab_size=MODEL["vocab_size"])
 
 
 def checked(attend: Attend, name: str) -> Kernels:

@@ -13,13 +13,13 @@ from random import Random
 from typing import Any
 from zlib import crc32
 
+from minipaged.build import assemble, make_manager
 from minipaged.config import EngineConfig, SamplingParams
-from minipaged.engine import Engine
+from minipaged.core.engine import Engine
+from minipaged.core.plan import Chunk, SampledToken, StepPlan
+from minipaged.core.scheduler import Scheduler
 from minipaged.labs.checking import Tape
 from minipaged.labs.student import Violation
-from minipaged.memory.managers import make_manager
-from minipaged.scheduling.plan import Chunk, SampledToken, StepPlan
-from minipaged.scheduling.scheduler import Scheduler
 
 VOCAB = 50
 MAX_STEPS = 1000
@@ -83,7 +83,9 @@ def toy_engine(
     config = EngineConfig(model="toy", **(defaults | {"max_model_len": 100, "enable_prefix_caching": False} | settings))
     assert config.num_blocks is not None and config.block_size is not None
     runner = ToyRunner(config.block_size, config.num_blocks, config.swap_space(config.num_blocks))
-    return Engine(config, runner, toy_sampler, vocab_size=VOCAB, make_memory=make_memory, make_scheduler=make_scheduler)
+    return assemble(
+        config, runner, toy_sampler, vocab_size=VOCAB, make_memory=make_memory, make_scheduler=make_scheduler
+    )
 
 
 def run(engine: Engine, later: Iterable[Callable[[], None]] = (), every: int = 0) -> dict[str, list[list[int]]]:

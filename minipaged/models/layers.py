@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minipaged.errors import ModelError
 from minipaged.execution.batch import Batch
 from minipaged.execution.kv_cache import KVCache
-from minipaged.kernels import contiguous, reference
+from minipaged.kernels import reference
 
 
 def paged_attention(
@@ -33,39 +33,15 @@ def paged_attention(
     sliding_window: int | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Caches this step's keys and values, then lets every token attend to the pages of its own sequence.
+    """Caches this step's keys and values, then lets every token attend to the blocks of its own sequence.
 
     q: [T, H, D]; k, v: [T, KH, D]. Returns [T, H, D]. ``sliding_window``: a token sees itself and the
     ``sliding_window - 1`` tokens before it; ``None`` means all of them. ``rope``: cosines and sines, [T, 1, D] each,
     that queries and keys are turned by first.
     """
-    kernels, caches = kv_cache.kernels, (kv_cache.k[layer], kv_cache.v[layer])
-    scales = (kv_cache.k_scale[layer], kv_cache.v_scale[layer])
     # Store first: now a token finds itself, its chunk and its past in one place, and no case is special.
-    if batch.read_only:
-        q = q if rope is None else reference.rotate(q, *rope)
-    elif rope is None:
-        kernels.store_kv(k, v, *caches, batch.slot_mapping, *scales)
-    else:
-        q = kernels.rope_store(q, k, v, *rope, *caches, batch.slot_mapping, *scales)
-    if batch.observe is not None:
-        batch.observe(layer, q, caches[0], scale, sliding_window)
-    if batch.slots is not None:  # the context lies in one piece there
-        k_slots, v_slots = kv_cache.k_slots[layer], kv_cache.v_slots[layer]
-        lens = (batch.context_lens_list, batch.query_lens)
-        return contiguous.attention(q, k_slots, v_slots, batch.slots, *lens, scale, sliding_window)
-    n, tables = batch.num_decodes, batch.block_tables
-    outs = []
-    if n:  # one query each, and all of them in one call
-        outs.append(
-            kernels.paged_decode(q[:n], *caches, tables[:n], batch.context_lens[:n], scale, sliding_window, *scales)
-        )
-    if n < len(batch.query_lens):  # prompts and chunks of prompts
-        context_lens, query_lens = batch.context_lens_list[n:], batch.query_lens[n:]
-        outs.append(
-            kernels.paged_prefill(q[n:], *caches, tables[n:], context_lens, query_lens, scale, sliding_window, *scales)
-        )
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+    q = kv_cache.store(q, k, v, batch, layer, rope)
+    return kv_cache.attend(q, batch, layer, scale, sliding_window)
 
 
 def embedding(rows: int, size: int) -> nn.Embedding:

@@ -6,8 +6,9 @@ import ctypes
 import json
 import logging
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +17,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minipaged.errors import ModelError
-from minipaged.models.gpt2 import GPT2, GPT2Config
 from minipaged.models.layers import require_plain
-from minipaged.models.llama import Llama, LlamaConfig
-from minipaged.models.shard import Shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ARCHITECTURES: dict[str, tuple[Any, Any]] = {
-    "GPT2LMHeadModel": (GPT2, GPT2Config),
-    "LlamaForCausalLM": (Llama, LlamaConfig),
-    "MistralForCausalLM": (Llama, LlamaConfig),
-    "Qwen2ForCausalLM": (Llama, LlamaConfig),
-    "Qwen3ForCausalLM": (Llama, LlamaConfig),
+# Architecture → its module, network class and configuration class. A family is imported when it is loaded.
+ARCHITECTURES: dict[str, tuple[str, str, str]] = {
+    "GPT2LMHeadModel": ("minipaged.models.gpt2", "GPT2", "GPT2Config"),
+    "LlamaForCausalLM": ("minipaged.models.llama", "Llama", "LlamaConfig"),
+    "MistralForCausalLM": ("minipaged.models.llama", "Llama", "LlamaConfig"),
+    "Qwen2ForCausalLM": ("minipaged.models.llama", "Llama", "LlamaConfig"),
+    "Qwen3ForCausalLM": ("minipaged.models.llama", "Llama", "LlamaConfig"),
 }
+Families = Mapping[str, tuple[type, type]]  # architecture → (network class, configuration class)
 
 # Only what is read: many repositories hold the same weights several times, in other formats.
 DOWNLOADED = ["*.json", "model*.safetensors", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
@@ -77,10 +77,12 @@ class LoadedModel:
     directory: Path
     device: torch.device
     dtype: torch.dtype
-    shard: Shard | None = None  # all of it
+    shard: Any = None  # a features.tensor_parallel Shard; None: all of it
 
 
-def load_model(model: str, device: str = "auto", dtype: str = "auto", shard: Shard | None = None) -> LoadedModel:
+def load_model(
+    model: str, device: str = "auto", dtype: str = "auto", shard: Any = None, families: Families | None = None
+) -> LoadedModel:
     """Finds, reads and checks a model.
 
     Args:
@@ -89,13 +91,14 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto", shard: Sha
         dtype: one of `DTYPES`, or ``"auto"``: what ``config.json`` states; on a CPU float32, but for `LARGE` models
             stored in bfloat16 where the CPU computes with that in hardware.
         shard: read only this part of it, one of several processes'; ``None``: all.
+        families: more architectures than `ARCHITECTURES`.
 
     Raises ModelError, with what to do about it, for whatever cannot be found, read or supported.
     """
     where = device_of(device)
     directory = resolve(model)
     config = _read_json(directory / "config.json")
-    architecture, network_class, config_class = _architecture(config, directory)
+    architecture, network_class, config_class = _architecture(config, directory, families or {})
     with torch.device("meta"):  # shapes without memory: no minutes lost on random weights
         whole = network_class(config_class.from_config(config, architecture))
         network = whole if shard is None else network_class(shard.config(whole.config))
@@ -198,16 +201,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _architecture(config: dict[str, Any], directory: Path) -> tuple[str, Any, Any]:
+def _architecture(config: dict[str, Any], directory: Path, families: Families) -> tuple[str, Any, Any]:
+    """The architecture's name, its network class and its configuration class."""
     named = config.get("architectures") or [f"model_type {config.get('model_type')!r} without architectures"]
-    if named[0] not in ARCHITECTURES:
-        supported = ", ".join(ARCHITECTURES)
+    if named[0] not in families and named[0] not in ARCHITECTURES:
+        supported = ", ".join([*ARCHITECTURES, *families])
         raise ModelError(f"{directory / 'config.json'}: {named[0]} is not supported. Supported: {supported}")
     require_plain(config, quantization_config=None)
-    return named[0], *ARCHITECTURES[named[0]]
+    if named[0] in families:
+        return named[0], *families[named[0]]
+    module, network, its_config = ARCHITECTURES[named[0]]
+    return named[0], getattr(import_module(module), network), getattr(import_module(module), its_config)
 
 
-def _spec(architecture: str, config: LlamaConfig | GPT2Config, eos_token_ids: frozenset[int]) -> ModelSpec:
+def _spec(architecture: str, config: Any, eos_token_ids: frozenset[int]) -> ModelSpec:
     return ModelSpec(
         architecture=architecture,
         vocab_size=config.vocab_size,
@@ -268,7 +275,7 @@ def _ask_for_large_pages(tensor: Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
 
 
-def _load_weights(network: Llama | GPT2, directory: Path, shapes: dict[str, torch.Size], shard: Shard | None) -> None:
+def _load_weights(network: Any, directory: Path, shapes: dict[str, torch.Size], shard: Any) -> None:
     """Copies each tensor of the checkpoint to its place, one by one: the weights never exist twice.
 
     ``shapes``: what the tensors must have, whatever part of them the shard wants.

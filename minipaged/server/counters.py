@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from minipaged.engine_thread import EngineLoop
+from minipaged.features.speculative.drafts import speculation_of
 from minipaged.server.protocol import ApiError
 
 prometheus: Any
@@ -68,7 +69,7 @@ class Metrics:
 
 def _speculation(engine: Any, count: str) -> int:
     """0 for an engine that does not speculate."""
-    return getattr(engine.scheduler.speculation, count, 0)
+    return getattr(speculation_of(engine), count, 0)
 
 
 class Stopwatch:

@@ -171,7 +171,8 @@ class Service:
         if wanted > capacity:
             raise InvalidRequest(f"this asks for {wanted} sequences at once; {capacity} are the most there may be")
         # All together, since many of those who wait now are admitted with the next step.
-        unfinished = [*scheduler.running, *scheduler.waiting, *scheduler.swapped]
+        kept = (request for stage in scheduler.stages for request in stage.requests())
+        unfinished = [*scheduler.running, *scheduler.waiting, *kept]
         if wanted + sum(request.width for request in unfinished) > capacity:
             raise overloaded()
         try:

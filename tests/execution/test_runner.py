@@ -2,10 +2,10 @@
 
 import torch
 
+from minipaged.core.plan import Copy, StepPlan
 from minipaged.execution.kv_cache import KVCache
 from minipaged.execution.runner import ModelRunner
-from minipaged.memory.table import Copy
-from minipaged.scheduling.plan import StepPlan
+from minipaged.features.swap.swap_runner import SwapRunner
 
 
 def fill(cache, numbers):
@@ -15,8 +15,8 @@ def fill(cache, numbers):
 
 
 def test_a_block_may_be_swapped_out_swapped_in_and_copied_in_one_step():
-    cache = KVCache(2, 3, 4, 1, 2, torch.float32, torch.device("cpu"), swap_blocks=3)
-    runner = ModelRunner(None, cache, torch.device("cpu"))
+    cache = KVCache(2, 3, 4, 1, 2, torch.float32, torch.device("cpu"))
+    runner = SwapRunner(ModelRunner(None, cache, torch.device("cpu")), 3)
     fill(cache, [10, 20, 30])
     runner.execute(StepPlan(0, swap_outs=[Copy(0, 1)]))  # 10 lies in block 1 of the swap space
     fill(cache, [40, 50, 60])

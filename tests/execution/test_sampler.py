@@ -14,9 +14,10 @@ from transformers import (
 )
 
 from minipaged.config import SamplingParams
-from minipaged.execution.sampler import adjust, distribution, sample
-from minipaged.request import Request, Sequence
-from minipaged.scheduling.plan import Chunk, StepPlan
+from minipaged.core.plan import Chunk, StepPlan
+from minipaged.core.request import Request, Sequence
+from minipaged.core.seams import Sampling
+from minipaged.features.full_sampler import adjust, distribution, sample
 
 VOCAB = 40
 
@@ -26,7 +27,9 @@ def plan_for(all_params, seeds=None):
     plan = StepPlan(0)
     for i, params in enumerate(all_params):
         seq = Sequence(i, [1], 1, Random(seeds[i] if seeds else i))
-        request = Request(str(i), [1], params, [seq], frozenset(params.stop_token_ids), 99, arrival=i)
+        request = Request(
+            str(i), [1], params, [seq], frozenset(params.stop_token_ids), 99, i, Sampling(params, frozenset())
+        )
         plan.chunks.append(Chunk(request, seq, 0, 1, [seq], [0]))
     return plan
 
@@ -199,7 +202,16 @@ def adjusted(rows, all_params, tokens, num_prompt):
     """Rows of logits after penalties, for sequences that hold these tokens."""
     seqs = [Sequence(i, list(tokens), num_prompt, Random(0)) for i in range(len(all_params))]
     requests = [
-        Request(str(i), list(tokens[:num_prompt]), params, [seq], frozenset(params.stop_token_ids), 99, arrival=i)
+        Request(
+            str(i),
+            list(tokens[:num_prompt]),
+            params,
+            [seq],
+            frozenset(params.stop_token_ids),
+            99,
+            i,
+            Sampling(params, frozenset()),
+        )
         for i, (params, seq) in enumerate(zip(all_params, seqs, strict=True))
     ]
     return adjust(rows, requests, seqs)

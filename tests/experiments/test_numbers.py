@@ -7,13 +7,13 @@ import pytest
 
 from minipaged import LLM
 from minipaged.experiments import batch_orders, block_size, eviction_policies, latency, saturation, waste_classes
-from minipaged.experiments.beam_search import saved
+from minipaged.experiments.beam_sharing import saved
 from minipaged.experiments.burstiness import served
 from minipaged.experiments.parallel_sampling import BlocksSaved
 from minipaged.experiments.rates import LIMIT, sustained, sweep
 from minipaged.experiments.saturation import saturate, saturated_system
 from minipaged.experiments.simulator import Roofline, simulate
-from minipaged.scheduling.batchllm import plan
+from minipaged.features.batchllm.planning import plan
 from minipaged.workloads import alpaca_like, at_once, poisson, sharegpt_like, trace
 
 SMALL = Roofline(num_slots=4100)  # a pool that few requests fill

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from minipaged import LLM, SamplingParams
-from minipaged.execution.attention import attention
-from minipaged.execution.kv_cache import KVCache
+from minipaged.features.attention_view import attention
+from minipaged.features.kv_int8 import Int8KVCache
+from minipaged.features.swap.swap_runner import SwapSpace
 from minipaged.kernels import reference
 from tests.execution.test_reference import paged
 
@@ -42,17 +43,18 @@ def test_attention_over_int8_is_attention_over_what_it_stands_for(window):
 
 
 def test_copies_and_swaps_take_the_scales_along():
-    cache = KVCache(2, 4, 3, 2, 8, torch.int8, torch.device("cpu"), swap_blocks=2)
+    cache = Int8KVCache(2, 4, 3, 2, 8, torch.device("cpu"))
+    space = SwapSpace(cache, 2)
     everything = [*cache.k, *cache.v, *cache.k_scale, *cache.v_scale]
-    assert sum(t.nbytes for t in everything) == 4 * KVCache.bytes_per_block(2, 3, 2, 8, torch.int8)
+    assert sum(t.nbytes for t in everything) == 4 * Int8KVCache.bytes_per_block(2, 3, 2, 8)
     torch.manual_seed(0)
     for tensor in everything:
         tensor.copy_(torch.randint(-100, 100, tensor.shape))
     before = [t.clone() for t in everything]
     cache.copy([(0, 1)])
-    cache.swap_out([(2, 1)])
+    space.swap_out([(2, 1)])
     cache.copy([(0, 2)])
-    cache.swap_in([(1, 3)])
+    space.swap_in([(1, 3)])
     for now, then in zip(everything, before, strict=True):
         assert torch.equal(now, then[[0, 0, 0, 2]])
 

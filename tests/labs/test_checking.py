@@ -105,7 +105,7 @@ def test_a_mutant_must_fit_one_place():
 
 def test_sources_can_be_cut_out_of_the_engine():
     """Definitions with their comments and decorators, in the order asked for, below a header."""
-    sources = (Source("minipaged.labs.a4.reference", ("CopyOp",)), Source("minipaged.memory.table", ("Copy",)))
+    sources = (Source("minipaged.labs.a4.reference", ("CopyOp",)), Source("minipaged.core.plan", ("Copy",)))
     lab = Lab("A9", "", 1, "x.py", sources, (), (), header="from typing import NamedTuple\n\n\n")
     text = lab.reference()
     assert text.index("class CopyOp(NamedTuple)") < text.index("class Copy(NamedTuple)") and "BlockTables" not in text

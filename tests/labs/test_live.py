@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from minipaged import cli
+from minipaged.build import rebuild
 from minipaged.cli import visualize_command
-from minipaged.engine_thread import fresh
 from minipaged.errors import InvalidConfig, InvalidRequest
 from minipaged.labs import find, toy
 from minipaged.labs.a5 import checks as a5
@@ -35,7 +35,7 @@ def llm(desk):
     """An LLM as far as `install` looks at it."""
     llm = SimpleNamespace(engine=toy.toy_engine())
     install(llm, "a1")
-    llm.restart = lambda: setattr(llm, "engine", fresh(llm.engine))
+    llm.restart = lambda: setattr(llm, "engine", rebuild(llm.engine))
     llm.restart()
     yield llm
     llm.engine.make_memory.close()
@@ -77,7 +77,7 @@ def test_a_scheduler_runs_live_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     desk.file.write_text(desk.lab.reference())
     install(llm, "a5")
-    engine = fresh(llm.engine)
+    engine = rebuild(llm.engine)
     for number in range(3):
         engine.add_request(f"{number}", [number] * 3, toy.params(6))
     with pytest.raises(InvalidRequest, match="single sequences"):

@@ -6,13 +6,13 @@ from random import Random
 
 import pytest
 
+from minipaged.core.pool import BlockPool
+from minipaged.core.scheduler import Scheduler
 from minipaged.errors import BlockError, OutOfBlocks
 from minipaged.labs import find, toy
 from minipaged.labs.a1.reference import BlockPool as Twin
 from minipaged.labs.a5.proxy import judge_fairness
 from minipaged.labs.checking import Tape, check
-from minipaged.memory.pool import BlockPool
-from minipaged.scheduling.scheduler import Scheduler
 
 
 class Judged(Scheduler):

@@ -182,17 +182,17 @@ def test_an_endless_loop_is_ended_with_all_its_process_group(tmp_path):
 
 CHEATS = {
     "import minipaged": "import minipaged",
-    "import it by another door": "import importlib; importlib.import_module('minipaged.memory.pool')",
+    "import it by another door": "import importlib; importlib.import_module('minipaged.core.pool')",
     "without the blocker": (
         f"import sys; sys.meta_path.pop(0); sys.path.insert(0, {str(PACKAGE.parent)!r}); import minipaged"
     ),
     "without the blocker and under another name": (
-        f"import sys; sys.meta_path.pop(0); sys.path.insert(0, {str(PACKAGE)!r}); import memory.pool"
+        f"import sys; sys.meta_path.pop(0); sys.path.insert(0, {str(PACKAGE)!r}); import core.pool"
     ),
-    "run its source": f"exec(open({str(PACKAGE / 'memory' / 'pool.py')!r}).read())",
+    "run its source": f"exec(open({str(PACKAGE / 'core' / 'pool.py')!r}).read())",
     "copy it": f"import shutil; shutil.copytree({str(PACKAGE)!r}, 'copy')",
     "link to it": f"import os; os.symlink({str(PACKAGE)!r}, 'engine')",
-    "a detour": f"open({str(PACKAGE)!r} + '/memory/../memory/pool.py')",
+    "a detour": f"open({str(PACKAGE)!r} + '/core/../core/pool.py')",
     "through a file descriptor": f"import os; fd = os.open({str(PACKAGE)!r}, 0); os.open('errors.py', 0, dir_fd=fd)",
     "through /proc": f"open('/proc/self/root' + {str(PACKAGE / 'errors.py')!r})",
     "change the directory": f"import os; os.chdir({str(PACKAGE)!r}); open('errors.py')",

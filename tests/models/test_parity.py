@@ -13,15 +13,17 @@ import pytest
 import torch
 
 from minipaged.config import SamplingParams
+from minipaged.core.plan import Chunk, StepPlan
+from minipaged.core.request import Request, Sequence
+from minipaged.core.seams import Sampling
 from minipaged.execution.batch import build_batch
 from minipaged.execution.kv_cache import KVCache
 from minipaged.models.loader import LoadedModel, load_model
-from minipaged.request import Request, Sequence
-from minipaged.scheduling.plan import Chunk, StepPlan
 from tests.models.families import FAMILIES
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
+PLAIN = Sampling(SamplingParams(), frozenset())
 WHOLE = 10_000  # a chunk larger than any prompt
 TOLERANCE = 1e-4  # of the largest logit
 
@@ -54,7 +56,7 @@ class Driver:
         while len(table) * self.block_size < end:
             table.append(self.free.pop())
         return Chunk(
-            request=Request(str(seq.seq_id), seq.tokens, SamplingParams(), [seq], frozenset(), 99, arrival=0),
+            request=Request(str(seq.seq_id), seq.tokens, SamplingParams(), [seq], frozenset(), 99, 0, PLAIN),
             seq=seq,
             start=seq.num_computed,
             num_tokens=count,

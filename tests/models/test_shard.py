@@ -9,14 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minipaged.core.plan import StepPlan
 from minipaged.errors import InvalidConfig, ModelError
 from minipaged.execution.kv_cache import KVCache
 from minipaged.execution.runner import ModelRunner
-from minipaged.execution.tensor_parallel import PlainChunk
-from minipaged.models import shard
+from minipaged.features.kv_int8 import Int8KVCache
+from minipaged.features.tensor_parallel import shard
+from minipaged.features.tensor_parallel.ranks import PlainChunk
+from minipaged.features.tensor_parallel.shard import RowParallel, Shard
 from minipaged.models.loader import load_model
-from minipaged.models.shard import RowParallel, Shard
-from minipaged.scheduling.plan import StepPlan
 
 CPU = torch.device("cpu")
 TOKENS = [3, 77, 5, 130, 9, 9, 64, 21, 2]
@@ -44,7 +45,8 @@ class Threads:
 def forward(loaded, kv_dtype=None) -> tuple[torch.Tensor, KVCache]:
     """Logits of all STEPS, and the cache they leave."""
     spec = loaded.spec
-    kv_cache = KVCache(spec.num_layers, 3, 4, spec.num_kv_heads, spec.head_dim, kv_dtype or loaded.dtype, CPU)
+    shape = (spec.num_layers, 3, 4, spec.num_kv_heads, spec.head_dim)
+    kv_cache = Int8KVCache(*shape, CPU) if kv_dtype is torch.int8 else KVCache(*shape, loaded.dtype, CPU)
     runner = ModelRunner(loaded.model, kv_cache, CPU)
     return torch.cat([runner.execute(StepPlan(step, [chunk])) for step, chunk in enumerate(STEPS)]), kv_cache
 

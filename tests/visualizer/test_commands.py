@@ -11,6 +11,7 @@ import pytest
 
 from minipaged import LLM, EngineConfig
 from tests.aio import run
+from tests.fake import swap_of
 from visualizer import paced_loop
 from visualizer.commands import MAX_CHARACTERS, MAX_MESSAGES, Commands
 from visualizer.log import RecordLog
@@ -66,7 +67,7 @@ def test_a_scenario_brings_its_own_engine_and_applied_settings_stay(thread: Pace
     assert thread._sink.state.config["num_blocks"] == 48
     answer = ask(thread, {"do": "configure", "num_blocks": 40, "preemption": "swap", "swap_blocks": 8})
     assert answer["ok"] and "40 blocks" in answer["result"] and now(thread)["scenario"] is None
-    assert thread.engine.swap_blocks == 8 and not thread._has_work()
+    assert swap_of(thread.engine).space.pool.num_blocks == 8 and not thread._has_work()
     ask(thread, {"do": "play"})
     assert thread.engine.num_blocks == 40, "playing again leaves the engine as it was applied"
 

@@ -10,6 +10,7 @@ import pytest
 from gradio.context import Context
 
 from minipaged.events import State, event_from_dict
+from tests.fake import running_groups
 from visualizer import log as log_module
 from visualizer.app import STATIC, PortInUse, Visualizer, launch
 from visualizer.scenarios import DEMO_SETTINGS, OPENING, SCENARIOS, Arrival
@@ -189,7 +190,7 @@ def test_the_tree_of_a_batch_has_the_engines_groups(serve: Callable[..., Visuali
     for _ in range(4):
         dump = caught_up(page, visualizer)
         engine = visualizer.thread.engine
-        kept = visualizer.thread.call(lambda e=engine: dict(e.memory.kept)).result(20)
+        kept = visualizer.thread.call(lambda e=engine: dict(running_groups(e).kept)).result(20)
         blocks = {number: [hit.block for hit in hits] for number, hits in kept.items()}
         assert {int(number): group["kept"] for number, group in dump["groups"].items() if group["kept"]} == blocks
         page.evaluate("minipaged.check()")

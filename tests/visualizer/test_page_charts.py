@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from minipaged.events import Event, event_from_dict, load_recording
-from minipaged.memory.waste import MANAGERS, Accounts
-from minipaged.metrics import Metrics
+from minipaged.events.metrics import Metrics
+from minipaged.events.waste import MANAGERS, Accounts
 from tests.visualizer.test_page import STORIES, caught_up, finish, steps, submit
 from tests.visualizer.test_playback import GOLDEN
 from visualizer.app import Visualizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tests.fake import swap_of
 from visualizer.app import Visualizer
 from visualizer.scenarios import SCENARIOS, Arrival
 
@@ -51,7 +52,8 @@ def test_settings_are_the_engines(serve: Callable[..., Visualizer], pages: Any) 
     page.fill("[data-testid=set-seed]", "-1")
     page.keyboard.press("Escape")
     page.wait_for_function("document.querySelectorAll('[data-testid=block]').length === 24")
-    assert page.evaluate("minipaged.dump().config.preemption") == "swap" and visualizer.thread.engine.swap_blocks == 5
+    assert page.evaluate("minipaged.dump().config.preemption") == "swap"
+    assert swap_of(visualizer.thread.engine).space.pool.num_blocks == 5
     page.fill("[data-testid=prompt]", "Once upon a time")
     page.click("[data-testid=generate]")
     page.locator("[data-testid=message]").filter(has_text="seed").wait_for()

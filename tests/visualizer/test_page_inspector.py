@@ -8,7 +8,8 @@ import torch
 
 from minipaged import LLM, SamplingParams
 from minipaged.errors import InvalidRequest
-from minipaged.execution.attention import attention
+from minipaged.features.attention_view import attention
+from tests.fake import swap_of
 from tests.visualizer.test_page import caught_up, steps, submit
 from visualizer.app import Visualizer, launch
 from visualizer.scenarios import Arrival
@@ -194,10 +195,10 @@ def test_who_is_swapped_out_lives_on_the_cpu(swapping: Visualizer, pages: Any) -
     for name in ("a", "b"):
         params = SamplingParams(max_tokens=120, ignore_eos=True, seed=1)
         swapping.thread.call(lambda name=name, params=params: engine.add_request(name, [5] * 40, params)).result(20)
-    while not engine.scheduler.swapped:
+    while not swap_of(engine).requests_out:
         steps(swapping, 1)
     caught_up(page, swapping)
-    ((seq, table),) = engine.memory.swapped.items()
+    ((seq, table),) = swap_of(engine).space.tables.items()
     row = page.locator(f"[data-testid=sequence][data-seq='{seq}']")
     assert row.get_attribute("data-state") == "swapped"
     assert row.locator("[data-swap]").evaluate_all("n => n.map(x => Number(x.dataset.swap))") == table

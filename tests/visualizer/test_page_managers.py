@@ -92,7 +92,7 @@ def test_narration_names_the_managers_own_functions(serve: Callable[..., Visuali
             break
     assert seen["allocated"].startswith("ContiguousTables._own") and seen["copied"].startswith("ContiguousTables._move")
     own = sources()["managers"]["orca-oracle"]["copied"]
-    assert seen["copied"].endswith(f"contiguous.py:{own['line']}")
+    assert seen["copied"].endswith(f"contiguous_tables.py:{own['line']}")
 
 
 def test_what_does_not_go_together_cannot_be_set_and_is_refused(serve: Callable[..., Visualizer], pages: Any) -> None:

@@ -16,7 +16,7 @@ def recording(path: Path) -> list[Event]:
     """Prompts of several kinds; the predictor takes every second for the last turn of its chat."""
     engine, recorder = fake_engine(num_blocks=12, eviction="flush-when-all-0"), Recorder(path)
     closing = iter([False, True] * 8)
-    engine.memory._cache._tree.predict = lambda tokens: next(closing)
+    engine.memory.prefix_cache.policy.predict = lambda tokens: next(closing)
     recorder(engine.started_event())
     engine.events.subscribe(recorder)
     for number in range(6):

@@ -12,6 +12,7 @@ import pytest
 
 from minipaged import LLM, SamplingParams
 from minipaged.events import load_recording
+from tests.fake import swap_of
 from tests.visualizer.test_page import STORIES, caught_up, finish, recorded, steps, submit
 from visualizer.app import Visualizer
 from visualizer.recordings import FOLDER
@@ -360,12 +361,12 @@ def test_blocks_on_the_cpu_are_seen_and_opened(launching: Callable[..., Visualiz
     for name, n in (("a", 1), ("b", 3)):  # the second request's sequences share their prompt's blocks on the CPU, too
         params = SamplingParams(n=n, max_tokens=90, ignore_eos=True, seed=1, temperature=1.0)
         visualizer.thread.call(lambda name=name, params=params: engine.add_request(name, [5] * 40, params)).result(20)
-    while not engine.scheduler.swapped:
+    while not swap_of(engine).requests_out:
         steps(visualizer, 1)
     caught_up(page, visualizer)
-    swapped = {seq: list(table) for seq, table in engine.memory.swapped.items()}
+    swapped = {seq: list(table) for seq, table in swap_of(engine).space.tables.items()}
     assert len(swapped) == 3 and swapped[1][0] == swapped[2][0]
-    seqs = {seq.seq_id: seq for request in engine.scheduler.swapped for seq in request.seqs}
+    seqs = {seq.seq_id: seq for request in swap_of(engine).requests_out for seq in request.seqs}
     expected = {}
     for seq, table in swapped.items():
         for logical, block in enumerate(table):

@@ -59,7 +59,7 @@ def test_fork_and_copy_are_seen_one_event_after_the_other(serve: Callable[..., V
             flight = page.locator("[data-testid=flight]")
             assert flight.count() == 1 and flight.get_attribute("data-kind") == "copy"
             assert "is copied to" in page.text_content("[data-testid=narration]")
-            assert page.text_content("[data-testid=source]").startswith("BlockTables.reserve · table.py:")
+            assert page.text_content("[data-testid=source]").startswith("BlockTables.reserve · block_table.py:")
     assert seen == ["3", "2", "1"]
     page.keyboard.press("Shift+ArrowLeft")
     page.wait_for_function("!minipaged.player.changed")

@@ -10,8 +10,8 @@ import pytest
 
 from minipaged import LLM
 from minipaged.config import EngineConfig
+from minipaged.core.prefix_cache import LRU
 from minipaged.events import EngineStarted, Event, State
-from minipaged.memory.prefix_cache import LRU
 from visualizer.paced_loop import DEFAULT_RATE, PacedLoop
 from visualizer.scenarios import SCENARIOS, Scenario, menu
 
@@ -58,7 +58,7 @@ class Viewer:
 
 def play(llm: LLM, scenario: Scenario) -> Run:
     """The first twenty seconds, computed at full speed in this thread. Its question waits two steps for an answer."""
-    viewer = Viewer()
+    viewer, home = Viewer(), llm.engine
     thread = PacedLoop(llm, viewer, rate=None)
     settle(thread, thread.reset(scenario))
     run = Run(viewer.events, viewer.state)
@@ -75,6 +75,7 @@ def play(llm: LLM, scenario: Scenario) -> Run:
             assert len(viewer.events) > seen, "the step is shown when it has been answered"
             run.verdict = viewer.now["verdict"]
     run.events, run.state = viewer.events, viewer.state
+    llm.engine = home  # the next scenario starts from the same settings, whichever came before
     return run
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from minipaged.core.pool import BlockPool
 from minipaged.labs.lab import Lab, Mutant, Source, Task
-from minipaged.memory.pool import BlockPool
 
 
 def engine() -> dict[str, Any]:

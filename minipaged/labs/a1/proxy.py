@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from minipaged.config import EngineConfig
+from minipaged.core.block_table import BlockTables
 from minipaged.errors import InvalidConfig, InvariantViolation
 from minipaged.events import EventLog
 from minipaged.labs.student import StudentError, Violation
-from minipaged.memory.table import BlockTables
 
 
 class ShadowPool:
@@ -79,8 +79,7 @@ class LabTables(BlockTables):
         assert config.num_blocks is not None and config.block_size is not None
         if config.caches_prefixes or config.memory != "paged":
             raise InvalidConfig("lab A1 needs memory='paged' and no prefix caching")
-        swap_blocks = config.swap_space(config.num_blocks)
-        super().__init__(config.num_blocks, config.block_size, events, False, swap_blocks=swap_blocks)
+        super().__init__(config.num_blocks, config.block_size, events, False)
         self.pool = ShadowPool(student, config.num_blocks)  # type: ignore[assignment]
 
 

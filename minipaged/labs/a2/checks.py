@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minipaged.core.plan import Chunk, StepPlan
 from minipaged.events import Admitted, Allocated, EngineStarted, Filled, RequestAdded
 from minipaged.kernels import reference
 from minipaged.kernels.backend import Kernels
 from minipaged.labs import small
 from minipaged.labs.checking import Tape, Trace, Trial
 from minipaged.labs.student import Violation
-from minipaged.scheduling.plan import Chunk, StepPlan
 
 TOLERANCE = 1e-4  # of float32, whose order of summation is the student's affair
 

@@ -8,12 +8,12 @@ from random import Random
 from typing import Any
 
 from minipaged.config import EngineConfig
+from minipaged.core.plan import Write
 from minipaged.events import Admitted, EngineStarted, EventLog, Filled, Finished, Forked, RequestAdded
 from minipaged.labs import toy
 from minipaged.labs.a4.proxy import LabTables
 from minipaged.labs.checking import Tape, Trace, Trial
 from minipaged.labs.student import expect
-from minipaged.memory.table import Write
 
 
 def manager(student: Any, config: EngineConfig, events: EventLog) -> LabTables:

@@ -1,17 +1,17 @@
 """Lab A4: fork and copy-on-write.
 
-Its reference is a twin of `memory.table.BlockTables`, which reserves many tokens at a time, emits events, caches
-prefixes and swaps. The engine's tables pass the same checks.
+Its reference is a twin of `core.block_table.BlockTables`, which reserves many tokens at a time, emits events
+and caches prefixes. The engine's tables pass the same checks.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from minipaged.core import block_table
+from minipaged.core.plan import Copy, Write
 from minipaged.events import EventLog
 from minipaged.labs.lab import Lab, Mutant, Source, Task
-from minipaged.memory import table
-from minipaged.memory.table import Copy, Write
 
 
 def engine() -> dict[str, Any]:
@@ -19,7 +19,7 @@ def engine() -> dict[str, Any]:
 
     class Tables:
         def __init__(self, block_size: int, pool: Any) -> None:
-            self.engine = table.BlockTables(0, block_size, EventLog(), enable_prefix_caching=False)
+            self.engine = block_table.BlockTables(0, block_size, EventLog(), enable_prefix_caching=False)
             self.engine.pool = _Pool(pool)  # type: ignore[assignment]
             self.lengths: dict[int, int] = {}
 

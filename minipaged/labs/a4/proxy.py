@@ -7,11 +7,13 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 from minipaged.config import EngineConfig
+from minipaged.core.block_table import BlockTables, Demand
+from minipaged.core.plan import Copy, Write
+from minipaged.core.pool import BlockPool
+from minipaged.core.prefix_cache import Hit
 from minipaged.errors import InvalidConfig
 from minipaged.events import Allocated, Copied, EventLog, Freed, Shared
 from minipaged.labs.student import Remote, StudentError, Violation
-from minipaged.memory.pool import BlockPool
-from minipaged.memory.table import BlockTables, Copy, Demand, Hit, Write
 
 
 class Pool:
@@ -55,7 +57,7 @@ class LabTables(BlockTables):
         self.tables[child], self._prefixes[child] = list(self.tables[parent]), []
         self.lengths[child] = self.lengths[parent]
         for logical, block in enumerate(self.tables[child]):
-            self._events.emit(Shared, child, logical, block, "fork")
+            self.events.emit(Shared, child, logical, block, "fork")
         self._compare(f"fork({parent}, {child})")
 
     def reserve(self, write: Write) -> list[Copy]:
@@ -72,14 +74,14 @@ class LabTables(BlockTables):
         if logical == len(table):
             block = self._fresh(theirs, logical, before, call, "the last block is full, so it needs a new one")
             table.append(block)
-            self._events.emit(Allocated, seq, logical, block)
+            self.events.emit(Allocated, seq, logical, block)
         elif before[table[logical]] > 1:
             src = table[logical]
             if len(theirs) > logical and theirs[logical] == src:
                 raise Violation(f"{call} would write to block {src}, which {self._sharers(src)} share", "shared write")
             copy = Copy(src, self._fresh(theirs, logical, before, call, f"block {src} is shared, so it needs a copy"))
             table[logical] = copy.dst
-            self._events.emit(Copied, seq, logical, *copy)
+            self.events.emit(Copied, seq, logical, *copy)
         self._compare_copy(said, copy, call)
         self.lengths[seq] += 1
         self._compare(call, tables)
@@ -89,7 +91,7 @@ class LabTables(BlockTables):
         self.ask("free", seq_id)
         blocks = self.tables.pop(seq_id)[::-1]
         del self.lengths[seq_id], self._prefixes[seq_id]
-        self._events.emit(Freed, seq_id, blocks)
+        self.events.emit(Freed, seq_id, blocks)
         self._compare(f"free({seq_id})")
 
     def ask(self, method: str, *args: int) -> Any:

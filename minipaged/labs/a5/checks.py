@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from minipaged.core.seams import MemoryManager
 from minipaged.labs import toy
 from minipaged.labs.a5.proxy import LabScheduler
 from minipaged.labs.checking import Tape, Trace, Trial
-from minipaged.memory.managers import MemoryManager
 
 ROOMY = {"num_blocks": 200, "max_num_batched_tokens": 1000}
 

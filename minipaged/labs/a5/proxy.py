@@ -6,14 +6,15 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from minipaged.core.block_table import BlockTables
+from minipaged.core.plan import Chunk, SampledToken, StepPlan, Write
+from minipaged.core.request import Request, Sequence, Status
+from minipaged.core.scheduler import Scheduler
+from minipaged.core.seams import FCFS, MemoryManager
 from minipaged.errors import InvalidConfig, InvalidRequest, OutOfBlocks
 from minipaged.events import Admitted, Scheduled
+from minipaged.features.speculative.drafts import Speculation
 from minipaged.labs.student import Remote, StudentError, Violation
-from minipaged.memory.managers import MemoryManager
-from minipaged.memory.table import BlockTables, Write
-from minipaged.request import Request, Sequence, Status
-from minipaged.scheduling.plan import Chunk, SampledToken, StepPlan
-from minipaged.scheduling.scheduler import Scheduler
 
 
 class Memory:
@@ -30,10 +31,11 @@ class LabScheduler(Scheduler):
         self, student: Any, memory: MemoryManager, say: Callable[[str], None] = lambda line: None, **settings: Any
     ) -> None:
         super().__init__(memory, **settings)
-        if not isinstance(memory, BlockTables) or memory._cache or memory.swap_pool.num_blocks or self.static_batching:
-            raise InvalidConfig("lab A5 needs memory='paged', preemption='recompute', and no prefix caching")
-        if self.speculation:
+        if any(isinstance(stage, Speculation) for stage in self.stages):
             raise InvalidConfig("lab A5's scheduler computes no tokens that might be taken back: leave speculate out")
+        plain = isinstance(memory, BlockTables) and not memory.prefix_cache and type(self.admission) is FCFS
+        if not plain or self.stages:
+            raise InvalidConfig("lab A5 needs memory='paged', preemption='recompute', and no prefix caching")
         remote = Remote("memory", Memory(self), ("fits", "reserve", "free"))
         self._say = say
         self._theirs = student.new("Scheduler", remote, self.max_num_seqs, self.max_num_batched_tokens)
@@ -43,7 +45,7 @@ class LabScheduler(Scheduler):
         self._lacking = False
 
     def add(self, request: Request) -> None:
-        if request.width != 1 or request.beams or request.prompt_logprobs is not None:
+        if request.width != 1 or not request.decoding.independent or request.prompt_logprobs is not None:
             raise InvalidRequest("lab A5's scheduler serves single sequences: no n, no beams, no prompt logprobs")
         room = self.memory.pool.num_blocks * self.memory.block_size
         request.max_output = min(request.max_output, room + 1 - len(request.prompt_token_ids))
@@ -66,7 +68,6 @@ class LabScheduler(Scheduler):
             chunk = Chunk(request, seq, start, end - start, samples, list(self.memory.tables[seq.seq_id]))
             self._plan.chunks.append(chunk)
         self._plan.chunks.sort(key=lambda chunk: chunk.num_tokens > 1)
-        self.memory.seal(self._plan)
         for chunk in self._plan.chunks:
             self.events.emit(Scheduled, chunk.seq.seq_id, chunk.start, chunk.num_tokens)
         return self._plan
@@ -78,8 +79,8 @@ class LabScheduler(Scheduler):
                 self._ask("computed", chunk.request.arrival, chunk.seq.num_computed, len(chunk.seq.tokens))
         return requests
 
-    def _finish(self, request: Request, seq: Sequence, reason: str) -> None:
-        super()._finish(request, seq, reason)
+    def finish(self, request: Request, seq: Sequence, reason: str) -> None:
+        super().finish(request, seq, reason)
         self._known.pop(request.arrival, None)
         self._ask("finish", request.arrival)
 
@@ -109,7 +110,7 @@ class LabScheduler(Scheduler):
             raise OutOfBlocks(f"there are not enough free blocks for {call}")
         if request.status is Status.WAITING:
             self.waiting.remove(request)
-            self._queue(request, self.running, Status.RUNNING)
+            self.queue(request, self.running, Status.RUNNING)
             self.events.emit(Admitted, request.request_id, seq.seq_id, 0)
             self.memory.open(seq.seq_id, [], self.demand(request))
         self.memory.reserve(Write(seq.seq_id, start, end))
@@ -125,7 +126,7 @@ class LabScheduler(Scheduler):
         if self.running[-1] is not request:
             latest = self.running[-1].arrival
             raise Violation(f"{call} preempts request {number}, though request {latest} came later", "free: order")
-        self._preempt(request, self._plan)
+        self.preempt(request, self._plan)
         self._reserved.pop(number, None)
         self._lacking = False
 
@@ -213,6 +214,6 @@ def judge_fairness(scheduler: Scheduler, counts: dict[int, int]) -> None:
             raise Violation(f"request {number} wants to compute {want} tokens and gets {got}, though {why}", "unfair")
     if scheduler.waiting and left and len(scheduler.running) < scheduler.max_num_seqs:
         first = scheduler.waiting[0]
-        room = scheduler.memory.pool.num_free - sum(scheduler._owed(request) + 1 for request in scheduler.running)
+        room = scheduler.memory.pool.num_free - scheduler.owed() - len(scheduler.running)
         if scheduler.memory.blocks_for(len(first.live[0].tokens) + 1) <= room:
             raise Violation(f"request {first.arrival} waits, though there is room for it in every respect", "idle")

@@ -8,11 +8,11 @@ from random import Random
 from typing import Any
 
 from minipaged.config import EngineConfig
+from minipaged.core.plan import Write
 from minipaged.events import Admitted, EngineStarted, EventLog, Filled, Finished, RequestAdded
 from minipaged.labs import toy
 from minipaged.labs.a6.proxy import LabTables
 from minipaged.labs.checking import Tape, Trace, Trial
-from minipaged.memory.table import Write
 
 SETTINGS = {"enable_prefix_caching": True}
 

@@ -1,6 +1,6 @@
 """Lab A6: the prefix cache.
 
-Its reference is a sibling of `memory.prefix_cache.PrefixCache` that hashes: the engine's compares contents in a
+Its reference is a sibling of `core.prefix_cache.PrefixCache` that hashes: the engine's compares contents in a
 dictionary, where no collision can be injected. The engine's cache passes the same checks.
 """
 
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from minipaged.core import prefix_cache
+from minipaged.core.prefix_cache import EMPTY_PREFIX
 from minipaged.events import EventLog
 from minipaged.labs.lab import Lab, Mutant, Source, Task
-from minipaged.memory import prefix_cache
-from minipaged.memory.prefix_cache import EMPTY_PREFIX
 
 
 def engine() -> dict[str, Any]:

@@ -6,12 +6,12 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 from minipaged.config import EngineConfig
+from minipaged.core.block_table import BlockTables
+from minipaged.core.pool import BlockPool
+from minipaged.core.prefix_cache import EMPTY_PREFIX, Hit, PrefixCache
 from minipaged.errors import InvalidConfig
 from minipaged.events import EventLog
 from minipaged.labs.student import StudentError, Violation
-from minipaged.memory.pool import BlockPool
-from minipaged.memory.prefix_cache import EMPTY_PREFIX, PrefixCache
-from minipaged.memory.table import BlockTables, Hit
 
 UNNAMED = -1  # a prefix that is not cached: its sequence keeps a copy of its own
 
@@ -103,9 +103,8 @@ class LabTables(BlockTables):
         other = config.eviction_policy or config.eviction not in (None, "lru")
         if not config.caches_prefixes or config.memory != "paged" or other:
             raise InvalidConfig("lab A6 needs memory='paged', prefix caching, and no other eviction policy")
-        swap_blocks = config.swap_space(config.num_blocks)
-        super().__init__(config.num_blocks, config.block_size, events, swap_blocks=swap_blocks)
-        self.cache = self._cache = ShadowCache(student, config.block_size, hash_bits, events)
+        super().__init__(config.num_blocks, config.block_size, events)
+        self.cache = self.prefix_cache = ShadowCache(student, config.block_size, hash_bits, events)
         self.pool = BlockPool(config.num_blocks, self.cache)
 
     def match(self, tokens: Seq[int]) -> list[Hit]:

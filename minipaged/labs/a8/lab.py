@@ -5,12 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+from minipaged.core.plan import Write
+from minipaged.core.prefix_cache import PrefixCache
+from minipaged.features.eviction.policies import FlushWhenAll0
+from minipaged.features.vattention.virtual_tables import VirtualTables
 from minipaged.labs.a8 import reference
 from minipaged.labs.lab import Lab, Mutant, Source, Task
-from minipaged.memory.eviction import FlushWhenAll0
-from minipaged.memory.managers.virtual import VirtualTables
-from minipaged.memory.prefix_cache import PrefixCache
-from minipaged.memory.table import Write
 
 
 def engine() -> dict[str, Any]:
@@ -43,9 +43,11 @@ def engine() -> dict[str, Any]:
                 self.engine.open(slot)
             self.engine.reserve(write)
             self.lengths[slot] = num_tokens
-            chunk = SimpleNamespace(seq=SimpleNamespace(seq_id=slot), block_table=self.engine.tables[slot])
+            chunk = SimpleNamespace(
+                seq=SimpleNamespace(seq_id=slot), num_tokens=1, block_table=self.engine.tables[slot]
+            )
             plan: Any = SimpleNamespace(chunks=[chunk], maps=None)
-            self.engine.seal(plan)
+            self.engine.map_slots(plan)
             plan.maps.done = True
             for shown in plan.maps.maps:  # the engine unmaps all at once, before; here it is page by page
                 for gone in plan.maps.unmaps:

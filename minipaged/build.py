@@ -1,0 +1,283 @@
+"""Settings → an engine put together: the one file that knows all features.
+
+`assemble` makes an engine around any runner, and needs no torch: the scheduler's side of each feature. `build_engine`
+makes the runner too, for a loaded model: its KV cache, and what computes on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from minipaged.config import EngineConfig
+from minipaged.core.block_table import BlockTables
+from minipaged.core.engine import Engine, Wings
+from minipaged.core.prefix_cache import EvictionPolicy
+from minipaged.core.scheduler import Scheduler
+from minipaged.core.seams import FCFS, MemoryManager, Stage
+from minipaged.errors import InvalidConfig
+from minipaged.events import EventLog
+from minipaged.events.waste import AHEAD
+from minipaged.features.batchllm.groups import add_batch
+from minipaged.features.beam_search import decoding_of
+from minipaged.features.contiguous.contiguous_tables import ContiguousTables
+from minipaged.features.eviction.policies import BY_NAME, Closing
+from minipaged.features.eviction.prediction import closing_words
+from minipaged.features.eviction.predictions import Predictions
+from minipaged.features.fork_by_hand import fork
+from minipaged.features.speculative.drafts import make_speculation
+from minipaged.features.static_batching import StaticBatching
+from minipaged.features.swap.swap_stage import Swap
+from minipaged.features.vattention.virtual_tables import SlotMapping, VirtualTables
+
+if TYPE_CHECKING:
+    import torch
+
+    from minipaged.execution.kv_cache import KVCache
+    from minipaged.kernels.backend import Kernels
+    from minipaged.models.loader import LoadedModel
+
+__all__ = ["assemble", "build_engine", "make_manager", "rebuild"]
+
+
+# --- the scheduler's side -----------------------------------------------------------------------------------------
+
+
+def assemble(
+    config: EngineConfig,
+    runner: Any,
+    sampler: Callable[..., Any],
+    *,
+    tokenizer: Any = None,
+    make_memory: Callable[[Any, EventLog], MemoryManager] | None = None,
+    make_scheduler: Callable[..., Scheduler] = Scheduler,
+    **settings: Any,
+) -> Engine:
+    """An engine with all features that ``config`` asks for, around a runner and a sampler.
+
+    ``settings`` are other keywords of `Engine`. ``config.num_blocks`` and ``max_model_len`` must be numbers.
+    """
+    closing = closing_words(tokenizer) if tokenizer is not None else None
+    engine = Engine(
+        config,
+        runner,
+        sampler,
+        tokenizer=tokenizer,
+        make_text=_text_maker(tokenizer),
+        make_memory=make_memory or partial(make_manager, closing=closing),
+        make_scheduler=make_scheduler,
+        wings=Wings(
+            config=EngineConfig,
+            admission=StaticBatching if config.batching == "static" else config.admission_policy or FCFS,
+            stages=partial(make_stages, config),
+            decoding=decoding_of,
+            add_batch=add_batch,
+            fork=fork,
+        ),
+        **settings,
+    )
+    for subscriber in config.subscribers:
+        engine.events.subscribe(subscriber)
+    return engine
+
+
+def rebuild(engine: Engine) -> Engine:
+    """An engine like this one before its first request: same model and KV tensors, new bookkeeping."""
+    return assemble(
+        engine.config,
+        engine.runner,
+        engine.sampler,
+        tokenizer=engine.tokenizer,
+        make_memory=engine.make_memory,
+        make_scheduler=engine.make_scheduler,
+        vocab_size=engine.vocab_size,
+        eos_token_ids=engine.eos_token_ids,
+        bytes_per_block=engine.bytes_per_block,
+    )
+
+
+def make_manager(config: EngineConfig, events: EventLog, closing: Closing | None = None) -> MemoryManager:
+    """The memory manager that ``config.memory`` names. ``num_blocks`` and ``max_model_len`` must be numbers.
+
+    ``closing`` tells from a prompt's tokens whether a user has said goodbye, for eviction by predictions.
+    """
+    num_blocks, block_size, max_model_len = config.num_blocks, config.block_size, config.max_model_len
+    assert num_blocks is not None and block_size is not None and max_model_len is not None
+    if config.memory in AHEAD:
+        return ContiguousTables(config.memory, num_blocks, block_size, max_model_len, events)
+    make_policy: Callable[[], EvictionPolicy] = config.eviction_policy or partial(
+        BY_NAME[config.eviction or "lru"], config.seed, closing
+    )
+    policy = make_policy() if config.caches_prefixes else None
+    paged = (num_blocks, block_size, events, config.caches_prefixes, policy)
+    if config.memory == "vattention":
+        mapping = config.mapping or "async"
+        return VirtualTables(*paged, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, mapping=mapping)
+    return BlockTables(*paged)
+
+
+def make_stages(config: EngineConfig) -> list[Stage]:
+    """The stages that ``config`` asks for, in the order in which the scheduler calls them."""
+    stages: list[Stage] = []
+    if config.preemption == "swap":
+        stages.append(Swap(config.swap_space(config.num_blocks or 0)))
+    if config.eviction is not None or config.eviction_policy is not None:
+        stages.append(Predictions())
+    if config.speculate is not None:
+        stages.append(make_speculation(config))
+    stages += [make() for make in config.stages]
+    if config.memory == "vattention":
+        stages.append(SlotMapping())  # last: it maps what all others have put on the plan
+    return stages
+
+
+def _text_maker(tokenizer: Any) -> Callable[..., Any] | None:
+    if tokenizer is None:
+        return None
+    from minipaged.text.stream import TextStream  # it needs a tokenizer, and an engine may run without
+
+    return partial(TextStream, tokenizer)
+
+
+# --- the runner's side --------------------------------------------------------------------------------------------
+
+
+def build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None = None, **parts: Any) -> Engine:
+    """Fills in what depends on the models and the machine, and makes the KV cache. ``parts``: keywords of `assemble`.
+
+    Raises `InvalidConfig` for settings that the model or the machine cannot serve.
+    """
+    from minipaged.execution.pool_size import blocks_that_fit
+    from minipaged.features.full_sampler import sample
+    from minipaged.features.tensor_parallel.ranks import gather, neighbours, together
+
+    spec, shard = loaded.spec, loaded.shard
+    max_model_len = config.max_model_len or spec.max_model_len
+    if max_model_len > spec.max_model_len:
+        raise InvalidConfig(f"max_model_len is {max_model_len}, but {config.model} was made for {spec.max_model_len}")
+    config = replace(config, max_model_len=max_model_len)
+    config = replace(config, block_size=_block_size(config, loaded))
+    bytes_per_block = sum(_bytes_per_block(config, model) for model in (loaded, draft) if model is not None)
+    fit = partial(
+        blocks_that_fit,
+        bytes_per_block * (neighbours(loaded.device) if shard is not None else 1),
+        loaded.device,
+        wanted=config.num_blocks,
+        useful=config.max_num_seqs * -(-max_model_len // (config.block_size or 1)),
+        swap_blocks=config.swap_blocks if config.preemption == "swap" else 0,
+    )
+    num_blocks = fit() if shard is None else min(gather(together(fit)))  # one block table for all
+    config = replace(config, num_blocks=num_blocks)
+    return assemble(
+        config,
+        _runner(config, loaded, draft),
+        sample,
+        tokenizer=loaded.tokenizer,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=spec.eos_token_ids,
+        bytes_per_block=bytes_per_block,
+        **parts,
+    )
+
+
+def _runner(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None) -> Any:
+    """Runners around each other, the outermost first: tensor parallelism, drafts, mapping, swapping, the model."""
+    from minipaged.features.speculative.draft_runner import DraftRunner
+    from minipaged.features.tensor_parallel.ranks import LeadingRunner
+
+    runner = _model_runner(config, loaded)
+    if draft is not None:
+        runner = DraftRunner(_model_runner(config, draft), runner)
+    if loaded.shard is not None and loaded.shard.rank == 0:
+        runner = LeadingRunner(runner)
+    return runner
+
+
+def _model_runner(config: EngineConfig, loaded: LoadedModel) -> Any:
+    """The runner of one model, with swapping and mapping around it if they are asked for."""
+    from minipaged.execution.runner import ModelRunner
+    from minipaged.features.cuda_graphs import use_graphs
+    from minipaged.features.swap.swap_runner import SwapRunner
+    from minipaged.features.vattention.virtual_memory import MappingRunner
+    from minipaged.kernels.backend import kernels_for
+
+    virtual = config.memory == "vattention"
+    # Contiguous attention is torch's own, and so is what goes with it.
+    kernels = kernels_for("torch" if virtual else config.attention, loaded.device)
+    graphs = loaded.shard is None and use_graphs(config, kernels.name, loaded.device)
+    kv_cache = _virtual_kv_cache(config, loaded) if virtual else _kv_cache(config, loaded, kernels, graphs)
+    runner: Any = ModelRunner(loaded.model, kv_cache, loaded.device, _forward(config, loaded, kv_cache, graphs))
+    if config.preemption == "swap":
+        runner = SwapRunner(runner, config.swap_space(config.num_blocks or 0))
+    return MappingRunner(runner) if virtual else runner
+
+
+def _forward(config: EngineConfig, loaded: LoadedModel, kv_cache: KVCache, graphs: bool) -> Any:
+    """What computes a step in place of the model: recorded graphs on a GPU, C++ on a CPU; ``None``: the model does."""
+    from minipaged.features.cpu_step import NativeForward
+    from minipaged.features.cuda_graphs import DecodeGraphs
+
+    if graphs:
+        assert config.num_blocks and config.max_model_len and config.block_size
+        return DecodeGraphs(
+            loaded.model,
+            kv_cache,
+            loaded.device,
+            max_num_seqs=config.max_num_seqs,
+            max_blocks=-(-config.max_model_len // config.block_size),
+            scratch_block=config.num_blocks,  # rows of padding write to the last block of the cache
+        )
+    if loaded.shard is None and NativeForward.serves(loaded.model, kv_cache):  # it sums over no ranks
+        return NativeForward(loaded.model, kv_cache)
+    return None
+
+
+def _kv_cache(config: EngineConfig, loaded: LoadedModel, kernels: Kernels, graphs: bool) -> KVCache:
+    """The KV cache of one model. With graphs it has one block more, which no block table names."""
+    from minipaged.execution.kv_cache import KVCache
+    from minipaged.features.kv_int8 import Int8KVCache
+
+    assert config.num_blocks and config.block_size
+    spec = loaded.spec
+    shape = (spec.num_layers, config.num_blocks + int(graphs), config.block_size, spec.num_kv_heads, spec.head_dim)
+    if config.kv_dtype == "int8":
+        return Int8KVCache(*shape, loaded.device, kernels)
+    return KVCache(*shape, loaded.dtype, loaded.device, kernels)
+
+
+def _virtual_kv_cache(config: EngineConfig, loaded: LoadedModel) -> KVCache:
+    from minipaged.features.vattention.virtual_memory import VirtualKVCache
+
+    assert config.num_blocks and config.block_size and config.max_model_len
+    slots = {"max_num_seqs": config.max_num_seqs, "max_model_len": config.max_model_len}
+    return VirtualKVCache(_layout(config, loaded), config.num_blocks, config.block_size, loaded.device, **slots)
+
+
+def _layout(config: EngineConfig, loaded: LoadedModel) -> Any:
+    from minipaged.features.vattention.virtual_memory import Layout
+
+    spec = loaded.spec
+    return Layout(spec.num_layers, spec.num_kv_heads, spec.head_dim, loaded.dtype, config.tensor_slicing)
+
+
+def _block_size(config: EngineConfig, loaded: LoadedModel) -> int:
+    """Tokens of a block: as configured, or what fills whole pages under vAttention."""
+    if config.memory == "vattention":
+        sizes = (config.max_num_seqs, config.max_model_len, loaded.device)
+        return _layout(config, loaded).block_size(config.block_size, *sizes)
+    assert config.block_size is not None
+    return config.block_size
+
+
+def _bytes_per_block(config: EngineConfig, loaded: LoadedModel) -> int:
+    from minipaged.execution.kv_cache import KVCache
+    from minipaged.features.kv_int8 import Int8KVCache
+
+    assert config.block_size is not None
+    spec = loaded.spec
+    shape = (spec.num_layers, config.block_size, spec.num_kv_heads, spec.head_dim)
+    kind = Int8KVCache if config.kv_dtype == "int8" else KVCache
+    dtype: torch.dtype = loaded.dtype
+    return kind.bytes_per_block(*shape, dtype)

@@ -1,0 +1,101 @@
+"""Requests and their sequences: plain data that the scheduler moves between its queues."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Any
+
+from minipaged.core.params import SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One stream of tokens. The one counter that drives everything is ``num_computed``: tokens whose KV is cached.
+
+    A sequence needs a step while ``num_computed < len(tokens)``. Prefill, decode, a prefix cache hit and recomputation
+    after preemption are one case; they differ only in how far the two numbers are apart.
+    """
+
+    seq_id: int
+    tokens: list[int]  # prompt, then output
+    num_prompt: int
+    rng: Random  # its own, so that its samples depend on neither the batch nor preemption
+    num_computed: int = 0
+    finish_reason: str | None = None
+    logprobs: list[dict[int, float]] = field(default_factory=list)  # one per output token, if asked for
+    cumulative_logprob: float = 0.0
+    text: Any = None  # a text.TextStream where there is a tokenizer: tokens in, readable text out
+
+    def copy(self, seq_id: int, rng: Random | None = None) -> Sequence:
+        """A sequence with the same tokens under another id. It owns no blocks yet."""
+        text = self.text.fork() if self.text is not None else None
+        return replace(
+            self, seq_id=seq_id, tokens=list(self.tokens), logprobs=list(self.logprobs), text=text, rng=rng or self.rng
+        )
+
+    @property
+    def output_tokens(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    SWAPPED = "swapped"  # set aside by a stage, see seams.Stage; the heart alone never does that
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """What the user asked for: one prompt and ``params.n`` sequences (the paper's *sequence group*, §4.5).
+
+    The sequences are admitted, preempted and resumed together. While they still agree on every token, only the first
+    one, the *lead*, computes; `Scheduler.commit` then forks the others from it.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seqs: list[Sequence]
+    stop_token_ids: frozenset[int]  # the model's end-of-text tokens (unless ignored) and the request's own
+    max_output: int  # tokens that a sequence may generate
+    arrival: int
+    decoding: Any  # a seams.Decoding: how its sequences take tokens (sampling, or beam search)
+    prompt: str | None = None
+    fork_at: int = 0  # tokens that all live sequences agree on: the others fork from the lead there
+    status: Status = Status.WAITING
+    prompt_logprobs: list[dict[int, float] | None] | None = None  # one per prompt token, if asked for
+    live: list[Sequence] = field(init=False)  # the sequences that have not finished
+
+    def __post_init__(self) -> None:
+        self.set_seqs(self.seqs)
+
+    def set_seqs(self, seqs: list[Sequence]) -> None:
+        """Replaces the sequences: the beams of a search change with every token."""
+        self.seqs, self.live = seqs, [seq for seq in seqs if seq.finish_reason is None]
+
+    def end(self, seq: Sequence, reason: str) -> None:
+        """Marks one of its sequences, or a beam that the search dropped, as finished."""
+        seq.finish_reason = reason
+        if seq in self.live:
+            self.live.remove(seq)
+
+    @property
+    def width(self) -> int:
+        """Sequences that it may have running: what `max_num_seqs` counts."""
+        return self.decoding.width(self)
+
+
+def common_prefix(seqs: list[Sequence]) -> int:
+    """The number of tokens that all of the sequences start with."""
+    first = seqs[0].tokens
+    length = min(len(seq.tokens) for seq in seqs)
+    for seq in seqs[1:]:
+        length = next((i for i in range(length) if seq.tokens[i] != first[i]), length)
+    return length

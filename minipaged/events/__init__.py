@@ -1,0 +1,88 @@
+"""What happened, as typed deltas: the one stream that the visualizer, metrics, recordings and tests all read.
+
+The engine emits an event at every change of state, ordered within a step as the changes happened. `State` rebuilds
+the whole picture from them: live view and replay share this one reducer (its twin in JavaScript is
+``visualizer/static/reducer.js``; both are tested on the same recordings). An engine without listener pays one
+attribute test per event.
+"""
+
+from minipaged.events.event_log import EventLog
+from minipaged.events.recording import Recorder, load_recording
+from minipaged.events.reducer import KEPT, GroupState, SeqState, State, replay
+from minipaged.events.types import (
+    EVENT_TYPES,
+    FORMAT,
+    Admitted,
+    Allocated,
+    Cached,
+    Copied,
+    EngineError,
+    EngineStarted,
+    Event,
+    Evicted,
+    Filled,
+    Finished,
+    Forked,
+    Freed,
+    GroupEnded,
+    GroupStarted,
+    Predicted,
+    Preempted,
+    PrefixKept,
+    PrefixReleased,
+    Proposed,
+    RequestAdded,
+    Resumed,
+    Sampled,
+    Scheduled,
+    Shared,
+    Speculated,
+    StepFinished,
+    StepStarted,
+    SwappedIn,
+    SwappedOut,
+    event_from_dict,
+)
+
+__all__ = [
+    "Admitted",
+    "Allocated",
+    "Cached",
+    "Copied",
+    "EVENT_TYPES",
+    "EngineError",
+    "EngineStarted",
+    "Event",
+    "EventLog",
+    "Evicted",
+    "FORMAT",
+    "Filled",
+    "Finished",
+    "Forked",
+    "Freed",
+    "GroupEnded",
+    "GroupStarted",
+    "GroupState",
+    "KEPT",
+    "Predicted",
+    "Preempted",
+    "PrefixKept",
+    "PrefixReleased",
+    "Proposed",
+    "Recorder",
+    "RequestAdded",
+    "Resumed",
+    "Sampled",
+    "Scheduled",
+    "SeqState",
+    "Shared",
+    "Speculated",
+    "State",
+    "StepFinished",
+    "StepStarted",
+    "SwappedIn",
+    "SwappedOut",
+    "event_from_dict",
+    "load_recording",
+    "replay",
+]

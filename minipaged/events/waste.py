@@ -1,0 +1,318 @@
+"""The paper's waste taxonomy, and what other memory managers would hold for the same sequences, as pure accounting.
+
+Every slot that a manager sets aside for a sequence belongs to one class (paper §3.1, Fig. 2 and 3):
+
+    token      holds the KV of a token
+    reserved   will hold one later, and is blocked until then
+    internal   will never hold one: the sequence ends before; known only when it has ended
+    external   lost between what was asked for and what the allocator could give
+
+Contiguous managers must set aside a sequence's final length when it starts, which nobody knows then: *Max* takes the
+longest possible, *Pow2* the output rounded up to a power of two, *Oracle* is told the truth. Their chunks are whole
+blocks from a buddy allocator, so Pow2 and Oracle lose the rest of a power of two to *external*. FasterTransformer sets
+aside what Max does. vAttention maps page-groups as a sequence grows. None of these shares a prompt between sequences.
+
+`memory.managers` has these managers for real; `Engine.held` measures the one that runs, by the same classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from minipaged.events.reducer import State
+from minipaged.events.types import Event, Finished, StepFinished
+
+AHEAD = ("orca-max", "orca-pow2", "orca-oracle")  # those that reserve ahead
+MANAGERS = (*AHEAD, "vattention", "paged")
+
+
+class Held(NamedTuple):
+    """Slots set aside, by class."""
+
+    token: int = 0
+    reserved: int = 0
+    internal: int = 0
+    external: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+    def __add__(self, other: tuple) -> Held:  # type: ignore[override]
+        return Held(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A sequence at one step: tokens of prompt and output so far in the cache, and the length it will reach."""
+
+    seq_id: int
+    num_prompt: int
+    num_computed: int
+    final: int
+
+
+def moment_of(seq: Any, max_output: int) -> Moment:
+    """A `core.request.Sequence` now, taken to generate ``max_output`` tokens. The last one's KV is never computed."""
+    return Moment(seq.seq_id, seq.num_prompt, seq.num_computed, seq.num_prompt + max_output - 1)
+
+
+def held_now(engine: Any) -> Held:
+    """The slots of a `core.engine.Engine`'s pool by class. Each sequence is taken to generate all that it may."""
+    scheduler = engine.scheduler
+    moments = [moment_of(seq, request.max_output) for request in scheduler.running for seq in scheduler.active(request)]
+    return engine.memory.held(moments, scheduler.demand(scheduler.waiting[0]) if scheduler.waiting else None)
+
+
+def held_in_blocks(
+    tables: Mapping[int, list[int]], pinned: Iterable[int], block_size: int, moments: Iterable[Moment]
+) -> Held:
+    """The slots of the blocks that these sequences' tables name, by class; shared blocks count once.
+
+    ``pinned`` blocks are full, and used whoever else names them.
+    """
+    filled = dict.fromkeys(pinned, block_size)
+    coming = dict(filled)
+    for moment in moments:
+        for logical, block in enumerate(tables[moment.seq_id]):
+            here = max(0, min(block_size, moment.num_computed - logical * block_size))
+            later = max(here, min(block_size, moment.final - logical * block_size))
+            filled[block] = max(filled.get(block, 0), here)
+            coming[block] = max(coming.get(block, 0), later)
+    token, final = sum(filled.values()), sum(coming.values())
+    return Held(token, final - token, len(filled) * block_size - final)
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n; 0 for 0."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
+def longest_reservation(max_model_len: int, num_blocks: int, block_size: int) -> int:
+    """Slots that *Max* sets aside: nobody would promise more than the whole pool."""
+    return min(max_model_len, num_blocks * block_size)
+
+
+def reservation(manager: str, num_prompt: int, num_output: int, longest: int) -> int:
+    """Slots that a contiguous manager asks for when a sequence starts that will generate ``num_output`` tokens.
+
+    Never less than it needs, which is one less than its tokens: the last one's KV is never computed.
+    """
+    needed = num_prompt + num_output - 1
+    if manager == "orca-max":
+        return max(longest, needed)
+    if manager == "orca-pow2":
+        return max(min(num_prompt + next_power_of_two(num_output), longest), needed)
+    if manager == "orca-oracle":
+        return needed
+    raise ValueError(f"{manager!r} reserves nothing ahead")
+
+
+def held(manager: str, moment: Moment, longest: int, page_tokens: int, block_size: int = 1) -> Held:
+    """What ``manager`` sets aside for one sequence, in chunks of blocks of ``block_size`` slots.
+
+    ``longest``: what Max asks for. ``page_tokens``: tokens of a vAttention page-group.
+    """
+    token = moment.num_computed
+    if manager == "vattention":
+        mapped = -(-token // page_tokens) * page_tokens
+        reserved = min(mapped, max(moment.final, token)) - token
+        return Held(token, reserved, mapped - token - reserved)
+    asked = max(reservation(manager, moment.num_prompt, _num_output(moment.num_prompt, moment.final), longest), token)
+    later = max(0, moment.final - token)
+    return Held(token, later, asked - token - later, _chunk(manager, asked, block_size) - asked)
+
+
+def _num_output(num_prompt: int, final: int) -> int:
+    """Tokens that a sequence has generated when it ends with the KV of ``final`` in the cache."""
+    return max(0, final + 1 - num_prompt)
+
+
+def _chunk(manager: str, asked: int, block_size: int) -> int:
+    """What the allocator gives. Max asks for the same size every time, so its pool is cut into exact pieces."""
+    blocks = -(-asked // block_size)
+    return block_size * (blocks if manager == "orca-max" else next_power_of_two(blocks))
+
+
+def fitting(
+    manager: str, moments: Iterable[Moment], slots: int, longest: int, page_tokens: int, block_size: int = 1
+) -> int:
+    """How many of these sequences, in order, an empty pool of ``slots`` could serve at once.
+
+    Adding up is enough for a buddy allocator too: until something is freed, no two of its free pieces have the same
+    length, so those shorter than a chunk add up to less than one.
+    """
+    return _count_fitting((held(manager, moment, longest, page_tokens, block_size).total for moment in moments), slots)
+
+
+def _count_fitting(needs: Iterable[int], slots: int) -> int:
+    count = 0
+    for need in needs:
+        slots -= need
+        if slots < 0:
+            break
+        count += 1
+    return count
+
+
+@dataclass
+class Row:
+    """One moment of a `timeline`. ``running``: sequences with blocks; ``fit``: how many of them a pool of the same
+    size could serve at once, first come, first served."""
+
+    step: int
+    running: int
+    held: dict[str, Held]
+    fit: dict[str, int]
+
+
+class _Terms(NamedTuple):
+    """What a sequence means to contiguous managers, which decide once: slots asked for and slots given, by manager."""
+
+    final: int
+    asked: tuple[int, ...]
+    chunk: tuple[int, ...]
+
+
+class _Shot(NamedTuple):
+    """What a row is computed from, again and again, as final lengths become known."""
+
+    step: int
+    running: list[tuple[int, int]]  # sequence, its tokens in the cache
+    filled: dict[int, int]  # slots of each block of the pool that is not full
+    num_full: int  # blocks
+    open: list[tuple[int, int, int]]  # block that is not full, a sequence that reads it, where it begins there
+
+
+class Accounts:
+    """Keeps the books of a run while it happens.
+
+    Apply every event, `close` a row whenever one is wanted, and take the ``rows`` by number after an `update`. A
+    sequence that still runs is taken to run to its limit; when it ends earlier, the rows it was running in change.
+    So that this stays cheap, a row is a sum over sequences of numbers that were worked out once.
+    """
+
+    def __init__(self, state: State | None = None, first: int = 0, page_tokens: int = 64) -> None:
+        self.state = state or State()
+        self.rows: dict[int, Row] = {}
+        self.next = first  # the number of the next row
+        self.page_tokens = page_tokens
+        self._shots: dict[int, _Shot] = {}
+        self._terms: dict[int, _Terms] = {}
+        self._since: dict[int, int] = {}  # the first row that a sequence is running in
+        self._stale: set[int] = set()
+
+    def apply(self, event: Event) -> None:
+        self.state.apply(event)
+        if isinstance(event, Finished) and event.seq_id in self._terms:
+            seq = self.state.seqs[event.seq_id]
+            # The last token's KV is never computed: nothing follows that would read it.
+            terms = self._agree(seq.num_prompt, max(len(seq.tokens) - 1, seq.num_computed))
+            if terms != self._terms[event.seq_id]:
+                self._stale.update(range(self._since[event.seq_id], self.next))
+            self._terms[event.seq_id] = terms
+
+    def close(self) -> None:
+        """Ends a row: what is held now."""
+        shot = self._shot()
+        for seq_id, _ in shot.running:
+            if seq_id not in self._terms:
+                seq = self.state.seqs[seq_id]
+                self._terms[seq_id] = self._agree(
+                    seq.num_prompt, max(min(seq.limit - 1, self._longest), seq.num_computed)
+                )
+                self._since[seq_id] = self.next
+        self._shots[self.next] = shot
+        self._stale.add(self.next)
+        self.next += 1
+
+    def update(self) -> list[int]:
+        """Computes what is new or has changed since the last time; returns the numbers of these rows."""
+        changed = sorted(self._stale & self._shots.keys())
+        self._stale.clear()
+        for number in changed:
+            self.rows[number] = self._row(self._shots[number])
+        return changed
+
+    def forget(self, before: int) -> None:
+        """Drops the rows below a number."""
+        for number in [number for number in self._shots if number < before]:
+            del self._shots[number]
+            self.rows.pop(number, None)
+
+    @property
+    def _longest(self) -> int:
+        config = self.state.config
+        return longest_reservation(config["max_model_len"], config["num_blocks"], config["block_size"])
+
+    def _agree(self, num_prompt: int, final: int) -> _Terms:
+        longest, num_output = self._longest, _num_output(num_prompt, final)
+        asked = tuple(max(reservation(manager, num_prompt, num_output, longest), final) for manager in AHEAD)
+        chunks = (_chunk(manager, n, self.state.config["block_size"]) for manager, n in zip(AHEAD, asked, strict=True))
+        return _Terms(final, asked, tuple(chunks))
+
+    def _shot(self) -> _Shot:
+        size, ahead = self.state.config["block_size"], self.state.config.get("memory") in AHEAD
+        running: list[tuple[int, int]] = []
+        full: set[int] = set()
+        filled: dict[int, int] = {}
+        open_blocks: list[tuple[int, int, int]] = []
+        for seq_id, seq in self.state.seqs.items():
+            if not seq.table:
+                continue
+            running.append((seq_id, seq.num_computed))
+            num_full = seq.num_computed // size
+            full.update(seq.table[:num_full])
+            # Of a chunk that is there from the start, paging would hold what is in use.
+            end = -(-seq.num_computed // size) if ahead else None
+            for logical, block in enumerate(seq.table[num_full:end], start=num_full):
+                start = logical * size
+                filled[block] = max(filled.get(block, 0), seq.num_computed - start)
+                open_blocks.append((block, seq_id, start))
+        for block in full & filled.keys():  # one of its readers has filled it, for all of them
+            del filled[block]
+        return _Shot(self.state.step, running, filled, len(full), [o for o in open_blocks if o[0] in filled])
+
+    def _row(self, shot: _Shot) -> Row:
+        config = self.state.config
+        slots = config["block_size"] * config["num_blocks"]
+        terms = [self._terms[seq_id] for seq_id, _ in shot.running]
+        token = sum(num_computed for _, num_computed in shot.running)
+        final = sum(term.final for term in terms)
+        totals: dict[str, Held] = {}
+        fit: dict[str, int] = {}
+        for index, manager in enumerate(AHEAD):
+            chunks = [term.chunk[index] for term in terms]
+            asked = sum(term.asked[index] for term in terms)
+            totals[manager] = Held(token, final - token, asked - final, sum(chunks) - asked)
+            fit[manager] = _count_fitting(chunks, slots)
+        pages = [-(-num_computed // self.page_tokens) * self.page_tokens for _, num_computed in shot.running]
+        later = sum(min(page, term.final) for page, term in zip(pages, terms, strict=True)) - token
+        totals["vattention"] = Held(token, later, sum(pages) - token - later)
+        fit["vattention"] = _count_fitting(pages, slots)
+        totals["paged"] = self._paged(shot)
+        fit["paged"] = len(shot.running)
+        return Row(shot.step, len(shot.running), totals, fit)
+
+    def _paged(self, shot: _Shot) -> Held:
+        """What block tables hold, the engine's own if it is a paged one: shared blocks count once."""
+        size = self.state.config["block_size"]
+        coming: dict[int, int] = {}
+        for block, seq_id, start in shot.open:
+            coming[block] = max(coming.get(block, 0), min(size, self._terms[seq_id].final - start))
+        token = sum(shot.filled.values())
+        reserved = sum(max(0, coming[block] - count) for block, count in shot.filled.items())
+        return Held(token + shot.num_full * size, reserved, len(shot.filled) * size - token - reserved)
+
+
+def timeline(events: Iterable[Event], page_tokens: int = 64) -> list[Row]:
+    """Per step, what each manager would hold for the sequences that the engine was running."""
+    accounts = Accounts(page_tokens=page_tokens)
+    for event in events:
+        accounts.apply(event)
+        if isinstance(event, StepFinished):
+            accounts.close()
+    accounts.update()
+    return list(accounts.rows.values())

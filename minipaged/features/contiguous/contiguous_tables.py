@@ -1,0 +1,250 @@
+"""Chunks of neighbouring blocks, one per sequence, taken at admission from a buddy allocator."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from minipaged.core.block_table import Demand
+from minipaged.core.plan import Copy, Write
+from minipaged.core.prefix_cache import Hit
+from minipaged.errors import BlockError, InvariantViolation
+from minipaged.events import Allocated, Copied, EventLog, Freed, Shared
+from minipaged.events.waste import Held, Moment, longest_reservation, reservation
+from minipaged.features.contiguous.buddy import BuddyPool
+
+
+@dataclass(eq=False)
+class _Chunk:
+    """``users`` read it; of these the ``owner`` writes, and has all of its blocks in its table."""
+
+    blocks: range
+    owner: int | None = None
+    users: set[int] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class _Group:
+    """The sequences of a request. ``asked``: slots that each of its chunks was to have."""
+
+    asked: int
+    chunks: list[_Chunk] = field(default_factory=list)
+    members: set[int] = field(default_factory=set)
+
+
+class ContiguousTables:
+    """A manager of chunks; ``policy`` is "orca-max", "orca-pow2" or "orca-oracle".
+
+    A group of ``width`` sequences gets as many chunks at admission. A forked sequence reads its parent's chunk until it
+    writes for the first time: then it takes one of the group's unused chunks, and all its tokens are copied there. That
+    is copy-on-write of a whole sequence, which makes beam search so costly without paging (paper §4.4, §6.3).
+    """
+
+    reserves_ahead = True
+
+    def __init__(
+        self, policy: str, num_blocks: int, block_size: int, max_model_len: int, events: EventLog | None = None
+    ) -> None:
+        self.policy, self.block_size = policy, block_size
+        self._events = EventLog() if events is None else events
+        self._longest = longest_reservation(max_model_len, num_blocks, block_size)
+        # Max only ever asks for one size, so its pool is cut into exact pieces.
+        self.pool = BuddyPool(num_blocks, unit=self.blocks_for(self._longest) if policy == "orca-max" else 1)
+        self.tables: dict[int, list[int]] = {}
+        self._groups: dict[int, _Group] = {}  # by sequence
+        self._chunks: dict[int, _Chunk] = {}  # by sequence
+        self._num_computed: dict[int, int] = {}
+
+    # --- at the door and at admission -------------------------------------------------------------------------
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens: the ceiling of their quotient."""
+        return -(-num_tokens // self.block_size)
+
+    def asked(self, demand: Demand) -> int:
+        """Slots that the request wants for each of its sequences."""
+        return reservation(self.policy, demand.num_prompt, demand.max_output, self._longest)
+
+    def blocks_to_hold(self, demand: Demand) -> int:
+        """The chunks of all its sequences, whatever they hold."""
+        return len(demand.lengths) * self.pool.rounded(self.blocks_for(self.asked(demand)))
+
+    def refusal(self, demand: Demand) -> str | None:
+        """Why even an empty pool could not serve such a request; ``None`` if it could."""
+        blocks, width = self.blocks_for(self.asked(demand)), len(demand.lengths)
+        capacity = self.pool.capacity(blocks)
+        if capacity >= width:
+            return None
+        return (
+            f"{self.policy} sets aside {self.pool.rounded(blocks)} neighbouring KV blocks for each of the request's "
+            f"{width} sequence(s), but the pool of {self.pool.num_blocks} has room for {capacity} such chunks; "
+            "shorten the prompt, lower max_tokens or raise num_blocks"
+        )
+
+    def fits(self, demand: Demand, hits: Seq[Hit] = (), owed: int = 0, growth: int = 0) -> bool:
+        """Whether the allocator has a chunk for each sequence now. Running sequences have all they will ever need."""
+        return self.pool.available(self.blocks_for(self.asked(demand))) >= len(demand.lengths)
+
+    def match(self, tokens: Seq[int]) -> list[Hit]:
+        """Nothing: a chunk cannot begin with another one's blocks."""
+        return []
+
+    def open(self, seq_id: int, hits: Seq[Hit], demand: Demand) -> None:
+        """Takes chunks for all the request's sequences, and gives the first to ``seq_id``."""
+        if seq_id in self.tables:
+            raise BlockError(f"sequence {seq_id} has a block table already")
+        group = _Group(self.asked(demand))
+        for _ in demand.lengths:
+            self._grow(group)
+        self._join(group, seq_id, group.chunks[0], 0)
+        self._own(seq_id)
+
+    # --- in every step ----------------------------------------------------------------------------------------
+
+    def blocks_needed(self, writes: Collection[Write]) -> int:
+        """None: everything was set aside at admission."""
+        return 0
+
+    def reserve(self, write: Write) -> list[Copy]:
+        """Gives a sequence that has only read so far a chunk to write to. Returns the copies of what it has read.
+
+        If whom it was forked from has ended, and nobody else has taken it, it is the chunk it has read from. Else the
+        owner goes on in place: it writes behind what the others read.
+        """
+        seq_id, _, end = write
+        copies: list[Copy] = []
+        if self._chunks[seq_id].owner not in (None, seq_id):
+            copies = self._move(seq_id)
+        self._own(seq_id)
+        if self.blocks_for(end) > len(self.tables[seq_id]):
+            raise BlockError(f"sequence {seq_id} writes token {end - 1} beyond the end of its chunk")
+        return copies
+
+    def computed(self, seq_id: int, tokens: Seq[int], num_computed: int) -> None:
+        """Remembers what a fork will share, and a copy must take along."""
+        self._num_computed[seq_id] = num_computed
+
+    def trim(self, seq_id: int, num_tokens: int) -> list[int]:
+        """Gives up nothing: the whole chunk was set aside at admission."""
+        return []
+
+    # --- forks and endings ------------------------------------------------------------------------------------
+
+    def prepare_fork(self, seq_id: int) -> bool:
+        """One more chunk for the sequence's group, if the allocator has one."""
+        group = self._groups[seq_id]
+        if not self.pool.available(self.blocks_for(group.asked)):
+            return False
+        self._grow(group)
+        return True
+
+    def fork(self, parent: int, child: int) -> None:
+        """The child reads what the parent has computed; its table has these blocks only."""
+        if child in self.tables:
+            raise BlockError(f"sequence {child} has a block table already")
+        num_computed = self._num_computed[parent]
+        self._join(self._groups[parent], child, self._chunks[parent], num_computed)
+        for logical, block in enumerate(self.tables[parent][: self.blocks_for(num_computed)]):
+            self.pool.ref_counts[block] += 1
+            self.tables[child].append(block)
+            self._events.emit(Shared, child, logical, block, "fork")
+
+    def free(self, seq_id: int) -> None:
+        """Gives up the table. Chunks that the group has no more sequences for go back to the allocator."""
+        if seq_id not in self.tables:
+            raise BlockError(f"sequence {seq_id} has no block table; was it freed twice?")
+        blocks, group, chunk = self.tables.pop(seq_id)[::-1], self._groups.pop(seq_id), self._chunks.pop(seq_id)
+        del self._num_computed[seq_id]
+        for block in blocks:
+            self.pool.ref_counts[block] -= 1
+        self._leave(chunk, seq_id)
+        group.members.remove(seq_id)
+        # A beam's chunk is for the fork that has taken its place; it is one too many only when there is none.
+        spares = [chunk for chunk in group.chunks if not chunk.users]
+        for spare in spares[: max(0, len(group.chunks) - len(group.members))]:
+            group.chunks.remove(spare)
+            self.pool.free(spare.blocks)
+        self._events.emit(Freed, seq_id, blocks)
+
+    # --- looking on -------------------------------------------------------------------------------------------
+
+    def held(self, moments: Iterable[Moment], waiting: Demand | None = None) -> Held:
+        """All chunks, by class of waste (paper Fig. 2). One that waits for a fork is reserved for the longest.
+
+        While the next ``waiting`` request fits nowhere, all free slots are *external*: holes that are of no use.
+        """
+        by_seq = {moment.seq_id: moment for moment in moments}
+        total = Held()
+        for group in set(self._groups.values()):
+            final = max(by_seq[seq_id].final for seq_id in group.members)
+            for chunk in group.chunks:
+                token = max((by_seq[seq_id].num_computed for seq_id in chunk.users), default=0)
+                end = max((by_seq[seq_id].final for seq_id in chunk.users), default=final)
+                given = len(chunk.blocks) * self.block_size
+                total += Held(token, end - token, group.asked - end, given - group.asked)
+        if waiting is not None and not self.fits(waiting):
+            return total._replace(external=self.pool.num_blocks * self.block_size - sum(total[:3]))
+        return total
+
+    def check(self, num_computed: Mapping[int, int] | None = None) -> None:
+        """Tables are beginnings of their chunks, owners have all of theirs; every chunk belongs to one group."""
+        self.pool.check()
+        named = Counter(block for table in self.tables.values() for block in table)
+        if [named[block] for block in range(self.pool.num_blocks)] != self.pool.ref_counts:
+            raise InvariantViolation("reference counts do not equal the occurrences in block tables")
+        chunks = [chunk for group in set(self._groups.values()) for chunk in group.chunks]
+        if sorted(chunk.blocks.start for chunk in chunks) != sorted(n * self.pool.unit for n in self.pool.chunks):
+            raise InvariantViolation("the groups' chunks are not those that the allocator handed out")
+        for seq_id, table in self.tables.items():
+            chunk = self._chunks[seq_id]
+            if chunk not in self._groups[seq_id].chunks or seq_id not in chunk.users:
+                raise InvariantViolation(f"sequence {seq_id} uses a chunk that is not its group's")
+            if table != list(chunk.blocks[: len(table)]) or (chunk.owner == seq_id and len(table) < len(chunk.blocks)):
+                raise InvariantViolation(f"the table of sequence {seq_id} is not its chunk: {table}")
+        for seq_id, count in (num_computed or {}).items():
+            if self._num_computed[seq_id] != count or self.blocks_for(count) > len(self.tables[seq_id]):
+                raise InvariantViolation(f"{count} tokens of sequence {seq_id} are not in its chunk")
+
+    # --- chunks -----------------------------------------------------------------------------------------------
+
+    def _grow(self, group: _Group) -> None:
+        group.chunks.append(_Chunk(self.pool.allocate(self.blocks_for(group.asked))))
+
+    def _join(self, group: _Group, seq_id: int, chunk: _Chunk, num_computed: int) -> None:
+        group.members.add(seq_id)
+        chunk.users.add(seq_id)
+        self.tables[seq_id] = []
+        self._groups[seq_id], self._chunks[seq_id], self._num_computed[seq_id] = group, chunk, num_computed
+
+    def _leave(self, chunk: _Chunk, seq_id: int) -> None:
+        chunk.users.remove(seq_id)
+        if chunk.owner == seq_id:
+            chunk.owner = None
+
+    def _own(self, seq_id: int) -> None:
+        """From now on the sequence writes to its chunk: its table gets the rest of the blocks."""
+        chunk, table = self._chunks[seq_id], self.tables[seq_id]
+        chunk.owner = seq_id
+        for block in chunk.blocks[len(table) :]:
+            self.pool.ref_counts[block] += 1
+            self._events.emit(Allocated, seq_id, len(table), block)
+            table.append(block)
+
+    def _move(self, seq_id: int) -> list[Copy]:
+        """To one of the group's unused chunks, with everything it has computed."""
+        group, table = self._groups[seq_id], self.tables[seq_id]
+        if all(chunk.users for chunk in group.chunks):
+            self._grow(group)
+        target = next(chunk for chunk in group.chunks if not chunk.users)
+        self._leave(self._chunks[seq_id], seq_id)
+        target.users.add(seq_id)
+        self._chunks[seq_id] = target
+        copies = [Copy(src, dst) for src, dst in zip(table, target.blocks, strict=False)]
+        for logical, (src, dst) in enumerate(copies):
+            table[logical] = dst
+            self.pool.ref_counts[src] -= 1
+            self.pool.ref_counts[dst] += 1
+            self._events.emit(Copied, seq_id, logical, src, dst)
+        return copies

@@ -1,0 +1,47 @@
+"""Forking a running request between two steps: the ``fork`` of the PagedAttention paper's §4.4, as a call of your own.
+
+Adds `Engine.fork`. It uses `MemoryManager.prepare_fork` and the stages' hook ``forked``. Read `fork` first. The page
+shows it when you press *Fork* on a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+from minipaged.core.engine import Engine
+from minipaged.core.request import Status
+from minipaged.errors import InvalidRequest
+
+
+def fork(engine: Engine, request_id: str, new_id: str | None = None) -> str:
+    """Copies a running request, which goes two ways from here on: returns the id of the copy.
+
+    All blocks are shared until one of the two writes. The copy inherits the output so far and draws its own random
+    numbers. Raises `InvalidRequest` for a request that is not running with exactly one sequence past its prompt, when
+    ``max_num_seqs`` are running already, or when memory must be set aside for the copy and there is too little. The
+    caller must step the engine too: an `LLM` knows nothing of the copy.
+    """
+    parent, limit = engine.requests.get(request_id), engine.config.max_num_seqs
+    single = parent is not None and parent.status is Status.RUNNING and len(parent.live) == 1
+    if parent is None or not single or not parent.decoding.independent:
+        raise InvalidRequest(f"{request_id!r} is not a running request with one sequence; only such can be forked")
+    (seq,) = parent.live
+    if seq.num_output == 0 or seq.num_computed < len(seq.tokens) - 1:
+        raise InvalidRequest(f"{request_id!r} is still computing what it knows; fork it when it generates")
+    if sum(request.width for request in engine.scheduler.running) >= limit:
+        raise InvalidRequest(f"max_num_seqs = {limit} sequences are running; fork again later")
+    if new_id is None:
+        engine.num_forks += 1  # never the same id twice, so that no two copies draw alike
+        new_id = f"{request_id}/fork-{engine.num_forks}"
+    engine.check_id(new_id)
+    if not engine.memory.prepare_fork(seq.seq_id):
+        raise InvalidRequest(f"there is no room for a copy of {request_id!r}; fork again when others have ended")
+    params = replace(parent.params, n=1)
+    child = seq.copy(engine.scheduler.next_seq_id(), Random(f"{engine.seed(params)}/{new_id}"))
+    request = engine.make_request(new_id, parent.prompt_token_ids, params, parent.prompt, [child])
+    if parent.prompt_logprobs is not None:
+        request.prompt_logprobs = list(parent.prompt_logprobs)
+    engine.scheduler.fork(parent, request)
+    engine.requests[new_id] = request
+    return new_id

@@ -1,0 +1,253 @@
+"""From logits to tokens with every sampling parameter, for the whole batch at once, one function per filter.
+
+Adds to `execution.sampler` (greedy and temperature): top-k, top-p, min-p, penalties, logit bias, log-probabilities, and
+the verification of drafts (`features.speculative`). Read `sample` first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from copy import copy
+from dataclasses import replace
+from random import Random
+
+import torch
+from torch import Tensor
+
+from minipaged.core.params import SamplingParams
+from minipaged.core.plan import Chunk, SampledToken, StepPlan
+from minipaged.core.request import Request, Sequence
+from minipaged.execution.sampler import draw, likeliest, scale
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken | None]:
+    """The next token of every sequence in ``plan.samples``, in that order.
+
+    logits: [R, vocab], ``num_rows`` rows per chunk; the last of them samples. Where n sequences sample from one row,
+    it is repeated. A sequence with a draft samples from all its rows, until it says something else: ``None`` from there
+    on. Prompt log-probabilities, where asked for, are written into their request.
+    """
+    logits = logits.float()
+    rows: list[int] = []
+    end = 0
+    for chunk in plan.chunks:
+        end += chunk.num_rows
+        rows += range(end - 1 - len(chunk.draft), end) if chunk.draft else [end - 1] * len(chunk.samples)
+        if chunk.request.prompt_logprobs is not None:
+            _report_prompt(logits[end - chunk.num_rows : end], chunk)
+    if not rows:
+        return []
+    if rows != list(range(len(logits))):
+        logits = logits[rows]
+    samples = plan.samples
+    requests, seqs = [request for request, _ in samples], [seq for _, seq in samples]
+    params = [request.params for request in requests]
+    drafted = any(chunk.draft for chunk in plan.chunks)
+    if drafted:
+        seqs = _foreseen(plan)
+
+    adjusted = adjust(logits, requests, seqs)
+    tokens = likeliest(adjusted)
+    random = [i for i, p in enumerate(params) if p.temperature > 0]
+    if random:
+        tokens[random] = _draw(adjusted[random], [params[i] for i in random], [seqs[i] for i in random])
+    chosen = tokens.tolist()  # here the host waits for the device, once for the whole batch
+    kept = _accept(plan, adjusted, chosen) if drafted else [True] * len(chosen)
+    logprobs = _logprobs(logits, chosen, [request.decoding.num_logprobs for request in requests])
+    return [
+        SampledToken(token, entry) if keep else None for token, entry, keep in zip(chosen, logprobs, kept, strict=True)
+    ]
+
+
+def _draw(logits: Tensor, params: list[SamplingParams], seqs: list[Sequence]) -> Tensor:
+    """One random token per row. logits: [rows, vocab], adjusted → [rows]."""
+    kept, order = _filtered(logits, params)
+    return order.gather(1, draw(kept, seqs)[:, None])[:, 0]
+
+
+def distribution(logits: Tensor, params: list[SamplingParams]) -> Tensor:
+    """The probabilities that `_draw` draws with. logits: [rows, vocab], adjusted → [rows, vocab]."""
+    kept, order = _filtered(logits, params)
+    return torch.zeros_like(kept).scatter_(1, order, kept.softmax(dim=-1))
+
+
+def _filtered(logits: Tensor, params: list[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """What temperature and the filters leave of each row, and else -inf, and which tokens these are.
+
+    Likeliest first in a row that asks for a filter. Any other stays in the order of the vocabulary, because sorting it
+    would take longer than all the rest of the draw.
+    """
+
+    def column(name: str) -> Tensor:  # [rows, 1]
+        values = [float(min(getattr(p, name), 1e9)) for p in params]  # a top_k may be any whole number
+        return torch.tensor(values, device=logits.device, dtype=torch.float32)[:, None]
+
+    scaled = scale(logits, params)
+    order = torch.arange(scaled.shape[1], device=logits.device).expand(scaled.shape)
+    filtering = [i for i, p in enumerate(params) if p.top_k != 0 or p.top_p != 1 or p.min_p != 0]
+    if filtering:
+        rows = torch.tensor(filtering, device=logits.device)
+        order = order.clone()
+        kept, order[rows] = scaled[rows].sort(dim=-1, descending=True)
+        for name, off, mask in (("top_k", 0, top_k_mask), ("top_p", 1, top_p_mask), ("min_p", 0, min_p_mask)):
+            if any(getattr(p, name) != off for p in params):
+                kept = kept.masked_fill(~mask(kept, column(name)[rows]), -torch.inf)
+        scaled[rows] = kept
+    return scaled, order
+
+
+# Each mask says which entries stay. Rows come sorted, likeliest first; what an earlier filter dropped is -inf.
+
+
+def top_k_mask(scaled: Tensor, k: Tensor) -> Tensor:
+    """The k likeliest; 0 keeps all. scaled: [rows, vocab]; k: [rows, 1]."""
+    rank = torch.arange(scaled.shape[1], device=scaled.device)
+    return (rank < k) | (k == 0)
+
+
+def top_p_mask(scaled: Tensor, p: Tensor) -> Tensor:
+    """The likeliest until their probabilities reach p, the one that crosses it included. p: [rows, 1]."""
+    probs = scaled.softmax(dim=-1)
+    before = probs.cumsum(dim=-1) - probs
+    mask = (before < p) | (p >= 1)  # exactly unfiltered at 1, whatever the rounding
+    mask[:, 0] = True
+    return mask
+
+
+def min_p_mask(scaled: Tensor, min_p: Tensor) -> Tensor:
+    """Those at least min_p times as likely as the likeliest. min_p: [rows, 1]."""
+    return scaled >= scaled[:, :1] + min_p.log()  # log 0 = -inf keeps all
+
+
+# --- drafts ---
+
+
+def _foreseen(plan: StepPlan) -> list[Sequence]:
+    """``plan.samples``, where a sequence's rows stand for it with more and more of its draft.
+
+    They draw from a copy of its generator: numbers drawn behind the first wrong token must not count.
+    """
+    seqs: list[Sequence] = []
+    for chunk in plan.chunks:
+        rng = copy(chunk.seq.rng) if chunk.draft else chunk.seq.rng
+        for i, seq in enumerate(chunk.samples):
+            seqs.append(replace(seq, tokens=seq.tokens + chunk.draft[:i], rng=rng) if chunk.draft else seq)
+    return seqs
+
+
+def _accept(plan: StepPlan, logits: Tensor, chosen: list[int]) -> list[bool]:
+    """Which rows' tokens the sequences take: of a draft's, those up to the first that is not what was guessed.
+
+    logits: [rows, vocab], adjusted. ``chosen`` is what was drawn from them, and is put right where a draft was drawn at
+    random, too. To draw a token and see whether it was guessed *is* rejection sampling, if there was but one guess.
+    """
+    kept: list[bool] = []
+    for chunk in plan.chunks:
+        start, end, draft = len(kept), len(kept) + len(chunk.samples), chunk.draft
+        if draft and chunk.draft_probs is not None:
+            probs = distribution(logits[start:end], [chunk.request.params] * (end - start))
+            said = rejection_sample(probs, chunk.draft_probs, draft, chunk.seq.rng)
+            chosen[start : start + len(said)] = said
+            kept += [True] * len(said)
+        elif draft:
+            right = next((i for i, token in enumerate(draft) if chosen[start + i] != token), len(draft))
+            if chunk.request.params.temperature > 0:
+                for _ in range(right + 1):
+                    chunk.seq.rng.random()
+            kept += [True] * (right + 1)
+        kept += [not draft] * (end - len(kept))
+    return kept
+
+
+def rejection_sample(target: Tensor, guess: Tensor, draft: list[int], rng: Random) -> list[int]:
+    """Tokens distributed as by ``target``, as many as possible from the draft (Leviathan et al. 2023, algorithm 1).
+
+    target: [k + 1, vocab], guess: [k, vocab], probabilities; draft: k tokens, drawn from ``guess``. Returns the
+    accepted ones and one more: in place of the first rejected, or behind all of them.
+    """
+    for i, token in enumerate(draft):
+        if rng.random() * guess[i, token] >= target[i, token]:
+            rest = (target[i] - guess[i]).clamp_min(0)
+            return [*draft[:i], _pick(rest if rest.any() else target[i], rng)]
+    return [*draft, _pick(target[-1], rng)]
+
+
+def _pick(weights: Tensor, rng: Random) -> int:
+    """An index drawn in proportion to its weight; never one of weight 0, whatever the rounding."""
+    cumulative = weights.double().cumsum(dim=0)
+    index = torch.searchsorted(cumulative, rng.random() * cumulative[-1:], right=True)
+    return int(index.clamp_max(int(weights.nonzero()[-1])))
+
+
+# --- what changes the logits themselves ---
+
+
+def adjust(logits: Tensor, requests: list[Request], seqs: list[Sequence]) -> Tensor:
+    """Penalties, bias and forbidden endings, for the rows that ask for them. [rows, vocab] → [rows, vocab].
+
+    Which tokens a sequence holds is known on the host: the batch is two scatters, and the device is never asked.
+    """
+    divided: list[tuple[int, int, float]] = []  # row, token, what its logit is divided by
+    added: list[tuple[int, int, float]] = []  # row, token, what is added to it
+    for row, (request, seq) in enumerate(zip(requests, seqs, strict=True)):
+        params = request.params
+        if not params.changes_logits:
+            continue
+        if params.repetition_penalty != 1:
+            divided += [(row, token, params.repetition_penalty) for token in set(seq.tokens)]
+        if params.presence_penalty or params.frequency_penalty:
+            counts = Counter(seq.output_tokens)
+            added += [(row, t, -params.presence_penalty - params.frequency_penalty * n) for t, n in counts.items()]
+        added += [(row, token, bias) for token, bias in params.logit_bias.items()]
+        if seq.num_output < params.min_tokens:
+            added += [(row, token, -math.inf) for token in request.stop_token_ids]
+    if divided or added:
+        logits = logits.clone()  # log-probabilities are reported from the original
+    if divided:
+        at, penalty = _entries(divided, logits.device)
+        score = logits[at]
+        logits[at] = torch.where(score > 0, score / penalty, score * penalty)  # always less likely than before
+    if added:
+        at, amount = _entries(added, logits.device)
+        logits.index_put_(at, amount, accumulate=True)
+    return logits
+
+
+def _entries(entries: list[tuple[int, int, float]], device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """(row, token, value) → the index of these entries of a matrix, and their values."""
+    rows, tokens, values = zip(*entries, strict=True)
+    amounts = torch.tensor([float(value) for value in values], device=device)  # users may give whole numbers
+    return (torch.tensor(rows, device=device), torch.tensor(tokens, device=device)), amounts
+
+
+# --- what is reported ---
+
+
+def _logprobs(logits: Tensor, tokens: list[int], counts: list[int | None]) -> list[dict[int, float] | None]:
+    """Log-probabilities of each row's ``counts[i]`` likeliest tokens and of ``tokens[i]``; ``None``: not asked for.
+
+    logits: [rows, vocab]. All rows together, so that the host waits a fixed number of times and not once a row.
+    """
+    asked = [i for i, count in enumerate(counts) if count is not None]
+    entries: list[dict[int, float] | None] = [None] * len(counts)
+    if not asked:
+        return entries
+    logprobs = logits[asked].log_softmax(dim=-1)
+    most = min(max(counts[i] or 0 for i in asked), logits.shape[1])
+    top = logprobs.topk(most)
+    own = logprobs.gather(1, torch.tensor([[tokens[i]] for i in asked], device=logits.device))[:, 0]
+    for i, ids, values, value in zip(asked, top.indices.tolist(), top.values.tolist(), own.tolist(), strict=True):
+        best = dict(zip(ids[: counts[i]], values[: counts[i]], strict=True))
+        entries[i] = best | {tokens[i]: value}
+    return entries
+
+
+def _report_prompt(rows: Tensor, chunk: Chunk) -> None:
+    """Each row foretells the prompt token after its own. rows: [tokens of the chunk, vocab]."""
+    request, count = chunk.request, chunk.request.params.prompt_logprobs
+    assert request.prompt_logprobs is not None
+    foretold = chunk.seq.tokens[chunk.start + 1 : min(chunk.start + chunk.num_tokens + 1, chunk.seq.num_prompt)]
+    entries = _logprobs(rows[: len(foretold)], foretold, [count] * len(foretold))
+    request.prompt_logprobs[chunk.start + 1 : chunk.start + 1 + len(foretold)] = entries

@@ -1,0 +1,67 @@
+"""The runner's side of speculation with a model: a second, smaller one drafts what the model then verifies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipaged.core.plan import Chunk, StepPlan
+from minipaged.execution.runner import WrappedRunner
+from minipaged.features.full_sampler import adjust, distribution, sample
+
+
+class DraftRunner(WrappedRunner):
+    """Lets a draft model write the drafts of a plan before the model computes it.
+
+    The draft model has KV tensors of its own and no tables: its keys and values lie in the same blocks and slots. It
+    computes all that the model computes; so what was forked, cached, swapped or preempted is right for both.
+    """
+
+    def __init__(self, draft: Any, inner: Any) -> None:
+        super().__init__(inner)
+        self.draft = draft
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> Any:
+        self.propose(plan)
+        return self.inner.execute(plan)
+
+    def propose(self, plan: StepPlan) -> None:
+        """Writes the drafts of the plan, and with temperatures the distributions they were drawn from.
+
+        A token a time, for all sequences at once; the last one only to have its KV in place, should it be accepted.
+        """
+        rest = [replace(chunk, samples=[]) for chunk in plan.chunks if not chunk.draft]
+        self.draft.execute(replace(plan, chunks=rest))
+        drafted = [chunk for chunk in plan.chunks if chunk.draft]
+        probs: dict[int, list[Tensor]] = {}
+        for i in range(1 + max((len(chunk.draft) for chunk in drafted), default=-1)):
+            step = StepPlan(plan.step, [_ahead(chunk, i) for chunk in drafted if i <= len(chunk.draft)])
+            logits = self.draft.execute(step)
+            guessing = [chunk for chunk in drafted if i < len(chunk.draft)]
+            for chunk, token in zip(guessing, sample(logits, step), strict=True):
+                assert token is not None
+                chunk.draft[i] = token.token_id
+            self._remember(logits, step, probs)
+        for chunk in drafted:
+            if chunk.seq.seq_id in probs:
+                chunk.draft_probs = torch.stack(probs[chunk.seq.seq_id])
+
+    def _remember(self, logits: Tensor, step: StepPlan, probs: dict[int, list[Tensor]]) -> None:
+        """Adds the distributions of the step's random tokens to ``probs``, by sequence."""
+        rows = [i for i, (request, _) in enumerate(step.samples) if request.params.temperature > 0]
+        if rows:
+            requests, seqs = zip(*(step.samples[i] for i in rows), strict=True)
+            adjusted = adjust(logits[rows].float(), list(requests), list(seqs))
+            for seq, row in zip(seqs, distribution(adjusted, [r.params for r in requests]), strict=True):
+                probs.setdefault(seq.seq_id, []).append(row)
+
+
+def _ahead(chunk: Chunk, count: int) -> Chunk:
+    """The one token behind ``count`` tokens of the chunk's draft, sampling the next of it unless it is the last."""
+    seq = replace(chunk.seq, tokens=chunk.seq.tokens + chunk.draft[:count])
+    samples = [seq] if count < len(chunk.draft) else []
+    return Chunk(chunk.request, seq, chunk.start + count, 1, samples, chunk.block_table)

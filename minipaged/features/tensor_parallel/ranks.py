@@ -1,0 +1,117 @@
+"""The processes of tensor parallelism: how they find each other, and how plans reach them.
+
+Plans travel through gloo, and so do sums on a CPU; sums over GPUs go through NCCL.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import count
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from minipaged.core.plan import StepPlan
+from minipaged.errors import InvalidConfig, MinipagedError, WorkerFailed
+from minipaged.execution.runner import WrappedRunner
+from minipaged.features.tensor_parallel.shard import Shard, connected
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=1)  # rank 0 may have nothing to do for long; if it ends, the others see that at once
+_groups = count()
+
+
+class PlainChunk(NamedTuple):
+    """What `build_batch` asks of a chunk: a worker knows of no request and no sequence."""
+
+    start: int
+    num_tokens: int
+    num_rows: int
+    token_ids: list[int]
+    block_table: list[int]
+
+
+def plain(plan: StepPlan) -> StepPlan:
+    """The plan for a worker. It asks for no logits: rank 0 has them all."""
+    chunks: list[Any] = [PlainChunk(c.start, c.num_tokens, 0, c.token_ids, c.block_table) for c in plan.chunks]
+    return StepPlan(plan.step, chunks, plan.swap_outs, plan.swap_ins, plan.copies)
+
+
+class LeadingRunner(WrappedRunner):
+    """Rank 0's runner: tells the others what to do, and does it too."""
+
+    has_part_of_the_heads = True
+    in_step = False  # if True when no step is running: the last one broke off, and nobody knows where the others are
+
+    def execute(self, plan: StepPlan) -> Any:
+        if self.in_step:
+            raise WorkerFailed("an earlier step broke off, and the processes are out of step since; start them again")
+        self.in_step = True
+        broadcast(plain(plan))
+        logits = self.inner.execute(plan)
+        self.in_step = False
+        return logits
+
+
+def broadcast(plan: StepPlan | None) -> StepPlan | None:
+    """Rank 0's plan, on every rank."""
+    box = [plan]
+    with connected():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextmanager
+def process_group() -> Iterator[Shard]:
+    if "RANK" not in os.environ:
+        raise InvalidConfig("tensor parallelism needs several processes: torchrun --nproc-per-node 2 …")
+    store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store = dist.PrefixStore(f"minipaged-{next(_groups)}", store)  # it keeps the addresses of earlier groups
+    backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    try:
+        yield Shard(rank, world)
+    finally:
+        dist.destroy_process_group()
+
+
+def check(config: Any, device: torch.device) -> None:
+    """Raises `InvalidConfig` for what does not go with several processes; takes this one's GPU."""
+    if config.memory == "vattention" or config.cuda_graphs or device.type == "mps":
+        raise InvalidConfig('tensor parallelism excludes memory="vattention", cuda_graphs=True and device="mps"')
+    if config.drafts_with_model:
+        raise InvalidConfig('tensor parallelism excludes a draft model; speculate="prompt-lookup" goes with it')
+    if device.type == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise InvalidConfig(f"each process needs a GPU of its own; here are {torch.cuda.device_count()}")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def neighbours(device: torch.device) -> int:
+    """How many of the processes share a device's memory: on a CPU all those of this machine."""
+    return 1 if device.type == "cuda" else int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+def gather(value: T) -> list[T]:
+    """The value of every process, by rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    with connected():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def together(do: Callable[[], T]) -> T:
+    """Every process does this. Re-raises any rank's error on every rank, so that none deadlocks."""
+    failed: MinipagedError | None = None
+    try:
+        result = do()
+    except MinipagedError as error:
+        failed = error
+    for failure in filter(None, gather(failed)):
+        raise failure
+    return result

@@ -1,1 +1,0 @@
-"""Who owns which slot. No torch in this room."""

@@ -1,1 +1,0 @@
-"""Who runs next. No torch in this room."""
