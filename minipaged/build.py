@@ -20,7 +20,7 @@ from minipaged.core.seams import FCFS, MemoryManager, Stage
 from minipaged.errors import InvalidConfig
 from minipaged.events import EventLog
 from minipaged.events.waste import AHEAD
-from minipaged.features.batchllm.groups import add_batch
+from minipaged.features.batchllm.groups import BatchItem, add_batch
 from minipaged.features.beam_search import decoding_of
 from minipaged.features.contiguous.contiguous_tables import ContiguousTables
 from minipaged.features.eviction.policies import BY_NAME, Closing
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from minipaged.kernels.backend import Kernels
     from minipaged.models.loader import LoadedModel
 
-__all__ = ["assemble", "build_engine", "make_manager", "rebuild"]
+__all__ = ["BatchItem", "assemble", "build_engine", "load", "make_manager", "rebuild"]
 
 
 # --- the scheduler's side -----------------------------------------------------------------------------------------
@@ -142,6 +142,29 @@ def _text_maker(tokenizer: Any) -> Callable[..., Any] | None:
 
 
 # --- the runner's side --------------------------------------------------------------------------------------------
+
+
+def load(config: EngineConfig, shard: Any = None) -> LoadedModel:
+    """The model that ``config`` names, or one rank's ``shard`` of it.
+
+    Raises `InvalidConfig` for what this machine cannot do, before anything is loaded, and `ModelError`.
+    """
+    from minipaged.features.cuda_graphs import use_graphs
+    from minipaged.features.tensor_parallel import ranks
+    from minipaged.features.vattention.virtual_memory import page_size
+    from minipaged.kernels.backend import choose
+    from minipaged.models.loader import device_of, load_model
+
+    def load() -> LoadedModel:
+        device = device_of(config.device)
+        use_graphs(config, choose(config.attention, device)[0], device)
+        if config.memory == "vattention":
+            page_size(device)
+        if shard is not None:
+            ranks.check(config, device)
+        return load_model(config.model, config.device, config.dtype, shard, config.model_families)
+
+    return load() if shard is None else ranks.together(load)
 
 
 def build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None = None, **parts: Any) -> Engine:

@@ -28,6 +28,11 @@ PACKAGES = {
 }
 NEEDED = {"python", "torch", "safetensors", "transformers", "embedded model"}
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FORWARDS = {  # by what computes attention: the code that computes a step
+    "native": "one call of C++ a step (minipaged/kernels/forward.h); minipaged/models/ with --attention torch",
+    "torch": "minipaged/models/, in plain torch",
+    "triton": "minipaged/models/ on Triton kernels; decode steps are replayed as CUDA graphs",
+}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
 
 
@@ -57,7 +62,7 @@ def checks() -> Iterator[Check]:
         yield _package(package, without)
     yield _cpu()
     yield from _accelerators()
-    yield _attention()
+    yield from _attention()
     yield _chromium()
     yield _embedded_model()
 
@@ -104,16 +109,18 @@ def _accelerators() -> Iterator[Check]:
         yield Check("gpu", False, "everything runs on the CPU, which is enough for the embedded model")
 
 
-def _attention() -> Check:
-    """What ``attention="auto"`` means here."""
+def _attention() -> Iterator[Check]:
+    """What ``attention="auto"`` means here, and which forward runs then."""
     try:
         from minipaged.kernels.backend import choose
         from minipaged.models.loader import device_of
 
         name, why = choose("auto", device_of("auto"))
     except Exception as error:  # torch is broken; the line above says how
-        return Check("attention", False, f"cannot run: {error}")
-    return Check("attention", True, f"{name}: {why}")
+        yield Check("attention", False, f"cannot run: {error}")
+        return
+    yield Check("attention", True, f"{name}: {why}")
+    yield Check("forward", True, FORWARDS[name])
 
 
 def _chromium() -> Check:

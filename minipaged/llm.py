@@ -10,21 +10,14 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from functools import partial
 from itertools import count
 from typing import Any
 
-from minipaged.build import build_engine
+from minipaged.build import BatchItem, build_engine, load
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.core.engine import Engine
 from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
-from minipaged.features.batchllm.groups import BatchItem
-from minipaged.features.cuda_graphs import use_graphs
-from minipaged.features.tensor_parallel.ranks import check, together
-from minipaged.features.tensor_parallel.shard import Shard
-from minipaged.features.vattention.virtual_memory import page_size
-from minipaged.kernels.backend import choose
-from minipaged.models.loader import LoadedModel, device_of, load_model
+from minipaged.models.loader import LoadedModel, load_model
 from minipaged.outputs import CompletionOutput, Delta, RequestOutput, differences
 
 Prompt = str | list[int]
@@ -41,9 +34,12 @@ class LLM:
     >>> print(llm.generate("Once upon a time", SamplingParams(seed=1))[0].outputs[0].text)
     """
 
-    def __init__(self, model: str = "tiny", *, shard: Shard | None = None, **settings: Any) -> None:
-        load = partial(_load, model, settings, shard)
-        config, loaded = load() if shard is None else together(load)
+    def __init__(self, model: str = "tiny", *, shard: Any = None, **settings: Any) -> None:
+        try:
+            config = EngineConfig(model=model, **settings)
+        except TypeError as error:
+            raise InvalidConfig(f"{error}; see EngineConfig for what there is") from None
+        loaded = load(config, shard)
         self.tokenizer = loaded.tokenizer
         self._loaded, self._drafts = loaded, dict[str, LoadedModel]()
         self.engine = build_engine(config, loaded, self._draft(config))
@@ -287,20 +283,6 @@ class LLM:
                 yield from differences(output, seen)
         finally:
             self._close(request_id)
-
-
-def _load(model: str, settings: dict[str, Any], shard: Shard | None) -> tuple[EngineConfig, LoadedModel]:
-    try:
-        config = EngineConfig(model=model, **settings)
-    except TypeError as error:
-        raise InvalidConfig(f"{error}; see EngineConfig for what there is") from None
-    device = device_of(config.device)
-    use_graphs(config, choose(config.attention, device)[0], device)  # complains now, not after loading
-    if config.memory == "vattention":
-        page_size(device)  # so does this
-    if shard is not None:
-        check(config, device)  # and this
-    return config, load_model(config.model, config.device, config.dtype, shard, config.model_families)
 
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:

@@ -23,8 +23,8 @@ from typing import Any, BinaryIO
 
 from pydantic_core import from_json
 
+from minipaged.build import BatchItem
 from minipaged.errors import InvalidRequest, StepFailed
-from minipaged.features.batchllm.groups import BatchItem
 from minipaged.outputs import RequestOutput
 from minipaged.server.answers import Answer, model_name, prepare, refusal
 from minipaged.server.protocol import ApiError, ChatRequest, CompletionRequest, parse

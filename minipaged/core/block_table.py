@@ -14,8 +14,8 @@ from typing import NamedTuple
 from minipaged.core.plan import Copy, Write
 from minipaged.core.pool import BlockPool
 from minipaged.core.prefix_cache import EMPTY_PREFIX, EvictionPolicy, Hit, PrefixCache
-from minipaged.errors import BlockError, InvariantViolation
-from minipaged.events import Allocated, Copied, EventLog, Freed, Shared
+from minipaged.errors import BlockError, InvariantViolation  # typed errors
+from minipaged.events import Allocated, Copied, EventLog, Freed, Shared  # see events/
 from minipaged.events.waste import Held, Moment, held_in_blocks  # slots by class of waste; a sequence's length
 
 

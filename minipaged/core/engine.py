@@ -19,8 +19,8 @@ from minipaged.core.plan import SampledToken, StepPlan
 from minipaged.core.request import Request, Sequence
 from minipaged.core.scheduler import Scheduler, piece
 from minipaged.core.seams import FCFS, AdmissionPolicy, Decoding, MemoryManager, Runner, Sampling, Stage
-from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
-from minipaged.events import EngineError, EngineStarted, EventLog, RequestAdded, StepFinished, StepStarted
+from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed  # typed errors
+from minipaged.events import EngineError, EngineStarted, EventLog, RequestAdded, StepFinished, StepStarted  # events
 from minipaged.events.waste import Held, held_now  # slots by class of waste, and how they are counted
 from minipaged.outputs import RequestOutput, output_of  # what callers get back: plain data
 

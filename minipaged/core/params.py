@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from minipaged.errors import InvalidConfig, InvalidRequest, real_number, whole_number
+from minipaged.errors import InvalidConfig, InvalidRequest, real_number, whole_number  # typed errors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from minipaged.core.prefix_cache import PrefixCache
-from minipaged.errors import BlockError, InvariantViolation, OutOfBlocks
+from minipaged.errors import BlockError, InvariantViolation, OutOfBlocks  # typed errors
 
 
 class BlockPool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import count
 from typing import NamedTuple, Protocol
 
-from minipaged.events import Cached, EventLog, Evicted
+from minipaged.events import Cached, EventLog, Evicted  # see events/
 
 EMPTY_PREFIX = 0  # the name of "no tokens yet", parent of every first block
 

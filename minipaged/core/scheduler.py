@@ -14,7 +14,9 @@ from minipaged.core.block_table import Demand
 from minipaged.core.plan import Chunk, SampledToken, StepPlan, Write
 from minipaged.core.request import Request, Sequence, Status, common_prefix
 from minipaged.core.seams import FCFS, AdmissionPolicy, Limits, MemoryManager, Stage
-from minipaged.errors import InvariantViolation
+from minipaged.errors import InvariantViolation  # typed errors
+
+# What subscribers of the EventLog are told:
 from minipaged.events import Admitted, EventLog, Filled, Finished, Forked, Preempted, Proposed, Sampled, Scheduled
 
 

@@ -20,8 +20,8 @@ from minipaged.core.params import SamplingParams
 from minipaged.core.plan import Copy, SampledToken, StepPlan, Write
 from minipaged.core.prefix_cache import Hit
 from minipaged.core.request import Request, Sequence
-from minipaged.errors import InvalidRequest
-from minipaged.events.waste import Held, Moment
+from minipaged.errors import InvalidRequest  # typed errors
+from minipaged.events.waste import Held, Moment  # slots by class of waste; lengths of a sequence
 
 
 class MemoryManager(Protocol):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minipaged.execution.batch import Batch
-from minipaged.kernels.backend import TORCH, Kernels
+from minipaged.kernels.backend import TORCH, Kernels  # the functions of kernels/reference.py, or faster ones
 
 
 class KVCache:

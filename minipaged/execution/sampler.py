@@ -10,7 +10,7 @@ from torch import Tensor
 from minipaged.core.params import SamplingParams
 from minipaged.core.plan import SampledToken, StepPlan
 from minipaged.core.request import Sequence
-from minipaged.errors import InvalidRequest
+from minipaged.errors import InvalidRequest  # typed errors
 
 
 class Sampler:

@@ -1,8 +1,8 @@
 """Looking at attention while the engine runs: how much one token of a sequence attends to each block before it.
 
 The weights exist only for a moment inside a kernel. To show them, the token's forward pass is run once more without
-storing anything: its own keys and values lie in their slot already, and may be shared by now. The page's inspector
-shows them.
+storing anything: its own keys and values lie in their slot already, and may be shared by now. The page's
+inspector shows the weights. Read `attention` first.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Beams of one request share most of their blocks, and who shares what changes wit
 copy-on-write does the rest. Chooses and scores as transformers does, so that results can be compared token for token.
 
 Adds ``SamplingParams.beam_width``, ``length_penalty`` and ``early_stopping``. It is a `core.seams.Decoding`, and uses
-the scheduler's `take` and `finish`. Read `BeamSearch.advance` first. The page shows it in the scenario "beam search".
+the scheduler's `take` and `finish`. Read `BeamSearch.advance` first. The page shows it in the scenario "Beam search".
 """
 
 from __future__ import annotations

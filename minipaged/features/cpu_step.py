@@ -2,7 +2,8 @@
 
 It computes what the model's own ``forward`` says, with the same weights, on the same KV cache. ``attention="native"``
 (the default on a CPU with a C++ compiler) brings it. It is a ``forward`` for `execution.runner.ModelRunner`. Read
-``kernels/forward.h`` first; ``kernels/attention.h`` walks the block table.
+``kernels/forward.h`` first; ``kernels/attention.h`` walks the block table. The page does not show it: the events are
+the same.
 """
 
 from __future__ import annotations

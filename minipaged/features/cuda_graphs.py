@@ -4,7 +4,8 @@ A GPU computes a decode step of a small batch faster than Python can launch its 
 once, but always the same ones, on the same memory. So it is recorded for a few batch sizes; a batch is copied into the
 inputs of the next larger one, and rows of padding write to a scratch block that belongs to no sequence.
 
-Adds ``cuda_graphs``. It is a ``forward`` for `execution.runner.ModelRunner`. Read `DecodeGraphs.run` first.
+Adds ``cuda_graphs``. It is a ``forward`` for `execution.runner.ModelRunner`. Read `DecodeGraphs.run` first. The
+page does not show it.
 """
 
 from __future__ import annotations

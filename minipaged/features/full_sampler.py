@@ -1,7 +1,8 @@
 """From logits to tokens with every sampling parameter, for the whole batch at once, one function per filter.
 
 Adds to `execution.sampler` (greedy and temperature): top-k, top-p, min-p, penalties, logit bias, log-probabilities, and
-the verification of drafts (`features.speculative`). Read `sample` first.
+the verification of drafts (`features.speculative`). It plugs in as the engine's ``sampler``. Read `sample` first. The
+page shows the log-probabilities of a token's alternatives when you click the token.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Keys and values in int8: the memory of 16-bit numbers holds almost twice as many tokens.
 
 Adds ``kv_dtype="int8"``. It is a `KVCache` with a float32 scale for each slot and head; the kernels take the scales
-along (`kernels.reference.quantize` says why there is one for each slot). Results change a little:
-``benchmarks/int8_accuracy.py`` measures how much.
+along. Read `kernels.reference.quantize` first: it says why there is one for each slot. Results change a little:
+``benchmarks/int8_accuracy.py`` measures how much. The page does not show it: an int8 block looks like any other.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Static batching, as in FasterTransformer: the batch ends with its longest request (PagedAttention paper, §6.1).
 
-Adds ``batching="static"``. It is an admission policy (`core.seams.AdmissionPolicy`: ``eligible``, ``limits``). The page
-shows it in the scenario "burst", with *Settings* → batching.
+Adds ``batching="static"``. It is an admission policy (`core.seams.AdmissionPolicy`: ``eligible``, ``limits``). Read
+`StaticBatching` first. The page shows it in any scenario of several requests, with *Settings* → batching.
 """
 
 from __future__ import annotations

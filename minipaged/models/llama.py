@@ -16,7 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipaged.errors import ModelError
+from minipaged.errors import ModelError  # typed errors
 from minipaged.execution.batch import Batch
 from minipaged.execution.kv_cache import KVCache
 from minipaged.kernels import reference

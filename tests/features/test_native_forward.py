@@ -198,7 +198,7 @@ def test_a_model_of_another_class_is_not_computed_as_one_of_the_known_families(t
         loaded.model.__class__ = Doubled
         return loaded
 
-    monkeypatch.setattr("minipaged.llm.load_model", load_doubled)
+    monkeypatch.setattr("minipaged.models.loader.load_model", load_doubled)
     llm = LLM(str(tmp_path), device="cpu", dtype="float32", attention="native", num_blocks=64)
     assert llm.engine.runner.forward is llm.engine.runner.model, "the model's own forward computes its steps"
     assert llm.generate([[1, 7, 9]], SamplingParams(temperature=0, max_tokens=2))[0].finished

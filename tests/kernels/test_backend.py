@@ -48,7 +48,7 @@ def test_triton_without_triton_is_refused(no_triton):
 
 
 def test_triton_on_a_cpu_is_refused_at_the_door(some_triton, monkeypatch):
-    monkeypatch.setattr("minipaged.llm.load_model", lambda *_: pytest.fail("refused only after loading"))
+    monkeypatch.setattr("minipaged.models.loader.load_model", lambda *_: pytest.fail("refused only after loading"))
     with pytest.raises(InvalidConfig, match='needs CUDA.*choose "torch" or "auto"'):
         LLM("tiny", device="cpu", attention="triton")
 

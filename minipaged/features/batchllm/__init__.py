@@ -7,7 +7,7 @@ cache for them, so that exactly what was planned is saved.
 Hooks: an `AdmissionPolicy` around the engine's own (``eligible``, ``limits``, ``hits``), and a `Stage` (``committed``
 and ``releasing`` keep prefixes, ``finished`` ends groups, ``reclaim`` gives prefixes up). Both are plugged in by the
 first `add_batch`; an engine that serves no batch has neither. Read `planning` first (which prompts form a group), then
-`groups`. The page shows it in the scenario "BatchLLM".
+`groups`. The page shows it in the scenario "A batch in groups".
 """
 
 from typing import Any

@@ -6,7 +6,7 @@ request is preempted; nothing is found again, so there is no prefix cache. A chu
 other, and the same kernels run: the waste that it shows is measured.
 
 Adds ``memory="orca-max"``, ``"orca-pow2"`` and ``"orca-oracle"``. It is a `core.seams.MemoryManager`. Read
-`contiguous_tables` first, then `buddy`. The page shows it in the scenario "fragmentation".
+`contiguous_tables` first, then `buddy`. The page shows it in the scenario "Holes in contiguous memory".
 """
 
 from typing import Any

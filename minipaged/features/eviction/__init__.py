@@ -4,7 +4,7 @@ Adds ``eviction`` (a policy by name) and ``eviction_policy`` (one of your own, s
 
 Hooks: `EvictionPolicy`; for policies that predict, the `Stage` in `predictions` asks for a bit when a request starts
 (``planned``) and leaves it with the request's blocks when they are given up (``releasing``). Read `policies` first. The
-page shows it in the scenario "predictions".
+page shows it in the scenario "Who comes back?".
 """
 
 from typing import Any

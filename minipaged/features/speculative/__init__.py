@@ -9,7 +9,7 @@ of them, so there is little to rewind: blocks that hold nothing else go back to 
 
 Hooks: `Stage.planned` (drafts), `Stage.sampled` (accept, reject); `MemoryManager.trim`; on the runner's side
 `DraftRunner` lets a draft model write the drafts. Read `drafts` first, then the verification in `features.sampler`.
-The page shows it in the scenario "speculation".
+The page shows it in the scenario "Speculation: tokens taken back".
 """
 
 from typing import Any

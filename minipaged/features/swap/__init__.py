@@ -5,7 +5,7 @@ Adds ``preemption="swap"`` and ``swap_blocks``. vLLM V1 has dropped swapping; it
 Hooks: `Stage.preempting` (takes the victim's blocks to the swap space), `before_admission` (brings requests back, and
 lets no other start before they are), `releasing`, `finished`, `requests`, `failed`, `check`; on the runner's side
 `SwapRunner` executes ``plan.swap_outs`` and ``plan.swap_ins``. Read `swap_tables` first, then `swap_stage`. The page
-shows it in the scenario "swap".
+shows it in the scenario "Out of memory: swap".
 """
 
 from typing import Any

@@ -6,7 +6,8 @@ Adds ``memory="vattention"``, ``mapping`` and ``tensor_slicing`` (Linux CPU, and
 Hooks: a `MemoryManager` (`VirtualTables`, over the core's block tables), a `Stage` (``planned``: maps come last), and
 on the runner's side `MappingRunner` (``plan.maps``) and `VirtualKVCache`. Read `virtual_tables` first, then
 `virtual_memory`; `cuda_memory` is the same on a GPU, and `slot_attention` is what attention becomes. The page shows it
-in the scenario "without holes".
+in the scenario "The same requests, paged", with
+*Settings* → memory.
 """
 
 from typing import Any
