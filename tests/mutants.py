@@ -229,8 +229,8 @@ MUTANTS = [
         "an evicted block stays in the index",
         PrefixCache,
         "evict",
-        "del self._block_of[self._index.pop(key).prefix]",
-        "del self._block_of[self._index[key].prefix]",
+        "del self.block_of[self._index.pop(key).prefix]",
+        "del self.block_of[self._index[key].prefix]",
         (fuzz, machine, tables.test_an_evicted_block_leaves_the_index_and_its_twin_stays_valid),
     ),
     Mutant(
@@ -417,7 +417,7 @@ MUTANTS = [
     Mutant(
         "all branches of a seeded request draw the same numbers",
         Engine,
-        "_request",
+        "make_request",
         'Random(f"{seed}/{branch}")',
         "Random(seed)",
         (partial(scheduler.test_draws_depend_on_neither_preemption_nor_neighbours_and_branches_differ, "recompute"),),

@@ -5,29 +5,44 @@ from random import Random
 
 import pytest
 
-from minipaged.config import SamplingParams
-from minipaged.errors import InvalidRequest
+from minipaged.config import EVICTIONS, SamplingParams
+from minipaged.errors import InvalidConfig, InvalidRequest
 from minipaged.events import State
 from minipaged.events.waste import AHEAD
+from minipaged.features.batchllm.groups import BatchItem
 from minipaged.features.speculative.drafts import speculation_of
-from tests.fake import fake_engine, guess_at_random, random_prompt, swap_of, unbatched, unbatched_beams
+from tests.fake import (
+    fake_engine,
+    guess_at_random,
+    random_prompt,
+    running_groups,
+    swap_of,
+    unbatched,
+    unbatched_beams,
+)
 
-TRACES = 5000
+TRACES = 10_000
 PARTS = 5
 
 
-def random_engine(random: Random):
-    block_size = random.randint(1, 24)
+def random_engine(random: Random, everything: bool):
+    """With ``everything``: swapping, speculation and groups at once, in blocks small enough to share."""
+    block_size = random.randint(1, 4 if everything else 24)
     max_num_seqs = random.randint(2, 6)
-    if random.random() < 0.3:  # contiguous memory needs more of it
+    if everything:
+        settings = {"preemption": "swap", "swap_blocks": random.randint(4, 30)}
+        slots = random.randint(36, 90)
+    elif random.random() < 0.3:  # contiguous memory needs more of it
         settings = {"memory": random.choice(AHEAD)}
         slots = random.randint(48, 240)
     else:
         settings = {"enable_prefix_caching": random.random() < 0.7}
         if random.random() < 0.5:
             settings |= {"preemption": "swap", "swap_blocks": random.randint(1, 30)}
+        if settings["enable_prefix_caching"] and random.random() < 0.2:
+            settings["eviction"] = random.choice(EVICTIONS)
         slots = random.randint(24, 90)
-    if random.random() < 0.3:
+    if everything or random.random() < 0.3:
         settings |= {"speculate": "prompt-lookup", "num_speculative_tokens": random.randint(1, 7)}
     engine = fake_engine(
         block_size=block_size,
@@ -35,7 +50,7 @@ def random_engine(random: Random):
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + random.randint(0, 20),
         max_model_len=random.randint(20, 120),
-        batching="static" if random.random() < 0.15 else "continuous",
+        batching="static" if not everything and random.random() < 0.15 else "continuous",
         **settings,
     )
     if speculation_of(engine):
@@ -67,7 +82,8 @@ class Trace:
 
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
-        self.engine = random_engine(self.random)
+        self.everything = self.random.random() < 0.2
+        self.engine = random_engine(self.random, self.everything)
         self.state = State()
         self.state.apply(self.engine.started_event())
         self.seen: Counter[str] = Counter()
@@ -78,9 +94,13 @@ class Trace:
         outgrow = self.engine.scheduler.outgrow
 
         def watched(request, plan):
-            self.cut.add(request.request_id)
-            self.seen["outgrown"] += 1
+            before = len(request.live)
             outgrow(request, plan)
+            if len(request.live) < before:  # else a stage gave up blocks that it kept for others
+                self.cut.add(request.request_id)
+                self.seen["outgrown"] += 1
+            else:
+                self.seen["reclaimed"] += 1
 
         self.engine.scheduler.outgrow = watched
 
@@ -93,6 +113,8 @@ class Trace:
 
     def run(self, max_steps: int = 5000) -> Counter[str]:
         arrivals = sorted(self.random.randint(0, 10) for _ in range(self.random.randint(2, 5)))
+        if self.everything or self.random.random() < 0.1:
+            self.arrive_in_groups()
         for step in range(max_steps):
             while arrivals and (arrivals[0] <= step or not self.engine.has_unfinished()):  # no time passes idly
                 arrivals.pop(0)
@@ -121,6 +143,22 @@ class Trace:
             self.asked[request_id] = (prompt, params, ())
         except InvalidRequest:
             self.seen["refused"] += 1
+
+    def arrive_in_groups(self) -> None:
+        """A batch of requests that begin alike, where the engine can share what they begin with."""
+        stem = random_prompt(self.random, 14)
+        items = [
+            BatchItem(f"batch-{i}", stem + random_prompt(self.random, 4), random_params(self.random))
+            for i in range(self.random.randint(2, 6))
+        ]
+        try:
+            self.engine.add_batch(items)
+        except InvalidRequest:
+            self.seen["refused"] += 1
+        except InvalidConfig:
+            self.seen["batches refused"] += 1
+        else:
+            self.asked |= {item.request_id: (item.prompt_token_ids, item.params, ()) for item in items}
 
     def disturb(self) -> None:
         victim = self.random.choice(list(self.asked))
@@ -168,6 +206,7 @@ class Trace:
         if self.engine.memory.reserves_ahead:
             assert not self.seen["preempted"] and not self.seen["outgrown"], "all was set aside at admission"
             self.seen.update({f"{self.engine.config.memory} copied": self.seen["copied"]})
+        assert not running_groups(self.engine).group_of and not self.state.groups
         self.seen.update([self.engine.config.memory, self.engine.config.batching])
         for request_id, (prompt, params, inherited) in self.asked.items():
             outputs = self.done[request_id].outputs
@@ -183,6 +222,13 @@ class Trace:
                 told = self.state.seqs[self.state.requests[request_id][out.index]].tokens
                 assert told == prompt + out.token_ids, f"{request_id}: told once, kept for ever"
                 assert out.token_ids == (truth if whole else truth[: len(out.token_ids)]), request_id
+        wings = {
+            "swap": self.seen["swapped_out"],
+            "beams": self.seen["searched"],
+            "drafts": self.seen["speculated"],
+            "groups": self.seen["prefix_kept"],
+        }
+        self.seen["all wings at once"] += all(wings.values())
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -197,6 +243,8 @@ def test_random_traces_give_the_tokens_of_an_unbatched_loop(part):
     # A fuzz that never meets the hard cases proves nothing.
     rare = ["preempted", "swapped_out", "swapped_in", "resumed", "copied", "forked", "shared", "cached", "evicted"]
     rare += ["aborted", "outgrown", "refused", "searched", "forked by hand", "static"]
-    rare += ["accepted", "rejected", "taken back"]
+    rare += ["accepted", "rejected", "taken back", "predicted"]
+    rare += ["prefix_kept", "prefix_released", "batches refused"]
     rare += [*AHEAD, *(f"{manager} copied" for manager in AHEAD)]
     assert not [name for name in rare if totals[name] < 20], totals
+    assert totals["all wings at once"] and totals["reclaimed"], totals
