@@ -203,8 +203,9 @@ for batch in (1, 7, 32):
 # ## In the engine
 #
 # The real model of this repository has 4 layers, and its 8 query heads share 4 KV heads of 32 numbers each. Its keys
-# and values have a place of their own, cut into blocks. (Only a cache of 8-bit integers keeps a scale beside each of
-# them, to make real numbers of them again.)
+# and values have a place of their own, cut into blocks. (`Int8KVCache` in
+# [`minipaged/features/kv_int8.py`](../minipaged/features/kv_int8.py) stores 8-bit integers, and a scale for each head's
+# key and value.)
 
 # %%
 from show import source

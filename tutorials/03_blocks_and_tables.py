@@ -238,7 +238,7 @@ source(BlockTables.reserve)
 
 # %% [markdown]
 # And your `slot`? It is computed for a whole step at once, when the plan of a step becomes tensors: find the line that
-# says `slots +=`. (The last field, `slots=`, is something else: vAttention's, and `None` with blocks.)
+# says `slots +=`. (The last field, `virtual_slots=`, is vAttention's, and `None` with blocks.)
 
 # %%
 from minipaged.execution.batch import build_batch

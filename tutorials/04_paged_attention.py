@@ -298,7 +298,7 @@ print("the sum is the whole:", torch.allclose(summands[0] + summands[1], whole, 
 #
 # The real thing is `torchrun --nproc-per-node 2 -m minipaged generate "Once upon a time"`: two processes. This is what
 # the first one does in a step, while the others wait for the plan. (`plain` leaves out what only a scheduler knows:
-# requests, and how their tokens are to be sampled.)
+# requests, and how their tokens are to be sampled. `inner` is the process's own runner, which computes the model.)
 
 # %%
 from minipaged.features.tensor_parallel.ranks import LeadingRunner

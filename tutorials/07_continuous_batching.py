@@ -292,7 +292,8 @@ source(Engine.step)
 
 # %% [markdown]
 # `schedule` has a step more than yours: it makes room for the running ones, at the cost of later arrivals, before it
-# admits anybody. (`seal` is for another kind of memory, vAttention's; with blocks it does nothing.)
+# admits anybody. (Features plug in at `admission`, which sets limits and the order of admission, and at `stages`.
+# Without features `admission` is first come, first served, and there are no stages.)
 
 # %%
 from minipaged.core import scheduler as engine_scheduler

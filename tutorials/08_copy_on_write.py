@@ -222,7 +222,8 @@ print("it would have fitted; copies:", tight.copies, " free:", len(tight.free_bl
 #
 # ## In the engine
 #
-# `fork` is what you wrote:
+# `fork` is what you wrote. (`_start` makes an empty table; `_prefixes` belongs to the prefix cache of
+# [tutorial 9](09_prefix_cache.md).)
 
 # %%
 from show import source

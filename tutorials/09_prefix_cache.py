@@ -300,7 +300,7 @@ for tail_first in (True, False):
 # ## In the engine
 #
 # minipaged's index is your `ByPair`. Its names are never used twice, so the name of something that was forgotten can
-# match nothing new.
+# match nothing new. A `Hit` is a prefix's name and its block.
 
 # %%
 from show import source
@@ -321,7 +321,7 @@ from minipaged.core.block_table import BlockTables
 source(BlockTables.match)
 
 # %% [markdown]
-# And tail before head is these three signs: `[::-1]`.
+# And tail before head is these three signs: `[::-1]`. (`detach` removes the table and returns it.)
 
 # %%
 source(BlockTables.free)
@@ -446,7 +446,7 @@ def found(policy):
     return total
 
 
-from minipaged.features.eviction.policies import LRU
+from minipaged.core.prefix_cache import LRU
 
 print("LRU: ", found(LRU()), "blocks found of at most", 2 * 45)
 print("MRU: ", found(MostRecent()), "blocks found of at most", 2 * 45)

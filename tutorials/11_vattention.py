@@ -259,13 +259,13 @@ from minipaged.features.vattention.page_memory import HostMemory
 source(HostMemory)
 
 # %% [markdown]
-# The books are the block tables of tutorial 3, and beside them what each slot shows. In `_allocate` is the deferral: a
+# The books are the block tables of tutorial 3, and beside them what each slot shows. In `allocate` is the deferral: a
 # page that the slot still shows, if it is free, before any other.
 
 # %%
 from minipaged.features.vattention.virtual_tables import VirtualTables
 
-source(VirtualTables._allocate)
+source(VirtualTables.allocate)
 
 # %%
 source(VirtualTables._map)
@@ -349,7 +349,8 @@ print("different addresses:", key_a.data_ptr() != key_b.data_ptr(), " a sees b's
 # Or run `make demo` and choose **The same requests, paged** (menu *scenario*): its tab *Waste* shows what other
 # managers would hold for the same texts.
 #
-# Source lines, all in [`minipaged/features/vattention/`](../minipaged/features/vattention/):
+# Source lines: all in [`minipaged/features/vattention/`](../minipaged/features/vattention/):
+# [`page_memory.py`](../minipaged/features/vattention/page_memory.py),
 # [`virtual_memory.py`](../minipaged/features/vattention/virtual_memory.py),
 # [`virtual_tables.py`](../minipaged/features/vattention/virtual_tables.py), and attention without tables in
 # [`slot_attention.py`](../minipaged/features/vattention/slot_attention.py).

@@ -282,7 +282,8 @@ for name, order in orders.items():
 # ## In the engine
 #
 # Until here the engine had no idea of groups. What did the finding was the search that you know from tutorial 9, and
-# the decision who is admitted next, in order of arrival:
+# the decision who is admitted next. (`admission` is a policy. Without groups it is first come, first served, and its
+# `hits` are what `match` finds.)
 
 # %%
 from show import source
@@ -310,7 +311,8 @@ source(batchllm.best)
 
 # %% [markdown]
 # A group must *keep* its common part, whoever of it ends or is preempted. To the block pool the group is one more owner
-# of these blocks, and the reference counts of tutorial 8 do the rest:
+# of these blocks, and the reference counts of tutorial 8 do the rest. (`pinned` tells the block tables' own check which
+# references are not from a table.)
 
 # %%
 from minipaged.features.batchllm.groups import Groups
@@ -319,7 +321,8 @@ source(Groups.keep)
 
 # %% [markdown]
 # And nobody may begin before the common part has been computed: else two requests would compute it side by side. So the
-# first of a group goes ahead, and the others let requests of other groups pass.
+# first of a group goes ahead, and the others let requests of other groups pass. `Groups` is the admission policy here;
+# `base` is the policy that it wraps.
 
 # %%
 source(Groups.eligible)
@@ -394,9 +397,9 @@ print("the same answers:", [a.outputs[0].text for a in grouped] == [b.outputs[0]
 # system prompt**: would D find its instructions if twenty strangers had come between?
 #
 # Source lines: `match` in [`minipaged/core/block_table.py`](../minipaged/core/block_table.py), `LRU` in
-# [`minipaged/features/eviction/policies.py`](../minipaged/features/eviction/policies.py), `_admit` in
+# [`minipaged/core/prefix_cache.py`](../minipaged/core/prefix_cache.py), `admit` in
 # [`minipaged/core/scheduler.py`](../minipaged/core/scheduler.py); `plan` in
-# [`minipaged/features/batchllm/planning.py`](../minipaged/features/batchllm/planning.py), `BatchScheduler` in
+# [`minipaged/features/batchllm/planning.py`](../minipaged/features/batchllm/planning.py), `Groups` in
 # [`minipaged/features/batchllm/groups.py`](../minipaged/features/batchllm/groups.py).
 #
 # ## Exercises

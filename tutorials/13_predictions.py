@@ -220,12 +220,12 @@ print(f"Belady: {best}, LRU: {faults(LRU(K), requests)}")
 # %%
 from show import source
 
-from minipaged.features.eviction.policies import LRU as EnginesLRU
+from minipaged.core.prefix_cache import LRU as EnginesLRU
 from minipaged.features.eviction.policies import FlushWhenAll0 as EnginesFlush
 from minipaged.features.eviction.policies import LeafFirst, Marker
 from minipaged.features.eviction.policies import Mark0 as EnginesMark0
 
-source(LeafFirst.leaves)
+source(EnginesLRU.leaves)
 
 # %%
 source(EnginesFlush.choose)
@@ -251,7 +251,8 @@ source(LastTurn.expects_end)
 # %% [markdown]
 # Now a small office: 8 chats at a time. Three in ten have one turn, the others three. In most last turns, but not all,
 # somebody says goodbye (token 99), and sometimes somebody says it and comes back. One prompt at a time goes through
-# minipaged's real block tables, in a pool of 40 blocks of 4 tokens.
+# minipaged's real block tables, in a pool of 40 blocks of 4 tokens. Before its blocks are freed, `note` keeps its bit
+# with them. (In the engine the stage `Predictions` does this.)
 
 
 # %%
@@ -287,11 +288,14 @@ from minipaged.core.plan import Write
 def found(policy, prompts, num_blocks=40):
     """The part of all prompts' tokens that was found in the cache."""
     tables, hit = BlockTables(num_blocks, 4, policy=policy), 0
+    predict = getattr(policy, "predict", None)
     for number, prompt in enumerate(prompts):
         hits = tables.match(prompt)
         tables.open(number, hits, Demand([len(prompt)], len(prompt), len(prompt), 1))
         tables.reserve(Write(number, 4 * len(hits), len(prompt)))
         tables.computed(number, prompt, len(prompt))
+        if predict:
+            policy.note(tables.tables[number], predict(prompt))
         tables.free(number)
         tables.check()
         hit += 4 * len(hits)
@@ -336,9 +340,10 @@ print(f"LRU, 5,000 blocks:     {found(EnginesLRU(), prompts, num_blocks=5000):.1
 # its answer, its cached blocks are marked 0 or 1. The page asks you which block goes first, and says of every eviction
 # why it was this one.
 #
-# Source lines: [`minipaged/features/eviction/policies.py`](../minipaged/features/eviction/policies.py),
-# [`minipaged/features/eviction/prediction.py`](../minipaged/features/eviction/prediction.py)
-# (`note` keeps the bits); `retire` and `evict` in
+# Source lines: `note` and the rules in
+# [`minipaged/features/eviction/policies.py`](../minipaged/features/eviction/policies.py), `LastTurn` in
+# [`prediction.py`](../minipaged/features/eviction/prediction.py), `Predictions` in
+# [`predictions.py`](../minipaged/features/eviction/predictions.py); `LRU`, `retire` and `evict` in
 # [`minipaged/core/prefix_cache.py`](../minipaged/core/prefix_cache.py).
 #
 # ## Exercises

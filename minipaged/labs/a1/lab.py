@@ -1,7 +1,7 @@
 """Lab A1: the block allocator.
 
-Its reference is a twin of `memory.pool.BlockPool`, which also serves the prefix cache (lab A6) and page mapping, and
-would show students four branches that are none of their business. The engine's pool passes the same checks.
+Its reference is a twin of `core.pool.BlockPool`, which also serves the prefix cache (lab A6) and would show students
+branches that this lab does not need. The engine's pool passes the same checks.
 """
 
 from __future__ import annotations

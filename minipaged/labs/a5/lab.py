@@ -1,6 +1,6 @@
 """Lab A5: the scheduler.
 
-Its reference is a small sibling of `scheduling.scheduler.Scheduler`, without samples, beams, swapping and cached
+Its reference is a small sibling of `core.scheduler.Scheduler`, without samples, beams, swapping and cached
 prefixes. They need not plan alike: there are many fair plans. Instead the tests judge the engine's scheduler by the
 same rules, and both give the same tokens.
 """

@@ -16,8 +16,8 @@ from minipaged.labs.lab import Lab, Mutant, Source, Task
 def engine() -> dict[str, Any]:
     """The engine's vAttention manager, told which slot to take.
 
-    Its order of a batch (`batchllm.plan`) has groups with one level of sharing, and no cache of the previous prompt to
-    suit: the lab's own order stands in.
+    Its order of a batch (`batchllm.planning.plan`) has groups with one level of sharing, and no cache of the previous
+    prompt to suit: the lab's own order stands in.
     """
 
     class OutOfPages(MemoryError):
