@@ -7,7 +7,7 @@
 #include "matmul.h"
 #include "prefill.h"
 
-// native_forward.py fills these in, member by member. Pointers are null where a model has no such part.
+// features/cpu_step.py fills these in, member by member. Pointers are null where a model has no such part.
 struct Layer {
     const void *norm, *norm_bias, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias;
     const void *mlp_norm, *mlp_norm_bias, *up, *up_bias, *down, *down_bias;
