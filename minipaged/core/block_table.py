@@ -1,7 +1,7 @@
 """Block tables: for each sequence, which physical block holds which of its tokens (paper §4.2).
 
 Token i of a sequence lives in entry i // block_size of its table, at offset i % block_size. Tables grow at their end,
-one block at a time, only when the last block is full; so a sequence wastes less than one block.
+only as far as the tokens need; so a sequence wastes less than one block.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from minipaged.events.waste import Held, Moment, held_in_blocks  # slots by clas
 class Demand(NamedTuple):
     """What a request asks of memory.
 
-    ``lengths``: the known tokens of each sequence that it may have running. ``common``: how many of them all of these
-    share. ``max_output``: the tokens that each may generate after the ``num_prompt`` of its prompt.
+    ``lengths``: the known tokens of each sequence that it may have running. ``common``: the tokens that all of these
+    have in common. For managers that reserve ahead: the prompt's length, and the tokens that each may generate.
     """
 
     lengths: list[int]
@@ -35,7 +35,7 @@ class Demand(NamedTuple):
 class BlockTables:
     """The paged memory manager: all block tables over one pool."""
 
-    reserves_ahead = False
+    reserves_ahead = False  # other managers may take at admission all that a sequence will ever need
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class BlockTables:
         self.prefix_cache = PrefixCache(self.events, policy) if enable_prefix_caching else None
         self.pool = BlockPool(num_blocks, self.prefix_cache)
         self.tables: dict[int, list[int]] = {}
-        self.pinned: Counter[int] = Counter()  # full blocks that a stage owns too → its references
+        self.pinned: Counter[int] = Counter()  # full block → references that a stage holds, outside all tables
         self._prefixes: dict[int, list[int]] = {}  # seq_id → for each full block, the prefix that ends with it
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -98,7 +98,7 @@ class BlockTables:
         return hits
 
     def open(self, seq_id: int, hits: Seq[Hit] = (), demand: Demand | None = None) -> None:
-        """Starts a table with the blocks that `match` found. Paging needs no ``demand``: blocks come as tokens do."""
+        """Starts a table with the blocks that `match` found. Paging needs no ``demand``."""
         self._start(seq_id, [hit.prefix for hit in hits])
         for hit in hits:
             self._share(seq_id, hit.block, "prefix")
@@ -108,7 +108,7 @@ class BlockTables:
         return self.count_blocks(writes, self.tables, self.pool)
 
     def count_blocks(self, writes: Collection[Write], tables: Mapping[int, list[int]], pool: BlockPool) -> int:
-        """`blocks_needed`, if the sequences had these tables in that pool.
+        """`blocks_needed`, for the tables and the pool given: `features.swap` asks it for tables that are swapped out.
 
         The last writer of a shared block needs no copy: by then its reference count is 1.
         """
@@ -166,7 +166,7 @@ class BlockTables:
             prefixes.append(self.prefix_cache.insert(parent, content, table[len(prefixes)]))
 
     def trim(self, seq_id: int, num_tokens: int) -> list[int]:
-        """Frees the blocks behind those of the first ``num_tokens`` tokens; returns them, tail first.
+        """Frees the blocks after those of the first ``num_tokens`` tokens; returns them, tail first.
 
         Only for blocks that `reserve` took in this step: no one shares them yet, and the cache does not know them.
         """
@@ -205,7 +205,7 @@ class BlockTables:
         self.tables[seq_id] += table
 
     def prefix(self, seq_id: int, num_blocks: int) -> list[Hit]:
-        """The first blocks of a table, whose KV must be in place, as `match` would find them."""
+        """A table's first blocks, whose KV must be in place, with the names of their prefixes."""
         return [Hit(*pair) for pair in zip(self._prefixes[seq_id][:num_blocks], self.tables[seq_id], strict=False)]
 
     def held(self, moments: Iterable[Moment], waiting: Demand | None = None) -> Held:
@@ -213,7 +213,7 @@ class BlockTables:
         return held_in_blocks(self.tables, self.pinned, self.block_size, moments)
 
     def check(self, num_computed: Mapping[int, int] | None = None) -> None:
-        """Reference counts equal occurrences in tables, and no table is longer than its tokens need.
+        """Reference counts equal occurrences in tables, and each table has exactly the blocks that its tokens need.
 
         ``num_computed``: tokens with KV, of every sequence that has a table. Raises `InvariantViolation`.
         """

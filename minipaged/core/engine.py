@@ -21,13 +21,13 @@ from minipaged.core.scheduler import Scheduler, piece
 from minipaged.core.seams import FCFS, AdmissionPolicy, Decoding, MemoryManager, Runner, Sampling, Stage
 from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed  # typed errors
 from minipaged.events import EngineError, EngineStarted, EventLog, RequestAdded, StepFinished, StepStarted  # events
-from minipaged.events.waste import Held, held_now  # slots by class of waste, and how they are counted
+from minipaged.events.waste import Held, held_now  # slots by class of waste (paper, Fig. 2)
 from minipaged.outputs import RequestOutput, output_of  # what callers get back: plain data
 
 
 @dataclass(frozen=True)
 class Wings:
-    """What `minipaged.build` adds to the heart: features, as factories of what plugs into `core.seams`.
+    """What `minipaged.build` adds to the heart: for each seam of `core.seams` the factory of a feature.
 
     ``config``: the settings that these features know. ``add_batch`` and ``fork``: what those methods of `Engine` do.
     """
@@ -89,14 +89,14 @@ class Engine:
         )
         self.requests: dict[str, Request] = {}
         self._arrivals = count()
-        self._busy, self.num_forks = False, 0
+        self._busy, self.num_forks = False, 0  # forks are numbered by features.fork_by_hand
         self._random = Random(config.seed)
 
     def step(self) -> list[RequestOutput]:
         """Computes one step; returns the requests that got a token or ended in it.
 
-        Raises `StepFailed` if the step itself raised. The requests it was computing are aborted then and their blocks
-        free again; the others go on with the next step.
+        Raises `StepFailed` if the runner or the sampler raised. The requests that it was computing are then aborted and
+        their blocks free again; the others go on with the next step.
         """
         with self._exclusive():
             if not self.has_unfinished():
@@ -105,11 +105,11 @@ class Engine:
             self.events.emit(StepStarted, self.scheduler.step)
             plan = self.scheduler.schedule()
             try:
-                logits = self.runner.execute(plan)  # without chunks too: a step may do nothing but swap out
+                logits = self.runner.execute(plan)  # also without chunks: a step may only swap blocks out
                 tokens = self.sampler(logits, plan) if plan.chunks else []
             except BaseException as error:
                 self._give_up(plan, error)
-                raise
+                raise  # only Ctrl-C and its kind get here
             requests = self.scheduler.commit(plan, tokens)
             self.events.emit(StepFinished, plan.step, plan.num_tokens, time.perf_counter() - started)
             return self._outputs(requests)
@@ -128,7 +128,8 @@ class Engine:
         """
         params = params or SamplingParams()
         with self._exclusive():
-            self.queue(request_id, self.check_request(request_id, prompt_token_ids, params), params, prompt)
+            tokens = self.check_request(request_id, prompt_token_ids, params)
+            self.enqueue(request_id, tokens, params, prompt)
 
     def add_batch(self, batch: list[Any], plan: Callable[..., Any] | None = None) -> int:
         """Queues requests in groups that share a prefix: see `features.batchllm.groups.add_batch`."""
@@ -138,7 +139,7 @@ class Engine:
             return self.wings.add_batch(self, batch, *([plan] if plan else []))
 
     def fork(self, request_id: str, new_id: str | None = None) -> str:
-        """Copies a running request, which goes two ways from here on; returns the id of the copy.
+        """Copies a running request, which continues twice from here; returns the id of the copy.
 
         See `features.fork_by_hand`. Raises `InvalidRequest` for a request that cannot be forked now.
         """
@@ -160,7 +161,7 @@ class Engine:
             return self._outputs([request])[0]
 
     def check_request(self, request_id: str, token_ids: list[int], params: SamplingParams) -> list[int]:
-        """The prompt as `add_request` takes it. Raises what that would raise, and changes nothing."""
+        """Checks a request as `add_request` does, and changes nothing. Returns the prompt as a list of ints."""
         self.check_id(request_id)
         if not isinstance(params, SamplingParams):
             raise InvalidRequest(f"params must be a SamplingParams, not {type(params).__name__}")
@@ -190,7 +191,7 @@ class Engine:
         for token in [*params.logit_bias, *params.stop_token_ids]:
             if token >= self.vocab_size:
                 raise InvalidRequest(f"token id {token} of logit_bias or stop_token_ids is not in the vocabulary")
-        num = len(tokens)  # at the door every sequence is the prompt
+        num = len(tokens)  # at arrival every sequence equals the prompt
         demand = Demand([num] * width, common=num, num_prompt=num, max_output=self.max_output(tokens, params))
         if refusal := self.memory.refusal(demand):
             raise InvalidRequest(refusal)
@@ -218,7 +219,7 @@ class Engine:
         """Raises `InvariantViolation` if the bookkeeping is inconsistent. For tests, after every step."""
         self.scheduler.check()
 
-    def queue(self, request_id: str, tokens: list[int], params: SamplingParams, prompt: str | None) -> Request:
+    def enqueue(self, request_id: str, tokens: list[int], params: SamplingParams, prompt: str | None) -> Request:
         """Queues a request that `check_request` has let through."""
         request = self.make_request(request_id, tokens, params, prompt)
         self.scheduler.add(request)
@@ -268,11 +269,12 @@ class Engine:
         decoding = self.wings.decoding(params, stop_ids)
         if seqs is None:
             seed = self.seed(params)
-            # A string seeds Random by its SHA-512, so that neighbouring seeds and branches have nothing in common.
+            # A string seeds Random by its SHA-512, so that neighbouring seeds and sequences have nothing in common.
             rngs = [Random(f"{seed}/{branch}") for branch in range(decoding.streams)]
             seqs = [Sequence(self.scheduler.next_seq_id(), list(tokens), len(tokens), rng) for rng in rngs]
-            for seq in seqs if self.make_text else ():
-                seq.text = self.make_text(tokens, params.stop)  # type: ignore[misc]
+            if self.make_text is not None:
+                for seq in seqs:
+                    seq.text = self.make_text(tokens, params.stop)
         return Request(
             request_id,
             tokens,

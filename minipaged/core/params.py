@@ -12,7 +12,7 @@ from minipaged.errors import InvalidConfig, InvalidRequest, real_number, whole_n
 
 @dataclass(frozen=True, kw_only=True)
 class CoreConfig:
-    """The sizes of an engine. `minipaged.config.EngineConfig` extends it by everything that the heart lives without.
+    """The sizes of an engine. `minipaged.config.EngineConfig` adds the settings of features.
 
     Attributes:
         model: a name, for recordings.
@@ -22,7 +22,7 @@ class CoreConfig:
         max_num_batched_tokens: tokens computed in one step, decodes and prefill chunks together.
         max_model_len: tokens a sequence may reach, prompt included. The engine needs a number.
         enable_prefix_caching: keep full blocks of finished requests and share them with prompts that start alike.
-        seed: of the random numbers of requests that bring no seed of their own.
+        seed: seeds the random numbers of requests that have no seed of their own.
     """
 
     model: str = "model"
@@ -52,7 +52,7 @@ class CoreConfig:
 
     @property
     def caches_prefixes(self) -> bool:
-        """`enable_prefix_caching`, decided."""
+        """Whether prefixes are cached: unless ``enable_prefix_caching`` is False."""
         return self.enable_prefix_caching is not False
 
 
@@ -75,14 +75,14 @@ class SamplingParams:
         logit_bias: added to the logits, by token id.
         max_tokens: end with ``"length"`` after this many new tokens; ``None``: up to the model's length.
         stop: strings that end the sequence; the text is cut before them.
-        stop_token_ids: tokens that end the sequence beside the model's own end-of-text tokens.
+        stop_token_ids: tokens that end the sequence besides the model's own end-of-text tokens.
         ignore_eos: go on past the model's end-of-text tokens (for benchmarks).
-        min_tokens: end-of-text and stop tokens are impossible before so many new tokens.
+        min_tokens: end-of-text and stop tokens are impossible before this many new tokens.
         logprobs: report the sampled token's log-probability and those of this many likeliest tokens (0: only the
             sampled one; ``None``: report none). They are taken from the model's own distribution, before any filter.
         prompt_logprobs: the same for each prompt token but the first. Such a request does not use the prefix cache,
             which holds keys and values but no logits.
-        beam_width: search with so many beams instead of sampling; the best ``n`` are returned. Needs temperature 0.
+        beam_width: search with this many beams instead of sampling; the best ``n`` are returned. Needs temperature 0.
         length_penalty: hypotheses are compared by log-probability / length ** length_penalty.
         early_stopping: ``True`` ends the search at ``beam_width`` finished hypotheses, ``False`` when a better one is
             unlikely, ``"never"`` when it is impossible (transformers' definitions).

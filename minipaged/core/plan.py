@@ -25,13 +25,13 @@ class Write(NamedTuple):
 
 @dataclass(slots=True)
 class Chunk:
-    """Tokens [start, start + num_tokens) of one sequence, computed in this step: a decode (1) or part of a prompt.
+    """Tokens [start, start + num_tokens) of one sequence, computed in this step: one (a decode) or several (prefill).
 
     ``samples`` are the sequences that take their next token from the last row of logits: none in the middle of a
     prompt, usually the sequence itself, and all n of a request whose common prompt ends here.
 
-    The last tokens may be a ``draft`` that the sequence does not have yet (`features.speculative`); it then samples
-    from that many more rows. ``draft_probs``: the distributions from which a draft model drew it.
+    The last tokens may be a ``draft``: guesses that the sequence does not have yet, verified in this step, one more row
+    each (`features.speculative`). ``draft_probs``: the distributions from which a draft model drew it.
     """
 
     request: Request
@@ -58,19 +58,19 @@ class Chunk:
 
 @dataclass
 class StepPlan:
-    """One step. Runners execute maps, swap-outs, swap-ins, copies, chunks, in this order; `commit` applies the result.
+    """One step. Runners execute maps, swap-outs, swap-ins, copies, chunks, in this order; `Scheduler.commit` ends it.
 
-    ``swap_outs`` and ``swap_ins`` are for `features.swap`, ``maps`` (its PageMaps) for `features.vattention`.
+    ``swap_outs`` and ``swap_ins`` are for `features.swap`, ``maps`` (its `PageMaps`) is for `features.vattention`.
     """
 
     step: int
-    chunks: list[Chunk] = field(default_factory=list)  # decodes first
+    chunks: list[Chunk] = field(default_factory=list)  # one-token chunks first
     swap_outs: list[Copy] = field(default_factory=list)  # pool → swap space
     swap_ins: list[Copy] = field(default_factory=list)  # swap space → pool
     copies: list[Copy] = field(default_factory=list)  # copy-on-write
     maps: Any = None
     preempted: list[Request] = field(default_factory=list)
-    outgrown: list[Request] = field(default_factory=list)  # lost a sequence that not even the whole pool could hold
+    outgrown: list[Request] = field(default_factory=list)  # lost a sequence: see Scheduler.outgrow
 
     @property
     def num_tokens(self) -> int:

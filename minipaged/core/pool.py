@@ -1,4 +1,4 @@
-"""The physical blocks: which are free, and how many block tables name each of the others."""
+"""The physical blocks: which are free, and how many block tables refer to each of the others."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from minipaged.errors import BlockError, InvariantViolation, OutOfBlocks  # type
 class BlockPool:
     """Hands out block ids 0 … num_blocks − 1 and counts references (paper §4.3, §4.4).
 
-    A block is in one of three states: *free* (its content is of no use), *cached* (without owner, but the prefix cache
-    can still find it) or *used* (``ref_counts[block] > 0``). Free and cached blocks can both be handed out:
+    A block is in one of three states: *free* (its content is of no use), *cached* (no owner, but the prefix cache can
+    still find it) or *used* (``ref_counts[block] > 0`` owners). Free and cached blocks can both be handed out:
 
         free ── allocate ──► used ── free, last owner ──► free, or cached if the prefix cache knows its content
         cached ── share (a hit) ──► used           cached ── allocate evicts it ──► used
@@ -21,12 +21,12 @@ class BlockPool:
     def __init__(self, num_blocks: int, cache: PrefixCache | None = None) -> None:
         self.num_blocks = num_blocks
         self.ref_counts = [0] * num_blocks
-        self._free = OrderedDict.fromkeys(range(num_blocks))  # a queue; a dict, to take any block out of it
+        self._free = OrderedDict.fromkeys(range(num_blocks))  # a queue; a dict, so that any block can be taken
         self._cache = cache
 
     @property
     def num_free(self) -> int:
-        """Blocks that `allocate` can still hand out."""
+        """Blocks that `allocate` can still hand out: free and cached ones."""
         return len(self._free) + (len(self._cache.evictable) if self._cache else 0)
 
     def allocate(self) -> int:

@@ -1,8 +1,8 @@
 """Automatic prefix caching: full blocks found again by their content.
 
-The KV of a block depends on its own tokens *and* on all tokens before it. So a cached block is named by a pair (name of
-the prefix before it, its tokens): a chain in which every link names everything up to it. The index compares both parts
-for equality, so two prefixes whose hashes collide are never taken for each other.
+The KV of a block depends on its own tokens *and* on all tokens before it. So the index has a block under the key (name
+of the prefix before it, its tokens), and gives it a name, a number: a name stands for all tokens up to the block's end.
+The index compares both parts of a key for equality, so two prefixes whose hashes collide are never confused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ EMPTY_PREFIX = 0  # the name of "no tokens yet", parent of every first block
 
 
 class Hit(NamedTuple):
-    """A cached block: the name of the prefix that ends with it, and the block."""
+    """A block in the index: the name of the prefix that ends with it, and the block."""
 
     prefix: int
     block: int
@@ -43,8 +43,8 @@ class EvictionPolicy(Protocol):
 class LRU:
     """Evicts the least recently used *leaf*: a block that no other evictable block continues.
 
-    A block is of no use without those before it, so they must outlive it. Tables free their tail before their head;
-    hence the oldest block is nearly always a leaf, and the search ends at once.
+    A block is of no use without those before it, so they should outlive it. A table frees its last block first, so the
+    oldest block is nearly always a leaf, and the search for one is short.
     """
 
     def __init__(self) -> None:
@@ -81,22 +81,21 @@ class PrefixCache:
         self._names = count(EMPTY_PREFIX + 1)  # never reused: a stale parent can match nothing
         self._index: dict[tuple[int, tuple[int, ...]], Hit] = {}  # (parent, tokens) → hit
         self.key_of: dict[int, tuple[int, tuple[int, ...]]] = {}  # block → its key in the index
-        self.block_of: dict[int, int] = {}  # name → block
+        self.block_of: dict[int, int] = {}  # name → block, for features.eviction
         self._branches: dict[int, int] = {}  # name → how many evictable blocks continue that prefix
-        self.evictable: set[int] = set()  # cached blocks that no table names
+        self.evictable: set[int] = set()  # blocks in the index without owner: the pool's *cached* ones
 
     def __contains__(self, block: int) -> bool:
         return block in self.key_of
 
     def lookup(self, parent: int, tokens: tuple[int, ...]) -> Hit | None:
-        """The cached block that continues the prefix ``parent`` by one full block of ``tokens``, if there is one."""
+        """The block that continues the prefix ``parent`` by one full block of ``tokens``, if it is in the index."""
         return self._index.get((parent, tokens))
 
     def insert(self, parent: int, tokens: tuple[int, ...], block: int) -> int:
-        """Makes a block findable whose KV has been computed, and returns the prefix's name.
+        """Adds a block with computed KV to the index; returns the name of the prefix that ends with it.
 
-        If another block already holds the same content, that one stays in the index and its name is returned:
-        ``block`` remains a private copy of its owner.
+        If another block with the same content is in the index, returns that one's name: ``block`` stays a private copy.
         """
         key = (parent, tokens)
         if key in self._index:
@@ -109,11 +108,11 @@ class PrefixCache:
         return name
 
     def name(self, block: int) -> int:
-        """The name of the prefix that ends with this cached block. Later ones have larger numbers."""
+        """The name of the prefix that ends with this block of the index. Later names are larger numbers."""
         return self._index[self.key_of[block]].prefix
 
     def is_leaf(self, block: int) -> bool:
-        """Whether no evictable block continues this cached one."""
+        """Whether no evictable block continues this one."""
         return self.name(block) not in self._branches
 
     def retire(self, block: int) -> None:

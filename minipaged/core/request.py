@@ -12,10 +12,10 @@ from minipaged.core.params import SamplingParams
 
 @dataclass(eq=False)
 class Sequence:
-    """One stream of tokens. The one counter that drives everything is ``num_computed``: tokens whose KV is cached.
+    """One stream of tokens. One counter drives everything, ``num_computed``: the tokens whose KV is in the KV cache.
 
     A sequence needs a step while ``num_computed < len(tokens)``. Prefill, decode, a prefix cache hit and recomputation
-    after preemption are one case; they differ only in how far the two numbers are apart.
+    after preemption run the same code; only the distance between the two numbers differs.
     """
 
     seq_id: int
@@ -29,7 +29,7 @@ class Sequence:
     text: Any = None  # a text.TextStream where there is a tokenizer: tokens in, readable text out
 
     def copy(self, seq_id: int, rng: Random | None = None) -> Sequence:
-        """A sequence with the same tokens under another id. It owns no blocks yet."""
+        """A sequence with the same tokens, whose block table must be forked. Without ``rng`` both share a generator."""
         text = self.text.fork() if self.text is not None else None
         return replace(
             self, seq_id=seq_id, tokens=list(self.tokens), logprobs=list(self.logprobs), text=text, rng=rng or self.rng
@@ -47,15 +47,16 @@ class Sequence:
 class Status(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
-    SWAPPED = "swapped"  # set aside by a stage, see seams.Stage; the heart alone never does that
+    SWAPPED = "swapped"  # kept by a feature (features.swap); core alone never does that
     FINISHED = "finished"
 
 
 @dataclass(eq=False)
 class Request:
-    """What the user asked for: one prompt and ``params.n`` sequences (the paper's *sequence group*, §4.5).
+    """What the user asked for: one prompt and ``params.n`` sequences.
 
-    The sequences are admitted, preempted and resumed together. While they still agree on every token, only the first
+    It is a *sequence group* of the PagedAttention paper (Kwon et al., 2023, §4.5; "the paper" everywhere here): all its
+    sequences are admitted, preempted and resumed together. Up to ``fork_at``, the tokens that they share, only the first
     one, the *lead*, computes; `Scheduler.commit` then forks the others from it.
     """
 
@@ -65,10 +66,10 @@ class Request:
     seqs: list[Sequence]
     stop_token_ids: frozenset[int]  # the model's end-of-text tokens (unless ignored) and the request's own
     max_output: int  # tokens that a sequence may generate
-    arrival: int
+    arrival: int  # a counter: the order of arrival
     decoding: Any  # a seams.Decoding: how its sequences take tokens (sampling, or beam search)
     prompt: str | None = None
-    fork_at: int = 0  # tokens that all live sequences agree on: the others fork from the lead there
+    fork_at: int = 0  # tokens that all live sequences share: the prompt, and after each preemption what still agrees
     status: Status = Status.WAITING
     prompt_logprobs: list[dict[int, float] | None] | None = None  # one per prompt token, if asked for
     live: list[Sequence] = field(init=False)  # the sequences that have not finished

@@ -162,7 +162,7 @@ class Scheduler:
             return
         budget = self.admission.limits(None).num_tokens - plan.num_tokens
         num_seqs = sum(request.width for request in self.running)
-        owed = sum(map(self._owed, self.running))  # kept up to date: counting anew for each takes quadratic time
+        owed = self.owed()  # updated below; recounting it for each request would be quadratic
         for request in list(self.admission.eligible(self.waiting)):  # a copy, because those that start leave the queue
             limits = self.admission.limits(request)
             if (budget <= 0 and limits.needs_tokens) or num_seqs + request.width > limits.num_seqs:
@@ -176,7 +176,7 @@ class Scheduler:
                 break
             self.waiting.remove(request)
             num_seqs += request.width
-            self.queue(request, self.running, Status.RUNNING)
+            self.insert(request, self.running, Status.RUNNING)
             lead = request.live[0]
             lead.num_computed = len(hits) * self.memory.block_size
             self.events.emit(Admitted, request.request_id, lead.seq_id, lead.num_computed)
@@ -186,15 +186,14 @@ class Scheduler:
             self.place(request, self.writes(request, counts), plan)
             owed += self._owed(request)
 
-    def queue(self, request: Request, queue: list[Request], status: Status) -> None:
-        """Inserts the request into a queue, in order of arrival."""
+    def insert(self, request: Request, queue: list[Request], status: Status) -> None:
+        """Inserts the request into a queue, in order of arrival, and sets its status."""
         insort(queue, request, key=lambda r: r.arrival)
         request.status = status
 
     def _end_if_hopeless(self, request: Request, limits: Limits, plan: StepPlan) -> None:
-        """Nothing else runs, and the pool is too small: the request came back from preemption longer than the pool.
-
-        Its sequences end, from the last one, until the others fit.
+        """Called when nothing else runs. If the request does not fit an empty pool (it was preempted when it was longer
+        than the pool), its sequences end, from the last one, until the others fit.
         """
         while request.live:
             growth = self._growth_beside(request, limits)
@@ -203,17 +202,17 @@ class Scheduler:
             self.outgrow(request, plan)
 
     def _growth_beside(self, request: Request, limits: Limits) -> int:
-        """Blocks to leave free at admission. A victim that came back before the running sequences could grow would
+        """Blocks to leave free at admission. A preempted request needs one for each running sequence on top: it would
         soon be preempted again."""
-        preempted = any(seq.num_output for seq in request.live)
-        return self.growth() * (limits.headroom + preempted) if limits.headroom or preempted else 0
+        resumes = any(seq.num_output for seq in request.live)
+        return self.growth() * (limits.headroom + int(resumes)) if limits.headroom or resumes else 0
 
     def growth(self) -> int:
         """A block for each running sequence."""
         return sum(len(self.active(request)) for request in self.running)
 
     def owed(self) -> int:
-        """Blocks that the prompts of running requests, computed in chunks, have yet to take."""
+        """Blocks that the known tokens of running requests, computed in chunks, have yet to take."""
         return sum(map(self._owed, self.running))
 
     def _owed(self, request: Request) -> int:
@@ -230,7 +229,7 @@ class Scheduler:
         if any(stage.preempting(victim, plan) for stage in self.stages):
             return
         active = self.active(victim)
-        self.queue(victim, self.waiting, Status.WAITING)
+        self.insert(victim, self.waiting, Status.WAITING)
         victim.fork_at = common_prefix(victim.live)  # what its sequences agree on is computed once
         self.events.emit(Preempted, victim.request_id, "recompute", "no free block")
         for seq in active:
@@ -248,7 +247,7 @@ class Scheduler:
     def commit(self, plan: StepPlan, sampled: Seq[SampledToken | None]) -> list[Request]:
         """Applies a step's results: KV is in place, tokens are appended, forks made, finished sequences freed.
 
-        ``sampled`` has an entry for each of ``plan.samples``, ``None`` behind a draft's first wrong token. Returns the
+        ``sampled`` has an entry for each of ``plan.samples``, ``None`` after a draft's first wrong token. Returns the
         requests that got a token or lost a sequence.
         """
         for chunk in plan.chunks:
@@ -286,7 +285,7 @@ class Scheduler:
     def fork(self, parent: Request, child: Request) -> None:
         """Starts ``child``, a copy of a running request with one sequence, on the parent's blocks."""
         (old,), (new,) = parent.live, child.live
-        self.queue(child, self.running, Status.RUNNING)
+        self.insert(child, self.running, Status.RUNNING)
         self.events.emit(Forked, old.seq_id, new.seq_id, child.request_id)
         self.memory.fork(old.seq_id, new.seq_id)
         for stage in self.stages:
@@ -319,7 +318,7 @@ class Scheduler:
         """Ends a sequence and frees its blocks; with its last sequence the request leaves its queue."""
         self._release(request, seq)
         if seq.text is not None:
-            seq.text.finish()  # text that it held back belongs to the output too
+            seq.text.finish()  # text held back belongs to the output; a second call does nothing
         request.end(seq, reason)
         self.events.emit(Finished, seq.seq_id, reason)
         if not request.live and request.status is not Status.FINISHED:
@@ -337,7 +336,7 @@ class Scheduler:
             self.memory.free(seq.seq_id)
 
     def check(self) -> None:
-        """Invariants across the room. Raises `InvariantViolation`."""
+        """Checks the queues against the block tables. Raises `InvariantViolation`."""
         active = {seq.seq_id: seq.num_computed for request in self.running for seq in self.active(request)}
         if set(active) != set(self.memory.tables):
             raise InvariantViolation(f"block tables of {set(self.memory.tables)} for the running {set(active)}")

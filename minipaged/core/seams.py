@@ -2,10 +2,10 @@
 
 What each decides, and who implements it:
 
-    MemoryManager     who owns which slot           BlockTables; features.contiguous (Orca), features.vattention
+    MemoryManager     who owns which slot           BlockTables; features.contiguous, features.vattention
     Runner            how a plan is executed        execution.runner; runners of features wrap each other
     AdmissionPolicy   who may start, and how many   FCFS; features.static_batching, features.batchllm
-    Stage             what happens in between       features.swap, features.speculative, …
+    Stage             hooks round each decision     features.swap, features.speculative, …
     Decoding          how a request takes tokens    Sampling; features.beam_search
 """
 
@@ -50,15 +50,14 @@ class MemoryManager(Protocol):
 
 class Runner(Protocol):
     def execute(self, plan: StepPlan) -> Any:
-        """Runs the plan's copies and chunks, of which there may be none. Returns logits [R, vocab]: for each chunk that
-        samples a row, and one more for each token of its draft."""
+        """Runs the plan's copies and chunks, if any. Returns logits [R, vocab], ``num_rows`` of them for each chunk."""
 
 
 class Limits(NamedTuple):
-    """How much may run. ``headroom``: blocks to leave free for each running sequence. Without ``needs_tokens`` a
-    request may start even if the step has no token left for it."""
+    """How much may run. ``headroom``: blocks to leave free for each running sequence. ``needs_tokens``: a request
+    starts only while the step has tokens left."""
 
-    num_seqs: float
+    num_seqs: float  # may be infinite
     num_tokens: int
     headroom: int = 0
     needs_tokens: bool = True
@@ -68,13 +67,13 @@ class AdmissionPolicy(Protocol):
     """Who may start next. The first eligible request that does not fit ends admission for this step."""
 
     def bind(self, scheduler: Any) -> None:
-        """Takes the `Scheduler` that will ask, before anything else."""
+        """Called first, with the `Scheduler`."""
 
     def eligible(self, waiting: list[Request]) -> Iterable[Request]:
         """The requests that may start now, in order: ``waiting`` itself, or some of it."""
 
     def limits(self, request: Request | None) -> Limits:
-        """The limits for this request to start, counted over all that run; ``None``: those of the step."""
+        """The limits, over all running requests, for this request to start; ``None``: those of the step."""
 
     def hits(self, request: Request) -> list[Hit]:
         """Blocks whose KV the request need not compute."""
@@ -102,7 +101,7 @@ class Stage:
     """Base of what acts between the scheduler's decisions. Each hook does nothing here; override what you need."""
 
     def bind(self, scheduler: Any) -> None:
-        """Takes the `Scheduler` that will call the hooks, before anything else."""
+        """Called first, with the `Scheduler`."""
         self.scheduler = scheduler
 
     def before_admission(self, plan: StepPlan) -> bool:
@@ -110,11 +109,11 @@ class Stage:
         return True
 
     def preempting(self, request: Request, plan: StepPlan) -> bool:
-        """The request left the running queue. True: this stage keeps it, and the KV is not dropped."""
+        """The request left the running queue. True: this stage took its block tables, set its status and keeps it."""
         return False
 
     def reclaim(self, request: Request, plan: StepPlan) -> bool:
-        """A request alone in the pool lacks blocks. True: this stage gave some up; without any, a sequence ends."""
+        """A request alone in the pool lacks blocks. True: this stage freed some. If no stage does, a sequence ends."""
         return False
 
     def planned(self, plan: StepPlan) -> None:
@@ -140,7 +139,7 @@ class Stage:
         return ()
 
     def failed(self, plan: StepPlan) -> Iterable[Request]:
-        """The plan failed midway. Returns requests that must be aborted beside those of its chunks."""
+        """The plan failed midway. Returns requests to abort besides those of its chunks."""
         return ()
 
     def check(self) -> None:
@@ -165,7 +164,7 @@ class Decoding(Protocol):
         """Applies a step's sampled tokens: appends, forks, finishes."""
 
     def end(self, request: Request, seqs: list[Sequence], reason: str, scheduler: Any) -> None:
-        """Ends these sequences early, or all if they depend on each other."""
+        """Ends these sequences early, or all of them where they depend on each other (beams)."""
 
 
 class Sampling:

@@ -12,8 +12,8 @@ longest possible, *Pow2* the output rounded up to a power of two, *Oracle* is to
 blocks from a buddy allocator, so Pow2 and Oracle lose the rest of a power of two to *external*. FasterTransformer sets
 aside what Max does. vAttention maps page-groups as a sequence grows. None of these shares a prompt between sequences.
 
-`features.contiguous` and `features.vattention` are these managers for real; `Engine.held` measures the one that runs, by
-the same classes.
+`features.contiguous` and `features.vattention` are these managers for real; `Engine.held` measures the one that runs,
+by the same classes.
 """
 
 from __future__ import annotations

@@ -197,6 +197,6 @@ def add_batch(engine: Any, batch: list[BatchItem], plan: Callable[..., Plan] = p
     groups = groups_in(engine) or install(scheduler)
     planned = plan(shared, outputs, engine.memory.block_size)
     for group in planned.groups:
-        requests = [engine.queue(batch[i].request_id, prompts[i], params[i], batch[i].prompt) for i in group.members]
+        requests = [engine.enqueue(batch[i].request_id, prompts[i], params[i], batch[i].prompt) for i in group.members]
         groups.group(requests, group.num_blocks)
     return planned.saved_tokens

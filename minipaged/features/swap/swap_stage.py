@@ -37,7 +37,7 @@ class Swap(Stage):
         seq_ids = [seq.seq_id for seq in self.scheduler.active(request)]
         if not self.space.can_swap_out(seq_ids):
             return False
-        self.scheduler.queue(request, self.requests_out, Status.SWAPPED)
+        self.scheduler.insert(request, self.requests_out, Status.SWAPPED)
         self.scheduler.events.emit(Preempted, request.request_id, "swap", "no free block")
         plan.swap_outs += self.space.swap_out(seq_ids)
         return True
@@ -62,7 +62,7 @@ class Swap(Stage):
                 scheduler.outgrow(request, plan)  # alone, and still too large
                 continue
             self.requests_out.remove(request)
-            scheduler.queue(request, scheduler.running, Status.RUNNING)
+            scheduler.insert(request, scheduler.running, Status.RUNNING)
             scheduler.events.emit(Resumed, request.request_id)
             plan.swap_ins += space.swap_in([seq.seq_id for seq in seqs])
             counts = {seq.seq_id: min(1, scheduler.target(request, seq) - seq.num_computed) for seq in seqs}

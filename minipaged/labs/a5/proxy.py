@@ -110,7 +110,7 @@ class LabScheduler(Scheduler):
             raise OutOfBlocks(f"there are not enough free blocks for {call}")
         if request.status is Status.WAITING:
             self.waiting.remove(request)
-            self.queue(request, self.running, Status.RUNNING)
+            self.insert(request, self.running, Status.RUNNING)
             self.events.emit(Admitted, request.request_id, seq.seq_id, 0)
             self.memory.open(seq.seq_id, [], self.demand(request))
         self.memory.reserve(Write(seq.seq_id, start, end))
