@@ -56,8 +56,8 @@ class Request:
     """What the user asked for: one prompt and ``params.n`` sequences.
 
     It is a *sequence group* of the PagedAttention paper (Kwon et al., 2023, §4.5; "the paper" everywhere here): all its
-    sequences are admitted, preempted and resumed together. Up to ``fork_at``, the tokens that they share, only the first
-    one, the *lead*, computes; `Scheduler.commit` then forks the others from it.
+    sequences are admitted, preempted and resumed together. Up to ``fork_at``, the tokens that they share, only the
+    first one, the *lead*, computes; `Scheduler.commit` then forks the others from it.
     """
 
     request_id: str
