@@ -82,7 +82,10 @@ def events_of(seed: str, groups: bool = False, **settings: Any) -> Iterator[dict
         guess_at_random(engine, random, right=random.choice((0.6, 0.9)))
     told: list[dict[str, Any]] = []
     engine.events.subscribe(
-        lambda event: told.append(event.to_dict() | ({"seconds": 0} if event.type == "step_finished" else {}))
+        lambda event: told.append(
+            {k: v for k, v in event.to_dict().items() if k != "rank" or v is not None}
+            | ({"seconds": 0} if event.type == "step_finished" else {})
+        )
     )
     arrivals = sorted(random.randint(0, 10) for _ in range(random.randint(3, 7)))
     names: list[str] = []

@@ -417,7 +417,7 @@ MUTANTS = [
     Mutant(
         "all branches of a seeded request draw the same numbers",
         Engine,
-        "make_request",
+        "_request",
         'Random(f"{seed}/{branch}")',
         "Random(seed)",
         (partial(scheduler.test_draws_depend_on_neither_preemption_nor_neighbours_and_branches_differ, "recompute"),),

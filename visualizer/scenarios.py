@@ -59,6 +59,7 @@ class Arrival:
     stop: tuple[str, ...] = ()
     min_tokens: int = 0
     ignore_eos: bool = False
+    extra_args: Mapping[str, Any] = field(default_factory=dict)
 
     def conversation(self) -> list[dict[str, str]] | None:
         """The messages to render, or ``None`` for a prompt that is continued as it stands."""
@@ -86,6 +87,7 @@ class Arrival:
             stop=self.stop,
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
+            extra_args=self.extra_args,
             logprobs=NUM_ALTERNATIVES,
         )
 

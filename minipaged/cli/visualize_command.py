@@ -53,6 +53,9 @@ def visualize(
     ] = False,
     replay: Annotated[Path | None, typer.Option(help="Show this recording; no model is loaded.")] = None,
     lab: Annotated[str | None, typer.Option("--lab", help="Run on what you wrote for this lab, e.g. A1.")] = None,
+    plugin: Annotated[
+        Path | None, typer.Option(help="A Python file with SETTINGS for the engine and a SCENARIO: see examples/.")
+    ] = None,
 ) -> None:
     """Watch the engine's memory while it runs, in the browser."""
     from visualizer.scenarios import DEMO_SETTINGS
@@ -67,19 +70,24 @@ def visualize(
             raise typer.Exit(fail(str(error))) from None
         raise typer.Exit(130)
 
-    settings = DEMO_SETTINGS | given(
-        device=device,
-        dtype=dtype,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=max_model_len,
-        preemption=preemption,
-        memory=memory,
-        eviction=eviction,
-        speculate=speculate,
-        num_speculative_tokens=num_speculative_tokens,
+    plugged, scenario = _plugin(plugin)
+    settings = (
+        DEMO_SETTINGS
+        | plugged
+        | given(
+            device=device,
+            dtype=dtype,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            preemption=preemption,
+            memory=memory,
+            eviction=eviction,
+            speculate=speculate,
+            num_speculative_tokens=num_speculative_tokens,
+        )
     )
     if lab is not None:
         from minipaged.labs.live import settings_of
@@ -91,8 +99,18 @@ def visualize(
         lambda: load(model, **settings) if lab is None else _load_lab(lab, model, **settings),
         host=host, port=port, open_browser=open_browser, classroom=classroom, share=share,
         recordings_will_do=model == DEFAULT.model and lab is None, other_models=lab is None,
+        **({"scenario": scenario} if scenario else {}),
     )  # fmt: skip
     raise typer.Exit(130)  # gradio returns on Ctrl-C, and on nothing else
+
+
+def _plugin(path: Path | None) -> tuple[dict[str, Any], Any]:
+    """The settings and the scenario of a plug-in; neither without one."""
+    if path is None:
+        return {}, None
+    from visualizer.plugins import load_plugin
+
+    return load_plugin(path)
 
 
 def _visualizer() -> Callable[..., Any]:

@@ -88,7 +88,7 @@ class Engine:
             stages=wings.stages(),
         )
         self.requests: dict[str, Request] = {}
-        self._arrivals = count()
+        self.next_arrival = count().__next__
         self._busy, self.num_forks = False, 0  # forks are numbered by features.fork_by_hand
         self._random = Random(config.seed)
 
@@ -184,6 +184,8 @@ class Engine:
             raise InvalidRequest("stop strings need a tokenizer, and this model came without one; use stop_token_ids")
         self.wings.decoding(params, frozenset())  # raises for a way of decoding that this engine does not have
         getattr(self.sampler, "check", lambda params: None)(params)
+        if unread := set(params.extra_args) - getattr(self.scheduler.admission, "extra_args", frozenset()):
+            raise InvalidRequest(f"extra_args: the engine's admission policy does not read {', '.join(sorted(unread))}")
         name, width = ("beam_width", params.beam_width) if params.beam_width else ("n", params.n)
         most = self.config.max_num_seqs
         if width > most:
@@ -221,13 +223,15 @@ class Engine:
 
     def enqueue(self, request_id: str, tokens: list[int], params: SamplingParams, prompt: str | None) -> Request:
         """Queues a request that `check_request` has let through."""
-        request = self.make_request(request_id, tokens, params, prompt)
+        request = self._request(request_id, tokens, params, prompt)
         self.scheduler.add(request)
         self.requests[request_id] = request
         if self.events.active:
             seq_ids, lead = [seq.seq_id for seq in request.seqs], request.seqs[0]
             pieces = [piece(lead, token) for token in tokens]
-            self.events.emit(RequestAdded, request_id, seq_ids, tokens, pieces, request.max_output)
+            self.events.emit(
+                RequestAdded, request_id, seq_ids, tokens, pieces, request.max_output, request.rank or None
+            )
         return request
 
     def max_output(self, prompt: list[int], params: SamplingParams) -> int:
@@ -256,25 +260,16 @@ class Engine:
         if request_id in self.requests:
             raise InvalidRequest(f"a request {request_id!r} is running already; give each its own id")
 
-    def make_request(
-        self,
-        request_id: str,
-        tokens: list[int],
-        params: SamplingParams,
-        prompt: str | None,
-        seqs: list[Sequence] | None = None,
-    ) -> Request:
-        """A request with the sequences given, or else with new ones, each with a random generator of its own."""
+    def _request(self, request_id: str, tokens: list[int], params: SamplingParams, prompt: str | None) -> Request:
+        """A request and its sequences, each with a random generator of its own."""
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        decoding = self.wings.decoding(params, stop_ids)
-        if seqs is None:
-            seed = self.seed(params)
-            # A string seeds Random by its SHA-512, so that neighbouring seeds and sequences have nothing in common.
-            rngs = [Random(f"{seed}/{branch}") for branch in range(decoding.streams)]
-            seqs = [Sequence(self.scheduler.next_seq_id(), list(tokens), len(tokens), rng) for rng in rngs]
-            if self.make_text is not None:
-                for seq in seqs:
-                    seq.text = self.make_text(tokens, params.stop)
+        decoding, seed = self.wings.decoding(params, stop_ids), self.seed(params)
+        # A string seeds Random by its SHA-512, so that neighbouring seeds and sequences have nothing in common.
+        rngs = [Random(f"{seed}/{branch}") for branch in range(decoding.streams)]
+        seqs = [Sequence(self.scheduler.next_seq_id(), list(tokens), len(tokens), rng) for rng in rngs]
+        if self.make_text is not None:
+            for seq in seqs:
+                seq.text = self.make_text(tokens, params.stop)
         return Request(
             request_id,
             tokens,
@@ -282,7 +277,7 @@ class Engine:
             seqs,
             stop_ids,
             max_output=self.max_output(tokens, params),
-            arrival=next(self._arrivals),
+            arrival=self.next_arrival(),
             decoding=decoding,
             prompt=prompt,
             fork_at=len(tokens),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from minipaged.errors import InvalidConfig, InvalidRequest, real_number, whole_number  # typed errors
 
@@ -87,6 +87,7 @@ class SamplingParams:
         early_stopping: ``True`` ends the search at ``beam_width`` finished hypotheses, ``False`` when a better one is
             unlikely, ``"never"`` when it is impossible (transformers' definitions).
         seed: makes this request repeat, whatever else is in the batch. ``None``: drawn from the engine's seed.
+        extra_args: for the engine's admission policy, by name; names that it does not read are refused.
     """
 
     n: int = 1
@@ -109,6 +110,7 @@ class SamplingParams:
     length_penalty: float = 1.0
     early_stopping: bool | str = False
     seed: int | None = None
+    extra_args: Mapping[str, Any] = field(default_factory=dict)
 
     MAX_LOGPROBS: ClassVar[int] = 20
 
@@ -150,8 +152,9 @@ class SamplingParams:
         real_number(self.repetition_penalty, "repetition_penalty", 0.01, 100.0)
         real_number(self.presence_penalty, "presence_penalty", -100.0, 100.0)
         real_number(self.frequency_penalty, "frequency_penalty", -100.0, 100.0)
-        if not isinstance(self.logit_bias, Mapping):
-            raise InvalidRequest(f"logit_bias must map token ids to numbers, not be {self.logit_bias!r}")
+        for name in ("logit_bias", "extra_args"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise InvalidRequest(f"{name} must be a mapping, not {getattr(self, name)!r}")
         for token_id, bias in self.logit_bias.items():
             whole_number(token_id, "each token id of logit_bias", 0, InvalidRequest)
             real_number(bias, "each value of logit_bias", -1e9, 1e9)

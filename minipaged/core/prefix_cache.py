@@ -43,8 +43,7 @@ class EvictionPolicy(Protocol):
 class LRU:
     """Evicts the least recently used *leaf*: a block that no other evictable block continues.
 
-    A block is of no use without those before it, so they should outlive it. A table frees its last block first, so the
-    oldest block is nearly always a leaf, and the search for one is short.
+    The blocks before a block should outlive it. Tables free their last block first: the oldest is nearly always a leaf.
     """
 
     def __init__(self) -> None:

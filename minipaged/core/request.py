@@ -68,6 +68,7 @@ class Request:
     max_output: int  # tokens that a sequence may generate
     arrival: int  # a counter: the order of arrival
     decoding: Any  # a seams.Decoding: how its sequences take tokens (sampling, or beam search)
+    rank: float = 0  # queues are in the order of (rank, arrival); the admission policy sets it
     prompt: str | None = None
     fork_at: int = 0  # tokens that all live sequences share: the prompt, and after each preemption what still agrees
     status: Status = Status.WAITING

@@ -21,7 +21,7 @@ from minipaged.events import Admitted, EventLog, Filled, Finished, Forked, Preem
 
 
 class Scheduler:
-    """Moves requests between ``waiting`` and ``running``, each queue in order of arrival.
+    """Moves requests between ``waiting`` and ``running``, each queue in order of rank (0 by default) and arrival.
 
     In every step each running sequence that has all but its newest token computed gets its one token first
     (*decodes*); the rest of the token budget goes to prompts, in chunks, oldest request first. When blocks run out, the
@@ -60,7 +60,8 @@ class Scheduler:
         stage.bind(self)
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        request.rank = self.admission.rank(request)
+        self.insert(request, self.waiting, Status.WAITING)
 
     def has_unfinished(self) -> bool:
         return bool(self.waiting or self.running or any(stage.requests() for stage in self.stages))
@@ -187,8 +188,8 @@ class Scheduler:
             owed += self._owed(request)
 
     def insert(self, request: Request, queue: list[Request], status: Status) -> None:
-        """Inserts the request into a queue, in order of arrival, and sets its status."""
-        insort(queue, request, key=lambda r: r.arrival)
+        """Inserts the request into a queue, in order of rank and arrival, and sets its status."""
+        insort(queue, request, key=lambda r: (r.rank, r.arrival))
         request.status = status
 
     def _end_if_hopeless(self, request: Request, limits: Limits, plan: StepPlan) -> None:
@@ -282,15 +283,6 @@ class Scheduler:
         """Ends a request in whatever state it is; every block comes back."""
         request.decoding.end(request, list(request.live), "abort", self)
 
-    def fork(self, parent: Request, child: Request) -> None:
-        """Starts ``child``, a copy of a running request with one sequence, on the parent's blocks."""
-        (old,), (new,) = parent.live, child.live
-        self.insert(child, self.running, Status.RUNNING)
-        self.events.emit(Forked, old.seq_id, new.seq_id, child.request_id)
-        self.memory.fork(old.seq_id, new.seq_id)
-        for stage in self.stages:
-            stage.forked(parent, child)
-
     def take(self, request: Request, seq: Sequence, token: SampledToken, reason: str | None) -> str | None:
         """Appends a token and its text. Returns the finish reason, which a stop string may have changed."""
         seq.tokens.append(token.token_id)
@@ -344,8 +336,9 @@ class Scheduler:
         if sum(request.width for request in self.running) > self.admission.limits(None).num_seqs:
             raise InvariantViolation("more sequences run than max_num_seqs allows")
         for queue in (self.waiting, self.running):
-            if [r.arrival for r in queue] != sorted(r.arrival for r in queue):
-                raise InvariantViolation("a queue is out of the order of arrival")
+            order = [(r.rank, r.arrival) for r in queue]
+            if order != sorted(order):
+                raise InvariantViolation("a queue is out of the order of rank and arrival")
         for stage in self.stages:
             stage.check()
 

@@ -66,8 +66,13 @@ class Limits(NamedTuple):
 class AdmissionPolicy(Protocol):
     """Who may start next. The first eligible request that does not fit ends admission for this step."""
 
+    extra_args: frozenset[str]  # names in `SamplingParams.extra_args` that it reads
+
     def bind(self, scheduler: Any) -> None:
         """Called first, with the `Scheduler`."""
+
+    def rank(self, request: Request) -> float:
+        """Fixed when the request arrives: all queues are in the order of (rank, arrival), and the last is preempted."""
 
     def eligible(self, waiting: list[Request]) -> Iterable[Request]:
         """The requests that may start now, in order: ``waiting`` itself, or some of it."""
@@ -82,8 +87,13 @@ class AdmissionPolicy(Protocol):
 class FCFS:
     """First come, first served."""
 
+    extra_args: frozenset[str] = frozenset()
+
     def bind(self, scheduler: Any) -> None:
         self.scheduler = scheduler
+
+    def rank(self, request: Request) -> float:
+        return 0
 
     def eligible(self, waiting: list[Request]) -> list[Request]:
         return waiting
@@ -168,10 +178,7 @@ class Decoding(Protocol):
 
 
 class Sampling:
-    """The heart's `Decoding`: every sequence appends its own tokens until one ends it.
-
-    Raises `InvalidRequest` for parameters that ask for another.
-    """
+    """The heart's `Decoding`: sequences append their own tokens. Raises `InvalidRequest` where another is asked for."""
 
     independent = True
 

@@ -88,6 +88,7 @@ class State:
     step: int = 0
     seqs: dict[int, SeqState] = field(default_factory=dict)
     requests: dict[str, list[int]] = field(default_factory=dict)
+    ranks: dict[str, float] = field(default_factory=dict)  # of requests with a rank other than 0
     waiting: list[str] = field(default_factory=list)
     running: list[str] = field(default_factory=list)
     swapped: list[str] = field(default_factory=list)
@@ -130,12 +131,14 @@ class State:
         if e.request_id in self.finished:  # an id that is used again
             self._forget(e.request_id)
         self.requests[e.request_id] = list(e.seq_ids)
-        self.waiting.append(e.request_id)
+        if e.rank is not None:
+            self.ranks[e.request_id] = e.rank
         for seq_id in e.seq_ids:
             tokens, pieces = list(e.prompt_token_ids), list(e.prompt_pieces)
             self.seqs[seq_id] = SeqState(
                 e.request_id, len(tokens), tokens, pieces, [None] * len(tokens), limit=len(tokens) + e.max_tokens
             )
+        self._queue(self.waiting, e.request_id)
 
     def _step_started(self, e: StepStarted) -> None:
         self.step = e.step
@@ -196,8 +199,8 @@ class State:
         self._queue(self.running, e.request_id)
 
     def _queue(self, queue: list[str], request_id: str) -> None:
-        queue.append(request_id)
-        queue.sort(key=lambda r: self.requests[r][0])  # by first sequence id: in order of arrival
+        queue.append(request_id)  # by rank, then by first sequence id: in order of arrival
+        queue.sort(key=lambda r: (self.ranks.get(r, 0), self.requests[r][0]))
 
     def _filled(self, e: Filled) -> None:
         self.seqs[e.seq_id].num_computed = e.start + e.num_tokens
@@ -221,6 +224,8 @@ class State:
             )  # fmt: skip
             if all(self.seqs[s].finish_reason for s in self.requests.get(e.request_id, [])):  # a request of its own
                 self.requests[e.request_id] = [e.child]
+                if parent.request_id in self.ranks:
+                    self.ranks[e.request_id] = self.ranks[parent.request_id]
                 self._queue(self.running, e.request_id)
             else:
                 self.requests[e.request_id].append(e.child)
@@ -281,6 +286,7 @@ class State:
 
     def _forget(self, request_id: str) -> None:
         self.finished.remove(request_id)
+        self.ranks.pop(request_id, None)
         for seq_id in self.requests.pop(request_id):
             del self.seqs[seq_id]
             self.forgotten += 1

@@ -66,6 +66,7 @@ class RequestAdded(Event):
     prompt_token_ids: list[int]
     prompt_pieces: list[str]
     max_tokens: int
+    rank: float | None = None  # its place in all queues before the order of arrival; None: 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,10 @@ from dataclasses import replace
 from random import Random
 
 from minipaged.core.engine import Engine
-from minipaged.core.request import Status
+from minipaged.core.request import Request, Status
+from minipaged.core.scheduler import Scheduler
 from minipaged.errors import InvalidRequest
+from minipaged.events import Forked
 
 
 def fork(engine: Engine, request_id: str, new_id: str | None = None) -> str:
@@ -35,13 +37,31 @@ def fork(engine: Engine, request_id: str, new_id: str | None = None) -> str:
         engine.num_forks += 1  # never the same id twice, so that no two copies draw alike
         new_id = f"{request_id}/fork-{engine.num_forks}"
     engine.check_id(new_id)
+    getattr(engine.scheduler, "refuse_forks", lambda: None)()  # a scheduler of one's own may know none
     if not engine.memory.prepare_fork(seq.seq_id):
         raise InvalidRequest(f"there is no room for a copy of {request_id!r}; fork again when others have ended")
     params = replace(parent.params, n=1)
     child = seq.copy(engine.scheduler.next_seq_id(), Random(f"{engine.seed(params)}/{new_id}"))
-    request = engine.make_request(new_id, parent.prompt_token_ids, params, parent.prompt, [child])
-    if parent.prompt_logprobs is not None:
-        request.prompt_logprobs = list(parent.prompt_logprobs)
-    engine.scheduler.fork(parent, request)
+    request = replace(
+        parent,
+        request_id=new_id,
+        params=params,
+        seqs=[child],
+        arrival=engine.next_arrival(),
+        decoding=engine.wings.decoding(params, parent.stop_token_ids),
+        fork_at=len(parent.prompt_token_ids),
+        prompt_logprobs=None if parent.prompt_logprobs is None else list(parent.prompt_logprobs),
+    )
+    start(engine.scheduler, parent, request)
     engine.requests[new_id] = request
     return new_id
+
+
+def start(scheduler: Scheduler, parent: Request, child: Request) -> None:
+    """Starts ``child``, a copy of a running request with one sequence, on the parent's blocks."""
+    (old,), (new,) = parent.live, child.live
+    scheduler.insert(child, scheduler.running, Status.RUNNING)
+    scheduler.events.emit(Forked, old.seq_id, new.seq_id, child.request_id)
+    scheduler.memory.fork(old.seq_id, new.seq_id)
+    for stage in scheduler.stages:
+        stage.forked(parent, child)

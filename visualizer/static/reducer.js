@@ -9,6 +9,7 @@ export class State {
     this.step = 0;
     this.seqs = {};
     this.requests = {};
+    this.ranks = {}; // of requests with a rank other than 0
     this.waiting = [];
     this.running = [];
     this.swapped = [];
@@ -40,10 +41,11 @@ function remove(array, value) {
   array.splice(index, 1);
 }
 
-// Into its place by first sequence id: in order of arrival.
+// Into its place by rank, then by first sequence id: in order of arrival.
 function queue(state, array, requestId) {
   array.push(requestId);
-  array.sort((a, b) => state.requests[a][0] - state.requests[b][0]);
+  const rank = (id) => state.ranks?.[id] ?? 0; // keyframes of old recordings have no ranks
+  array.sort((a, b) => rank(a) - rank(b) || state.requests[a][0] - state.requests[b][0]);
 }
 
 // Blocks move between the pool and the CPU's swap space, with the references of one sequence.
@@ -61,6 +63,7 @@ function forget(state, requestId) {
     state.forgotten += 1;
   }
   delete state.requests[requestId];
+  delete state.ranks[requestId];
 }
 
 function allocated(state, e) {
@@ -82,7 +85,7 @@ const HANDLERS = {
   request_added(state, e) {
     if (state.finished.includes(e.request_id)) forget(state, e.request_id); // an id that is used again
     state.requests[e.request_id] = [...e.seq_ids];
-    state.waiting.push(e.request_id);
+    if (e.rank != null) state.ranks[e.request_id] = e.rank;
     for (const seqId of e.seq_ids) {
       state.seqs[seqId] = {
         request_id: e.request_id,
@@ -101,6 +104,7 @@ const HANDLERS = {
         taken_back: [],
       };
     }
+    queue(state, state.waiting, e.request_id);
   },
   step_started(state, e) {
     state.step = e.step;
@@ -167,6 +171,7 @@ const HANDLERS = {
         siblings.push(e.child);
       } else { // a request of its own
         state.requests[e.request_id] = [e.child];
+        if (parent.request_id in state.ranks) state.ranks[e.request_id] = state.ranks[parent.request_id];
         queue(state, state.running, e.request_id);
       }
     }

@@ -55,6 +55,7 @@ class Groups(Stage):
 
     def __init__(self, base: AdmissionPolicy, by_count: bool = False) -> None:
         self.base, self.by_count = base, by_count
+        self.extra_args = base.extra_args
         self.group_of: dict[Request, RunningGroup] = {}
         self.kept: dict[int, list[Hit]] = {}
         self._numbers = count()
@@ -70,6 +71,9 @@ class Groups(Stage):
             self.scheduler.events.emit(GroupStarted, group.number, [r.request_id for r in requests], num_blocks)
 
     # --- admission --------------------------------------------------------------------------------------------
+
+    def rank(self, request: Request) -> float:
+        return self.base.rank(request)
 
     def eligible(self, waiting: list[Request]) -> list[Request]:
         """Without those that wait for their group's prefix."""

@@ -14,7 +14,7 @@ from minipaged.features.swap.swap_tables import SwapTables
 
 
 class Swap(Stage):
-    """Keeps preempted requests in ``requests_out``, in order of arrival, with their blocks in ``space``.
+    """Keeps preempted requests in ``requests_out``, in order of rank and arrival, with their blocks in ``space``.
 
     While one of them waits to come back, no other request is admitted.
     """
@@ -88,5 +88,6 @@ class Swap(Stage):
             raise InvariantViolation(
                 f"sequences {set(self.space.tables)} have blocks in the swap space, but are not out"
             )
-        if [r.arrival for r in self.requests_out] != sorted(r.arrival for r in self.requests_out):
-            raise InvariantViolation("the swapped requests are out of the order of arrival")
+        order = [(r.rank, r.arrival) for r in self.requests_out]
+        if order != sorted(order):
+            raise InvariantViolation("the swapped requests are out of the order of rank and arrival")

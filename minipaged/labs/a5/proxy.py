@@ -53,7 +53,7 @@ class LabScheduler(Scheduler):
         self._known[request.arrival] = request
         self._ask("add", request.arrival, len(request.prompt_token_ids))
 
-    def fork(self, parent: Request, child: Request) -> None:
+    def refuse_forks(self) -> None:
         raise InvalidRequest("lab A5's scheduler knows no forks")
 
     def schedule(self) -> StepPlan:
