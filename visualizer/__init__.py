@@ -1,5 +1,4 @@
-"""The page that shows a running engine: blocks, block tables and queues, live.
+"""A web page that shows a running engine live: its KV blocks, block tables and queues.
 
-It listens to the engine's events (`minipaged.events`) and knows nothing of its insides. Start it with
-`visualizer.app.launch`.
+It only reads the engine's events (`minipaged.events`), never its internals. Start it with `visualizer.app.launch`.
 """

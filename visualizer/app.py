@@ -1,4 +1,4 @@
-"""The page: one `gr.HTML` whose JavaScript pulls records and draws them, and the server around it."""
+"""Builds and serves the page: one `gr.HTML` component whose JavaScript pulls records of events and draws them."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ STATIC = Path(__file__).resolve().parent / "static"
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-# The scripts come with the page: forty requests would only begin once Gradio has loaded itself, and a browser's cache
-# could mix old scripts with new ones after an upgrade. Each module becomes a `blob:` address, which the modules that
-# import it are given in place of its name. Other addresses are relative to the page's, as behind a proxy.
+# The scripts are part of the page. Otherwise forty requests would start only after Gradio has loaded, and after an
+# upgrade a browser's cache could mix old and new scripts. Each module becomes a `blob:` URL, which replaces its name in
+# the modules that import it. Other URLs are relative to the page's URL, so that they work behind a proxy.
 ON_LOAD = r"""
 const address = (path) => new URL("gradio_api/file=" + path, document.baseURI).href;
 const blobs = {};
@@ -53,14 +53,14 @@ import(module("main.js")).then((main) => main.start({
 
 @dataclass
 class Visualizer:
-    """A page and the engine behind it (none, if it shows recordings)."""
+    """The page and the parts behind it: the engine's thread (``None`` for a recording), record log, experiments."""
 
     blocks: gr.Blocks
     thread: Any  # PacedLoop, or None
     log: RecordLog
     url: str = ""
-    public_url: str = ""  # through Gradio's servers, if asked for and possible
-    presenter: str = ""  # in a classroom, the token without which nobody controls the engine
+    public_url: str = ""  # through Gradio's servers; empty unless requested and available
+    presenter: str = ""  # in a classroom, the secret token that allows a viewer to control the engine
     experiments: Experiments | None = None
 
     def close(self) -> None:
@@ -81,26 +81,26 @@ def build(
     classroom: bool = False,
     load: Callable[..., Any] | None = None,
 ) -> Visualizer:
-    """The page for ``llm``, not served yet. Starts the engine's thread, which owns ``llm.engine`` then.
+    """Builds the page for ``llm`` without serving it, and starts the engine's thread, which then owns ``llm.engine``.
 
-    ``scenario`` begins with the first viewer, and again whenever somebody presses "Play again"; ``None``:
-    nothing plays by itself. ``rate`` is in steps per second, ``None`` for as fast as the machine can.
-    In a ``classroom`` only who knows the presenter's token controls the engine, and begins the scenario. ``load`` makes
-    the `LLM` when somebody asks for another model; ``None``: nobody may.
+    ``scenario`` starts when the first viewer connects, and again when a viewer presses "Play again"; with ``None``
+    nothing plays automatically. ``rate`` is in steps per second; ``None`` means as fast as possible. In a
+    ``classroom`` only a viewer with the presenter's token can control the engine and start the scenario. ``load``
+    makes the `LLM` when a viewer chooses another model; ``None`` disables that choice.
     """
     log = RecordLog()
     thread = PacedLoop(llm, log, rate)
     experiments = Experiments()
     guard = Guard(_with_experiments(experiments, Commands(thread, scenario or OPENING, load)), classroom)
     recordings = Recordings(log)
-    # Emptied by the first viewer, in a classroom by the presenter; on the engine with the sizes it was started with.
+    # The scenario until the first viewer (in a classroom: the presenter) starts it; it keeps the engine's own settings.
     unseen = [replace(scenario, settings={})] if scenario else []
 
     def begin() -> None:
         if unseen:
             thread.reset(unseen.pop())
 
-    # Called by the page's JavaScript. A Response goes out as it is: no record is encoded a second time.
+    # Called by the page's JavaScript. Gradio sends a Response unchanged, so records are not encoded a second time.
     async def pull(request: Any) -> Response:
         if not classroom:
             begin()
@@ -118,15 +118,15 @@ def build(
 
 
 def build_replay(path: Path | None, note: str = "") -> Visualizer:
-    """The page for the recording at ``path`` (``None``: those that minipaged comes with): no engine, no torch.
+    """Builds the page for the recording at ``path`` (``None``: the recordings shipped with minipaged).
 
-    ``note`` is said to the viewer. Raises ``ValueError`` for a file that is not a recording.
+    Needs no engine and no torch. ``note`` is shown to the viewer. Raises ``ValueError`` if the file is no recording.
     """
     log = RecordLog()
     recordings = Recordings(log)
     name = recordings.add(path) if path else next(iter(recordings.shipped), None)
     if name is None:
-        raise ValueError("there are no recordings to show")
+        raise ValueError("there are no recordings to show; give one with --replay FILE")
 
     async def pull(request: Any) -> dict[str, Any]:
         return {}
@@ -175,7 +175,7 @@ def _page(functions: list[Callable[..., Any]], more: dict[str, Any]) -> gr.Block
 
 
 def mount(app: Any, visualizer: Visualizer, path: str) -> None:
-    """Makes the page part of ``app``, a FastAPI application that somebody else serves."""
+    """Adds the page at ``path`` to ``app``, a FastAPI application that the caller serves."""
     gr.mount_gradio_app(
         app, visualizer.blocks, path=path, footer_links=[], run_history=False, ssr_mode=False,
         css_paths=stylesheets(), theme=_theme(),
@@ -197,22 +197,22 @@ def launch(
     recordings_will_do: bool = False,
     other_models: bool = True,
 ) -> Visualizer:
-    """Serves the page. Returns when it is stopped with Ctrl-C, or at once if not ``block``.
+    """Serves the page. Returns when the user presses Ctrl-C, or immediately with ``block=False``.
 
-    ``llm`` is an `LLM`, a function that makes one (called once the port is known to be free), or ``None`` for
-    the embedded model with a pool small enough to run full. If it cannot be loaded and ``recordings_will_do``, the
-    recordings that minipaged comes with are shown. ``other_models``: viewers on this machine may load some.
-    ``replay`` shows a recording instead of an engine; ``ValueError`` if it is none. In a ``classroom`` viewers watch,
-    and only the presenter controls. ``share`` makes a public link through Gradio's servers, and a classroom of whoever
-    opens it; without the internet the local page goes on alone.
-    Raises `PortInUse`.
+    ``llm`` is an `LLM`, a function that makes one (called after the check that the port is free), or ``None`` for the
+    embedded model with a KV block pool small enough to run full. If it cannot be loaded and ``recordings_will_do``, the
+    page shows the recordings shipped with minipaged. ``other_models`` allows viewers on this machine to load models.
+    ``replay`` shows a recording instead of an engine. In a ``classroom`` only the presenter controls the engine; the
+    other viewers watch. ``share`` makes a public link through Gradio's servers and implies ``classroom``; without
+    internet access only the local page is served.
+    Raises `PortInUse`, and ``ValueError`` if ``replay`` is not a recording.
     """
     _check_port(host, port)
     classroom = classroom or share
     if replay is not None:
         visualizer = build_replay(replay)
     else:
-        # Whoever is on the network may not make this machine load things.
+        # Only viewers on this machine may load models; requests from the network may not.
         load = _load if host in LOOPBACK and not share and other_models else None
         visualizer = _with_engine(llm or _tiny, scenario, rate, classroom, load, recordings_will_do)
     try:
@@ -227,7 +227,7 @@ def launch(
     visualizer.url = f"http://{_own_address() if host == '0.0.0.0' else host}:{port}"
     visualizer.public_url = visualizer.blocks.share_url or "" if share else ""
     if visualizer.thread and host not in LOOPBACK and not classroom:
-        print("anybody who can reach this machine can control the engine; --classroom keeps that to you", flush=True)
+        print("any viewer on the network can control this engine; add --classroom to allow only you", flush=True)
     _tell(visualizer, share)
     if block:
         _until_interrupted()
@@ -238,15 +238,15 @@ def launch(
 def _tell(visualizer: Visualizer, share: bool) -> None:
     print(f"minipaged visualizer: {visualizer.url}", flush=True)
     if visualizer.public_url:
-        print(f"for everybody who knows it, to watch: {visualizer.public_url}", flush=True)
+        print(f"public link, to watch only: {visualizer.public_url}", flush=True)
     elif share:
-        print("no public link could be made (is the internet there?); the page above works all the same", flush=True)
+        print("no public link could be made (is there internet access?); the local page above still works", flush=True)
     if visualizer.presenter:
         print(f"for the presenter only: {visualizer.url}/?presenter={visualizer.presenter}", flush=True)
 
 
 def _own_address() -> str:
-    """This machine's address in its network. Its name would often be known to itself alone."""
+    """This machine's IP address on its network; its host name often does not resolve on other machines."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # an address for documentation; connecting a datagram socket sends nothing
@@ -275,7 +275,7 @@ def _with_engine(
 
 
 def _plain(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Gradio writes an attribute on every server function, which a bound method does not take."""
+    """Wraps a bound method in a function: Gradio sets an attribute on server functions, and a method rejects it."""
 
     @wraps(method)
     async def function(request: Any) -> Any:
@@ -304,7 +304,7 @@ def _load(**settings: Any) -> Any:
 
 
 def _theme() -> gr.themes.Base:
-    """System fonts: Gradio's default theme would fetch its own from the net."""
+    """Gradio's base theme with system fonts: the default theme would download its fonts from the internet."""
     return gr.themes.Base(
         primary_hue="blue",
         neutral_hue="slate",
@@ -314,7 +314,7 @@ def _theme() -> gr.themes.Base:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Before the model is loaded in vain."""
+    """Raises `PortInUse` if the port is taken, before time is spent on loading the model."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,4 +1,4 @@
-"""The answer to "what did this token look at?", as the page takes it."""
+"""Attention weights of one token over its sequence's KV blocks, encoded for the page's inspector."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any
 
 from minipaged.core.engine import Engine
 
-MAX_NUMBERS = 500_000  # beyond that (2 MB) the page gets each layer's mean over its heads only
+MAX_NUMBERS = 500_000  # weights (2 MB); above that the page receives only each layer's mean over its heads
 
 
 def look(engine: Engine, seq_id: int, position: int) -> dict[str, Any]:
-    """The weights as base64 of float32, [layers, heads, position + 1], and the blocks they lie in.
+    """The attention weights of the token at ``position``, and the physical KV blocks that they refer to.
 
-    To be called in the engine's thread. Raises `InvalidRequest` where there is nothing to see.
+    The weights are base64 of float32, [layers, heads (1 if averaged), position + 1]. Call it in the engine's thread.
+    Raises `InvalidRequest` if they cannot be computed, for example because the sequence is swapped out.
     """
-    from minipaged.features.attention_view import attention  # brings torch, which a replay does without
+    from minipaged.features.attention_view import attention  # imports torch, which a replay does not need
 
     weights = attention(engine, seq_id, position)
     averaged = weights.numel() > MAX_NUMBERS

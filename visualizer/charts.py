@@ -1,7 +1,7 @@
-"""The page's charts, built here once and fed in the browser.
+"""Plotly figures of the page's charts: built here without data, filled with data in the browser.
 
-A shape named "moment" is the vertical line at the moment looked at, one named "pool" the pool's size; the browser
-finds them by these names.
+The browser finds two shapes by name: "moment", the vertical line at the step that the page shows, and "pool", the
+horizontal line at the pool's size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MANAGER_LINES = (
 
 
 def figures() -> dict[str, go.Figure]:
-    """By the name of the tab that shows them."""
+    """All figures, keyed by the name of the tab that shows them."""
     return {
         "memory": memory_figure(),
         "waste": waste_figure(),
@@ -37,15 +37,15 @@ def figures() -> dict[str, go.Figure]:
 
 
 def figures_as_json() -> dict[str, Any]:
-    """The same, as the browser's plotly takes them."""
+    """All figures as JSON-compatible objects for plotly.js."""
     return {name: json.loads(figure.to_json()) for name, figure in figures().items()}
 
 
 def memory_figure() -> go.Figure:
-    """Reserved slots, filled slots and tokens over the steps.
+    """Reserved slots, filled slots and tokens per step.
 
-    Three lines rather than two: where sequences share blocks, the tokens they see are more than the slots
-    filled for them, and only reserved minus filled is waste.
+    Tokens need a line of their own: sequences that share blocks have more tokens than filled slots in total. Only
+    reserved minus filled slots is waste.
     """
     figure = go.Figure()
     figure.add_scatter(
@@ -67,7 +67,7 @@ def memory_figure() -> go.Figure:
 
 
 def waste_figure() -> go.Figure:
-    """What each manager holds for the same texts, and below them all the tokens that it is for."""
+    """The slots that each memory manager would hold for the same sequences, and the number of their tokens."""
     figure = go.Figure()
     for name, color, dash in MANAGER_LINES:
         figure.add_scatter(
@@ -83,7 +83,7 @@ def waste_figure() -> go.Figure:
 
 
 def throughput_figure() -> go.Figure:
-    """Three small charts: how many tokens a step computes, how long it takes, and what that makes per second."""
+    """Three small charts per step: tokens computed (batch size), step time in ms, and throughput in tokens/s."""
     figure = make_subplots(
         rows=1, cols=3, horizontal_spacing=0.08, subplot_titles=(
             f"tokens: <b style='color:{BLUE}'>decode</b> + <b style='color:{ORANGE}'>prefill</b>",
@@ -106,7 +106,7 @@ def throughput_figure() -> go.Figure:
 
 
 def latency_figure() -> go.Figure:
-    """When each request's first token came, and how long the next one takes: half, 95 % and 99 % come sooner."""
+    """Latency: each request's time to first token (TTFT), and the inter-token latency (ITL) at p50, p95 and p99."""
     figure = make_subplots(
         rows=1, cols=2, column_widths=[0.42, 0.58], horizontal_spacing=0.08, subplot_titles=(
             "to the first token, ms",
@@ -125,12 +125,12 @@ def latency_figure() -> go.Figure:
             hovertemplate=f"{name}: %{{y:.1f}} ms<extra></extra>",
         )  # fmt: skip
     figure.update_annotations(font={"size": 11})
-    # A text that is preempted waits a hundred times as long as the others: by powers of ten both can be read.
+    # A preempted request waits a hundred times as long as the others; on a log axis both can be read.
     return _styled(figure, showlegend=False).update_yaxes(type="log", nticks=5, row=1, col=2)
 
 
 def sequences_figure() -> go.Figure:
-    """A Gantt chart. Whose bar it is, its colour and letter tell; what was going on, the way it is filled."""
+    """A Gantt chart with one row per sequence: the colour and letter name the sequence, the fill shows its state."""
     figure = go.Figure()
     looks: dict[str, dict[str, Any]] = {
         "waiting": {"opacity": 0.28},
@@ -149,7 +149,7 @@ def sequences_figure() -> go.Figure:
 
 
 def prefix_figure() -> go.Figure:
-    """How many prompt tokens the prefix cache had, and how it fills and is emptied."""
+    """The prefix cache's hit rate, the number of blocks in it, and the number of evicted blocks."""
     figure = make_subplots(specs=[[{"secondary_y": True}]])
     figure.add_scatter(
         x=[], y=[], name="hit rate so far, %", mode="lines", line={"color": GREEN, "width": 2.5, "shape": "hv"},
@@ -171,7 +171,7 @@ def prefix_figure() -> go.Figure:
 
 
 def _pool_line(figure: go.Figure) -> None:
-    """Paging can never cross it."""
+    """Adds the line at the pool's size, which paging never exceeds."""
     figure.add_shape(
         name="pool", type="line", xref="paper", x0=0, x1=1, y0=0, y1=0,
         line={"width": 1, "dash": "dash", "color": GREY},
@@ -183,7 +183,7 @@ def _pool_line(figure: go.Figure) -> None:
 
 
 def _styled(figure: go.Figure, margin_top: int = 22, **layout: Any) -> go.Figure:
-    """Small, without decoration, and with a line for the moment looked at across each of its charts."""
+    """Applies the common compact style, and adds the "moment" line to each of the figure's charts."""
     axes = {trace.xaxis or "x" for trace in figure.data}
     for axis in sorted(axes):
         figure.add_shape(

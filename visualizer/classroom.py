@@ -1,4 +1,4 @@
-"""A room full of viewers and one presenter, who alone controls the engine."""
+"""Access control for a classroom: many viewers watch, and only the presenter controls the engine."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from visualizer.experiments import LOOKING
 
-READING = ("attention", "check", *LOOKING)  # commands that change nothing: anybody may
+READING = ("attention", "check", *LOOKING)  # read-only commands, allowed for every viewer
 REFUSED = "Only the presenter controls this engine; you can freeze, rewind and step what you see."
 
 
 class Guard:
-    """Lets commands through: all of them, or in a classroom those that carry the presenter's token or only read."""
+    """Forwards all commands, or in a classroom only read-only ones and those with the presenter's token."""
 
     def __init__(self, commands: Callable[[Any], Awaitable[dict[str, Any]]], classroom: bool) -> None:
         self._commands = commands
@@ -22,7 +22,7 @@ class Guard:
         self.token = secrets.token_urlsafe(18)
 
     def knows(self, payload: Any) -> bool:
-        """Whether the payload comes from the presenter. Takes the same time for every wrong token."""
+        """Whether the payload has the presenter's token. Compares in constant time, against timing attacks."""
         token = payload.get("token") if isinstance(payload, dict) else None
         given = token.encode("utf-8", "replace") if isinstance(token, str) and len(token) <= 100 else b""
         return self._classroom and hmac.compare_digest(given, self.token.encode())

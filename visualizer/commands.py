@@ -1,4 +1,4 @@
-"""What the page may ask of the engine. It comes from a browser, so nothing in it is taken on trust."""
+"""Validates the page's commands and passes them to the engine. They come from a browser, so nothing is trusted."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MAX_SAMPLES = 4
 MAX_TEMPERATURE = 2.0
 MAX_STOPS = 20
 MAX_RATE = 200.0  # steps per second
-MAX_MESSAGES = 100  # of a conversation
-# What a viewer may set, and the most of each: the page draws every block, and a wish must not take the machine down.
+MAX_MESSAGES = 100  # per conversation
+# Upper limits of the settings that a viewer can change: the page draws every block, and memory must not run out.
 LIMITS = {
     "block_size": 256,
     "num_blocks": 4096,
@@ -30,18 +30,18 @@ LIMITS = {
     "max_num_batched_tokens": 16384,
     "swap_blocks": 4096,
 }
-# Of an arrival's sampling parameters, those that a viewer refines rarely and that may be left out.
+# Optional sampling parameters of an arrival, which viewers change rarely.
 REFINED = (
     "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "min_tokens",
     "seed", "beam_width",
 )  # fmt: skip
-TIMEOUT = 30.0  # seconds for the engine's thread to get round to a command
+TIMEOUT = 30.0  # seconds until the engine's thread must have run a command
 
 
 class BadCommand(MinipagedError, ValueError):
-    """A payload that makes no sense, or a value out of range; the message says which.
+    """An invalid command: malformed, or with a value out of range; the message says which.
 
-    ``field`` is the payload's that alone is to blame, for the page to show the message beside it.
+    ``field`` names the one field that is wrong, if there is one; the page shows the message beside it.
     """
 
     def __init__(self, message: str, field: str = "") -> None:
@@ -50,25 +50,25 @@ class BadCommand(MinipagedError, ValueError):
 
 
 class Commands:
-    """Checks payloads and passes them on to the engine's thread."""
+    """Validates command payloads and passes them to the engine's thread."""
 
     def __init__(self, thread: PacedLoop, scenario: Scenario, load: Callable[..., Any] | None = None) -> None:
-        """``load(**settings)`` makes the `LLM` for another model; ``None``: the model stays what it is."""
+        """``load(**settings)`` makes the `LLM` for another model; with ``None`` the model cannot be changed."""
         self._thread = thread
         self._scenario = scenario
         self._load = load
         self._loading = False
 
     async def __call__(self, payload: Any) -> dict[str, Any]:
-        """``{"ok": True, "result": …}``, or ``{"ok": False, "message": …}`` with words for the user.
+        """Returns ``{"ok": True, "result": …}``, or ``{"ok": False, "message": …}`` with a message for the user.
 
-        Where one field of the payload is wrong, ``"field"`` names it.
+        If a single field of the payload is wrong, ``"field"`` names it.
         """
         try:
             if isinstance(payload, dict) and payload.get("do") == "configure":
                 return {"ok": True, "result": await self._configure(payload)}
             if isinstance(payload, dict) and payload.get("do") == "check":
-                return {"ok": True, "result": sorted(_sampling(payload))}  # names of what will count
+                return {"ok": True, "result": sorted(_sampling(payload))}  # names of the parameters that will apply
             future = self._dispatch(payload)
             return {"ok": True, "result": await asyncio.wait_for(asyncio.wrap_future(future), TIMEOUT)}
         except MinipagedError as error:
@@ -125,13 +125,13 @@ class Commands:
             chat=payload.get("chat") is True,
             **_sampling(payload),
         )
-        arrival.params()  # complains about what makes no sense
+        arrival.params()  # raises InvalidRequest for invalid values
         if (arrival.beam_width or 1) > MAX_SAMPLES:
             raise BadCommand(f"Beams must be at most {MAX_SAMPLES}.")
         return arrival
 
     def _turn(self, payload: dict[str, Any]) -> Arrival:
-        """A conversation's next answer. The page remembers what was said; nothing is kept here."""
+        """The request for a conversation's next answer. The page sends all messages; the server keeps none."""
         messages = payload.get("messages")
         if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
             raise BadCommand("the messages must be a list of objects")
@@ -149,7 +149,7 @@ class Commands:
         return replace(arrival, messages=tuple(said))
 
     def _play(self, payload: dict[str, Any]) -> Future[None]:
-        """The scenario called ``key``; without one, the last again, on the engine as it is."""
+        """Plays the scenario named in the payload; without a name, the last one again, with the current settings."""
         if payload.get("scenario") is None:
             return self._thread.reset(replace(self._scenario, settings={}))
         key = _text(payload, "scenario", 40)
@@ -159,7 +159,7 @@ class Commands:
         return self._thread.reset(self._scenario)
 
     async def _configure(self, payload: dict[str, Any]) -> str:
-        """A new engine. Another model is loaded in a thread of its own, while the old engine goes on."""
+        """Restarts with a new engine. Another model is loaded in a separate thread while the old engine runs on."""
         if self._loading:
             raise BadCommand("a model is being loaded already; wait for it")
         old = self._thread.engine.config
@@ -187,13 +187,13 @@ class Commands:
 
 
 def _config(payload: dict[str, Any], old: EngineConfig) -> EngineConfig:
-    """The settings asked for, laid over the old ones. Raises `InvalidConfig` for what makes no sense."""
+    """The old configuration updated with the payload's settings. Raises `InvalidConfig` for invalid settings."""
     changes: dict[str, Any] = {}
     for name, most in LIMITS.items():
         if payload.get(name) is not None:
             changes[name] = int(_number(payload, name, name.replace("_", " "), 1, most, whole=True))
     if payload.get("block_size", 0) is None:
-        changes["block_size"] = None  # what suits the manager
+        changes["block_size"] = None  # the memory manager's default
     if "model" in payload:
         changes["model"] = _text(payload, "model", 300).strip()
     for name in ("memory", "batching", "preemption", "enable_prefix_caching"):
@@ -202,7 +202,7 @@ def _config(payload: dict[str, Any], old: EngineConfig) -> EngineConfig:
     if changes.get("preemption", old.preemption) != "swap":
         changes["swap_blocks"] = None
     if changes.get("model", old.model) != old.model:
-        changes["max_model_len"] = None  # the new model's own
+        changes["max_model_len"] = None  # the new model's default
     if changes.get("enable_prefix_caching") is False or changes.get("memory") in AHEAD:
         changes |= {"eviction": None, "eviction_policy": None}
     if changes.get("memory", old.memory) != "vattention":
@@ -211,7 +211,7 @@ def _config(payload: dict[str, Any], old: EngineConfig) -> EngineConfig:
 
 
 def _sampling(payload: dict[str, Any]) -> dict[str, Any]:
-    """What is refined. Raises `BadCommand` with the name of a field that makes no sense by itself."""
+    """The payload's optional sampling parameters. Raises `BadCommand` with the name of a field that is invalid."""
     given = {name: payload[name] for name in REFINED if payload.get(name) is not None}
     stop = given.get("stop")
     if stop is not None:
@@ -219,7 +219,7 @@ def _sampling(payload: dict[str, Any]) -> dict[str, Any]:
             raise BadCommand(f"stop must be a list of at most {MAX_STOPS} strings", "stop")
         given["stop"] = tuple(_text({"stop": text}, "stop", 200) for text in stop)
     for name, value in given.items():
-        try:  # each alone, to know which it is; a beam search is checked with the rest, which it forbids
+        try:  # one at a time, to know which is invalid; beam_width forbids others, so params() checks it with them
             SamplingParams(max_tokens=None, **({name: value} if name != "beam_width" else {}))
         except InvalidRequest as error:
             raise BadCommand(str(error), name) from None
@@ -247,7 +247,7 @@ def _number(payload: dict[str, Any], name: str, label: str, low: float, high: fl
 
 
 def _rate(value: Any) -> float | None:
-    """Steps per second, or ``None`` ("as fast as it can") for the word ``"max"``."""
+    """Steps per second, or ``None`` (as fast as possible) for ``"max"``."""
     return None if value == "max" else _number({"rate": value}, "rate", "Speed", 0.2, MAX_RATE)
 
 

@@ -1,7 +1,7 @@
-"""Experiments from the page: one at a time, in a process of its own, which any viewer can follow.
+"""Runs the paper experiments that the page offers: one at a time, in a separate process that every viewer can follow.
 
-The process runs this very module, at a low priority: the live engine goes on. It tells what it does on its standard
-output, one JSON object a line, and a thread here reads them. Nothing is measured in the server's own process.
+The process runs this module at low priority, so that the live engine keeps running. It reports progress on its
+standard output, one JSON object per line, and a thread here reads them. The server's own process measures nothing.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from minipaged.experiments.result_text import machine_text, number_text, paper_t
 
 EARLIER = Path(minipaged.__file__).resolve().parent.parent / "benchmarks" / "results" / "experiments"
 WORKER = (sys.executable, "-P", "-m", "visualizer.experiments")
-LOOKING = ("experiments", "experiment")  # commands that start and stop nothing: anybody may
+LOOKING = ("experiments", "experiment")  # read-only commands, allowed for every viewer
 
 log = logging.getLogger(__name__)
 
 
 class BadRequest(MinipagedError, ValueError):
-    """What was asked for makes no sense, or not now; the message says why."""
+    """A command that is invalid, or not possible at the moment; the message says why."""
 
 
 @dataclass
 class _Run:
-    """An experiment that is running, or how it ended."""
+    """The state of an experiment that is running or has ended: its process, progress and error."""
 
     name: str
     quick: bool
@@ -52,10 +52,10 @@ class _Run:
 
 
 class Experiments:
-    """Answers the page's commands whose names begin with "experiment".
+    """Handles the page's commands whose names begin with "experiment".
 
-    ``earlier`` is a folder of results measured before, possibly on another machine. ``worker`` is the command line that
-    measures, before the experiment's name.
+    ``earlier`` is a folder of earlier results, possibly from another machine. ``worker`` is the command line of the
+    measuring process; the experiment's name is appended to it.
     """
 
     def __init__(self, earlier: Path = EARLIER, worker: Seq[str] = WORKER) -> None:
@@ -63,12 +63,12 @@ class Experiments:
         self._lock = threading.Lock()
         self._run: _Run | None = None
         self._ended: _Run | None = None  # the last one that ended without a result
-        self._count = 0  # of results measured here
-        self._measured: dict[str, tuple[int, Result]] = {}  # when in that count, and what
+        self._count = 0  # number of results measured here
+        self._measured: dict[str, tuple[int, Result]] = {}  # name -> the value of _count at that time, the result
         self._earlier = _read(earlier)
 
     def __call__(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """As `Commands`: ``{"ok": True, "result": …}``, or ``{"ok": False, "message": …}`` with words for the user."""
+        """Like `Commands`: ``{"ok": True, "result": …}``, or ``{"ok": False, "message": …}`` for the user."""
         try:
             match payload.get("do"):
                 case "experiments":
@@ -86,10 +86,10 @@ class Experiments:
         except MinipagedError as error:
             return {"ok": False, "message": str(error)}
 
-    # --- looking on -------------------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What is running, how the last one failed, and which experiments have results."""
+        """The running experiment, the last one that failed or was cancelled, and the names that have results."""
         with self._lock:
             run, ended = self._run, self._ended
             names = self._earlier.keys() | self._measured.keys()
@@ -103,7 +103,7 @@ class Experiments:
             }  # fmt: skip
 
     def results(self, name: str) -> list[dict[str, Any]]:
-        """The experiment's results as the page shows them: measured here, if it was, and earlier, if it was."""
+        """The experiment's results for the page: the one measured here and the earlier one, as far as they exist."""
         with self._lock:
             here = [self._measured[name][1]] if name in self._measured else []
         before = [self._earlier[name]] if name in self._earlier else []
@@ -112,7 +112,7 @@ class Experiments:
     # --- running ----------------------------------------------------------------------------------------------
 
     def start(self, name: str, quick: bool) -> None:
-        """Starts the experiment. `BadRequest` while another one runs."""
+        """Starts the experiment in a new process. Raises `BadRequest` while another one runs."""
         with self._lock:
             if self._run:
                 raise BadRequest(f"“{self._run.name}” is being measured; one at a time, for the sake of both.")
@@ -120,7 +120,7 @@ class Experiments:
             try:
                 process = subprocess.Popen(
                     command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, encoding="utf-8",
-                    # It finds the modules that this process has found, wherever they are from.
+                    # The new process must import the same modules as this one, wherever they are installed.
                     env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 )  # fmt: skip
             except OSError as error:
@@ -129,18 +129,18 @@ class Experiments:
             threading.Thread(target=self._follow, args=(self._run,), name="minipaged-experiment", daemon=True).start()
 
     def cancel(self) -> None:
-        """Ends the experiment that runs, if one does. It may take the process a moment to be gone."""
+        """Kills the process of the running experiment, if there is one. It may take a moment to exit."""
         with self._lock:
             if self._run:
                 self._run.cancelled = True
-                self._run.process.kill()  # it holds nothing that would have to be put in order
+                self._run.process.kill()  # it holds no resources that need a clean shutdown
 
     def close(self) -> None:
-        """Nothing is measured on when the server is gone."""
+        """Stops the running experiment, so that it does not outlive the server."""
         self.cancel()
 
     def _follow(self, run: _Run) -> None:
-        """In a thread: takes down what the process tells until it has ended."""
+        """Reads the process's output until it exits, and stores progress and result. Runs in a thread of its own."""
         result = None
         assert run.process.stdout
         with run.process.stdout as lines:
@@ -153,8 +153,8 @@ class Experiments:
                         run.error = message["error"]
                     else:
                         run.done, run.text = message["done"], message["text"]
-                except (ValueError, TypeError, KeyError):  # half a line of a process that was killed
-                    log.warning("an experiment's process said %.200r", line)
+                except (ValueError, TypeError, KeyError):  # an incomplete line: the process was killed
+                    log.warning("unreadable output of an experiment's process, ignored: %.200r", line)
         code = run.process.wait()
         with self._lock:
             self._run = None
@@ -167,7 +167,7 @@ class Experiments:
 
 
 def menu() -> list[dict[str, Any]]:
-    """What the page needs to know of each experiment."""
+    """The catalogue of experiments for the page, as JSON-compatible objects."""
     return [entry._asdict() for entry in catalogue()]
 
 
@@ -179,7 +179,7 @@ def _name(payload: dict[str, Any]) -> str:
 
 
 def _read(folder: Path) -> dict[str, Result]:
-    """The results in a folder, by name. One that cannot be read is left out: it is an extra."""
+    """The results in a folder, by experiment name. Skips unreadable files, since earlier results are optional."""
     results = {}
     for entry in catalogue():
         path = folder / f"{entry.name}.json"
@@ -189,14 +189,14 @@ def _read(folder: Path) -> dict[str, Result]:
                 _view(results[entry.name], False)
             except (ValueError, TypeError, KeyError, OSError, AttributeError) as error:
                 results.pop(entry.name, None)
-                log.warning("%s is not an experiment's result: %r", path, error)
+                log.warning("%s is not an experiment's result, ignored: %r", path, error)
     return results
 
 
 def _view(result: Result, here: bool) -> dict[str, Any]:
-    """A result in words and numbers that are ready to be shown."""
+    """A result as JSON-compatible text and numbers for the page."""
     rows = [
-        # The star is written as Markdown wants it.
+        # paper_text escapes the star of a secondary source for Markdown; the page needs it unescaped.
         {"what": row.what, "paper": paper_text(row).replace("\\", ""), "ours": number_text(row), "why": row.why}
         for row in result.rows
     ]
@@ -212,14 +212,14 @@ def _view(result: Result, here: bool) -> dict[str, Any]:
     }
 
 
-# --- the process that measures ----------------------------------------------------------------------------------
+# --- the measuring process --------------------------------------------------------------------------------------
 
 
 def _measure(name: str, quick: bool, tell: Callable[..., None]) -> None:
     try:
         result = run(name, quick, lambda done, text: tell(done=done, text=text))
     except BrokenPipeError:
-        return  # whoever wanted to know is gone
+        return  # the server has exited
     except Exception as error:
         log.exception("experiment %s", name)
         tell(error=f"{type(error).__name__}: {error}")
@@ -228,11 +228,11 @@ def _measure(name: str, quick: bool, tell: Callable[..., None]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """``NAME [--quick]``."""
+    """Entry point of the measuring process. Arguments: ``NAME [--quick]``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then ends this process
     if hasattr(os, "nice"):
         os.nice(10)
-    # What an experiment prints must not come between the lines that the server reads.
+    # An experiment's own prints go to stderr, so that they do not mix with the lines that the server reads.
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

@@ -1,8 +1,8 @@
-"""The page as one file that needs no server: scripts and styles inline, and a recording for it to play.
+"""Exports the page as one HTML file that needs no server: scripts and styles inline, and a recording to play.
 
-Modules cannot import one another from file://, so each becomes a ``data:`` address that an import map names. The charts
-come with plotly, the same that the live page has: packed it is 2 MB instead of 4.8, which still fits into a mail, and
-its smaller builds would be one more file to ship.
+Modules cannot import each other from file:// URLs, so each becomes a ``data:`` URL in an import map. The file contains
+the live page's plotly.js, gzipped from 4.8 to 2 MB, which still fits into an e-mail; one of plotly's smaller builds
+would be another file to ship.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from visualizer.sources import sources
 
 STATIC = Path(__file__).resolve().parent / "static"
 PLOTLY = Path(plotly.__file__).resolve().parent / "package_data" / "plotly.min.js"
-GAP = "THE RECORDING"  # as a JSON string, where the recording's text goes
+GAP = "THE RECORDING"  # placeholder (as a JSON string) for the recording's text
 
-# What Gradio provides on the live page: colours for light and dark, and controls without the browser's own looks.
+# Styles that Gradio provides on the live page: colours for light and dark mode, and resets of the browser's defaults.
 BASE = """
 :root { --body-text-color: #1f2937; --background-fill-primary: #fff; --background-fill-secondary: #f8fafc;
   --border-color-primary: #e2e8f0; }
@@ -39,14 +39,14 @@ const follow = () => document.body.classList.toggle("dark", dark.matches);
 dark.addEventListener("change", follow);
 follow();
 const given = (name) => document.getElementById(name).textContent;
-// Packed with gzip, and base64 around it. A browser too old to unpack it shows everything but the charts.
+// The data is gzip in base64. A browser without DecompressionStream shows everything but the charts.
 const unpack = async (packed) => {
   const stream = new Blob([Uint8Array.from(atob(packed), (char) => char.charCodeAt(0))]).stream();
   return URL.createObjectURL(await new Response(stream.pipeThrough(new DecompressionStream("gzip"))).blob());
 };
 const text = JSON.parse(given("recording"));
 const plotly = await unpack(given("plotly")).catch(() => null);
-const server = new Proxy({}, { get: () => async () => ({}) }); // nobody answers
+const server = new Proxy({}, { get: () => async () => ({}) }); // there is no server
 const { start } = await import("minipaged/main.js");
 start({ element: document.body, server, plotly, figures: plotly && JSON.parse(given("figures")),
   more: { sources: JSON.parse(given("sources")), exported: true, replay: { name: "an exported run", text } } });
@@ -54,7 +54,7 @@ start({ element: document.body, server, plotly, figures: plotly && JSON.parse(gi
 
 
 def page() -> str:
-    """The HTML, with ``GAP`` in quotes where the recording's JSON string goes."""
+    """The exported page's HTML, with ``GAP`` as a JSON string in place of the recording."""
     scripts = {f"minipaged/{path.name}": _module(path) for path in sorted(STATIC.glob("*.js"))}
     styles = "\n".join(path.read_text(encoding="utf-8") for path in stylesheets())
     body = (STATIC / "page.html").read_text(encoding="utf-8")
@@ -74,7 +74,7 @@ def page() -> str:
 
 
 def export(recording: str) -> str:
-    """The page with a recording's text in it."""
+    """The exported page's HTML with the given recording's text embedded."""
     return page().replace(json.dumps(GAP), _json(recording))
 
 
@@ -84,16 +84,16 @@ def _packed_plotly() -> str:
 
 
 def _module(path: Path) -> str:
-    """A script as an address. A relative import means nothing to a ``data:`` address; the map's names do."""
+    """A script as a ``data:`` URL. Its relative imports become names in the import map, since they cannot resolve."""
     code = re.sub(r'from "\./(\w+\.js)"', r'from "minipaged/\1"', path.read_text(encoding="utf-8"))
     return "data:text/javascript;base64," + base64.b64encode(code.encode()).decode()
 
 
 def _json(value: object) -> str:
-    """JSON that nothing in it can end the surrounding script element."""
+    """JSON without ``<``, so that no string in it can end the surrounding script element."""
     return json.dumps(value).replace("<", "\\u003c")
 
 
 def stylesheets() -> list[Path]:
-    """All styles; the others refine style.css."""
+    """All style sheets, style.css first: the others override it."""
     return sorted(STATIC.glob("*.css"), key=lambda path: (path.name != "style.css", path.name))

@@ -1,8 +1,8 @@
 """The record log between one engine thread and any number of viewers.
 
-A *record* is one step's events (or those of something between two steps) as JSON, encoded once however many
-watch. Records are numbered from 0 within a *run*; viewers pull those from their *cursor* on. A *keyframe* is
-the reduced state before a record: who comes late starts from one instead of from the beginning.
+A *record* holds the events of one step (or those between two steps) as JSON, encoded once for all viewers. Records
+are numbered from 0 within a *run*; a viewer pulls the records from its *cursor* on. A *keyframe* is the state before a
+record: a viewer that joins late starts from a keyframe instead of record 0.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 from minipaged.events import EngineStarted, Event, State
 
 KEYFRAME_EVERY = 40  # records
-MAX_RECORDS = 60 * KEYFRAME_EVERY  # what is older is forgotten
-HISTORY = 400  # records that a late joiner gets to rewind
+MAX_RECORDS = 60 * KEYFRAME_EVERY  # older records are dropped
+HISTORY = 400  # records that a late viewer receives, to rewind
 MAX_SAVED = 32_000_000  # characters of a run that can still be saved
 LONG_POLL = 5.0  # seconds until a pull returns with nothing new
-FAST, CROWD = 0.05, 4  # seconds between looks, for up to so many viewers
-SLOW = 0.1  # seconds for each viewer beyond that: all of them together look ten times a second
-HIDDEN = 2.0  # seconds for a page in a tab that nobody looks at
+FAST, CROWD = 0.05, 4  # seconds between checks of one viewer; the number of viewers up to which that holds
+SLOW = 0.1  # with more: seconds times the number of viewers, so that all together check ten times a second
+HIDDEN = 2.0  # seconds between checks for a page in a hidden tab
 
 
 def encode(value: Any) -> str:
@@ -32,7 +32,7 @@ def encode(value: Any) -> str:
 
 
 def encode_events(events: list[Event]) -> str:
-    """JSON has no NaN and no infinity; a browser refuses a whole answer for one of them."""
+    """Events as JSON, with null for NaN and infinity: a browser rejects a whole answer that contains either."""
     return encode([{key: _finite(value) for key, value in event.to_dict().items()} for event in events])
 
 
@@ -43,20 +43,20 @@ def _finite(value: Any) -> Any:
 
 
 class RecordLog:
-    """The `Sink` that viewers pull from. The engine's thread writes, the server's event loop reads."""
+    """The `Sink` that stores records for the viewers. The engine's thread writes, the server's event loop reads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._status: dict[str, Any] = {}
         self._status_version = 0
-        self._pulling = 0  # viewers that wait right now
+        self._pulling = 0  # viewers that are waiting for an answer
         self._closed = False
-        self._saved: list[str] = []  # all records since the engine's start, to be saved as a recording
+        self._saved: list[str] = []  # all records since the engine's start, for saving as a recording
         self._saved_size = 0
         self._begin(State())
 
     def _begin(self, state: State) -> None:
-        """A new run: viewers notice the new id and start over."""
+        """Starts a new run with a new id, so that viewers start over."""
         self.run = secrets.token_hex(4)
         self.state = state
         self._records: list[str] = []
@@ -85,7 +85,7 @@ class RecordLog:
                 self._forget_oldest()
 
     def _keep(self, record: str) -> None:
-        """The same strings as the records', so this costs only what those forget. Without an end it would grow."""
+        """Keeps a record for saving, up to MAX_SAVED. The string is shared with ``_records`` while that keeps it."""
         self._saved_size += len(record)
         if self._saved_size > MAX_SAVED:
             self._saved.clear()
@@ -93,7 +93,7 @@ class RecordLog:
             self._saved.append(record)
 
     def saved(self) -> list[str]:
-        """All records of the engine's run from its start on; empty if it has grown too long to keep."""
+        """All records since the engine's start; empty if the run is longer than MAX_SAVED."""
         with self._lock:
             return list(self._saved)
 
@@ -104,12 +104,12 @@ class RecordLog:
                 self._status_version += 1
 
     def close(self) -> None:
-        """Lets nobody wait any longer: a server cannot stop while it owes answers."""
+        """Ends all pulls that are waiting: a server cannot stop while requests are pending."""
         self._closed = True
 
     @property
     def end(self) -> int:
-        """The number that the next record will have."""
+        """The number of the next record."""
         return self._first + len(self._records)
 
     def _forget_oldest(self) -> None:
@@ -120,9 +120,9 @@ class RecordLog:
     # --- the viewers' side ----------------------------------------------------------------------------------
 
     async def pull(self, request: Any) -> str:
-        """Answers ``{"run", "cursor", "status"}`` with what is new since then, as soon as there is something.
+        """Long poll: waits for news since the request's ``{"run", "cursor", "status"}`` and returns them as JSON.
 
-        Whatever the request lacks or gets wrong makes its sender a late joiner, who is answered at once.
+        A request with missing or invalid fields is answered immediately, like that of a viewer who joins late.
         """
         asked = request if isinstance(request, dict) else {}
         self._pulling += 1
@@ -138,12 +138,12 @@ class RecordLog:
             self._pulling -= 1
 
     def _patience(self, hidden: bool) -> float:
-        """Seconds until the next look. Each costs the engine's thread some time, so a crowd shares a number of them."""
+        """Seconds until the next check. Each check delays the engine's thread, so many viewers check less often."""
         patience = FAST if self._pulling <= CROWD else SLOW * self._pulling
         return max(patience, HIDDEN) if hidden else patience
 
     def news(self, run: Any, cursor: Any, status: Any) -> str | None:
-        """The answer to a pull as JSON, or ``None`` when there is nothing to tell."""
+        """The answer to a pull as JSON, or ``None`` if nothing has changed."""
         with self._lock:
             keyframe = "null"
             known = run == self.run and type(cursor) is int and self._first <= cursor <= self.end
@@ -162,6 +162,6 @@ class RecordLog:
         return f'{encode(head)[:-1]},"keyframe":{keyframe},"records":[{records}]}}'
 
     def _late_start(self) -> int:
-        """The newest keyframe that leaves some history to rewind."""
+        """The number of the newest keyframe with at least HISTORY records after it, else of the oldest keyframe."""
         early = [number for number in self._keyframes if number <= self.end - HISTORY]
         return max(early, default=self._first)

@@ -1,8 +1,8 @@
-"""Makes the recordings that the page can show without an engine, with the embedded model.
+"""Makes the recordings shipped with minipaged, which the page can show without an engine.
 
     python -m visualizer.make_recordings
 
-Real runs, each small enough to read in an editor. The tests replay them with both reducers.
+They are real runs of the embedded model, small enough to read in an editor. The tests replay them in both reducers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CROWD = (
     Arrival(6, TOWN, n=4, max_tokens=60, temperature=1.0, seed=2),
     Arrival(14, "The robot opened the door and", max_tokens=60, seed=3),
     Arrival(20, "What is a block table?", max_tokens=40, seed=4, chat=True),
-    Arrival(26, TOWN, max_tokens=50, seed=5),  # begins like the second: found in the prefix cache
+    Arrival(26, TOWN, max_tokens=50, seed=5),  # the second request's prompt: a prefix cache hit
 )
 
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def record(name: str, arrivals: tuple[Arrival, ...], params: SamplingParams | None = None, **settings: Any) -> None:
-    """Runs the arrivals on a fresh engine, and writes everything that happens to the recordings' folder."""
+    """Runs the arrivals on a new engine, and writes all events to ``name``.jsonl in the recordings folder."""
     llm = LLM("tiny", **(SMALL | settings))
     path = FOLDER / f"{name}.jsonl"
     recorder = Recorder(path)
@@ -53,7 +53,7 @@ def record(name: str, arrivals: tuple[Arrival, ...], params: SamplingParams | No
     size = path.stat().st_size
     print(f"{path.name}: {step} steps, {size // 1000} kB")
     if size >= LIMIT:
-        raise SystemExit(f"{path.name} is larger than the {LIMIT // 1000} kB that a recording may have")
+        raise SystemExit(f"{path.name} has {size // 1000} kB; the limit is {LIMIT // 1000} kB: shorten its arrivals")
 
 
 def submit(llm: LLM, arrival: Arrival, params: SamplingParams | None) -> None:

@@ -1,4 +1,4 @@
-"""What the page adds to the engine's loop: a pace one can follow, a pause button, scenarios and questions."""
+"""The engine's loop for the page: it steps at a limited rate, and adds pause, scenarios and questions."""
 
 from __future__ import annotations
 
@@ -20,66 +20,66 @@ from minipaged.features.batchllm.groups import BatchItem
 from visualizer.questions import Question, Quiz
 from visualizer.scenarios import Arrival, Scenario
 
-MAX_WAITING = 50  # requests; beyond that a page full of impatient clicks would only make everybody wait
-TIME_TO_ANSWER = 20.0  # seconds until a step that waits for a viewer's prediction is shown anyway
+MAX_WAITING = 50  # requests; with more, repeated clicks would only lengthen the queue for all viewers
+TIME_TO_ANSWER = 20.0  # seconds a step is held back for a viewer's prediction before it is shown
 DEFAULT_RATE = 12.0  # steps per second: fast enough to feel alive, slow enough to follow
 
 log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Who wants to know. Called in the engine's thread; must not block."""
+    """The receiver of events and status. Its methods are called in the engine's thread and must not block."""
 
     def started(self, event: EngineStarted) -> None:
-        """A run begins from nothing."""
+        """A new run begins, with an empty pool and no requests."""
 
     def publish(self, events: list[Event]) -> None:
-        """One step's events, or those of something between steps (a request was added, aborted)."""
+        """The events of one step, or those between two steps (a request was added or aborted)."""
 
     def status(self, status: dict[str, Any]) -> None:
-        """Whether the thread is paused, how fast it steps, whether there is work."""
+        """The loop's status: paused, rate, whether there is work, the scenario and its question."""
 
 
 class PacedLoop(EngineLoop):
-    """Steps ``llm.engine`` at a given rate as long as there is work, and tells a sink what happens.
+    """Steps ``llm.engine`` at a given rate while there is work, and publishes its events to a sink.
 
-    All public methods may be called from any thread; what they return is a `Future` of the command's result.
+    All public methods may be called from any thread; they return a `Future` of the command's result.
     """
 
     def __init__(self, llm: Any, sink: Sink, rate: float | None = DEFAULT_RATE) -> None:
         super().__init__(llm)
-        self._home = self.engine.config  # what a scenario's settings are laid over
+        self._home = self.engine.config  # the configuration that a scenario's settings override
         self._sink = sink
         self._rate = rate
         self._paused = False
         self._pending: list[Event] = []  # emitted, not yet published
-        self._script: deque[Arrival] = deque()  # what a scenario has yet to submit
+        self._script: deque[Arrival] = deque()  # the scenario's arrivals not yet submitted
         self._script_step = 0
         self._num_requests = 0
-        self._conversations = count()  # goes on from run to run: a chat must not find another's answer
+        self._conversations = count()  # not reset with a run: a chat must not receive another chat's answer
         self._next_step_at = 0.0
         self._scenario: Scenario | None = None
-        self._asks = False  # whether this scenario's question is put
-        self._quiz: Quiz | None = None  # until the question has been put
-        self._question: Question | None = None  # put, and the step that answers it is held back
+        self._asks = False  # whether this scenario's question is asked
+        self._quiz: Quiz | None = None  # set until the question is asked
+        self._question: Question | None = None  # the open question; the step that answers it is held back
         self._question_ends = 0.0
         self._question_id = 0
         self._verdict: dict[str, Any] | None = None  # the last question's answer, for all viewers
         self._loading = ""  # the model that is being loaded
 
     def start(self) -> None:
-        """Begins with an engine that has no past: viewers could not know what happened in it before."""
+        """Starts the thread with a rebuilt, empty engine: the viewers have not seen any earlier events."""
         self._adopt(rebuild(self.llm.engine))
         super().start()
 
     # --- commands -------------------------------------------------------------------------------------------
 
     def submit(self, arrival: Arrival) -> Future[str]:
-        """Queues a request. `InvalidRequest` if it can never be served."""
+        """Queues a request. Raises `InvalidRequest` if it can never be served."""
         return self.call(lambda: self._submit(arrival))
 
     def fork(self, request_id: str) -> Future[str]:
-        """Lets a running request take a second way from here on. `InvalidRequest` if it cannot."""
+        """Forks a running request into a second one. Raises `InvalidRequest` if it cannot be forked."""
         return self.call(lambda: self.engine.fork(request_id))
 
     def pause(self) -> Future[None]:
@@ -89,7 +89,7 @@ class PacedLoop(EngineLoop):
         return self.call(lambda: self._set_paused(False))
 
     def step(self) -> Future[None]:
-        """Pauses, and computes one step, or shows the one that is held back."""
+        """Pauses, then computes one step or shows the step that is held back."""
 
         def step() -> None:
             self._paused = True
@@ -98,7 +98,7 @@ class PacedLoop(EngineLoop):
         return self.call(step)
 
     def set_rate(self, rate: float | None) -> Future[None]:
-        """Steps per second; ``None``: as fast as the machine can."""
+        """Sets the rate in steps per second; ``None`` means as fast as possible."""
 
         def set_rate() -> None:
             self._rate = rate
@@ -107,7 +107,7 @@ class PacedLoop(EngineLoop):
         return self.call(set_rate)
 
     def reset(self, scenario: Scenario | None = None) -> Future[None]:
-        """Starts over: empty pool, sequence 0, the engine's first seed. Plays ``scenario`` if given, on an engine
+        """Starts a new run: empty pool, sequence 0, the engine's first seed. Plays ``scenario`` if given, on an engine
         with the scenario's settings."""
 
         def reset() -> None:
@@ -118,7 +118,7 @@ class PacedLoop(EngineLoop):
         return self.call(reset)
 
     def configure(self, config: EngineConfig, llm: Any = None) -> Future[None]:
-        """Starts over with other settings, and with another model if ``llm`` is given. `InvalidConfig`: as it was."""
+        """Starts a new run with ``config``, and with another model if ``llm`` is given. `InvalidConfig`: no change."""
 
         def configure() -> None:
             engine = llm.engine if llm else self._engine(config)
@@ -130,7 +130,7 @@ class PacedLoop(EngineLoop):
         return self.call(configure)
 
     def set_loading(self, model: str) -> Future[None]:
-        """Tells viewers that a model is being loaded, or with ``""`` that none is any more."""
+        """Publishes the name of the model that is being loaded; ``""`` means that loading has ended."""
 
         def set_loading() -> None:
             self._loading = model
@@ -138,7 +138,7 @@ class PacedLoop(EngineLoop):
         return self.call(set_loading)
 
     def set_asking(self, asks: bool) -> Future[None]:
-        """Whether the scenario's question is put. Taken back, a question that is open is answered."""
+        """Turns the scenario's question on or off. Turning it off reveals the answer to an open question."""
 
         def set_asking() -> None:
             self._asks = asks
@@ -148,7 +148,7 @@ class PacedLoop(EngineLoop):
         return self.call(set_asking)
 
     def answer(self, question_id: int) -> Future[None]:
-        """Shows the step that was held back, if this question is still open."""
+        """Shows the step that was held back, if the question with this id is still open."""
 
         def answer() -> None:
             if question_id == self._question_id:
@@ -159,7 +159,7 @@ class PacedLoop(EngineLoop):
     # --- what differs in the thread -------------------------------------------------------------------------
 
     def _patience(self) -> float | None:
-        """How long to wait for a command before the next step is due; ``None``: no step is."""
+        """Seconds to wait for a command until the next step is due; ``None`` if no step is due."""
         if self._question is not None:
             return max(0.0, self._question_ends - time.monotonic())
         if self._paused or not self._has_work():
@@ -167,13 +167,13 @@ class PacedLoop(EngineLoop):
         return max(0.0, self._next_step_at - time.monotonic())
 
     def _step(self) -> None:
-        """Shows the step that is held back; else computes one, with the scenario's arrivals that are due before it."""
+        """Shows the step that is held back; otherwise submits the scenario's due arrivals and computes one step."""
         if self._question is not None:
             self._reveal()
             return
         now = time.monotonic()
         if self._rate is not None:
-            # From when it was due, so that the rate holds on average; but never a burst after a pause.
+            # Counted from when this step was due, so that the rate holds on average; but no burst after a pause.
             self._next_step_at = max(self._next_step_at, now - 0.1) + 1 / self._rate
         self._submit_due()
         super()._step()
@@ -185,7 +185,7 @@ class PacedLoop(EngineLoop):
         self._publish_status()
 
     def _recover(self, error: Exception) -> None:
-        """Starts over if a listener waits for answers. Else pauses: the bug would return at every step."""
+        """After an error: restarts if a listener waits for answers, else pauses, as every step would raise it again."""
         if self._listener is None:
             self._paused = True
         else:
@@ -193,7 +193,7 @@ class PacedLoop(EngineLoop):
         self._pending.append(EngineError(f"{type(error).__name__}: {error}"))
 
     def _adopt(self, engine: Engine) -> None:
-        """Makes ``engine`` the one to run, and begins a new run with it."""
+        """Replaces the engine with ``engine``, and begins a new run."""
         super()._adopt(engine)
         self._pending.clear()
         self._question = None
@@ -208,7 +208,7 @@ class PacedLoop(EngineLoop):
         return bool(self._script) or self.engine.has_unfinished()
 
     def _submit_due(self) -> None:
-        """An engine without work takes the next arrival at once: its steps stand still."""
+        """Submits the arrivals that are due. An idle engine gets the next one at once: its step count stands still."""
         if self._script and self._scenario is not None and self._scenario.batch:
             self._submit_batch()
         while self._script:
@@ -217,7 +217,7 @@ class PacedLoop(EngineLoop):
             arrival = self._script.popleft()
             try:
                 self._submit(arrival)
-            except InvalidRequest as error:  # another model than the scenario was made for
+            except InvalidRequest as error:  # the scenario was made for another model
                 log.warning("the scenario's prompt %r cannot be served: %s", arrival.prompt, error)
 
     def _submit(self, arrival: Arrival) -> str:
@@ -232,14 +232,14 @@ class PacedLoop(EngineLoop):
         return item.request_id
 
     def _submit_batch(self) -> None:
-        """All of the script as one batch; where that cannot be, it is left to be handed in one by one."""
+        """Submits the whole script as one batch. If the engine rejects it, the arrivals are submitted one by one."""
         batch: list[BatchItem] = []
         for number, arrival in enumerate(self._script):
             batch.append(self._item(arrival)._replace(request_id=f"request-{number}"))
         try:
             self.engine.add_batch(batch)
-        except (InvalidRequest, InvalidConfig) as error:  # another model, or a scheduler that knows no groups
-            log.warning("the scenario's batch cannot be served as one: %s", error)
+        except (InvalidRequest, InvalidConfig) as error:  # another model, or a scheduler without groups
+            log.warning("the scenario's requests cannot form one batch, so they are submitted one by one: %s", error)
             return
         self._num_requests += len(batch)
         self._script.clear()
@@ -262,7 +262,7 @@ class PacedLoop(EngineLoop):
         self._quiz = Quiz(named, self.engine.started_event()) if named else None
 
     def _ask(self) -> None:
-        """Holds the step just computed back if it answers the scenario's question."""
+        """Holds back the step just computed if it answers the scenario's question."""
         if self._quiz is None or not self._asks:
             return
         question = self._quiz.question(self._pending)
@@ -282,12 +282,12 @@ class PacedLoop(EngineLoop):
         self._next_step_at = 0.0
 
     def _engine(self, config: EngineConfig) -> Engine:
-        """An engine without a past. Only other settings need other KV tensors."""
+        """A new engine with ``config``. It reuses the KV tensors if the configuration is unchanged."""
         return rebuild(self.engine) if config == self.engine.config else self.llm.build_engine(config)
 
     def _flush(self) -> None:
         if self._question is not None:
-            return  # the step that answers it, and what comes after, is shown later
+            return  # these events come after the question, so they are published when it is answered
         events = list(self._pending)
         if self._quiz is not None:
             self._quiz.saw(events)
@@ -295,7 +295,7 @@ class PacedLoop(EngineLoop):
         if events:
             try:
                 self._sink.publish(events)
-            except Exception:  # a listener's bug must not stop the engine
+            except Exception:  # an error in the sink must not stop the engine
                 log.exception("could not publish %s", events[0].type)
 
     def _publish_status(self) -> None:

@@ -1,7 +1,7 @@
-"""Predict, then run: questions that the engine's own next step answers.
+"""Predict, then run: quiz questions that the engine's own next step answers.
 
-A step is computed but not shown yet; from the state before it and the events in it a question is made, with the answer
-taken from those events. Nothing here knows what a scenario will do: a question that fits no step is never put.
+A step is computed but not shown yet. The question is made from the state before the step, and its answer is taken from
+the step's events. The code does not know what a scenario will do: a question that fits no step is never asked.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHOICES = 4
 
 @dataclass(frozen=True)
 class Question:
-    """``choices[answer]`` is right, and ``why`` says why."""
+    """A multiple-choice question: ``choices[answer]`` is correct, and ``why`` explains it."""
 
     text: str
     choices: list[str]
@@ -44,7 +44,7 @@ class Question:
 
 
 class Quiz:
-    """Follows a run by its events and finds the first step that answers the question called ``name``."""
+    """Follows a run's events and finds the first step that answers the question called ``name``."""
 
     def __init__(self, name: str, started: Event) -> None:
         self._make = QUESTIONS[name]
@@ -52,7 +52,7 @@ class Quiz:
         self._state.apply(started)
 
     def question(self, events: list[Event]) -> Question | None:
-        """The question whose answer is in ``events``, which have not been `saw`n yet."""
+        """The question whose answer is in ``events``, or ``None``. Call it before `saw` gets these events."""
         return self._make(self._state, events)
 
     def saw(self, events: list[Event]) -> None:
@@ -61,7 +61,7 @@ class Quiz:
 
 
 def letter(seq_id: int) -> str:
-    """As the page calls sequences: A … Z, A2 … Z2."""
+    """The page's name of a sequence: A … Z, A2 … Z2, and so on."""
     return chr(65 + seq_id % 26) + (str(seq_id // 26 + 1) if seq_id >= 26 else "")
 
 
@@ -79,7 +79,7 @@ def _live(state: State, request_id: str) -> list[int]:
 
 
 def _number(text: str, answer: int, others: Iterable[int], why: str) -> Question:
-    """Numbers to choose from: the answer and the first few of ``others`` that are something else."""
+    """A question with numbers as choices: the answer, and up to three numbers of ``others`` that differ from it."""
     wrong = [n for n in dict.fromkeys(others) if n != answer and n >= 0][: CHOICES - 1]
     choices = sorted([answer, *wrong])
     return Question(text, [f"{n:,}" for n in choices], choices.index(answer), why)
@@ -161,7 +161,7 @@ def _given_up(state: State, events: list[Event]) -> Question | None:
     if not evicted or evicted[0].block not in ones or len(ones) < 2 or not zeros:
         return None
     block = evicted[0].block
-    # Names are given in order, so the first of the 1s is the beginning of what the others continue.
+    # Blocks enter the cache in order, so the first of the 1s has the prefix that the others continue.
     asked = sorted({block, next(one for one in ones if one != block), *zeros[: CHOICES - 2]})
     return Question(
         "No block is free, so a cached one is given up. Its bit says whether its chat said goodbye (1). Which one?",
@@ -299,7 +299,7 @@ def _guessed(state: State, events: list[Event]) -> Question | None:
 
 
 def _free_pieces(state: State) -> list[int]:
-    """Lengths of the runs of neighbouring blocks that are in no table."""
+    """Lengths of the free pieces: runs of adjacent blocks that are in no block table."""
     return [len(list(run)) for count, run in groupby(state.ref_counts) if count == 0]
 
 

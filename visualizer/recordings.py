@@ -1,4 +1,4 @@
-"""Recordings for the page: the run so far, those that minipaged comes with, and one chosen on the command line."""
+"""Serves recordings to the page: the run so far, those shipped with minipaged, and one given on the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parent / "recordings"
 
 
 class Recordings:
-    """The server functions around recordings. A viewer names one of a fixed list; no path comes from a browser."""
+    """The server functions for recordings. A viewer chooses from a fixed list of names, never a path."""
 
     def __init__(self, log: RecordLog) -> None:
         self._log = log
@@ -23,13 +23,13 @@ class Recordings:
         self.shipped = list(self._paths)
 
     def add(self, path: Path) -> str:
-        """Checks the recording at ``path`` and returns the name that viewers know it by.
+        """Checks the recording at ``path``, makes it available to viewers, and returns its name.
 
-        ``ValueError`` for one that is not a recording, or whose events contradict each other.
+        Raises ``ValueError`` if the file is not a recording, or if its events contradict each other.
         """
         events = load_recording(path)
         if not events or events[0].type != "engine_started":
-            raise ValueError(f"{path}: not a minipaged recording (it does not begin with the engine's start)")
+            raise ValueError(f"{path}: not a minipaged recording (its first event must be engine_started)")
         line = 2
         try:
             for _ in replay(events):
@@ -44,7 +44,7 @@ class Recordings:
     # Called by the page's JavaScript.
 
     async def recording(self, request: Any) -> dict[str, Any]:
-        """The text of the recording ``request["name"]``; without a name, of the run so far."""
+        """The text of the recording named ``request["name"]``; without a name, that of the run so far."""
         name = request.get("name") if isinstance(request, dict) else None
         if name is None:
             return await asyncio.to_thread(self._run_so_far)
@@ -54,7 +54,7 @@ class Recordings:
         return {"ok": True, "text": await asyncio.to_thread(path.read_text, encoding="utf-8")}
 
     async def template(self, request: Any) -> dict[str, Any]:
-        """The page of an exported run, with a gap where the recording goes."""
+        """The HTML of an exported page, with a placeholder for the recording."""
         return {"html": await asyncio.to_thread(page)}
 
     def _run_so_far(self) -> dict[str, Any]:

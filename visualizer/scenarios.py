@@ -1,4 +1,4 @@
-"""What the page plays by itself: prompts that arrive at fixed steps, so that every run is the same."""
+"""Scenarios that the page plays: scripts of requests that arrive at fixed steps, so that every run is the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from minipaged.config import SamplingParams
 
-# Small on purpose: the opening scenario must fill the pool, and one look must take all of it in.
+# A small pool: the opening scenario must fill it, and a viewer must be able to see all of it at once.
 DEMO_SETTINGS: dict[str, Any] = {
     "num_blocks": 56,
     "block_size": 16,
@@ -16,7 +16,7 @@ DEMO_SETTINGS: dict[str, Any] = {
     "max_num_batched_tokens": 64,
 }
 
-# Whatever the page was started with, or somebody has set since: what a scenario is about must be there.
+# Overrides the settings that the page was started with and those that a viewer changed: scenarios depend on these.
 PAGED: dict[str, Any] = DEMO_SETTINGS | {
     "memory": "paged",
     "batching": "continuous",
@@ -28,16 +28,16 @@ PAGED: dict[str, Any] = DEMO_SETTINGS | {
 
 UNCACHED: dict[str, Any] = {"enable_prefix_caching": False, "eviction": None, "eviction_policy": None}
 
-NUM_ALTERNATIVES = 5  # likeliest tokens that the page can show beside each sampled one
+NUM_ALTERNATIVES = 5  # the most likely tokens that the page shows for each sampled one
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request: what is asked for, and at which step of the scenario it comes in.
+    """One request of a scenario: its prompt, its sampling parameters, and the step at which it arrives.
 
-    ``chat`` lays the prompt out as a user's message, after ``system`` if given; ``messages`` is a whole conversation
-    instead. The rest is `SamplingParams`'; scripts use ``min_tokens``, or ``ignore_eos`` for a search, so that their
-    point does not hang on how a story goes.
+    ``chat`` formats the prompt as a user message, after ``system`` if given; ``messages`` is a whole conversation
+    instead. The other fields belong to `SamplingParams`. Scripts set ``min_tokens`` (``ignore_eos`` for beam search),
+    so that what they demonstrate does not depend on when the model ends a story.
     """
 
     at_step: int
@@ -62,7 +62,7 @@ class Arrival:
     extra_args: Mapping[str, Any] = field(default_factory=dict)
 
     def conversation(self) -> list[dict[str, str]] | None:
-        """The messages to render, or ``None`` for a prompt that is continued as it stands."""
+        """The messages for the chat template, or ``None`` for a prompt that the model simply continues."""
         if self.messages:
             return list(self.messages)
         if not self.chat:
@@ -71,7 +71,7 @@ class Arrival:
         return [*system, {"role": "user", "content": self.prompt}]
 
     def params(self) -> SamplingParams:
-        """Raises `InvalidRequest` for values that make no sense."""
+        """The request's sampling parameters. Raises `InvalidRequest` for invalid values."""
         return SamplingParams(
             n=self.n,
             temperature=self.temperature,
@@ -94,12 +94,12 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A named script of arrivals, in the order of their steps.
+    """A named script of arrivals, sorted by step, with the engine settings it needs.
 
-    ``settings`` are `EngineConfig`'s; what they leave out is as the page was started. ``watch`` says what to look at,
-    ``question`` names the question of `visualizer.questions` that is put before its answer is shown; with ``asks``
-    it is unless the viewer objects. ``tab`` is the chart that shows the point. The arrivals of a ``batch`` are handed
-    in as a whole, for BatchLLM to plan.
+    ``settings`` are fields of `EngineConfig`; missing ones keep the page's values. ``watch`` tells the viewer what to
+    look at. ``question`` names a question of `visualizer.questions`, which is asked before its answer is shown;
+    ``asks`` says whether it is asked by default. ``tab`` names the chart to open. With ``batch`` all arrivals are
+    submitted as one batch, which BatchLLM schedules in groups.
     """
 
     name: str
@@ -113,8 +113,8 @@ class Scenario:
     batch: bool = False
 
 
-# Eight stories for a pool that holds about six of them. The third asks for four samples of one prompt, which
-# is longer than two blocks: those stay shared, and the half-full third block shows copy-on-write.
+# Eight stories for a pool that holds about six of them. The third request has n=4 and a prompt longer than two blocks:
+# the two full blocks stay shared, and the partly filled third block shows copy-on-write.
 OPENING = Scenario(
     "Eight stories",
     (
@@ -306,7 +306,7 @@ BURST = Scenario(
     tab="sequences",
 )
 
-# Pieces of eight blocks, of which every other one is free again soon; then a request that asks for sixteen.
+# Six requests that reserve pieces of eight blocks; every other one ends soon. Then one that needs sixteen blocks.
 HOLES = (
     Arrival(
         0,
@@ -417,13 +417,13 @@ _CACHE = (
     "The KV cache stores the keys and values of all earlier tokens. So the model does not have to compute them again "
     "at every step."
 )
-# Not quite what the model says.
+# These differ slightly from what the model generates, so that some draft tokens are rejected.
 _PAGES = "PagedAttention splits the memory into blocks of one size and finds them with a map, much like pages in a book"
 _TABLE = "A block table maps the logical blocks of a story to physical memory. It works like a list."
 
 
 def _asked(at_step: int, question: str, before: str = "") -> Arrival:
-    """A question, perhaps for the second time: ``before`` was the answer to the first."""
+    """A chat request with ``question``; if ``before`` is given, it was asked before, and ``before`` was the answer."""
     asked = {"role": "user", "content": question}
     messages = (asked, {"role": "assistant", "content": before}, asked) if before else (asked,)
     return Arrival(at_step, question, messages=messages, max_tokens=60, temperature=0)
@@ -494,7 +494,7 @@ SCENARIOS: dict[str, Scenario] = {
 
 
 def menu() -> list[dict[str, str]]:
-    """What the page needs to know of each."""
+    """The scenarios' keys, names, texts and chart tabs for the page's menu."""
     return [
         {"key": key, "name": scenario.name, "watch": scenario.watch, "tab": scenario.tab}
         for key, scenario in SCENARIOS.items()

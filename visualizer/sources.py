@@ -1,6 +1,6 @@
-"""Which function of the engine did what an event tells: its name, file and lines, read from the running code.
+"""Maps each event type to the engine function that causes it: name, file and lines, read from the running code.
 
-The files go along with the page, so that a click leads to the code without a network, and to this version of it.
+The page contains these files, so that a link opens the code without network access, and in the running version.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from minipaged.features.vattention.virtual_tables import VirtualTables
 
 ROOT = Path(minipaged.__file__).resolve().parent.parent
 
-# By event type; a block shared through the prefix cache has another author than one shared by a fork.
+# Keyed by event type. Blocks shared through the prefix cache come from another function than those shared by a fork.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "request_added": Engine.add_request,
     "step_started": Engine.step,
@@ -62,7 +62,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "engine_started": Engine.started_event,
 }
 
-# Where another manager than the paged one does it with functions of its own.
+# Functions of the memory managers that replace those of the paged one.
 _CONTIGUOUS: dict[str, Callable[..., Any]] = {
     "allocated": ContiguousTables._own,
     "shared": ContiguousTables.fork,
@@ -80,10 +80,10 @@ OF_MANAGER: dict[str, dict[str, Callable[..., Any]]] = dict.fromkeys(AHEAD, _CON
 
 @cache
 def sources() -> dict[str, Any]:
-    """``{"functions": {event type: {"name", "file", "line", "last", "url"}}, "files": {file: text}}``, and by the name
-    of a memory manager under ``"managers"`` the functions that it has instead.
+    """Functions by event type, and the text of their source files, as JSON-compatible objects for the page.
 
-    ``line`` is the one with ``def``. No ``url`` without a project address.
+    ``{"functions": {event type: {"name", "file", "line", "last", "url"}}, "managers": {memory manager: {event type:
+    …}}, "files": {file: text}}``. ``line`` is the line with ``def``; ``url`` is ``None`` without a project URL.
     """
     functions = {kind: _describe(function) for kind, function in FUNCTIONS.items()}
     managers = {

@@ -1,4 +1,4 @@
-"""Takes the pictures that the README shows, from the real page while the opening scenario runs.
+"""Takes the README's screenshots of the page while the opening scenario runs.
 
     python -m visualizer.take_screenshots
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def copy_on_write(page: Any) -> None:
-    """The view rests on such a moment for a second, which is when to press the button."""
+    """The view pauses for a second at a copy-on-write, long enough for the screenshot."""
     page.wait_for_function("window.minipaged?.player.current?.mark === 'copied'", timeout=60_000)
     page.wait_for_timeout(400)
 
@@ -57,7 +57,7 @@ def waste(page: Any) -> None:
 
 
 def attention(page: Any) -> None:
-    """What the newest token of the first story looks at."""
+    """The attention of one of the newest tokens of the first sequence."""
     page.click("[data-testid=engine-pause]")
     page.click("[data-testid=view-live]")
     page.click("[data-testid=tab-memory]")

@@ -1,32 +1,32 @@
-// What other memory managers would hold for the very same texts, record by record: the twin of `Accounts` in
-// minipaged/memory/waste.py, where the terms are explained. The page keeps these books itself, since a recording or an
-// exported page has no server to ask. Both are tested on the same recordings and must agree exactly.
+// Computes, record by record, the slots that other memory managers would hold for the same sequences. Mirrors
+// `Accounts` in minipaged/events/waste.py, which defines the terms. The page computes them itself, since a recording or
+// an exported page has no server. Both are tested on the same recordings and must agree exactly.
 
 import { State } from "./reducer.js";
 
 export const MANAGERS = ["orca-max", "orca-pow2", "orca-oracle", "vattention", "paged"];
-export const PAGE_TOKENS = 64; // of vAttention's page-groups
-const AHEAD = 3; // of the managers, those that reserve ahead
+export const PAGE_TOKENS = 64; // tokens in one of vAttention's page-groups
+const AHEAD = 3; // the first three managers reserve memory ahead
 
 export class Accounts {
   constructor() {
-    this.records = null; // the player's, of the run that these books are of
-    this.first = 0; // number of the oldest row kept
+    this.records = null; // the player's records of the run that is accounted for
+    this.first = 0; // number of the oldest row that is kept
     this.rows = []; // [number, step, running, then token, reserved, internal, external, fit of each manager]
-    this.revision = 0; // counts the times that rows were new or changed
+    this.revision = 0; // increases whenever rows are added or changed
   }
 
   get end() {
     return this.first + this.rows.length;
   }
 
-  // What is held after the record of that number.
+  // The row of the record with this number: what each manager holds after it.
   at(number) {
     return this.rows[number - this.first];
   }
 
-  // Takes what is new in the player's records; starts over when they are not a continuation. A text that still runs is
-  // taken to run to its limit: when it ends earlier, the rows it was running in change.
+  // Reads the player's new records; starts over if they do not continue the known ones. A running sequence is assumed
+  // to run to its limit; if it ends earlier, the rows in which it was running are computed again.
   follow(player) {
     if (this.records !== player.records || player.first > this.end) this.begin(player);
     if (player.end > this.end) this.revision += 1;
@@ -46,7 +46,7 @@ export class Accounts {
     }
   }
 
-  // Only what runs, or is running in a row that is kept, is asked for again.
+  // Drops sequences that have ended and are running in no row that is kept.
   forget() {
     const needed = new Set(this.shots.flatMap(({ running }) => running.map(([id]) => id)));
     for (const id of this.terms.keys()) {
@@ -63,25 +63,25 @@ export class Accounts {
     this.since = new Map(); // sequence -> the first row that it is running in
   }
 
-  // Returns the first row that is not right any more.
+  // Returns the number of the first row that has become wrong.
   apply(event) {
     this.state.apply(event);
     const before = event.type === "finished" && this.terms.get(event.seq_id);
     if (!before) return Infinity;
     const seq = this.state.seqs[event.seq_id];
-    // The last token's KV is never computed: nothing follows that would read it.
+    // The last token's KV is never computed: no later token reads it.
     const terms = this.agree(seq.num_prompt, Math.max(seq.tokens.length - 1, seq.num_computed));
     this.terms.set(event.seq_id, terms);
     return terms.final === before.final ? Infinity : this.since.get(event.seq_id);
   }
 
-  // Nobody would promise more than the whole pool.
+  // The longest sequence in slots: no manager reserves more than the whole pool.
   get longest() {
     const { max_model_len, num_blocks, block_size } = this.state.config;
     return Math.min(max_model_len, num_blocks * block_size);
   }
 
-  // What a sequence means to contiguous managers, which decide once: slots asked for, and slots given.
+  // A sequence's terms with the contiguous managers, which reserve once: slots requested, and slots reserved.
   agree(prompt, final) {
     const { longest, state: { config: { block_size: size } } } = this;
     const output = Math.max(0, final + 1 - prompt); // the last token's KV is never computed
@@ -89,11 +89,11 @@ export class Accounts {
     const pow2 = Math.min(prompt + nextPowerOfTwo(output), longest);
     const asked = [longest, pow2, needed].map((slots) => Math.max(slots, needed, final));
     const [max, ...buddies] = asked.map((slots) => Math.ceil(slots / size));
-    // Max asks for the same size every time, so its pool is cut into exact pieces.
+    // Orca Max requests the same size every time, so it needs no rounding to a power of two.
     return { final, asked, chunk: [max, ...buddies.map(nextPowerOfTwo)].map((blocks) => blocks * size) };
   }
 
-  // What a row is computed from, again and again, as final lengths become known.
+  // A snapshot of the state after a record. Its row is computed from it again when final lengths become known.
   close() {
     const { state } = this;
     const shot = { step: state.step, running: [], full: new Set(), filled: new Map(), open: [] };
@@ -106,14 +106,14 @@ export class Accounts {
       this.terms.set(id, this.agree(seq.num_prompt, Math.max(Math.min(seq.limit - 1, this.longest), seq.num_computed)));
       this.since.set(id, this.end);
     }
-    for (const block of shot.full) shot.filled.delete(block); // one of its readers has filled it, for all of them
+    for (const block of shot.full) shot.filled.delete(block); // full for one of its sequences means full for all
     return { ...shot, full: shot.full.size, open: shot.open.filter(([block]) => shot.filled.has(block)) };
   }
 
   look({ full, filled, open }, id, seq) {
     const { block_size: size, memory } = this.state.config;
     const count = Math.floor(seq.num_computed / size);
-    // Of a chunk that is there from the start, paging would hold what is in use.
+    // These managers reserve a whole chunk at the start; paging would hold only the blocks in use.
     const ahead = MANAGERS.slice(0, AHEAD).includes(memory);
     const table = ahead ? seq.table.slice(0, Math.ceil(seq.num_computed / size)) : seq.table;
     table.forEach((block, logical) => {
@@ -143,7 +143,7 @@ export class Accounts {
     return row;
   }
 
-  // What the engine's own block tables hold: shared blocks count once.
+  // The slots that the engine's own block tables hold; a shared block counts once.
   paged(full, filled, open) {
     const size = this.state.config.block_size;
     const coming = new Map();
@@ -159,7 +159,7 @@ export class Accounts {
 const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
 const nextPowerOfTwo = (n) => (n > 0 ? 2 ** (32 - Math.clz32(n - 1)) : 0);
 
-// How many of the sequences, in order, a pool could serve at once.
+// How many of the sequences, in order of arrival, fit into a pool of `slots` at the same time.
 function fitting(needs, slots) {
   let left = slots;
   const full = needs.findIndex((need) => (left -= need) < 0);

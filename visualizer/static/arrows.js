@@ -1,11 +1,11 @@
-// Arrows from the block table of the selected sequence to its blocks in the pool.
-// Only for the selected one, or else for what was handed out last: all of them at once are spaghetti.
+// Draws arrows from the selected sequence's block table to its blocks in the pool.
+// Without a selection only the newest allocations get arrows: arrows for all sequences would be unreadable.
 
 import { colour } from "./names.js";
 
-const NEWEST = 3; // arrows drawn when nothing is selected, and of all kinds
-const MOST = 8;
-const FADED = 10; // records after which they are gone
+const NEWEST = 3; // arrows drawn without a selection, prefix cache hits not counted
+const MOST = 8; // arrows drawn without a selection, hits included
+const FADED = 10; // records after which such an arrow has faded out
 
 const NS = "http://www.w3.org/2000/svg";
 
@@ -46,7 +46,7 @@ export class Arrows {
       const from = chip.getBoundingClientRect();
       if (!cell || from.bottom < visible.top || from.top > visible.bottom) continue;
       const to = cell.getBoundingClientRect();
-      // A long table is cut off at its right edge, where the arrows of what is hidden begin.
+      // A long block table is cut off at its right edge; the arrows of its hidden entries begin there.
       const edge = chip.parentElement.getBoundingClientRect().right;
       const [x1, y1] = [Math.min(from.left + from.width / 2, edge) - origin.left, from.bottom - origin.top];
       const [x2, y2] = [to.left - origin.left + 2, to.top + to.height / 2 - origin.top];
@@ -64,7 +64,7 @@ export class Arrows {
   }
 }
 
-// All blocks of a sequence that is lit; of a block that is, its place in every table that names it.
+// For a highlighted sequence, all entries of its block table; for a highlighted block, its entry in every block table.
 function traced(lit, sequences) {
   const chips = [...lit.seqs].flatMap((seq) =>
     [...sequences.chipsOf(seq), ...sequences.swapChipsOf(seq)].map((chip) => ({ chip, seq })));
@@ -75,7 +75,7 @@ function traced(lit, sequences) {
 
 const NEWS = (event) => ["allocated", "copied"].includes(event.type) || event.reason === "prefix";
 
-// The chips of the latest allocations, copies and finds in the prefix cache, as long as they are news.
+// The block table entries of the latest allocations, copies and prefix cache hits, from the last FADED records.
 function newest(player, sequences) {
   const chips = [];
   const last = player.position - player.first - 1;
@@ -83,7 +83,7 @@ function newest(player, sequences) {
     const events = age === 0 ? player.latest : player.records[last - age].events;
     for (const event of events.filter(NEWS).toReversed()) {
       const chip = sequences.chipsOf(event.seq_id)[event.logical];
-      // A prompt that is found is found in several blocks: all of them are the news.
+      // One prefix cache hit covers several blocks: all of them are shown.
       const kind = event.reason === "prefix" ? "found" : event.type;
       if (chip) chips.push({ chip, seq: event.seq_id, kind, opacity: (0.75 * (FADED - age)) / FADED });
       if (chips.filter((entry) => entry.kind !== "found").length === NEWEST || chips.length === MOST) return chips;

@@ -1,5 +1,5 @@
-// PagedAttention itself: one token's query against the keys in its sequence's blocks, which lie anywhere in the pool.
-// The weights are computed by the engine on demand, for all layers and heads; choosing among them needs no server.
+// Shows PagedAttention: one token's query against the keys in its sequence's blocks, which lie anywhere in the pool.
+// The engine computes the weights of all layers and heads on demand; choosing a layer or head needs no other request.
 
 import { Heat } from "./heat.js";
 import { colour, element, letter, list, setText } from "./names.js";
@@ -52,7 +52,7 @@ export class Attention {
     this.asked = true;
     this.again.hidden = true;
     const reply = await this.send({ do: "attention", seq_id: id, position });
-    if (key !== this.key) return; // another token is looked at by now
+    if (key !== this.key) return; // the viewer has selected another token
     if (!reply?.ok) {
       this.show(reply?.message ?? "The server does not answer; is it still running?");
       this.again.hidden = false;
@@ -64,13 +64,13 @@ export class Attention {
     this.draw();
   }
 
-  // Over the pool the weights show only as long as the blocks are this sequence's.
+  // Draws the weights over the pool only while the blocks still belong to this sequence.
   warm(there) {
     if (!there) this.heat.clear();
     else if (!this.heat.shown) this.draw();
   }
 
-  // Words in place of weights.
+  // Shows a message instead of the weights.
   show(words) {
     this.heat.clear();
     for (const node of [this.strip, this.text, this.layer, this.head]) node.hidden = true;
@@ -84,7 +84,7 @@ export class Attention {
     const size = this.state.config.block_size;
     const most = Math.max(...weights);
     const seq = this.state.seqs[this.id];
-    // By the root: a tenth of the largest weight should still be seen.
+    // The square root keeps a weight visible that is a tenth of the largest.
     const shades = weights.map((weight) => Math.sqrt(weight / most).toFixed(3));
     for (const node of [this.strip, this.text, this.layer, this.head]) node.hidden = false;
     this.section.style.setProperty("--hue", colour(this.id));
@@ -117,7 +117,7 @@ export class Attention {
       `Most of it, ${Math.round(100 * shares[top])} %, falls on block ${blocks[top]}.`);
   }
 
-  // The weights of the layer and head that are chosen; "mean" averages.
+  // The weights of the chosen layer and head, one per position; "mean" averages over all.
   chosen() {
     const { layers, heads, position, numbers } = this.answer;
     const length = position + 1;
@@ -143,7 +143,7 @@ function choice(parent, name) {
   return element("select", "", parent, { "aria-label": `Attention ${name}`, "data-testid": `attention-${name}`, hidden: "" });
 }
 
-// Keeps what was chosen, if it is there.
+// Fills a select with the options 0 … count - 1 and "mean"; keeps the current choice if it still exists.
 function options(select, name, count) {
   const before = select.value;
   const values = ["mean", ...Array(count).keys()].map(String);

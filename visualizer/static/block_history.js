@@ -1,13 +1,13 @@
-// What the records say about the past of a block, a sequence or a token. Only the inspector asks, so nothing is read
-// before it opens; from then on only what is new. A seek backwards starts over from the oldest keyframe, and so does a
-// drawer that stays open while the player forgets.
+// The history of a block, a sequence or a token, read from the records. Only the inspector needs it, so reading starts
+// when it opens; after that only new records are read. It starts over from the oldest keyframe after a seek backwards,
+// and when the player has dropped many records while the inspector was open.
 
 import { letter, plural } from "./names.js";
 import { State } from "./reducer.js";
 
-const MOST = 1200; // records that the player may forget meanwhile
+const MOST = 1200; // records that the player may drop before the history starts over
 
-export const cpu = (block) => `cpu-${block}`; // the name under which a block of the CPU's has its story
+export const cpu = (block) => `cpu-${block}`; // the key of a CPU block's history
 
 export class History {
   follow(player) {
@@ -23,18 +23,18 @@ export class History {
     this.run = player.run;
     this.first = this.position = player.first;
     this.state = State.from(JSON.parse(player.keyframes.get(player.first)));
-    this.complete = !Object.keys(this.state.seqs).length; // nothing happened before the oldest record
+    this.complete = !Object.keys(this.state.seqs).length; // whether the records begin with the run
     this.blocks = new Map(); // block -> entries {step, until, kind, words}
-    this.lives = new Map(); // sequence -> when what happened to it
-    this.contents = new Map(); // block -> {seq, logical}: whose tokens were last written there
-    this.parents = new Map(); // name in the prefix cache -> its parent's
+    this.lives = new Map(); // sequence -> the steps of its arrival, admission, tokens, and so on
+    this.contents = new Map(); // block -> {seq, logical}: the sequence that last wrote to it
+    this.parents = new Map(); // prefix id in the prefix cache -> its parent's id
     for (const [id, seq] of Object.entries(this.state.seqs)) {
       seq.table.forEach((block, logical) => this.contents.set(block, { seq: Number(id), logical }));
     }
   }
 
   read(event) {
-    const early = event.type === "freed" || event.type === "swapped_out"; // afterwards the table is empty
+    const early = event.type === "freed" || event.type === "swapped_out"; // these events empty the block table
     if (early) READ[event.type](this, event, this.state);
     this.state.apply(event);
     if (!early) READ[event.type]?.(this, event, this.state);
@@ -45,7 +45,7 @@ export class History {
     return this.lives.get(id);
   }
 
-  // A sentence of a block's story. What goes on step after step is one sentence.
+  // Adds an entry to a block's history. When a sequence fills a block over several steps, this is one entry.
   tell(block, kind, words, seq) {
     if (!this.blocks.has(block)) this.blocks.set(block, []);
     const story = this.blocks.get(block);
@@ -55,7 +55,7 @@ export class History {
     else story.push({ step, until: step, kind, words, seq, number: story.length });
   }
 
-  // {step, top} of the token at `position`, which an ancestor may have sampled; undefined if no record tells.
+  // {step, top} of the token at `position`, which an ancestor may have sampled; undefined if it is in no record.
   sampling(seqs, id, position) {
     for (let at = id; at !== null && seqs[at]; at = seqs[at].parent) {
       const found = this.lives.get(at)?.tokens.get(position);

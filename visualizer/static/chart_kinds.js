@@ -1,14 +1,14 @@
-// Charts that plotly draws: lines over the steps, first tokens as dots, and the Gantt chart of the sequences. All know which part of the
-// history to show and mark the moment looked at when it is not the present.
+// The kinds of plotly charts: lines over the steps, latency, and the Gantt chart of the sequences. Each knows which
+// part of the history to show, and marks the step that the page shows when the view is not live.
 
 import { colour, letter, plural } from "./names.js";
 
 export const WINDOW = 400; // records shown
 const CONFIG = { displayModeBar: false, responsive: false };
-const MOST_ROWS = 40; // of the Gantt chart
+const MOST_ROWS = 40; // in the Gantt chart
 
-// The records to show. Following live or replaying, they end with the moment looked at; the future of a frozen view is
-// shown too, as far as it is known.
+// The range of records to show. When following live or replaying, it ends at the current position; a frozen view also
+// shows the known records after it.
 export function windowOf(player) {
   const ahead = player.mode === "frozen" ? WINDOW / 4 : 0;
   const end = Math.min(player.end, Math.max(player.position + ahead, ahead && player.first + WINDOW));
@@ -16,7 +16,7 @@ export function windowOf(player) {
 }
 
 export class PlotlyChart {
-  // `node` is the tab's panel; the plot fills it, or the part of it that is given.
+  // `node` is the tab's panel; `plot` is the element in it that the plot fills.
   constructor(node, figure, plot = node) {
     this.node = node;
     this.plot = plot;
@@ -25,7 +25,7 @@ export class PlotlyChart {
     this.marked = "";
   }
 
-  // Plotly is there; the figure may not be drawn yet.
+  // Creates the plot at the first call. Plotly must be loaded.
   begin() {
     if (this.begun) return;
     this.begun = true;
@@ -36,7 +36,7 @@ export class PlotlyChart {
     if (this.begun && this.plot.clientWidth) window.Plotly.Plots.resize(this.plot);
   }
 
-  // Colours, the pool's size, the moment looked at: what is not data, as far as it has changed.
+  // The layout changes since the last call: colours, the line at the pool's size, the line at the current step.
   decorations(player, step) {
     const { num_blocks, block_size } = player.state.config;
     const slots = num_blocks * block_size;
@@ -62,14 +62,14 @@ export class PlotlyChart {
     return changes;
   }
 
-  // Data (null: as before) and layout at once: plotly computes the whole chart anew for each call.
+  // Updates data (null: unchanged) and layout in one call, since plotly recomputes the whole chart on every call.
   update(data, layout) {
     if (data) window.Plotly.update(this.plot, data, layout);
     else if (Object.keys(layout).length) window.Plotly.relayout(this.plot, layout);
   }
 }
 
-// `values(record, point)` are the traces' at a record.
+// Lines over the steps. `values(record, point)` returns each trace's value at a record.
 export class LineChart extends PlotlyChart {
   constructor(node, figure, values, history) {
     super(node, figure);
@@ -95,7 +95,7 @@ export class LineChart extends PlotlyChart {
   }
 }
 
-// A dot for each request's first token, and the percentiles of what readers wait from one token to the next.
+// A dot for each request's time to first token (TTFT), and the percentiles of the inter-token latency (ITL).
 export class LatencyChart extends PlotlyChart {
   constructor(node, figure, history) {
     super(node, figure);
@@ -117,7 +117,7 @@ export class LatencyChart extends PlotlyChart {
     const points = history.points.slice(first - history.first, end - history.first).filter(({ p50 }) => p50 !== null);
     const steps = points.map(({ step }) => step);
     const [from, to] = [history.at(first + 1).step, history.at(end).step];
-    const range = [from - 1 - (to - from) / 40, to + 1]; // one for both charts, with room for a letter at the left
+    const range = [from - 1 - (to - from) / 40, to + 1]; // the same for both charts, with room for a letter at the left
     const others = [undefined, undefined, undefined];
     return [{
       x: [dots.map(({ step }) => step), steps, steps, steps],
@@ -146,7 +146,7 @@ export class GanttChart extends PlotlyChart {
     this.update(data, { ...layout, ...this.decorations(player, player.state.step + 0.5) });
   }
 
-  // Everything that happened in steps [from, to).
+  // The data and layout for steps [from, to).
   data(from, to) {
     const lived = ([, { spans, ended }]) => spans.length && spans[0].from < to && (ended ?? to) > from;
     const rows = [...this.history.seqs].filter(lived).slice(-MOST_ROWS);
@@ -156,7 +156,7 @@ export class GanttChart extends PlotlyChart {
     });
     const each = (name) => traces.map((trace) => trace[name]);
     const data = { x: each("x"), y: each("y"), base: each("base"), customdata: each("customdata") };
-    // Preempted bars have one look for all; the others are in their sequence's colour.
+    // All preempted bars look the same; the others have their sequence's colour.
     data["marker.color"] = [...each("colours").slice(0, 3), undefined];
     const height = this.plot.clientHeight - 30;
     const size = Math.max(6, Math.min(12, height / Math.max(1, rows.length)));
@@ -182,7 +182,7 @@ export class GanttChart extends PlotlyChart {
   }
 }
 
-// Gradio's variables know whether the page is light or dark.
+// The layout's colours, read from Gradio's CSS variables, which depend on light or dark mode.
 export function colours(node) {
   const style = getComputedStyle(node);
   const soft = style.getPropertyValue("--mp-soft");

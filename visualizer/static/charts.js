@@ -1,23 +1,23 @@
-// The panel of charts: tabs, a caption with the numbers of the moment looked at, and a button to enlarge it over the
-// scene. The figures were built in Python with plotly and arrive once as JSON; only their data changes here, four times
-// a second at most, and only in the tab that is looked at.
+// The panel of charts: tabs, a caption with the numbers of the current step, and a button to enlarge it over the scene.
+// The figures are built in Python with plotly and arrive once as JSON. Only their data changes here, at most four times
+// a second, and only in the open tab.
 
 import { GanttChart, LatencyChart, LineChart } from "./chart_kinds.js";
 import { History } from "./history.js";
 import { element, plural, setText } from "./names.js";
 import { Waste } from "./waste.js";
 
-const EVERY = 250; // milliseconds
-const SHARE = 0.1; // of the browser's time: where a chart takes long to draw, it is drawn less often,
-const SELDOM = 2000; // down to once in so many milliseconds
-const WIDE = 900; // pixels; from here on there is room for two things beside each other
+const EVERY = 250; // milliseconds between two drawings of a chart, at least
+const SHARE = 0.1; // of the browser's time for drawing: a chart that is slow to draw is drawn less often,
+const SELDOM = 2000; // but at least once in this many milliseconds
+const WIDE = 900; // pixels; a panel this wide has room for two elements side by side
 const TABS = {
   memory: "Memory", waste: "Waste", throughput: "Throughput", latency: "Latency", sequences: "Sequences", prefix: "Prefix",
 };
 const time = (ms) => (ms < 1000 ? `${ms.toFixed(ms < 100 ? 1 : 0)} ms` : `${(ms / 1000).toFixed(2)} s`);
 const whole = (value) => Math.round(value).toLocaleString("en");
 
-// What each tab says about the moment looked at.
+// The caption of each tab, about the current step.
 const SAY = {
   memory({ record }) {
     const { logical, used, reserved } = record.metrics;
@@ -58,8 +58,8 @@ export class Charts {
     this.show("memory");
     new ResizeObserver(() => this.resize()).observe(this.box);
     new MutationObserver(() => this.repaint()).observe(document.body, { attributes: true, attributeFilter: ["class"] });
-    if (!plotlyUrl || window.Plotly) return; // an exported page in a browser that could not unpack it; or it is here
-    // 4.8 MB: the page is alive long before the charts are.
+    if (!plotlyUrl || window.Plotly) return; // not unpacked in an exported page, or already loaded
+    // 4.8 MB, loaded last: the rest of the page works before the charts do.
     const script = document.createElement("script");
     script.src = plotlyUrl;
     script.onload = () => (this.nextAt = 0);
@@ -89,7 +89,7 @@ export class Charts {
     list.addEventListener("keydown", (event) => this.key(event));
     const escape = (event) => {
       if (event.key !== "Escape" || !this.big || !this.box.isConnected) return;
-      event.stopPropagation(); // or it would let go of what is selected, too
+      event.stopPropagation(); // otherwise it would also clear the selection
       this.setBig(false);
     };
     document.addEventListener("keydown", escape, { capture: true });
@@ -120,7 +120,7 @@ export class Charts {
       tab.tabIndex = other === name ? 0 : -1;
       this.views[other].node.hidden = other !== name;
     }
-    const { offsetLeft, parentNode } = this.tabs[name]; // on a phone, tabs are a strip that scrolls
+    const { offsetLeft, parentNode } = this.tabs[name]; // on a phone, the tabs are a scrolling strip
     parentNode.scrollLeft = offsetLeft - parentNode.offsetLeft - 40;
     this.views.waste.toggle.hidden = name !== "waste";
     this.nextAt = 0;
@@ -128,7 +128,7 @@ export class Charts {
     this.view.resize();
   }
 
-  // As tabs do everywhere; the page's own arrow keys must not hear of it.
+  // Standard keyboard navigation of tabs. The timeline must not receive these arrow keys, too.
   key(event) {
     const names = Object.keys(TABS);
     const at = names.indexOf(this.shown);
@@ -160,7 +160,7 @@ export class Charts {
   render(player, now) {
     if (!player.state.config.num_blocks) return;
     this.say(player);
-    if (now < this.nextAt || !(window.Plotly || this.shown === "waste")) return; // its bars need no plotly
+    if (now < this.nextAt || !(window.Plotly || this.shown === "waste")) return; // the waste tab's bars need no plotly
     if (this.shown !== "memory" && this.shown !== "waste") this.history.follow(player);
     const began = performance.now();
     this.view.render(player);
@@ -180,7 +180,7 @@ export class Charts {
   }
 }
 
-// The traces' values at a record, in the order of the figures' traces.
+// The values of a figure's traces at a record, in the traces' order.
 const POINTS = {
   memory: ({ metrics }) => [metrics.reserved, metrics.used, metrics.logical],
   throughput: (record, point) => [point.decode, point.prefill, point.ms, point.rate],

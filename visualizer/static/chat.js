@@ -1,5 +1,5 @@
-// A conversation with the same engine. The page keeps what was said and sends all of it in every turn, so that the
-// prefix cache finds the earlier turns' blocks again; the answer is read from the engine's events, like everything.
+// A conversation with the same engine. The page keeps all messages and sends them in every turn, so that the prompt of
+// a turn hits the earlier turns' blocks in the prefix cache. The answer is read from the engine's events.
 
 import { colour, element, ink, letter, setText, text } from "./names.js";
 
@@ -13,8 +13,8 @@ export class Chat {
     this.list = part("turns");
     this.message = part("chat-message");
     this.stop = part("chat-stop");
-    this.messages = []; // {role, content}, as the model's template wants them
-    this.turn = null; // the answer that is being written
+    this.messages = []; // {role, content}, as the model's chat template expects
+    this.turn = null; // the answer that is being generated
     this.form.addEventListener("submit", (event) => this.submit(event));
     this.stop.addEventListener("click", () => send({ do: "abort", request_id: this.turn?.request }));
     part("chat-new").addEventListener("click", () => this.reset());
@@ -31,7 +31,7 @@ export class Chat {
       else button.removeAttribute("aria-current");
     }
     if (view === "chat") this.form.elements.text.focus();
-    window.dispatchEvent(new Event("resize")); // the scene has another size
+    window.dispatchEvent(new Event("resize")); // the scene's size has changed
   }
 
   reset() {
@@ -58,7 +58,7 @@ export class Chat {
     this.scroll();
     const answer = await this.send({ do: "chat", messages: [...this.messages, asked], ...this.sampling() }).catch(() => null);
     if (this.turn !== turn) {
-      if (answer?.ok) this.send({ do: "abort", request_id: answer.result }); // a new conversation was begun meanwhile
+      if (answer?.ok) this.send({ do: "abort", request_id: answer.result }); // a new conversation has begun
       return;
     }
     if (!answer?.ok) {
@@ -85,7 +85,7 @@ export class Chat {
     const { head } = player;
     const id = head.requests[turn.request]?.[0];
     if (id === undefined) {
-      if (turn.seen) this.finish("the engine was restarted"); // else its first event is still on the way
+      if (turn.seen) this.finish("the engine was restarted"); // otherwise its first event has not arrived yet
       return;
     }
     turn.seen = true;
@@ -139,7 +139,7 @@ function answerBox(list) {
   return { node, badge, words, bar, note };
 }
 
-// The first time a request was admitted is when the cache was asked for its prompt.
+// A request's first admission, when its prompt is looked up in the prefix cache.
 function admission(player, requestId) {
   for (const { events } of player.records.slice(-200)) {
     const found = events.find((event) => event.type === "admitted" && event.request_id === requestId);

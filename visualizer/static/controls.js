@@ -1,8 +1,8 @@
-// Everything that asks something of the engine: the prompt form, and pause, step, speed, play again, reset.
+// The controls that send commands to the engine: the prompt form, and pause, step, speed, play again, reset.
 
 import { setText } from "./names.js";
 
-// The slider's positions, in steps per second. The last is as fast as the machine can.
+// The slider's positions, in steps per second; "max" is as fast as possible.
 const RATES = [1, 2, 4, 8, 12, 20, 40, "max"];
 
 export class Controls {
@@ -26,13 +26,13 @@ export class Controls {
       this.ask({ do: "rate", rate: RATES[this.rate.value] });
     });
     const { temperature, beams } = this.form.elements;
-    beams.addEventListener("change", () => (temperature.disabled = beams.value !== "1")); // a search draws nothing
+    beams.addEventListener("change", () => (temperature.disabled = beams.value !== "1")); // beam search does not sample
     const showTemperature = () => setText(root.querySelector("[data-part=temperature]"), Number(temperature.value).toFixed(1));
     temperature.addEventListener("input", showTemperature);
     showTemperature();
   }
 
-  // A chip fills the form in and sends it: one click to see something happen.
+  // A sample prompt fills in the form and submits it, so that one click is enough.
   sample(event) {
     const chip = event.target.closest("[data-prompt]");
     if (!chip) return;
@@ -57,7 +57,7 @@ export class Controls {
     if (done) prompt.value = "";
   }
 
-  // What chat turns take from the form, too; `extras` and `refused` are set by whoever knows more.
+  // The form's sampling parameters, which the chat uses, too. main.js sets `extras` and `refused`.
   sampling() {
     const { temperature, max_tokens } = this.form.elements;
     return {

@@ -1,10 +1,10 @@
-// What an experiment hands back, drawn: the paper's figure by plotly, and its numbers beside ours in a table.
+// Draws an experiment's result: the paper's figure with plotly, and a table of the paper's numbers beside ours.
 
 import { colours } from "./chart_kinds.js";
 import { element } from "./names.js";
 
 const CONFIG = { displayModeBar: false, responsive: false };
-const WAIT = 200; // milliseconds until plotly, which comes last, is looked for again
+const WAIT = 200; // milliseconds between checks whether plotly, the last script, has loaded
 
 export class PaperFigure {
   constructor(node) {
@@ -29,7 +29,7 @@ export class PaperFigure {
     this.paint();
   }
 
-  // Light or dark.
+  // Applies the colours of light or dark mode.
   paint() {
     if (this.figure && this.node.layout && this.node.isConnected) window.Plotly.relayout(this.node, colours(this.node));
   }
@@ -39,7 +39,7 @@ export class PaperFigure {
   }
 }
 
-// The figure in this page's clothes: its title stands above it, and its template is known to plotly.py only.
+// The layout in this page's style, without its title (shown above the plot) and its template (only plotly.py has it).
 function ours({ title, template, ...layout }) {
   const axis = { zeroline: false, automargin: true, fixedrange: true };
   return {
@@ -56,7 +56,7 @@ function ours({ title, template, ...layout }) {
   };
 }
 
-// Rows {what, paper, ours, why}. Neighbours that differ for the same reason share its cell.
+// Fills a table with rows {what, paper, ours, why}. Adjacent rows with the same `why` share one cell.
 export function table(node, rows) {
   node.replaceChildren();
   const head = element("tr", "", element("thead", "", node));

@@ -1,15 +1,15 @@
-// The experiments: a list of the papers' figures, and for the chosen one its figure and its numbers beside the paper's.
-// They are measured by the server, in a process of their own; here somebody asks for one, and everybody watches it.
+// The view of the experiments: a list of the papers' figures; for the chosen one its figure, and its numbers beside the
+// paper's. The server measures in a separate process; a viewer starts an experiment, and all viewers see its progress.
 
 import { PaperFigure, table } from "./experiment_result.js";
 import { element, plural, setText } from "./names.js";
 import { sync } from "./parts.js";
 
-const EVERY = 700; // milliseconds between questions about how far it is
-const LATER = 4000; // when nothing is being measured, in case another viewer starts something
+const EVERY = 700; // milliseconds between requests for the progress of a running experiment
+const LATER = 4000; // milliseconds while none is running, in case another viewer starts one
 
 export class Experiments {
-  // `may` says whether this page may ask for measurements at all.
+  // `may` says whether this page may start experiments at all.
   constructor(root, send, catalogue, may = true) {
     this.root = root;
     this.send = send;
@@ -25,7 +25,7 @@ export class Experiments {
     this.parts.cancel.addEventListener("click", () => this.ask({ do: "experiment-cancel" }));
     const nav = root.querySelector("[data-part=nav]");
     nav.addEventListener("click", () => this.open());
-    nav.hidden = !catalogue.length; // an exported page can only be watched
+    nav.hidden = !catalogue.length; // an exported page has no server to run experiments
     new ResizeObserver(() => this.figure.resize()).observe(this.parts.plot);
     if (catalogue.length) this.choose(catalogue[0].name);
   }
@@ -34,7 +34,7 @@ export class Experiments {
     return this.root.dataset.view === "experiments" && this.root.isConnected;
   }
 
-  // Asks again and again while somebody looks.
+  // Polls the server while this view is open.
   async open() {
     if (this.asking || !this.shown) return;
     this.asking = true;
@@ -63,7 +63,7 @@ export class Experiments {
     const answer = await this.send({ do: "experiment", name }).catch(() => null);
     if (!answer?.ok) return;
     this.results.set(name, { version, views: answer.result });
-    this.looked = 0; // at the newest
+    this.looked = 0; // index of the shown result; the newest is first
   }
 
   async ask(command) {

@@ -1,12 +1,12 @@
-// Which sequences get a row, and how they hang together: a child of a fork, of parallel sampling or of a beam search
-// stands under its parent. It follows from the state alone, so a seek shows what playing showed.
+// Chooses which sequences get a row, and arranges them as trees: a child of a fork, of parallel sampling or of a beam
+// search is placed under its parent. The rows depend on the state alone, so a seek shows the same rows as playing.
 
-const FINISHED = 12; // rows for families that have ended
-const ENDED = 3; // rows for members that have ended in a family that goes on
+const FINISHED = 12; // rows for families in which all sequences have ended
+const ENDED = 3; // rows for ended sequences of a family that has unfinished ones
 
-// [{id, depth, parent, skipped, rails}]: families in order of arrival, those that have ended last, the latest first.
-// `parent` is the nearest ancestor with a row, `skipped` counts the generations between. `rails` says what is drawn left
-// of the row for every ancestor: {kind, of}, `of` being the ancestor that the line comes from.
+// [{id, depth, parent, skipped, rails}]: unfinished families in order of arrival, then ended ones, the latest first.
+// `parent` is the nearest ancestor with a row; `skipped` counts the generations in between. `rails` are the lines drawn
+// left of the row, one per ancestor: {kind, of}, where `of` is the ancestor that the line comes from.
 export function familyRows(state) {
   const families = [...familiesOf(state)].map(([root, members]) => ({ root, members }));
   const goesOn = ({ members }) => members.some((id) => !state.seqs[id].finish_reason);
@@ -29,7 +29,7 @@ function parentOf(state, id) {
   return parent === null || !state.seqs[parent] ? null : parent;
 }
 
-// root -> the ids of all that descend from it, and its own. A parent's id is always smaller than its children's.
+// root -> the ids of the root and all its descendants. A parent's id is always smaller than its children's ids.
 function familiesOf(state) {
   const roots = new Map();
   const families = new Map();
@@ -43,8 +43,8 @@ function familiesOf(state) {
   return families;
 }
 
-// A beam search forks hundreds of times. Of a family that goes on: who writes, the parents of those, where their lines
-// parted, and the last few that have ended by themselves.
+// The members of an unfinished family that get a row. A beam search forks hundreds of times, so these are: unfinished
+// sequences, their parents, the ancestors where their lines split, and the last few that ended without being pruned.
 function kept(state, members) {
   const live = members.filter((id) => !state.seqs[id].finish_reason);
   const chosen = new Set(live);
@@ -53,7 +53,7 @@ function kept(state, members) {
     if (parentOf(state, id) !== null) chosen.add(parentOf(state, id));
     for (let child = id, at = parentOf(state, id); at !== null; child = at, at = parentOf(state, at)) {
       if (!branches.has(at)) branches.set(at, new Set());
-      if (branches.get(at).has(child)) break; // the rest of the way up is known
+      if (branches.get(at).has(child)) break; // the ancestors above are already recorded
       branches.get(at).add(child);
     }
   }

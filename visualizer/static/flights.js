@@ -1,14 +1,14 @@
-// What moves between blocks, as something that moves: copies from block to block, swaps between the pool and the CPU.
-// A line stays for a while, or as long as the view stands still; a small block flies along it.
-// Who prefers no motion gets the lines alone.
+// Animates copies from block to block, and swaps between the pool and the CPU: a small block moves along a line, which
+// stays for a while, or as long as the view is frozen.
+// With the browser's "reduce motion" setting only the lines are drawn.
 
 import { colour } from "./names.js";
 
 const NS = "http://www.w3.org/2000/svg";
 const FLIGHT = 520; // milliseconds
-const LINGER = 1500; // milliseconds that a line stays while things go on
-const MOST = 16; // flights at once; more cannot be followed anyway
-const CLOSE = 12; // records: a view that jumps further has not seen what happened in between
+const LINGER = 1500; // milliseconds that a line stays if the view is not frozen
+const MOST = 16; // moves drawn at once; a viewer cannot follow more
+const CLOSE = 12; // records: after a longer jump of the view, the moves in between are not drawn
 
 export class Flights {
   constructor(scene, pool, swap) {
@@ -33,7 +33,7 @@ export class Flights {
     for (const move of moves.slice(-MOST)) this.fly(move, mode === "frozen");
   }
 
-  // What happened since the last look; whoever stands still sees what led here, however they came.
+  // The events since the last call. A frozen view gets the events of its current record, however it got there.
   events(player, before) {
     if (player.mode === "frozen") return player.latest;
     const count = player.position - before.position;

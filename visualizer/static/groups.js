@@ -1,9 +1,9 @@
-// The tree of a batch under the pool: a branch for each group, as long as what its texts have in common, with the blocks
-// that it keeps and a leaf for each of its requests. Only there while a batch runs.
+// Draws a batch's groups as a tree under the pool: one branch per group, as long as the group's shared prefix, with the
+// blocks that the group keeps and a leaf for each of its requests. It is visible only while a batch runs.
 
 import { colour, element, ink, letter, list, plural, setHidden } from "./names.js";
 
-// block -> the number of the group that keeps it.
+// Map of block -> the number of the group that keeps it.
 export const keptBlocks = (state) => new Map(
   Object.entries(state.groups).flatMap(([number, { kept }]) => kept.map((block) => [block, Number(number)]))
 );
@@ -12,7 +12,7 @@ export class Groups {
   constructor(root, pool) {
     this.node = root.querySelector("[data-part=groups]");
     this.pool = pool;
-    this.marked = []; // cells with the colour of a group
+    this.marked = []; // pool cells that have a group's colour
     this.key = "";
   }
 
@@ -26,7 +26,7 @@ export class Groups {
     this.mark(groups);
   }
 
-  // Blocks that a group keeps wear its colour in the pool, whoever names them besides.
+  // Gives the blocks that a group keeps its colour in the pool, even if sequences also use them.
   mark(groups) {
     for (const cell of this.marked) {
       delete cell.dataset.kept;
@@ -45,7 +45,7 @@ export class Groups {
   }
 }
 
-// What is drawn of a group. Its colour is that of its first text; requests that ended long ago are forgotten.
+// The data to draw of a group. Its colour is its first sequence's; requests dropped from the state have no leaf.
 function branchOf(state, number, { request_ids: ids, num_blocks: length, kept }) {
   const leaves = ids.filter((id) => state.requests[id]).map((id) => {
     const seq = state.requests[id][0];

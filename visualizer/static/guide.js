@@ -1,12 +1,12 @@
-// Scenarios: the menu, what to watch, and "predict, then run". The server decides when a question is put and when the
-// step that answers it is shown; the page knows only what its own viewer has answered.
+// Scenarios: the menu, what to watch, and "predict, then run". The server decides when a question is asked and when the
+// step that answers it is shown; the page knows only its own viewer's answer.
 
 import { element, setText } from "./names.js";
 
-const SHOWN = 16000; // milliseconds a verdict stays
+const SHOWN = 16000; // milliseconds that a verdict stays visible
 
 export class Guide {
-  // `show(tab)` brings the chart up that a scenario is about.
+  // `show(tab)` opens the chart that a scenario is about.
   constructor(root, send, scenarios, show) {
     this.root = root;
     this.send = send;
@@ -14,7 +14,7 @@ export class Guide {
     this.scenarios = new Map(scenarios.map((scenario) => [scenario.key, scenario]));
     const part = (name) => root.querySelector(`[data-part=${name}]`);
     this.lede = part("lede");
-    this.general = this.lede.innerHTML; // ours, from page.html
+    this.general = this.lede.innerHTML; // the default text, from page.html
     this.menu = part("scenario");
     this.asks = part("asks");
     this.quiz = part("quiz");
@@ -33,11 +33,11 @@ export class Guide {
     });
     this.skip.addEventListener("click", () => (this.open ? this.answer(null) : this.hide()));
     document.addEventListener("keydown", (event) => this.key(event));
-    this.lede.addEventListener("click", () => this.lede.classList.toggle("mp-whole")); // on a phone it is cut
+    this.lede.addEventListener("click", () => this.lede.classList.toggle("mp-whole")); // on a phone it is truncated
     this.ticking = setInterval(() => this.tick(), 500);
   }
 
-  // `recording` is what is shown instead of the engine's run, if anything: then nothing that is live is said.
+  // `recording` is the recording shown instead of the engine's run, if any: then no live status is shown.
   render(status, player, recording) {
     this.sayEmpty(recording);
     if (recording) return this.aside(recording);
@@ -74,7 +74,7 @@ export class Guide {
     this.hide();
   }
 
-  // Back to the engine: a question that nobody has answered meanwhile is still put.
+  // Returns from a recording to the engine: a question that is still open is shown again.
   resume() {
     this.paused = null;
     this.quiz.hidden = !this.open;
@@ -87,7 +87,7 @@ export class Guide {
       : "Nothing is being written. Pick a prompt above, or press Play again.");
   }
 
-  // A question waits until the view has caught up with what it is about; a verdict is for those who saw the question.
+  // Shows a question once the view has caught up with the live run; shows a verdict only if its question was shown.
   follow({ question, verdict }, player) {
     const behind = player.mode === "live" && player.position < player.end;
     if (question && question.id !== this.asked?.id) {
@@ -121,7 +121,7 @@ export class Guide {
     this.tick();
   }
 
-  // The server only hears that there is an answer: right or wrong is between the viewer and this page.
+  // Tells the server only that the question was answered; this page alone knows which choice it was.
   answer(chosen) {
     if (!this.open || this.chosen !== null) return;
     this.chosen = chosen;

@@ -1,4 +1,4 @@
-// Attention where the keys really lie: drawn over the cells of the pool, slot by slot.
+// Draws attention weights over the pool's cells, slot by slot, where the keys are stored.
 
 import { element, setText } from "./names.js";
 
@@ -8,7 +8,7 @@ export class Heat {
     this.nodes = [];
   }
 
-  // `shades` has a number between 0 and 1 for every position seen, `shares` each block's part of the whole.
+  // `shades` has a number from 0 to 1 for every position attended to, `shares` each block's share of the total weight.
   show(blocks, shades, shares, hue, size) {
     this.clear();
     blocks.forEach((block, logical) => {

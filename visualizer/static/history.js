@@ -1,5 +1,5 @@
-// What the charts draw, gathered from the player's records one by one: a point per record (batch, time, latency, prefix
-// cache) and the spans of time that each sequence spent waiting, in prefill, in decode or preempted.
+// Collects the charts' data from the player's records: one point per record (batch, time, latency, prefix cache), and
+// the spans of steps that each sequence spent waiting, in prefill, in decode or preempted.
 
 import { Latency } from "./latency.js";
 
@@ -7,7 +7,7 @@ const SMOOTH = 12; // steps over which tokens per second are averaged
 
 export class History {
   constructor() {
-    this.records = null; // the player's, of the run that this is about
+    this.records = null; // the player's records of the run that this covers
     this.first = 0;
     this.points = [];
   }
@@ -16,12 +16,12 @@ export class History {
     return this.first + this.points.length;
   }
 
-  // The point of the record that is the last one at a position.
+  // The point of the last record before a position.
   at(position) {
     return this.points[position - 1 - this.first];
   }
 
-  // Takes what is new in the player's records; starts over when they are not a continuation.
+  // Reads the player's new records; starts over if they do not continue the known ones.
   follow(player) {
     if (this.records !== player.records || player.first > this.end) this.begin(player);
     this.points.splice(0, player.first - this.first);
@@ -31,7 +31,7 @@ export class History {
     for (const record of player.records.slice(this.end - player.first)) this.points.push(this.read(record));
   }
 
-  // Sequences that had ended before a step.
+  // Drops the sequences that ended before a step.
   forget(step) {
     for (const [id, { ended }] of this.seqs) if (ended !== null && ended < step) this.seqs.delete(id);
   }
@@ -41,7 +41,7 @@ export class History {
     this.records = player.records;
     this.first = player.first;
     this.points = [];
-    this.seqs = new Map(); // id -> {request, prompt, length, spans}; of spans the last one is open until `ended`
+    this.seqs = new Map(); // id -> {request, prompt, length, spans}; the last span is open until `ended`
     this.step = state.step - (Object.keys(state.seqs).length ? 0 : 1);
     this.now = { step: this.step, hit: 0, known: 0, evicted: 0, cached: Object.keys(state.cached).length };
     this.recent = [];
@@ -83,7 +83,7 @@ export class History {
     const last = seq.spans.at(-1);
     if (last?.name === name) return;
     if (last) last.to = from;
-    if (last && last.from === from) seq.spans.pop(); // it lasted no step
+    if (last && last.from === from) seq.spans.pop(); // it lasted less than a step
     seq.spans.push({ name, from, to: null });
   }
 
@@ -92,7 +92,7 @@ export class History {
   }
 }
 
-// What the charts take from an event; the others say nothing to them.
+// Event handlers, by event type; the charts need no other events.
 const READ = {
   step_started(history, e) {
     history.step = e.step;

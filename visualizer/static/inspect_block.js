@@ -1,13 +1,13 @@
-// A block of the pool or of the CPU's swap space, opened: what is in its slots, who names it, what the prefix cache calls
-// it, what has happened to it.
+// The inspector's view of a block in the pool or in the CPU's swap space: its slots' tokens, the sequences that use it,
+// its prefix in the prefix cache, and its history.
 
 import { cpu } from "./block_history.js";
 import { colour, element, list, letter, plural, setText } from "./names.js";
 import { filled, owners } from "./reducer.js";
 import { badge, facts, heading, renderToken, roving, setAttribute, sync, token, visible } from "./parts.js";
 
-const STORY = 40; // sentences of a block's history
-const LINKS = 24; // of the chain of names
+const STORY = 40; // entries shown of a block's history
+const LINKS = 24; // entries shown of the chain of parent prefixes
 
 export class BlockView {
   constructor(body) {
@@ -66,7 +66,7 @@ export class BlockView {
       : isCached ? "No text needs it now; one that begins alike can take it over." : "Nobody needs what is in it.");
   }
 
-  // The block's name, its parent's, and so on to where a text begins; each leads to its block if that is in the pool.
+  // The block's prefix id, its parent's, and so on to the prompt's start; each links to its block if still cached.
   renderChain(state, history, prefix) {
     const blockOf = new Map(Object.entries(state.cached).map(([block, name]) => [name, Number(block)]));
     const links = [];
@@ -88,7 +88,7 @@ export class BlockView {
     }, (node, { words }) => words && setText(node, words));
   }
 
-  // The slots' tokens, from the owner that has written most, or from whoever wrote them before the block was cached.
+  // The slots' tokens: of the owner that has filled most slots, or for a cached block of the sequence that wrote them.
   renderSlots(state, history, places, block, isCached, swapped) {
     const size = state.config.block_size;
     const fill = ({ seq, logical }) => filled(state, state.seqs[seq], logical);

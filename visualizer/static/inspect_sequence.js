@@ -1,4 +1,4 @@
-// A sequence, opened: its text, token by token, in the blocks that hold it; its times; its family; fork and abort.
+// The inspector's view of a sequence: its tokens in the blocks that hold them, its times, its family, fork and abort.
 
 import { colour, element, letter, plural, setText } from "./names.js";
 import { badge, facts, heading, renderToken, roving, setAttribute, slotName, slotOf, sync, token } from "./parts.js";
@@ -46,7 +46,7 @@ export class SequenceView {
     this.renderFamily(state, id);
   }
 
-  // Both act on the whole request.
+  // Fork and abort act on the whole request, not on one sequence.
   renderActions(state, seq) {
     const live = (state.requests[seq.request_id] ?? []).filter((id) => !state.seqs[id]?.finish_reason).length;
     const alone = live < 2;
@@ -76,7 +76,7 @@ export class SequenceView {
     ]);
   }
 
-  // One line per logical block: where it lies, and its tokens.
+  // One line per logical block: its physical block, and its tokens.
   renderText(state, id, seq) {
     const size = state.config.block_size;
     const lines = [...Array(Math.ceil(seq.tokens.length / size)).keys()];
@@ -106,7 +106,7 @@ export class SequenceView {
     });
   }
 
-  // Who was forked from whom, indented; those that were given up are faded.
+  // The tree of forks, with children indented under their parents; sequences that have ended are faded.
   renderFamily(state, id) {
     const members = familyOf(state, id);
     this.family.hidden = this.familyTitle.hidden = members.length < 2;
@@ -145,7 +145,7 @@ export function kindOf(state, seq) {
   return state.running.includes(seq.request_id) ? "running" : "waiting";
 }
 
-// The whole tree that a sequence belongs to, elders first: [{id, depth}].
+// The whole tree of forks that a sequence belongs to, parents before children: [{id, depth}].
 function familyOf(state, id) {
   let root = id;
   while (state.seqs[state.seqs[root].parent]) root = state.seqs[root].parent;
@@ -162,7 +162,7 @@ function familyOf(state, id) {
   return members;
 }
 
-// A beam search forks hundreds of times: those alive with their elders, then the latest.
+// The members to show (a beam search forks hundreds of times): unfinished ones with their ancestors, then the latest.
 function mostTelling(state, members, id) {
   const chosen = new Set();
   const withElders = (member) => {

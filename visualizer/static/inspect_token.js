@@ -1,4 +1,4 @@
-// A token, opened: what it is, where it lies, how likely it was and what else could have come; and what it looked at.
+// The inspector's view of a token: its id, its slot, its log-probability, the most likely alternatives, its attention.
 
 import { Attention } from "./attention.js";
 import { colour, element, letter, setText } from "./names.js";

@@ -1,5 +1,5 @@
-// The drawer that opens on a click: a block, a sequence or a token, followed from one to the other. It takes a column of
-// its own, so that it hides nothing, least of all what was clicked. What it shows is the moment that the page shows.
+// The drawer that opens on a click and shows a block, a sequence or a token, with links between them. It takes a column
+// of its own, so that it does not cover what was clicked. It shows the same step as the rest of the page.
 
 import { BlockView } from "./inspect_block.js";
 import { SequenceView } from "./inspect_sequence.js";
@@ -9,7 +9,7 @@ import { element, letter } from "./names.js";
 import { slotOf, sync } from "./parts.js";
 
 export class Inspector {
-  // `select(what, how)` is the page's; `redraw()` asks for another frame.
+  // `select(what, how)` is the page's method; `redraw()` requests another frame.
   constructor(root, pool, select, send, redraw) {
     Object.assign(this, { pool, select, redraw });
     this.root = root;
@@ -47,8 +47,8 @@ export class Inspector {
     document.addEventListener("pointerdown", () => (this.byKeyboard = false), true);
   }
 
-  // A token, a slot or a block's name in the drawer is pointed at: its place in the pool lights up, and the arrow that
-  // leads there.
+  // Highlights the block or slot in the pool, and the arrow to it, while the pointer is over a token, a slot or a
+  // block's prefix in the drawer.
   hover(node) {
     const place = node && (node.dataset.slot ?? node.dataset.near);
     const [block, offset] = place ? place.split(":").map(Number) : [];
@@ -57,7 +57,7 @@ export class Inspector {
     this.hovering = Boolean(place);
   }
 
-  // The lit slot, in its cell and wherever the drawer shows it.
+  // Marks the highlighted slot in its pool cell and in the drawer.
   mark(slot) {
     if (slot === this.marked && (!slot || this.marker.isConnected)) return;
     this.marked = slot;
@@ -98,7 +98,7 @@ export class Inspector {
     this.root.classList.toggle("mp-inspecting", open);
     this.hover(null);
     this.redraw();
-    requestAnimationFrame(() => window.dispatchEvent(new Event("resize"))); // the chart follows nothing else
+    requestAnimationFrame(() => window.dispatchEvent(new Event("resize"))); // the charts adapt only to this event
     if (open && this.byKeyboard) {
       this.opener = document.activeElement;
       this.close.focus();
@@ -108,7 +108,7 @@ export class Inspector {
     }
   }
 
-  // From the sequence over the block to the token, as far as it goes.
+  // The breadcrumb trail: sequence, block, token, as far as they are selected.
   renderTrail(state, what) {
     const steps = [];
     const slot = what.token === undefined ? null : slotOf(state, state.seqs[what.seq], what.token);
@@ -139,7 +139,7 @@ function exists(state, what) {
   return what.block === undefined || what.block < state.ref_counts.length;
 }
 
-// What a `data-go` leads to. A block that is looked up from a sequence stays that sequence's.
+// The selection that a `data-go` links to. A block opened from a sequence keeps that sequence selected.
 function goal(go, from) {
   if (!go) return null;
   const [kind, ...numbers] = go.split(":");

@@ -1,23 +1,23 @@
-// How long readers wait: for the first token of a request, and from one token of a text to the next. In the engine's own
-// time, the sum of its steps' durations: waiting in the queue and being preempted count, the page's speed and pauses do
-// not. So a recording tells the same as the run did.
+// Latency: the time to first token (TTFT) of each request, and the inter-token latency (ITL) of each sequence. The
+// clock is the sum of the steps' durations, so time in the queue and time preempted count, but the page's rate and
+// pauses do not. So a recording shows the same latency as the run.
 
-const RECENT = 256; // gaps between tokens that the percentiles are taken from
+const RECENT = 256; // the latest inter-token gaps, from which the percentiles are taken
 const PERCENTILES = { p50: 0.5, p95: 0.95, p99: 0.99 };
 
 export class Latency {
   constructor() {
     this.clock = 0; // milliseconds
-    this.asked = new Map(); // sequence -> its request's {at: the clock when it came, served}
-    this.last = new Map(); // sequence -> the clock when its newest token came
+    this.asked = new Map(); // sequence -> its request's {at: the clock at arrival, served}
+    this.last = new Map(); // sequence -> the clock at its newest token
     this.firsts = []; // {number, step, seq, ms} of the requests' first tokens
     this.gaps = [];
-    this.ended = []; // sequences of which no more will be heard
-    this.batch = []; // sequences that got a token in the step that is not done yet
+    this.ended = []; // sequences that have finished since the last step
+    this.batch = []; // sequences that got a token in the current step
     this.now = { p50: null, p95: null, p99: null };
   }
 
-  // Takes a record's events; returns the percentiles after it, in milliseconds.
+  // Reads a record's events; returns the percentiles after it, in milliseconds.
   read(events, number) {
     for (const event of events) READ[event.type]?.(this, event, number);
     return this.now;
@@ -27,13 +27,13 @@ export class Latency {
     if (this.firsts[0]?.number < before) this.firsts = this.firsts.filter(({ number }) => number >= before);
   }
 
-  // The median time to the first token of the requests that had theirs before a record, and how many they are.
+  // The median TTFT of the requests whose first token came before record `end`, and their number.
   median(end) {
     const known = this.firsts.filter(({ number }) => number < end).map(({ ms }) => ms).sort((a, b) => a - b);
     return { count: known.length, ms: percentile(known, 0.5) };
   }
 
-  // A token can be read when its step is done.
+  // Called when a step has finished, since that is when a client receives the step's tokens.
   written(id, { step }, number) {
     const request = this.asked.get(id);
     if (request && !request.served) this.firsts.push({ number, step, seq: id, ms: this.clock - request.at });
@@ -75,7 +75,7 @@ const READ = {
   },
 };
 
-// The smallest of the sorted numbers that so many of them do not exceed.
+// The smallest of the sorted numbers that is not exceeded by the given share of them; null if there are none.
 function percentile(sorted, share) {
   return sorted.length ? sorted[Math.ceil(share * sorted.length) - 1] : null;
 }

@@ -25,19 +25,19 @@ import { spotlight } from "./spotlight.js";
 import { SwapSpace } from "./swap.js";
 import { Timeline } from "./timeline.js";
 
-const SOON = 20; // milliseconds: what is due by then is for the next frame
-const LOOK = 50; // milliseconds between looks for what is due when nothing changes
-const RETRY = 700; // milliseconds between attempts when the server is gone
+const SOON = 20; // milliseconds: what is due within that time is left to the next frame
+const LOOK = 50; // milliseconds between checks for what is due when nothing changes
+const RETRY = 700; // milliseconds between attempts when the server does not answer
 const NO_ENGINE = { ok: false, message: "This is a recording; there is no engine to control." };
 
-// `server` has the functions of app.py, `figures` are the charts', `plotly` their library's address; `more` has the sources
-// that narration links to, the scenarios on offer, the names of recordings, and, where there is no engine, the recording
-// to show instead.
+// Starts the page. `server` has the server functions of app.py, `figures` are the charts' figures, `plotly` is the URL
+// of plotly.js. `more` has the sources that the narration links to, the scenarios, the recordings' names, and, without
+// an engine, the recording to replay.
 export function start({ element: root, server, figures, plotly, more = {} }) {
   const blank = root.innerHTML;
   const page = new Page(root.querySelector(".mp"), server, figures, plotly, more);
-  // For tests and for the curious. `again` begins as after a reload, without what that costs: a page whose elements
-  // are gone lets go by itself.
+  // For tests and for the browser's console. `again` restarts the page without the cost of a reload; the old page stops
+  // by itself, since its elements are no longer in the document.
   const again = () => {
     root.innerHTML = blank;
     start({ element: root, server, figures, plotly, more });
@@ -55,16 +55,16 @@ class Page {
     this.server = server;
     this.player = new Player();
     this.status = null;
-    this.pinned = null; // {seq, block} that was clicked
+    this.pinned = null; // the selection {seq, block, …} that was clicked
     this.hovered = null;
-    this.gone = 0; // pulls in a row that the server has not answered
+    this.gone = 0; // consecutive pulls without an answer
     const select = (what, how) => this.select(what, how);
     this.pool = new Pool(root, select);
     this.sequences = new Sequences(root, select);
     this.arrows = new Arrows(root.querySelector("[data-part=scene]"));
     this.timeline = new Timeline(root, this.player);
     this.role = new Role(root, server, more);
-    // An engine may be running behind a recording, but what is shown is not its.
+    // While a recording is shown, commands must not reach the live engine.
     const send = async (command) => (this.recording ? NO_ENGINE : this.role.send(command));
     this.controls = new Controls(root, send);
     this.settings = new Settings(root, send, more.choices);
@@ -103,11 +103,11 @@ class Page {
 
   // --- the server ---
 
-  // The long poll: the server answers when there is something new. A server that is gone is asked again and again;
-  // one that was restarted answers with a new run, and the player starts over.
+  // The long poll: the server answers when there are new records. If it does not answer, the page retries; a restarted
+  // server answers with a new run, and the player starts over.
   async pull() {
     while (this.root.isConnected) {
-      if (this.recording) await new Promise((resolve) => (this.wake = resolve)); // nobody looks at what is live
+      if (this.recording) await new Promise((resolve) => (this.wake = resolve)); // the live run is not shown
       const { run, end } = this.player;
       let answer;
       try {
@@ -123,7 +123,7 @@ class Page {
       } catch (error) {
         if (this.recording) continue;
         console.warn(error);
-        this.player.run = null; // whatever it was: begin again from a keyframe
+        this.player.run = null; // recover from any error: start over from a keyframe
       }
       this.gone = answer ? 0 : this.gone + 1;
       if (answer) this.served = false;
@@ -135,11 +135,11 @@ class Page {
     }
   }
 
-  // A server that serves pages but does not know this one is another version: take its page.
+  // Reloads the page if the server was replaced: it serves pages, but this page's pulls fail.
   async reloadIfReplaced() {
     if (this.gone < 3 || !this.statusVersion) return; // never connected: reloading would not help
     const answer = await fetch(document.baseURI, { method: "HEAD" }).catch(() => null);
-    // It may have come up since the pull was lost: what tells is a pull that fails although pages are served.
+    // The server may have started after the last pull failed: reload only if a pull fails while pages are served.
     if (answer?.ok && this.served) location.reload();
     this.served = Boolean(answer?.ok);
   }
@@ -178,7 +178,7 @@ class Page {
     notice.querySelector("button").hidden = Boolean(this.only);
   }
 
-  // --- what is looked at ---
+  // --- selection ---
 
   select(what, how) {
     const same = (other) => JSON.stringify(what) === JSON.stringify(other);
@@ -189,7 +189,7 @@ class Page {
     this.player.changed = true;
   }
 
-  // Which sequences and blocks to keep bright while the others are dimmed; null for no selection.
+  // The sequences and blocks to highlight while the others are dimmed; null without a selection.
   lit() {
     const { state } = this.player;
     const lit = spotlight(this.hovered, state) ?? spotlight(this.pinned, state);
@@ -198,8 +198,8 @@ class Page {
 
   // --- drawing ---
 
-  // A browser that is asked for frames makes sixty a second, each at some cost though nothing has changed. So one is asked
-  // for when there is something to draw, or soon will be.
+  // Requests a frame. Called only if there is something to draw now or soon: sixty frames a second would cost time even
+  // if nothing has changed.
   askFrame() {
     if (this.asked) return;
     this.asked = true;
@@ -219,13 +219,13 @@ class Page {
     this.charts.render(this.player, now);
     if (this.asked) return;
     const wait = this.player.wait(now);
-    if (wait < SOON || document.hidden) this.askFrame(); // who is hidden gets no frames
+    if (wait < SOON || document.hidden) this.askFrame(); // a hidden page gets no frames
     else this.timer = setTimeout(() => this.frame(performance.now()), Math.min(wait, LOOK));
   }
 
   render() {
     this.renderBanner();
-    if (this.root.dataset.view === "experiments") return; // nothing of the scene is seen
+    if (this.root.dataset.view === "experiments") return; // the scene is not visible
     const { state } = this.player;
     const lit = this.lit();
     this.root.dataset.step = state.step;
@@ -242,9 +242,9 @@ class Page {
     this.controls.render(this.status);
     this.settings.render(this.status, this.player.head);
     this.guide.render(this.status, this.player, this.recording);
-    if (!this.recording) this.chat.render(this.player); // its requests may have the same names
+    if (!this.recording) this.chat.render(this.player); // a recording's requests may have the same ids
     this.renderNarration();
-    // Last, what has to know where things are: once all is written, the browser computes the layout once.
+    // Last, what reads positions: after all writes, so that the browser computes the layout only once.
     this.sequences.showNewest();
     this.arrows.render(lit, this.sequences, this.pool, this.swap, this.player);
     this.flights.render(this.player);

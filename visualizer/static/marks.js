@@ -1,19 +1,19 @@
-// What the timeline marks: the kinds of things that happened in a record, each with a lane and a colour of its own.
+// The timeline's marks: the kinds of events in a record that are worth a mark, each with its own lane and colour.
 
-// Most telling first. A request that is swapped out is preempted too; a hit is an admission with tokens from the cache.
+// Most important first. A swapped-out request is also preempted; a "hit" is an admission with prefix-cached tokens.
 export const MARKS = [
   "engine_error", "swapped_out", "preempted", "swapped_in", "copied", "forked", "hit", "finished",
 ];
 
 const HIT = (event) => event.type === "admitted" && event.num_cached > 0;
 
-// The marks of a record's events, most telling first.
+// The marks of a record's events, most important first.
 export function marksOf(events) {
   const types = new Set(events.map((event) => (HIT(event) ? "hit" : event.type)));
   return MARKS.filter((mark) => types.has(mark));
 }
 
-// From top to bottom. `there` says whether an engine with this configuration can have such marks at all.
+// The lanes from top to bottom. `there` says whether an engine with this configuration can have such marks.
 export const LANES = [
   { name: "fork", marks: ["forked"], hue: "--mp-blue", there: () => true },
   { name: "copy-on-write", marks: ["copied"], hue: "--mp-orange", there: () => true },
@@ -25,7 +25,7 @@ export const LANES = [
 
 export const lanesOf = (config) => LANES.filter(({ there }) => there(config));
 
-// How often a lane's kind happened in a record: {name, count}, for those that did.
+// The number of events per lane in a record, without empty lanes: [{name, count}].
 export function happened({ events, marks }) {
   const found = LANES.filter((lane) => lane.marks.some((mark) => marks.includes(mark))).map((lane) => ({
     name: lane.name,

@@ -1,13 +1,13 @@
-// Letters, colours and small words: how a sequence or block is called everywhere on the page.
+// Names and colours of sequences, used everywhere on the page, and small helpers for text and DOM nodes.
 
-// Okabe & Ito's palette, which people with any colour vision can tell apart. Letters do the rest: there are more
-// sequences than colours.
+// Okabe & Ito's palette, which is safe for colour-blind viewers. Since there are more sequences than colours, letters
+// distinguish the rest. Each entry: the colour, and the text colour on it.
 const PALETTE = [
   ["#0072b2", "#fff"], ["#e69f00", "#1c1400"], ["#009e73", "#fff"], ["#d55e00", "#fff"],
   ["#56b4e9", "#04202f"], ["#cc79a7", "#2a0a1c"], ["#f0e442", "#2b2800"], ["#7d7d85", "#fff"],
 ];
 
-// A … Z, then A2 … Z2: the same letter never means two sequences.
+// A sequence's name: A … Z, then A2 … Z2. No two sequences have the same name.
 export function letter(seqId) {
   const round = Math.floor(seqId / 26);
   return String.fromCharCode(65 + (seqId % 26)) + (round ? round + 1 : "");
@@ -16,7 +16,7 @@ export function letter(seqId) {
 export const colour = (seqId) => PALETTE[seqId % PALETTE.length][0];
 export const ink = (seqId) => PALETTE[seqId % PALETTE.length][1];
 
-// Stripes of the owners' colours (of four at most: more cannot be told apart anyway).
+// Stripes in the owners' colours (at most four: more stripes cannot be distinguished).
 export function stripes(owners, width = 7) {
   const bands = owners.slice(0, 4).map(
     (seqId, i) => `${colour(seqId)} ${i * width}px ${(i + 1) * width}px`
@@ -30,7 +30,7 @@ export function list(words) {
   return words.length < 2 ? words.join("") : `${words.slice(0, -1).join(", ")} and ${words.at(-1)}`;
 }
 
-// The text of tokens [start, end) of a sequence. Special tokens have no place in what a reader sees.
+// The text of tokens [start, end) of a sequence, with special tokens replaced by spaces.
 export function text(seq, start = 0, end = seq.pieces.length) {
   return seq.pieces.slice(start, end).join("").replace(/<\|[a-z]+\|>/g, " ");
 }
@@ -43,12 +43,12 @@ export function element(tag, className, parent, attributes = {}) {
   return node;
 }
 
-// Writing to the DOM only what changed keeps twenty updates a second cheap.
+// Writes to the DOM only if the text has changed, so that twenty updates a second stay cheap.
 export function setText(node, value) {
   if (node.textContent !== value) node.textContent = value;
 }
 
-// A text that grows at its end: the browser shapes the new words only.
+// Like setText, for a text that grows at its end: it appends, so that the browser lays out only the new words.
 export function growText(node, value) {
   const shown = node.firstChild;
   if (shown?.data === value) return;

@@ -1,19 +1,19 @@
-// One sentence in plain words for the most telling event that just happened.
+// The narration: one sentence for the most important event of the latest records.
 
 import { describe } from "./telling.js";
 import { letter, list, plural } from "./names.js";
 import { reservesAhead } from "./reducer.js";
 
-// Most telling first.
+// Event types, most important first.
 const ORDER = [
   "engine_error", "preempted", "resumed", "copied", "forked", "shared", "admitted", "finished", "request_added",
   "evicted", "predicted", "speculated", "allocated", "sampled",
 ];
-const WINDOW = 14; // records a telling sentence stays while less telling ones go by
+const WINDOW = 14; // records for which a sentence stays while less important ones follow
 
 const TELL = {
   engine_error(e) {
-    const aborted = e.message.startsWith("step "); // the engine's own words; else it is a bug, or a lab's broken rule
+    const aborted = e.message.startsWith("step "); // the engine's own message; others are bugs, or a lab's broken rule
     const after = aborted ? " Its requests were aborted; the engine goes on." : "";
     return ["error", `Something went wrong: ${e.message}.${after}`];
   },
@@ -46,7 +46,7 @@ const TELL = {
   forked(e, record, state) {
     const children = record.events.filter((x) => x.type === "forked").map((x) => x.child);
     const blocks = state.seqs[e.parent]?.table.length ?? 0;
-    if (state.requests[e.request_id]?.[0] === e.child) { // a request of its own: somebody asked for the fork
+    if (state.requests[e.request_id]?.[0] === e.child) { // its own request: a viewer requested the fork
       return ["fork", `${letter(e.child)} is a second way on for ${letter(e.parent)}: they share ` +
         `${plural(blocks, "block")} until one of them writes, and nothing is copied.`];
     }
@@ -125,7 +125,7 @@ const TELL = {
 
 const distinct = (events, field) => new Set(events.flatMap((x) => x[field])).size;
 
-// The sequences that come back with this `resumed`: those swapped in before the next one.
+// The sequences that return with this `resumed` event: those swapped in after it and before the next one.
 function comesWith(record, resumed) {
   const after = record.events.slice(record.events.indexOf(resumed) + 1);
   const end = after.findIndex((x) => x.type === "resumed");
@@ -139,11 +139,11 @@ function swappedOut(record, ids) {
     `${plural(distinct(out, "blocks"), "block")} moves to the CPU and waits there; nothing will have to be recomputed.`];
 }
 
-// Admitted with more than its prompt and this step's token: it has been here before.
+// Whether an admitted sequence was preempted before: it has more tokens than its prompt and this step's token.
 const isBack = (seq) => Boolean(seq) && seq.tokens.length > seq.num_prompt + 1;
 const names = (ids) => list(ids.map(letter));
 
-// {kind, text, rank, type} of a record's most telling event, or null. `state` is the one right after the record.
+// {kind, text, rank, type} of a record's most important event, or null. `state` is the state after the record.
 export function tell(record, state) {
   for (const type of ORDER) {
     for (const event of record.events) {
@@ -154,10 +154,10 @@ export function tell(record, state) {
   return null;
 }
 
-// Which function did it: what the server's list of sources calls it.
+// The key of the event's function in the server's list of sources (sources.py).
 export const sourceOf = (event) => (event.reason === "prefix" ? "shared_prefix" : event.type);
 
-// While things move, a telling sentence stays for a moment; who steps by hand wants this very step's.
+// The sentence to show: an important one stays for a while; a frozen view shows that of its own record or event.
 export function narrate(player) {
   if (player.sub) return tellOne(player.latest[0], player.state, player);
   const last = player.position - player.first - 1;
@@ -171,7 +171,7 @@ export function narrate(player) {
   return best;
 }
 
-// A single event of the record that is being walked through.
+// The sentence for a single event, when the viewer steps through a record event by event.
 function tellOne(event, state, { sub, records, position, first }) {
   const count = records[position - first].events.length;
   return { kind: event.type.replaceAll("_", " "), text: `${sub} of ${count}: ${describe(event, state)}`, type: sourceOf(event) };

@@ -1,12 +1,12 @@
-// Small pieces that the inspector's views are put together from.
+// Small building blocks of the inspector's views.
 //
-// `data-go` names what a click leads to ("block:17", "seq:3", "token:3:45"), `data-slot` the slot that a token lies in
-// ("17:5"): the inspector listens for both, so that a view only has to write them.
+// `data-go` names the target of a click ("block:17", "seq:3", "token:3:45"), `data-slot` a token's slot ("17:5": block
+// and offset). The inspector listens for both, so a view only has to set them.
 
 import { colour, element, ink, letter, setText } from "./names.js";
 
-// Makes the parent's children match the items, reusing nodes by key: one that is pointed at, focused or being clicked
-// must not be replaced while the engine goes on.
+// Makes the parent's children match the items, and reuses nodes by key: a node that is hovered, focused or being
+// clicked must not be replaced while the engine runs on.
 export function sync(parent, items, keyOf, build, update) {
   parent.kept ??= new Map();
   const keys = items.map((item) => String(keyOf(item)));
@@ -39,7 +39,7 @@ export function heading(parent, words) {
   return node;
 }
 
-// A definition list that is filled anew from [name, value] pairs; those without a value are left out.
+// Fills a definition list from [name, value] pairs; pairs without a value are left out.
 export function facts(node, pairs) {
   const known = pairs.filter(([, value]) => value !== undefined && value !== null);
   sync(node, known, ([name]) => name, ([name]) => {
@@ -54,25 +54,25 @@ export function setAttribute(node, name, value) {
   if (node.getAttribute(name) !== value) node.setAttribute(name, value);
 }
 
-// A token as it can be seen: spaces and line ends have a place too.
+// A token's text with visible symbols for spaces and line ends.
 export function visible(piece) {
   if (piece === undefined) return "";
   return piece === "" ? "∅" : piece.replaceAll("\n", "⏎").replaceAll(" ", "␣");
 }
 
-// One token in running text: a click inspects it, and it knows its slot.
+// The element of one token in running text: a click inspects it. renderToken fills it in.
 export function token(parent = null) {
   return element("span", "mp-token", parent, { role: "button", tabindex: "-1", "data-testid": "token" });
 }
 
 export function renderToken(node, seqId, position, piece, slot) {
-  // Half a character takes no room; the end of a line needs some, to be clicked.
+  // A token that is part of a character has no text, so it has no width; a line end needs some, to be clicked.
   setText(node, piece === "" ? "\u200b" : piece?.replaceAll("\n", "⏎\n"));
   setAttribute(node, "data-go", `token:${seqId}:${position}`);
   setAttribute(node, "data-slot", slot ?? "");
 }
 
-// Where the KV of a position lies: {block, offset}, or null when it lies nowhere.
+// The slot that holds the KV of a position: {block, offset}, or null if it is not in the pool.
 export function slotOf(state, seq, position) {
   const size = state.config.block_size;
   const block = seq?.table[Math.floor(position / size)];
@@ -82,7 +82,7 @@ export function slotOf(state, seq, position) {
 
 export const slotName = (slot) => (slot ? `${slot.block}:${slot.offset}` : "");
 
-// Arrow keys move among the tokens of a list, which is one stop of the Tab key.
+// Keyboard navigation of a list: it is one Tab stop, and arrow keys move among its tokens (roving tabindex).
 export function roving(list) {
   list.addEventListener("keydown", (event) => {
     const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -92,11 +92,11 @@ export function roving(list) {
     const all = [...list.querySelectorAll("[data-go]")];
     all[Math.max(0, Math.min(all.length - 1, all.indexOf(from) + move))].focus();
     event.preventDefault();
-    event.stopPropagation(); // elsewhere the arrows move through time
+    event.stopPropagation(); // elsewhere the arrow keys step the view
   });
 }
 
-// The same for a grid of cells that are buttons: up and down, too. `focused(cell)` hears which one has the focus, or null.
+// The same for a grid of buttons, with up and down, too. Calls `focused(cell)` with the focused cell, or null.
 export function rovingCells(grid, focused) {
   const move = (from, to) => {
     if (!to) return;

@@ -1,11 +1,11 @@
-// The finer controls of the view: event by event, the speed of replaying, what the timeline's marks mean, and the list
-// of what happened lately, each of which is a place to go to.
+// Controls of the view in detail: stepping event by event, the speed of replaying, the tooltip of the timeline's marks,
+// and the list of recent events, where a click seeks to the event.
 
 import { happened, told } from "./marks.js";
 import { element, setText } from "./names.js";
 
-const LISTED = 30; // entries
-const NEAR = 5; // pixels: a mark this close to the pointer is meant
+const LISTED = 30; // entries in the list
+const NEAR = 5; // pixels: largest distance between the pointer and the mark that it selects
 const TOO_COMMON = ["allocate", "write"];
 
 export class Playback {
@@ -41,7 +41,7 @@ export class Playback {
     if (!open && this.panel.contains(document.activeElement)) this.toggle.focus();
   }
 
-  // What the marks under the pointer stand for, with all the colours' meanings under it.
+  // Shows the tooltip: the events at the mark under the pointer, above the legend of all colours.
   point(event, scrub) {
     const { player } = this;
     const box = scrub.getBoundingClientRect();

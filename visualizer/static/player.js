@@ -1,45 +1,45 @@
-// The viewer's own copy of what happened: records, keyframes, and the state at the moment being looked at.
-// Following live, freezing, stepping and seeking are this object's business; the engine notices none of it.
+// The viewer's own copy of the run: records, keyframes, and the state at the position that the page shows.
+// This object follows live, freezes, steps and seeks; none of that affects the engine.
 
 import { marksOf } from "./marks.js";
 import { tell } from "./narration.js";
 import { Record } from "./record.js";
 import { State, measure } from "./reducer.js";
 
-const KEYFRAME_EVERY = 200; // records: to apply so many takes some milliseconds, while a keyframe is up to half a megabyte
-const MAX_RECORDS = 6 * KEYFRAME_EVERY; // a minute at 20 steps a second; memory grows until then, and not beyond
-const REPLAY_RATE = 12; // records per second when playing what is past
-// Some moments last one step and are the point of the whole page: while following live, the view rests on them
-// (milliseconds), then catches up. Not on every one of a series: what repeats at once has been seen.
+const KEYFRAME_EVERY = 200; // records: applying them takes a few milliseconds; a keyframe takes up to half a megabyte
+const MAX_RECORDS = 6 * KEYFRAME_EVERY; // a minute at 20 steps a second; older records are dropped to bound the memory
+const REPLAY_RATE = 12; // records per second when replaying
+// The most important events last only one step. While following live, the view pauses on them (for this many
+// milliseconds), then catches up. A mark that repeats within RESTED milliseconds gets no other pause.
 const REST = { forked: 1100, copied: 1100, hit: 1100, preempted: 1400, swapped_out: 1400, swapped_in: 1100 };
 const RESTED = 6000;
 
 export class Player {
   constructor() {
     this.mode = "live"; // "live", "frozen" or "replaying"
-    this.speed = 1; // of replaying
-    this.recording = false; // what is shown comes from a file: there is no live to go back to
+    this.speed = 1; // factor on REPLAY_RATE
+    this.recording = false; // whether a recording is shown: then there is no live run to return to
     this.wake = () => {}; // called when there is something to draw
     this.begin(null, 0, new State());
   }
 
   begin(run, first, state) {
     this.run = run;
-    this.first = first; // number of the oldest record kept
+    this.first = first; // number of the oldest record that is kept
     this.records = []; // {events, marks, mark, metrics, told}
     this.keyframes = new Map([[first, JSON.stringify(state)]]); // number -> state before that record
-    this.head = State.from(state); // after the newest record
-    this.state = State.from(state); // at the position looked at
+    this.head = State.from(state); // the state after the newest record
+    this.state = State.from(state); // the state at `position`, which the page shows
     this.position = first; // number of the next record to apply to `state`
-    this.sub = 0; // events of that record which `state` contains already, when walking event by event
+    this.sub = 0; // number of events of that record already applied to `state`, when stepping event by event
     this.restUntil = 0;
-    this.restedAt = {}; // mark -> when the view last rested on one
+    this.restedAt = {}; // mark -> the time when the view last paused on one
     this.nextAt = 0;
     this.changed = true;
     if (this.mode === "replaying") this.mode = "live";
   }
 
-  // Whether what is drawn is no longer what there is to see.
+  // Whether the page must be drawn again.
   get changed() {
     return this.stale;
   }
@@ -53,7 +53,7 @@ export class Player {
     return this.first + this.records.length;
   }
 
-  // The events that led to what is shown: the last record's, or the last single one when walking event by event.
+  // The events that led to the shown state: those of the last record, or the last event when stepping event by event.
   get latest() {
     if (this.sub) return [this.records[this.position - this.first].events[this.sub - 1]];
     return this.current?.events ?? [];
@@ -64,11 +64,11 @@ export class Player {
     return this.records[this.position - this.first - 1];
   }
 
-  // Takes the answer to a pull. A run or a cursor that is not ours: start over from its keyframe.
+  // Reads the answer to a pull. An answer with a keyframe (another run, or a cursor too old) starts the player over.
   receive(answer) {
     if (answer.keyframe) {
       this.begin(answer.run, answer.first, State.from(answer.keyframe));
-      // A late joiner sees the present first, and can rewind from there.
+      // A viewer who joins late sees the live state first, and can rewind from there.
       for (const events of answer.records) this.ingest(events);
       this.seekTo(this.end);
     } else if (answer.first === this.end) {
@@ -79,14 +79,14 @@ export class Player {
   ingest(events) {
     for (const event of events) this.head.apply(event);
     const marks = marksOf(events);
-    const [mark] = marks; // the most telling of them
+    const [mark] = marks; // the most important one
     const told = tell({ events }, this.head);
     this.records.push(new Record({ events, marks, mark, metrics: measure(this.head), told }));
     if (this.end % KEYFRAME_EVERY === 0) this.keyframes.set(this.end, JSON.stringify(this.head));
     if (this.records.length > MAX_RECORDS && !this.recording) this.forgetOldest();
   }
 
-  // A whole recording at once: `records` are lists of events, the first event of all is the engine's start.
+  // Loads a whole recording: `records` are lists of events; the very first event is engine_started.
   load(run, records) {
     this.recording = true;
     this.begin(run, 0, new State());
@@ -95,7 +95,7 @@ export class Player {
     this.mode = "replaying";
   }
 
-  // Forgets the recording; the next pull brings what is live.
+  // Drops the recording; the next pull fetches the live run.
   unload() {
     this.recording = false;
     this.mode = "live";
@@ -121,7 +121,7 @@ export class Player {
     return record;
   }
 
-  // To right before record `target`, and then `sub` events into it.
+  // Moves the view to right before record `target`, and then `sub` events into it.
   seekTo(target, sub = 0) {
     const number = Math.max(this.first, Math.min(this.end, target));
     const back = number < this.position || (number === this.position && sub < this.sub);
@@ -147,12 +147,12 @@ export class Player {
     this.seekTo(target, sub);
   }
 
-  // From within a record, back means to where it begins.
+  // Steps by records. Within a record, a step back goes to the record's beginning.
   stepBy(count) {
     this.seek(this.position + count + (this.sub && count < 0 ? 1 : 0));
   }
 
-  // One event on (1) or back (-1).
+  // Steps one event forward (1) or back (-1).
   stepEvent(count) {
     const events = (number) => this.records[number - this.first].events.length;
     if (count > 0 && this.position < this.end) {
@@ -167,7 +167,7 @@ export class Player {
     }
   }
 
-  // On from here: at the end that means following live again, or playing a recording once more.
+  // Plays on from the current position; at the end, follows live again, or replays a recording from its beginning.
   play() {
     if (this.recording && this.position >= this.end) this.seekTo(this.first);
     this.mode = this.position >= this.end ? "live" : "replaying";
@@ -180,13 +180,13 @@ export class Player {
     this.seekTo(this.end);
   }
 
-  // Milliseconds until there is something to apply; Infinity as long as nobody does or sends anything.
+  // Milliseconds until the next record is due; Infinity if none is due until a viewer acts or new records arrive.
   wait(now) {
     if (this.mode === "frozen" || (this.position >= this.end && this.mode === "live")) return Infinity;
     return Math.max(0, (this.mode === "live" ? this.restUntil : this.nextAt) - now);
   }
 
-  // Called before a frame is drawn: applies what is due.
+  // Applies the records that are due. Called before a frame is drawn.
   advance(now) {
     if (this.mode === "frozen" || this.position >= this.end) {
       if (this.mode === "replaying") this.live();
@@ -194,12 +194,12 @@ export class Player {
     }
     if (this.mode === "replaying") {
       const pause = 1000 / (REPLAY_RATE * this.speed);
-      this.nextAt = Math.max(this.nextAt, now - 100); // after a pause: go on, without catching up
+      this.nextAt = Math.max(this.nextAt, now - 100); // after a pause: continue without catching up
       for (; now >= this.nextAt && this.position < this.end; this.nextAt += pause) this.applyNext();
       return;
     }
     if (now < this.restUntil) return;
-    // A backlog (after a rest, or in a tab that was hidden) is worked off smoothly, an enormous one at once.
+    // Catch up with a backlog (after a pause, or in a hidden tab) smoothly, but skip a very large one at once.
     const backlog = this.end - this.position;
     if (backlog > 300) return this.seekTo(this.end);
     for (let budget = Math.ceil(backlog / 10); budget > 0; budget -= 1) {

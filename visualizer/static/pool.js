@@ -1,12 +1,12 @@
-// The physical pool: one cell per block, showing who owns it, how full it is, whether it is shared, cached or free.
+// Draws the physical pool: one cell per block, with its owners, its filled slots, and its state (shared, cached, free).
 
 import { keptBlocks } from "./groups.js";
 import { colour, element, ink, letter, list, plural, setText, stripes, text } from "./names.js";
 import { rovingCells } from "./parts.js";
 import { filled, owners, reservesAhead } from "./reducer.js";
 
-const CALM = 60; // milliseconds between steps from which on tokens are seen to land
-const [SMALLEST, LARGEST] = [10, 68]; // pixels, of a cell
+const CALM = 60; // milliseconds: new tokens are animated if steps are further apart
+const [SMALLEST, LARGEST] = [10, 68]; // a cell's size in pixels
 
 export class Pool {
   constructor(root, select) {
@@ -15,7 +15,7 @@ export class Pool {
     this.inspect = root.querySelector("[data-part=inspect]");
     this.legend = root.querySelector("[data-part=legend]");
     this.cells = [];
-    this.looks = []; // whose each cell is, as a string: the DOM is touched only where that changes
+    this.looks = []; // each cell's kind and owners as a string: the DOM is written only if it changes
     this.fills = [];
     new ResizeObserver(() => this.fit()).observe(this.grid.parentElement);
     const blockOf = (event) => event.target.closest?.("[data-block]")?.dataset.block;
@@ -29,11 +29,11 @@ export class Pool {
     });
     this.grid.addEventListener("pointerleave", () => select(null, "hover"));
     rovingCells(this.grid, (cell) => select(cell && { block: Number(cell.dataset.block) }, "hover"));
-    this.drawn = { at: -CALM, position: 0 }; // the last moment
-    this.landed = new Map(); // block -> the mark on the slots that were written last
+    this.drawn = { at: -CALM, position: 0 }; // when a position was last drawn, and which
+    this.landed = new Map(); // block -> the mark on the slots filled last
   }
 
-  // Which slot of a cell is under the pointer follows from where in the cell that is.
+  // The slot under the pointer, from its position within the cell.
   slotAt(event) {
     const box = event.target.closest("[data-block]").getBoundingClientRect();
     const offset = Math.floor(((event.clientX - box.left) / box.width) * this.size);
@@ -58,15 +58,15 @@ export class Pool {
     this.fit();
   }
 
-  // As large as the panel allows, in rows that are all full where possible.
+  // Makes the cells as large as the panel allows; prefers a number of columns for which all rows are full.
   fit() {
     const { clientWidth: width, clientHeight: height } = this.grid.parentElement;
     const count = this.cells.length;
     if (!count || !width) return;
     const gap = count > 200 ? 2 : 4;
-    // Pieces of memory begin at multiples of powers of two: so must the rows, for them to be seen.
+    // Contiguous pieces begin at multiples of powers of two; with such row lengths they are easy to see.
     const suits = (columns) => !this.ahead || Number.isInteger(Math.log2(columns));
-    // Too many to fit: the smallest cells, and the panel scrolls.
+    // If the cells do not fit, they get the smallest size, and the panel scrolls.
     let best = { score: 0, size: SMALLEST, columns: Math.floor((width + gap) / (SMALLEST + gap)) };
     for (let columns = 4; columns <= count; columns += 1) {
       if (!suits(columns)) continue;
@@ -114,8 +114,8 @@ export class Pool {
     this.renderInspect(state, lit);
   }
 
-  // Whether the eye can follow what moves: then it is animated. Faster, it would only flicker, and cost the time to draw
-  // the next moment. null: the moment has been drawn already.
+  // Whether steps are slow enough to animate changes. Faster animations would only flicker, and delay the next frame.
+  // Returns null if the current position has already been drawn.
   pace({ run, position, sub, mode, end }, now) {
     const moment = `${run} ${position} ${sub}`;
     if (moment === this.drawn.moment) return null;
@@ -143,7 +143,7 @@ export class Pool {
     this.looks[block] = look;
     cell.className = `mp-cell mp-${kind}`;
     cell.dataset.refs = own.length;
-    // Small cells show no number, and one that is free nothing at all.
+    // The label for screen readers: small cells show no number, and free cells no owner.
     const guess = bit === undefined ? "" : `, bit ${Number(bit)}: ${bit ? "not needed again" : "needed again"}`;
     cell.setAttribute("aria-label", `block ${block}, ${own.length ? `of ${list(own.map(letter))}` : kind}${guess}`);
     cell.dataset.kind = kind;
@@ -157,7 +157,7 @@ export class Pool {
     if (calm && (before === "free" || before === "cached")) cell.dataset.flash = other(cell.dataset.flash);
   }
 
-  // The newest tokens arrive in their slots: a mark there, which CSS lets fall in.
+  // Marks the slots of the newest tokens; CSS animates the marks.
   land(player, calm) {
     const slots = landings(player.latest, player.state);
     for (const [block, node] of this.landed) {
@@ -176,7 +176,7 @@ export class Pool {
     }
   }
 
-  // The line under the pool: the block that is looked at, or else the legend.
+  // The line under the pool: the highlighted block's description, or the legend.
   renderInspect(state, lit) {
     const block = lit?.block;
     this.inspect.hidden = block === undefined;
@@ -207,7 +207,7 @@ export class Pool {
   }
 }
 
-// block -> the slots [start, end) of it that these events filled.
+// Map of block -> its slots [start, end) that these events filled.
 function landings(events, state) {
   const size = state.config.block_size;
   const slots = new Map();
@@ -217,14 +217,14 @@ function landings(events, state) {
     for (let logical = Math.floor(event.start / size); logical * size < end; logical += 1) {
       const block = state.seqs[event.seq_id].table[logical];
       const from = logical * size;
-      // Who has ended in this very step has given its blocks back.
+      // A sequence that finished in this step has already freed its blocks.
       if (block !== undefined) slots.set(block, [Math.max(0, event.start - from), Math.min(size, end - from)]);
     }
   }
   return slots;
 }
 
-// The fullest owner's view: all owners of a block agree on what they have both written.
+// The filled slots of a block: the maximum over its owners, whose tokens agree as far as both have written them.
 function fillOf(state, block, own) {
   if (!own.length) return block in state.cached ? state.config.block_size : 0;
   return Math.max(...own.map((seqId) => {
@@ -233,5 +233,5 @@ function fillOf(state, block, own) {
   }));
 }
 
-// Another animation of the same looks starts anew, without the browser having to compute the layout in between.
+// Switching to an identical animation of another name restarts it without forcing the browser to compute the layout.
 const other = (turn) => (turn === "1" ? "0" : "1");

@@ -1,7 +1,7 @@
-// One record of what a viewer can rewind to: a step's events, and what was made of them when they came.
+// One record that a viewer can rewind to: a step's events, and what was computed from them when they arrived.
 //
-// There are more than a thousand, and as objects the events would take twice the memory. So they are kept as JSON, and
-// parsed again when somebody looks; whoever looks twice before the next collection finds the same objects.
+// The player keeps over a thousand records, and as objects their events would take twice the memory. So they are stored
+// as JSON and parsed on access; the parsed objects are reused until the garbage collector frees them.
 
 export class Record {
   #text;

@@ -1,21 +1,21 @@
-// Recordings: reading one (the JSON lines that minipaged.events.Recorder writes), choosing one, saving the present run,
-// and exporting a run as a page of its own.
+// Recordings: parsing one (the JSON lines that minipaged.events.Recorder writes), choosing one, saving the current run,
+// and exporting a run as a standalone page.
 
 import { State, check } from "./reducer.js";
 import { element, setText } from "./names.js";
 
 const FORMAT = "minipaged-recording/1";
-const LARGEST = 50e6; // characters; a browser would choke on much more
+const LARGEST = 50e6; // characters; browsers cannot handle much more
 
-// The records of a recording's text: a step each, or what happened between two. Throws an Error whose message says
-// which line is wrong, after having applied all of it once: what loads also plays.
+// Parses a recording into records: one per step, or the events between two steps. It applies all events once, so that a
+// recording that loads also plays. Throws an Error whose message names the line that is wrong.
 export function parse(text) {
   if (text.length > LARGEST) throw new Error("it is larger than 50 MB");
   const lines = text.split("\n");
   if (lines.at(-1) === "") lines.pop();
   const state = new State();
   const records = [];
-  let open = false; // whether the next event still belongs to the last record
+  let open = false; // whether the next event belongs to the last record
   lines.forEach((line, index) => {
     try {
       const event = JSON.parse(line);
@@ -38,7 +38,7 @@ export function parse(text) {
 }
 
 export class Recordings {
-  // `shipped`: names of the recordings that the server has; `load(name, text)` and `leave()` are the page's.
+  // `shipped`: names of the server's recordings; `load(name, text, records)`, `leave()` and `text()` are the page's.
   constructor(root, server, shipped, { load, leave, text }) {
     this.root = root;
     this.server = server;
@@ -75,7 +75,7 @@ export class Recordings {
     this.toggle.setAttribute("aria-expanded", String(open));
   }
 
-  // True if it plays; otherwise the page says why, and shows on what it showed.
+  // Returns true if the recording plays; otherwise the page says why, and continues with what it showed before.
   show(name, text) {
     this.open(false);
     try {
@@ -93,7 +93,7 @@ export class Recordings {
     else this.complain(answer?.message ?? "The server does not answer; is it still running?");
   }
 
-  // The run as the server recorded it, or the recording that is looked at.
+  // The text of the shown recording, or of the live run as the server recorded it; null on failure.
   async current() {
     if (this.text()) return this.text();
     const answer = await this.server.recording({}).catch(() => null);
@@ -111,7 +111,7 @@ export class Recordings {
     const [text, answer] = await Promise.all([this.current(), this.server.template({}).catch(() => null)]);
     if (!text) return;
     if (!answer?.html) return this.complain("This page cannot be exported again; save the run instead.");
-    // Inside a script element only "<" could end it, and in JSON it may be written otherwise.
+    // Only "<" could end the script element, and JSON allows an escape for it.
     const data = JSON.stringify(text).replaceAll("<", "\\u003c").replaceAll("\u2028", "\\u2028").replaceAll("\u2029", "\\u2029");
     download("replay.html", answer.html.replace('"THE RECORDING"', () => data), "text/html");
     this.open(false);

@@ -1,7 +1,7 @@
-// The engine's state rebuilt from its events: the twin of `State` in minipaged/events.py, with the same names.
+// Rebuilds the engine's state from its events. Mirrors `State` in minipaged/events/reducer.py, with the same names.
 // Both are tested on the same event streams and must agree exactly.
 
-const KEPT = 12; // requests that have ended and stay in a state
+const KEPT = 12; // finished requests that stay in the state
 
 export class State {
   constructor() {
@@ -41,14 +41,14 @@ function remove(array, value) {
   array.splice(index, 1);
 }
 
-// Into its place by rank, then by first sequence id: in order of arrival.
+// Inserts a request by its rank, then by its first sequence id, which is the order of arrival.
 function queue(state, array, requestId) {
   array.push(requestId);
   const rank = (id) => state.ranks?.[id] ?? 0; // keyframes of old recordings have no ranks
   array.sort((a, b) => rank(a) - rank(b) || state.requests[a][0] - state.requests[b][0]);
 }
 
-// Blocks move between the pool and the CPU's swap space, with the references of one sequence.
+// Moves one sequence's references to blocks from the pool to the CPU's swap space (change -1) or back (+1).
 function move(state, e, change) {
   e.blocks.forEach((block, i) => {
     state.ref_counts[block] += change;
@@ -73,17 +73,17 @@ function allocated(state, e) {
   state.ref_counts[e.block] += 1;
 }
 
-// One function per event type, named after it.
+// Event handlers: one function per event type, named after it.
 const HANDLERS = {
   engine_started(state, e) {
-    Object.assign(state, new State()); // a run starts from nothing
+    Object.assign(state, new State()); // a run starts from the empty state
     const { type, ...config } = e;
-    state.config = { memory: "paged", batching: "continuous", ...config }; // old recordings do not say
+    state.config = { memory: "paged", batching: "continuous", ...config }; // old recordings lack these fields
     state.ref_counts = new Array(e.num_blocks).fill(0);
     state.swap_ref_counts = new Array(e.swap_blocks).fill(0);
   },
   request_added(state, e) {
-    if (state.finished.includes(e.request_id)) forget(state, e.request_id); // an id that is used again
+    if (state.finished.includes(e.request_id)) forget(state, e.request_id); // the id is reused
     state.requests[e.request_id] = [...e.seq_ids];
     if (e.rank != null) state.ranks[e.request_id] = e.rank;
     for (const seqId of e.seq_ids) {
@@ -124,7 +124,7 @@ const HANDLERS = {
     state.ref_counts[e.dst] += 1;
   },
   scheduled(state, e) {
-    state.scheduled.push([e.seq_id, e.start, e.num_tokens, e.num_draft ?? 0]); // old recordings do not say
+    state.scheduled.push([e.seq_id, e.start, e.num_tokens, e.num_draft ?? 0]); // old recordings lack num_draft
   },
   preempted(state, e) {
     remove(state.running, e.request_id);
@@ -161,7 +161,7 @@ const HANDLERS = {
   },
   forked(state, e) {
     const parent = state.seqs[e.parent];
-    if (!(e.child in state.seqs)) { // a beam, or a fork that somebody asked for
+    if (!(e.child in state.seqs)) { // a beam, or a fork that a viewer requested
       state.seqs[e.child] = {
         ...structuredClone(parent), request_id: e.request_id, num_cached: 0, table: [], swap_table: [], finish_reason: null,
         proposed: [], taken_back: [],
@@ -169,7 +169,7 @@ const HANDLERS = {
       const siblings = state.requests[e.request_id] ?? [];
       if (siblings.some((id) => state.seqs[id].finish_reason === null)) {
         siblings.push(e.child);
-      } else { // a request of its own
+      } else { // it becomes its own request
         state.requests[e.request_id] = [e.child];
         if (parent.request_id in state.ranks) state.ranks[e.request_id] = state.ranks[parent.request_id];
         queue(state, state.running, e.request_id);
@@ -227,15 +227,15 @@ const HANDLERS = {
       if (state.finished.length > KEPT) forget(state, state.finished[0]);
     }
   },
-  step_finished() {}, // its numbers are for charts; no state changes
+  step_finished() {}, // only for the charts; the state does not change
   engine_error(state, e) {
     state.error = e.message;
   },
 };
 
-// --- what views ask of a state ---------------------------------------------------------------------------------
+// --- queries for the views -------------------------------------------------------------------------------------
 
-// block -> the ids of the sequences whose tables name it, in order; on the CPU with "swap_table".
+// Map of block -> the sorted ids of the sequences whose block tables contain it; for CPU blocks pass "swap_table".
 export function owners(state, name = "table") {
   const result = new Map();
   for (const [id, seq] of Object.entries(state.seqs)) {
@@ -247,16 +247,16 @@ export function owners(state, name = "table") {
   return result;
 }
 
-// Whether memory is contiguous: set aside, for all that a text may ever write, when it begins.
+// Whether the memory manager is contiguous: it reserves a sequence's maximum length when the sequence is admitted.
 export const reservesAhead = (state) => String(state.config.memory).startsWith("orca-");
 
-// Slots of a sequence's logical block whose keys and values are in place.
+// The number of slots of a sequence's logical block whose keys and values are computed.
 export function filled(state, seq, logical) {
   const size = state.config.block_size;
   return Math.max(0, Math.min(size, seq.num_computed - logical * size));
 }
 
-// Slots: tokens as the sequences see them, slots really filled (shared ones once), slots of all blocks in use.
+// Memory use in slots: logical (all sequences' tokens), used (filled, shared ones once), reserved (blocks in use).
 export function measure(state) {
   const slots = new Map();
   let logical = 0;
@@ -271,7 +271,7 @@ export function measure(state) {
   return { step: state.step, logical, used, reserved: slots.size * state.config.block_size };
 }
 
-// What must hold whenever an event has been applied: reference counts equal occurrences in the tables and groups.
+// Checks what must hold after every event: a block's reference count equals its occurrences in tables and groups.
 export function check(state) {
   const counts = new Array(state.config.num_blocks).fill(0);
   for (const seq of Object.values(state.seqs)) for (const block of seq.table) counts[block] += 1;

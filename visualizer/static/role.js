@@ -1,5 +1,5 @@
-// Who may control the engine. In a classroom only the presenter, who has opened the page with the token that the
-// server printed; it goes along with every command, and the server checks it. Hiding the controls is mere courtesy.
+// The viewer's role in a classroom: only the presenter, who opened the page with the token that the server printed, may
+// control the engine. Every command carries the token, and the server checks it; hiding the controls is no protection.
 
 const KEPT = "minipaged-presenter";
 
@@ -28,7 +28,7 @@ export class Role {
   }
 }
 
-// From the address, once: it is not to be seen on the wall. This tab remembers it.
+// Reads the token and removes it from the URL, so that a projector does not show it. This tab's storage keeps it.
 function takeToken() {
   const url = new URL(location.href);
   const token = url.searchParams.get("presenter");

@@ -1,15 +1,15 @@
-// Where a row's text shows which token, without an element for each: a place in the text is found from the pointer, and a
-// run of tokens is a Range that the browser paints (`::highlight` in scene.css). Nothing is added to the document, so
-// twenty steps a second stay cheap however long the texts are.
+// Maps between a row's text and its tokens, without one element per token: a pointer position is mapped to a token, and
+// a run of tokens to a Range that the browser paints (`::highlight` in scene.css). Nothing is added to the document, so
+// twenty steps a second stay cheap even for long sequences.
 
 import { plural, setText, text } from "./names.js";
 
-// The token under the pointer, as a position in the sequence; undefined beside the text.
+// The position in the sequence of the token under the pointer; undefined if the pointer is not over text.
 export function tokenAt(row, seq, x, y) {
   const caret = caretAt(x, y);
   const part = [row.prompt, row.output].find((node) => caret && node.contains(caret.node));
   if (!part || caret.node.nodeType !== Node.TEXT_NODE) return undefined;
-  // The caret stands between two characters; the pointer is over one of them.
+  // The caret is between two characters; the pointer is over one of them.
   const letter = [caret.offset, caret.offset - 1].find((at) => covers(caret.node, at, x));
   if (letter === undefined) return undefined;
   const first = part === row.prompt ? 0 : seq.num_prompt;
@@ -34,15 +34,15 @@ function covers(node, letter, x) {
   return x >= box.left && x <= box.right;
 }
 
-// Where a token begins in what is shown of the prompt or of the output. Special tokens and the spaces that a prompt begins
-// with are not shown as they are.
+// The offset at which a token begins in the displayed prompt or output. Special tokens are displayed as spaces, and a
+// prompt's leading spaces are not displayed.
 function letterOf(seq, token, inPrompt) {
   if (!inPrompt) return text(seq, seq.num_prompt, token).length;
   const hidden = text(seq, 0, seq.num_prompt);
   return Math.max(0, text(seq, 0, token).length - (hidden.length - hidden.trimStart().length));
 }
 
-// The Range of tokens [start, end); null if none of them is to be seen.
+// The Range of tokens [start, end); null if none of them is displayed.
 export function rangeOf(row, seq, start, end) {
   const place = (token, inPrompt) => {
     const node = (inPrompt ? row.prompt : row.output).firstChild;
@@ -57,7 +57,7 @@ export function rangeOf(row, seq, start, end) {
   return range.collapsed ? null : range;
 }
 
-// What is guessed to come next, while it is computed; struck out what of it was taken back in this step.
+// Shows the draft tokens that are being verified, or struck out those that this step rejected.
 export function renderGuess(node, { proposed, taken_back: back }) {
   const kind = proposed.length ? "proposed" : "taken";
   if (node.dataset.kind !== kind) node.dataset.kind = kind;
@@ -67,9 +67,9 @@ export function renderGuess(node, { proposed, taken_back: back }) {
 
 const painted = {};
 
-// Paints ranges in the colours that `::highlight(name)` gives.
+// Paints ranges in the colours of CSS's `::highlight(name)`.
 export function paint(name, ranges) {
-  if (!globalThis.Highlight) return; // a browser without them shows the rest
+  if (!globalThis.Highlight) return; // old browsers show no highlights
   if (!ranges.length && !painted[name]) return;
   painted[name] = ranges.length > 0;
   if (ranges.length) CSS.highlights.set(name, new Highlight(...ranges));

@@ -1,5 +1,5 @@
-// One row per sequence: whose child it is, what it is doing, its text as it grows, its block table (logical → physical).
-// Above them the queues and the step's token budget.
+// Draws one row per sequence: its parent, its state, its growing text, its block table (logical → physical). Above the
+// rows are the queues and the step's token budget.
 
 import { familyRows } from "./families.js";
 import { colour, element, growText, ink, letter, plural, setHidden, setText, stripes, text } from "./names.js";
@@ -9,8 +9,8 @@ import { paint, rangeOf, renderGuess, tokenAt } from "./row_text.js";
 import { tokensIn } from "./spotlight.js";
 
 const DEEPEST = 72; // pixels that the tree may take from the text
-const INDENT = 18; // pixels for a generation, as long as there is room
-const CROWDED = 11; // table entries; from here on chips leave out the logical number
+const INDENT = 18; // pixels per generation, if there is room
+const CROWDED = 11; // block table entries; from this number on they omit the logical number
 
 export class Sequences {
   constructor(root, select) {
@@ -29,7 +29,7 @@ export class Sequences {
     });
   }
 
-  // A row, or what of it is under the pointer: an entry of the block table, or a token of the text.
+  // Selects what is under the pointer: an entry of the block table, a token of the text, or else the row's sequence.
   pointed(event, how) {
     const node = event.target.closest("[data-seq]");
     if (!node) return how === "hover" && this.select(null, how);
@@ -74,7 +74,7 @@ export class Sequences {
     this.spots = this.renderText(state, ids, lit);
   }
 
-  // The words that lie in the lit block, and the one in the lit slot: row -> the range to bring into view.
+  // Paints the text in the highlighted block and slot; returns a map of sequence -> the range to scroll into view.
   renderText(state, ids, lit) {
     const [blocks, slots, spots] = [[], [], new Map()];
     const size = state.config.block_size;
@@ -93,8 +93,8 @@ export class Sequences {
     return spots;
   }
 
-  // While a text grows, its newest words are what to read, or else those that are pointed at elsewhere; under the pointer
-  // it stands still. To be called after everything else is written, so that the browser computes the layout once only.
+  // Scrolls each row to its newest text, or to the text that is highlighted elsewhere; a row under the pointer does not
+  // scroll. Call it after all writes, so that the browser computes the layout only once.
   showNewest() {
     const { state, spots } = this;
     const ids = [...this.rows.keys()];
@@ -199,7 +199,7 @@ export class Sequences {
     }
   }
 
-  // How this step spends its tokens: decodes take one each, prompts what is left.
+  // Draws how this step spends its token budget: each decode takes one token, prefills take the rest.
   renderBudget(state) {
     const limit = state.config.max_num_batched_tokens ?? 1;
     const kinds = state.scheduled.map(([id, start, count, draft]) => workOf(state.seqs[id], start, count - draft));
@@ -233,7 +233,7 @@ export class Sequences {
   }
 }
 
-// A decode computes the one token that was sampled last; everything else reads what is known already.
+// "decode" computes only the token that was sampled last; everything else is "prefill".
 const workOf = (seq, start, count) => (count === 1 && start >= (seq?.num_prompt ?? 0) ? "decode" : "prefill");
 
 function buildChip(table, logical) {
@@ -244,7 +244,7 @@ function buildChip(table, logical) {
   return { node, fill, block, key: "" };
 }
 
-// A sequence that lives on the CPU for a while: its blocks there.
+// Draws the blocks of a swapped-out sequence, which are on the CPU.
 function renderSwapped(row, seq, lit) {
   sync(row.table, seq.swap_table.map((block, logical) => ({ block, logical })), ({ block }) => block, ({ block, logical }) => {
     const node = element("span", "mp-chip mp-on-cpu", null, {
@@ -256,7 +256,7 @@ function renderSwapped(row, seq, lit) {
   }, (node, { block }) => node.classList.toggle("mp-lit", lit?.swap === block));
 }
 
-// Where a row stands in its family's tree, and the lines that lead there.
+// Draws a row's place in its family's tree: the indentation and the lines from its ancestors.
 function renderPlace(row, { id, parent, depth, skipped, rails }) {
   const key = JSON.stringify([parent, depth, skipped, rails]);
   if (key === row.place) return;
@@ -277,7 +277,7 @@ function renderPlace(row, { id, parent, depth, skipped, rails }) {
   }));
 }
 
-// What the prefix cache has given: said in words, and marked on the entries of the table.
+// Shows the prefix cache hit: as a label, and as a mark on the block table's entries.
 function renderHit(state, id, row) {
   const { table, num_cached: tokens } = state.seqs[id];
   setHidden(row.hit, !tokens || !table.length);

@@ -1,9 +1,9 @@
-// The drawer: how the engine is built, and how texts are sampled. The server checks the values; here they are only
-// collected, and its words shown, beside the field if it is one field's fault.
+// The settings drawer: the engine's configuration and the sampling parameters. The server checks the values; this file
+// only collects them and shows the server's messages, beside a field if that field alone is wrong.
 
 import { element, setText } from "./names.js";
 
-// A field is a number unless `kind` says otherwise, or the server has `options` to choose from.
+// A field is a number, unless it has a `kind`, or `options` from the server.
 const ENGINE = [
   { name: "model", label: "Model", kind: "text", hint: "tiny, a directory, or a hub id such as HuggingFaceTB/SmolLM2-135M" },
   { name: "memory", label: "Memory", options: true, hint: "who decides which slots a text gets; orca-…: neighbouring blocks, set aside ahead" },
@@ -46,7 +46,7 @@ export class Settings {
     this.refining.addEventListener("submit", (event) => event.preventDefault());
     this.refining.addEventListener("change", () => this.check());
     this.drawer.addEventListener("click", (event) => {
-      if (event.target === this.drawer) this.drawer.close(); // beside it
+      if (event.target === this.drawer) this.drawer.close(); // a click on the backdrop
     });
   }
 
@@ -57,19 +57,19 @@ export class Settings {
     this.drawer.showModal();
   }
 
-  // Asks what the server thinks of the sampling fields, before a prompt is sent with them.
+  // Lets the server validate the sampling fields before a prompt is submitted with them.
   async check() {
-    const asked = (this.asked = {}); // an answer that comes late must not hide what was said since
+    const asked = (this.asked = {}); // a late answer must not overwrite a newer one
     const answer = await this.send({ do: "check", ...this.sampling() }).catch(() => null);
     if (answer && asked === this.asked) blame(this.refining, answer.field, answer.message);
   }
 
-  // A prompt was refused for a field of the drawer.
+  // Shows the message of a prompt that was rejected because of a field in the drawer.
   refused({ field, message }) {
     if (SAMPLING.some(({ name }) => name === field)) blame(this.refining, field, message);
   }
 
-  // The running engine's values.
+  // Fills the form with the running engine's settings.
   fill() {
     this.form.elements.enable_prefix_caching.disabled = this.config.memory.startsWith("orca-");
     for (const { name, kind } of ENGINE) {
@@ -80,13 +80,13 @@ export class Settings {
     this.suit();
   }
 
-  // Contiguous memory neither preempts nor shares prefixes, and only who swaps has a swap space: what does not apply
-  // cannot be set.
+  // Disables the fields that do not apply: contiguous memory neither preempts nor shares prefixes, and only swapping
+  // needs a swap space.
   suit() {
     const { memory, preemption, swap_blocks, enable_prefix_caching: cache } = this.form.elements;
     const ahead = memory.value.startsWith("orca-");
     if (ahead) preemption.value = "recompute";
-    if (ahead !== cache.disabled) cache.checked = !ahead; // as it is by default
+    if (ahead !== cache.disabled) cache.checked = !ahead; // the default
     preemption.disabled = cache.disabled = ahead;
     swap_blocks.disabled = preemption.value !== "swap";
     if (swap_blocks.disabled) swap_blocks.value = "";
@@ -120,7 +120,7 @@ export class Settings {
     if (status?.loading && this.drawer.open) this.tell("busy", `Loading ${status.loading}… The engine goes on meanwhile.`);
   }
 
-  // What every prompt is sent with. A field that is no number is sent as it is, for the server to complain about.
+  // The sampling parameters for every prompt. An invalid number is sent as typed, so that the server rejects it.
   sampling() {
     const value = (name) => this.refining.elements[name].value;
     const filled = SAMPLING.filter(({ name }) => value(name) !== "");
@@ -128,7 +128,7 @@ export class Settings {
   }
 }
 
-// What is no number goes to the server as it was typed, for its complaint to quote it.
+// An invalid number is sent as typed, so that the server's message quotes it.
 const number = (text) => (text.trim() === "" || Number.isNaN(Number(text)) ? text : Number(text));
 const lines = (text) => text.split("\n").filter((line) => line !== "").map((line) => line.replaceAll("\\n", "\n"));
 
@@ -142,14 +142,14 @@ function build(parent, { name, label, kind = "number", options, hint }) {
   } else if (kind === "lines") {
     element("textarea", "", row, { rows: 2, spellcheck: "false", ...common });
   } else {
-    // Not type="number": a browser tells nobody what was typed there if it is none, so it would be ignored.
+    // Not type="number": for an invalid number a browser returns an empty value, so the input would be ignored.
     element("input", "", row, kind === "number" ? { type: "text", inputmode: "decimal", ...common } : { type: kind, ...common });
   }
   element("small", "", row, { id: `mp-hint-${name}` }).textContent = hint;
   element("em", "mp-bad", row, { id: `mp-bad-${name}`, "data-testid": `bad-${name}`, role: "status" });
 }
 
-// Marks the one field of a form that is wrong, and says why; without a name, none is.
+// Marks the field `name` of a form as wrong and shows the reason; without a name, clears all marks.
 function blame(form, name = "", words = "") {
   for (const note of form.querySelectorAll(".mp-bad")) {
     const input = note.parentNode.querySelector("[name]");

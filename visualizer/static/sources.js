@@ -1,5 +1,5 @@
-// Who did it: the narration's link to the function in the engine's source, in a panel that shows its file. The files came
-// with the page, from the running code, so this needs no network and shows no other version.
+// The narration's link to the engine function behind an event, and the panel that shows its source file. The files came
+// with the page from the running code, so this needs no network and shows the running version.
 
 import { element, setHidden, setText } from "./names.js";
 
@@ -11,13 +11,13 @@ export class Sources {
     this.link = root.querySelector("[data-part=source]");
     this.panel = root.querySelector("[data-part=source-panel]");
     this.link.addEventListener("click", () => this.open(this.source));
-    this.link.addEventListener("keydown", (event) => event.stopPropagation()); // space is not the timeline's here
+    this.link.addEventListener("keydown", (event) => event.stopPropagation()); // space must not reach the timeline
     this.elsewhere = this.panel.querySelector("a");
     this.panel.querySelector("button").addEventListener("click", () => this.panel.close());
-    this.panel.addEventListener("keydown", (event) => event.stopPropagation()); // its keys are not the timeline's
+    this.panel.addEventListener("keydown", (event) => event.stopPropagation()); // its keys must not reach the timeline
   }
 
-  // `memory` names the manager that runs: some things it does itself.
+  // `memory` names the engine's memory manager, which may replace some functions.
   render(told, memory) {
     const source = this.managers[memory]?.[told?.type] ?? this.functions[told?.type];
     setHidden(this.link, !source);
@@ -28,7 +28,7 @@ export class Sources {
     this.link.title = `${source.file}, line ${source.line}: the function that did it`;
   }
 
-  // The whole file, with the function's lines marked and in view.
+  // Shows the whole file, with the function's lines marked and scrolled into view.
   open({ name, file, line, last, url }) {
     setText(this.panel.querySelector("h2"), name);
     setText(this.panel.querySelector("small"), `${file}, lines ${line} to ${last}`);

@@ -1,9 +1,9 @@
-// What is kept bright while the rest is dimmed: what is pointed at or was clicked, with everything that belongs to it.
+// The spotlight: what stays bright while the rest is dimmed: the hovered or clicked item, and what belongs to it.
 
 import { slotOf } from "./parts.js";
 
-// `what` is {seq}, {block}, {swap} (a block on the CPU) or {seq, token}, some of them together, perhaps with the `offset` of a
-// slot. Answers null if there is no such thing now; else the same, with the sets of sequences, blocks and swap blocks.
+// `what` combines {seq}, {block}, {swap} (a block on the CPU), {token} and the `offset` of a slot. Returns null if it
+// does not exist in `state`; otherwise `what` with the sets of its sequences, blocks and swap blocks.
 export function spotlight(what, state) {
   if (!what) return null;
   const { seqs } = state;
@@ -26,7 +26,7 @@ const only = ({ block, swap }) => ({
   swaps: new Set(swap === undefined ? [] : [swap]),
 });
 
-// Where a token's KV lies, in the pool or on the CPU.
+// The slot of a token's KV, in the pool or on the CPU.
 function placeOf(state, seq, { token }) {
   if (token === undefined) return {};
   const size = state.config.block_size;
@@ -34,7 +34,7 @@ function placeOf(state, seq, { token }) {
   return swap === undefined ? slotOf(state, seq, token) ?? {} : { swap, offset: token % size };
 }
 
-// The tokens [start, end) of a sequence that lie in what is lit; null if none does.
+// The tokens [start, end) of a sequence that are in the highlighted block; null if there are none.
 export function tokensIn(lit, seq, size) {
   const logical = lit.swap === undefined ? seq.table.indexOf(lit.block) : seq.swap_table.indexOf(lit.swap);
   const end = Math.min((logical + 1) * size, seq.num_computed);

@@ -1,10 +1,10 @@
-// The CPU's swap space under the pool: where the KV of swapped-out sequences waits. Only there if the engine has one.
+// Draws the CPU's swap space, which holds the KV of swapped-out sequences, under the pool. Hidden if there is none.
 
 import { colour, element, ink, letter, list, plural, setHidden, setText, stripes } from "./names.js";
 import { rovingCells } from "./parts.js";
 import { filled, owners } from "./reducer.js";
 
-const MANY = 40; // cells; from here on they are smaller
+const MANY = 40; // cells; with more they are smaller
 
 export class SwapSpace {
   constructor(root, select) {

@@ -1,5 +1,5 @@
-// One plain sentence for every kind of event, for those who walk through a step one by one.
-// `state` is the one right after the event.
+// One plain sentence for every event type, shown when a viewer steps through a step event by event.
+// `state` is the state right after the event.
 
 import { letter, list, plural } from "./names.js";
 

@@ -1,4 +1,4 @@
-// The view's own controls: freeze, step, replay, seek, back to live. They move what is looked at, never the engine.
+// The view's controls: freeze, step, replay, seek, back to live. They change what the page shows, never the engine.
 
 import { happened, lanesOf, told } from "./marks.js";
 import { element, setText } from "./names.js";
@@ -33,7 +33,7 @@ export class Timeline {
 
   key(event, root) {
     if (!root.isConnected || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (root.dataset.view === "experiments") return; // what would move is not seen
+    if (root.dataset.view === "experiments") return; // the scene is not visible
     const typing = event.target.closest?.("input:not([type=range]), textarea, select, [contenteditable]");
     const pressing = event.key === " " && event.target.closest?.("button");
     if (typing || pressing) return;
@@ -48,7 +48,7 @@ export class Timeline {
       L: () => player.live(),
     };
     if (!actions[event.key]) return;
-    // The engine's speed slider keeps its own arrows.
+    // The engine's speed slider handles its own arrow keys.
     if (event.target.type === "range" && event.target !== this.scrub) return;
     event.preventDefault();
     actions[event.key]();
@@ -73,7 +73,7 @@ export class Timeline {
     setAttribute(this.where, "title", player.mode === "live" ? "following live" : `${behind} records behind live`);
   }
 
-  // Coloured marks that invite a jump: every kind that happened, each in a lane of its own.
+  // Draws a coloured mark per record and kind of event, each kind in its own lane.
   drawTicks(now) {
     const { player, ticks } = this;
     if (now < this.nextAt && player.run === this.marked) return;
@@ -96,7 +96,7 @@ export class Timeline {
       player.records.forEach((record, index) => {
         if (!record.marks.some((mark) => marks.includes(mark))) return;
         const x = place(index);
-        if (x !== last) pen.fillRect(x, top, 3 * scale, height); // many records fall on one pixel
+        if (x !== last) pen.fillRect(x, top, 3 * scale, height); // many records share one pixel
         last = x;
       });
     };

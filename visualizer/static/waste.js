@@ -1,11 +1,11 @@
-// What other memory managers would hold for the very same texts: a table of bars for the moment looked at, one sentence
-// in plain words, and a line over time. The books are kept in accounts.js, from the moment that somebody looks.
+// The waste chart: the slots that other memory managers would hold for the same sequences, as a table of bars for the
+// current step, one plain sentence, and lines over time. accounts.js computes the data, from when the tab is opened.
 
 import { Accounts, PAGE_TOKENS } from "./accounts.js";
 import { PlotlyChart, windowOf } from "./chart_kinds.js";
 import { element, setText } from "./names.js";
 
-const SCALE = 2.5; // pools that a bar may be long; what is more is cut off, for the others to be readable
+const SCALE = 2.5; // a bar's largest length in pools; longer bars are cut off, to keep the others readable
 const CLASSES = ["token", "reserved", "internal", "external"];
 const WORDS = {
   token: "holds a token", reserved: "kept for tokens to come", internal: "will never be used", external: "lost to rounding",
@@ -17,7 +17,7 @@ const MANAGERS = {
   vattention: ["vAttention", `Maps pages of the GPU's own memory as a text grows; here ${PAGE_TOKENS} tokens a page`],
   paged: ["paged", "Hands out blocks on demand, and shares them where texts begin alike"],
 };
-const NAMES = Object.keys(MANAGERS); // in the order of the books
+const NAMES = Object.keys(MANAGERS); // in the order of accounts.js
 
 export class Waste extends PlotlyChart {
   constructor(panel, figure) {
@@ -43,7 +43,7 @@ export class Waste extends PlotlyChart {
     }
     const note = element("span", "mp-waste-note", this.legend);
     note.textContent = "Running texts count at their limit; once one ends, its past is corrected.";
-    this.toggle = element("button", "mp-waste-toggle", null, { // the panel of charts gives it a place
+    this.toggle = element("button", "mp-waste-toggle", null, { // charts.js inserts it into the panel
       type: "button", "aria-pressed": "false", "data-testid": "waste-toggle",
     });
     this.toggle.textContent = "over time";
@@ -88,7 +88,7 @@ export class Waste extends PlotlyChart {
     this.table.style.setProperty("--pool", `${(100 * slots) / scale}%`);
     const { memory } = player.state.config;
     this.bars.forEach((bar, i) => {
-      const seen = NAMES[i] === (memory === "vattention" ? "paged" : memory); // its page-groups are the pool's blocks
+      const seen = NAMES[i] === (memory === "vattention" ? "paged" : memory); // its page-groups are blocks of the pool
       bar.row.classList.toggle("mp-w-seen", seen);
       bar.row.title = seen ? `${bar.meaning}. This is what you see above, by ${memory}` : bar.meaning;
       bar.parts.forEach((part, kind) => (part.style.width = `${(100 * held[i][kind]) / scale}%`));
@@ -123,7 +123,7 @@ export class Waste extends PlotlyChart {
   }
 }
 
-// For the manager that wastes most. `row` and `totals` as above.
+// The sentence about Orca Max, which wastes the most. `row` and `totals` as in `tell`.
 function sentence(row, totals, memory) {
   const [, , running] = row;
   const paged = totals.at(-1);
