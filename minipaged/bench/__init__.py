@@ -1,1 +1,1 @@
-"""``minipaged bench``: how fast this engine is on this machine, side by side with others and by itself."""
+"""``minipaged bench``: measures how fast this engine is on this machine, alone and compared with other engines."""

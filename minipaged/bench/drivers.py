@@ -1,8 +1,8 @@
-"""One engine in a process of its own: ``python drivers.py ENGINE MODEL DTYPE``, a conversation in JSON lines.
+"""Runs one engine in its own process: ``python drivers.py ENGINE MODEL DTYPE``, with JSON lines on stdin and stdout.
 
-It says when it is ready, then answers each line {"prompts": [[…], …], "outputs": […]} once all are generated: greedily,
-past every end-of-text token. It imports nothing of minipaged but where that is the engine, for it runs in whatever
-Python has the other one installed.
+It prints a line when the engine is ready. Then it answers each line {"prompts": [[…], …], "outputs": […]} when all
+outputs are generated, greedily and past every end-of-text token. It imports minipaged only if that is the engine,
+because it runs in the Python in which the other engine is installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from importlib import metadata
 from typing import Any
 
 Run = Callable[[list[list[int]], list[int]], list[int]]  # prompts, wanted lengths → lengths that were generated
-LONGEST = 1024  # tokens of a sequence; every engine is told, so that all set the same memory aside
+LONGEST = 1024  # tokens per sequence; every engine gets this limit, so that all reserve the same memory
 
 
 def minipaged(model: str, dtype: str) -> Run:
@@ -34,7 +34,7 @@ def minipaged(model: str, dtype: str) -> Run:
 
 
 def transformers(model: str, dtype: str) -> Run:
-    """`generate` on a batch of one length, its continuous batching on a mixed one."""
+    """Uses `generate` for a batch of equal lengths, and continuous batching for a mixed one."""
     import torch
     from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
@@ -51,7 +51,7 @@ def transformers(model: str, dtype: str) -> Run:
 
     @cache
     def manager() -> Any:
-        # Told how much memory to take: by itself it prepares for all that is free, which takes minutes on a CPU.
+        # By default the manager reserves all free memory, which takes minutes on a CPU, so we set the sizes.
         sizes = ContinuousBatchingConfig(block_size=16, num_blocks=64 * LONGEST // 16, max_batch_tokens=LONGEST)
         config = GenerationConfig(max_new_tokens=LONGEST, do_sample=False, pad_token_id=0, eos_token_id=-1)
         started = network.init_continuous_batching(generation_config=config, continuous_batching_config=sizes)
@@ -67,7 +67,7 @@ def transformers(model: str, dtype: str) -> Run:
             if result is not None and result.is_finished():
                 done[result.request_id] = len(result.generated_tokens)
             elif result is None and not manager().is_running():
-                raise RuntimeError("transformers' continuous batching has ended by itself")
+                raise RuntimeError("transformers' continuous batching stopped before it finished all requests")
         return [done[i] for i in ids]
 
     def run(prompts: list[list[int]], outputs: list[int]) -> list[int]:
@@ -78,7 +78,7 @@ def transformers(model: str, dtype: str) -> Run:
 
 
 def vllm(model: str, dtype: str) -> Run:
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, as the others
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, like the other engines
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     from vllm import LLM, SamplingParams
 
@@ -96,7 +96,7 @@ def vllm(model: str, dtype: str) -> Run:
 
 
 def llama_cpp(model: str, dtype: str) -> Run:
-    """Its own batches, filled as its server fills them: a token of each running sequence, then prompts."""
+    """Fills its batches as llama.cpp's server does: one token of each running sequence, then prompt tokens."""
     import llama_cpp as lib
     import numpy
     from gguf_file import write_gguf  # beside this file
@@ -143,7 +143,7 @@ def llama_cpp(model: str, dtype: str) -> Run:
     return run
 
 
-# name → how to start it, the package that must be installed
+# name → function that starts the engine, package that must be installed
 ENGINES: dict[str, tuple[Callable[[str, str], Run], str]] = {
     "minipaged": (minipaged, "minipaged"),
     "transformers": (transformers, "transformers"),
@@ -161,7 +161,7 @@ def _version(package: str) -> str:
 
 def main() -> None:
     name, model, dtype = sys.argv[1:]
-    # Engines print what they like; the conversation has the real stdout to itself.
+    # Engines may print to stdout: file descriptor 1 now goes to stderr, and only our answers use the real stdout.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -180,7 +180,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         say(seconds=seconds, lengths=lengths, peak_mib=round(peak))
-    os._exit(0)  # other engines' threads would have to be waited for
+    os._exit(0)  # a normal exit would wait for other engines' threads
 
 
 if __name__ == "__main__":

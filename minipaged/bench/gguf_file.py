@@ -1,6 +1,6 @@
-"""A Hugging Face checkpoint as a GGUF file, which is what llama.cpp reads. Runs in the Python that has ``gguf``.
+"""Converts a Hugging Face checkpoint to a GGUF file for llama.cpp. Runs in the Python that has ``gguf`` installed.
 
-Only what `peers.make_checkpoint` makes: Llama and GPT-2 in float32, without a tokenizer.
+Supports only what `peers.make_checkpoint` makes: Llama and GPT-2 in float32, without a tokenizer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GPT2 = {
 
 
 def write_gguf(model: str, dtype: str) -> str:
-    """Writes the file into a folder for temporary ones, matrices as ``dtype`` and vectors as float32."""
+    """Writes a GGUF file to a temporary folder and returns its path; matrices get type ``dtype``, vectors float32."""
     import gguf
     from safetensors.numpy import load_file
 
@@ -56,7 +56,7 @@ def write_gguf(model: str, dtype: str) -> str:
 
 
 def _interleaved(values: Any, heads: int) -> Any:
-    """A projection's rows in llama.cpp's order: it turns neighbouring channels, Hugging Face half a head apart."""
+    """Reorders a projection's rows: llama.cpp rotates neighbouring channels, Hugging Face those half a head apart."""
     out, size = values.shape
     return values.reshape(heads, 2, out // heads // 2, size).swapaxes(1, 2).reshape(out, size)
 

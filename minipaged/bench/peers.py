@@ -1,4 +1,4 @@
-"""The same requests through several engines: each in its own process and Python, taking turns on the same weights."""
+"""Compares engines on the same requests and weights: each has its own process and Python, and they take turns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LLAMA = {"model_type": "llama", "max_position_embeddings": 2048, "tie_word_embed
 
 @dataclass(frozen=True)
 class Shape:
-    """A model to make, and how long outputs are: those of larger models are shortened, so that a run stays short."""
+    """A model to make, and the divisor of output lengths: larger models generate less, so that a run stays short."""
 
     config: dict[str, Any]
     shorter: int
@@ -50,7 +50,7 @@ SHAPES = {
 
 
 def make_checkpoint(name: str, directory: Path) -> Path:
-    """Random weights of this shape, saved as Hugging Face models are."""
+    """Saves a model of this shape with random weights in Hugging Face's format; returns its directory."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -62,7 +62,7 @@ def make_checkpoint(name: str, directory: Path) -> Path:
 
 
 def cells(shorter: int, quick: bool) -> dict[str, Callable[[Random, int], Requests]]:
-    """Workloads by name: (random numbers, vocabulary) → requests."""
+    """Workloads by name: (random number generator, vocabulary size) → requests."""
 
     def same(batch: int) -> Callable[[Random, int], Requests]:
         length = (16 if quick else 64) // (2 if shorter > 1 else 1)
@@ -84,7 +84,7 @@ def _prompt(random: Random, vocab: int, length: int) -> list[int]:
 
 
 def engines(names: list[str], pythons: list[str]) -> dict[str, str]:
-    """Engine → the Python that runs it; this one for those that name none. Raises `InvalidConfig`."""
+    """Engine name → path of the Python that runs it; by default the current one. Raises `InvalidConfig`."""
     paths = {}
     for given in pythons:
         name, _, path = given.partition("=")
@@ -95,16 +95,16 @@ def engines(names: list[str], pythons: list[str]) -> dict[str, str]:
         paths[name] = path
     for name in names:
         if name not in drivers.ENGINES:
-            raise InvalidConfig(f"--with knows {', '.join(drivers.ENGINES)}, not {name!r}")
+            raise InvalidConfig(f"--with must be one of {', '.join(drivers.ENGINES)}, not {name!r}")
     return {name: paths.get(name, sys.executable) for name in dict.fromkeys(["minipaged", *names])}
 
 
 class Driver:
-    """An engine that was started, and waits for requests. A context manager: it ends with the block."""
+    """A started engine process that waits for requests. A context manager: leaving the block kills the process."""
 
     def __init__(self, name: str, python: str, model: Path, dtype: str) -> None:
         self.name = name
-        # As many as there are cores for us; other engines' own guesses differ, and so would what is compared.
+        # One thread per available core for every engine: their own defaults differ, which would distort the comparison.
         threads = {"OMP_NUM_THREADS": str(_cores())}
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
@@ -114,14 +114,14 @@ class Driver:
         self.ready = self._answer()
 
     def run(self, requests: Requests) -> dict[str, Any]:
-        """Seconds it took, and how many tokens each request got. Raises `InvalidConfig` if the engine failed."""
+        """Runs the requests; returns seconds, lengths and peak MiB. Raises `InvalidConfig` if the engine failed."""
         prompts, outputs = requests
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"prompts": prompts, "outputs": outputs}) + "\n")
         self._process.stdin.flush()
         answer = self._answer()
         if answer["lengths"] != outputs:
-            raise InvalidConfig(f"{self.name} generated other lengths than it was asked for; nothing to compare")
+            raise InvalidConfig(f"{self.name} generated other lengths than requested, so its speed cannot be compared")
         return answer
 
     def _answer(self) -> dict[str, Any]:
@@ -158,12 +158,12 @@ def measure(
     quick: bool,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Runs everything: for each model and dtype all engines are started, and take turns in every round."""
+    """Runs all measurements: for each model and dtype it starts all engines, which take turns in every round."""
     names = models or list(SHAPES)
     if unknown := set(names) - set(SHAPES):
-        raise InvalidConfig(f"--models knows {', '.join(SHAPES)}, not {', '.join(sorted(unknown))}")
+        raise InvalidConfig(f"--models must be among {', '.join(SHAPES)}, not {', '.join(sorted(unknown))}")
     if unknown := set(dtypes) - {"bfloat16", "float32"}:
-        raise InvalidConfig(f"--dtypes knows bfloat16 and float32, not {', '.join(sorted(unknown))}")
+        raise InvalidConfig(f"--dtypes must be bfloat16 or float32, not {', '.join(sorted(unknown))}")
     result: dict[str, Any] = {"repeats": repeats, "quick": quick, "engines": {}, "starts": [], "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
@@ -189,7 +189,7 @@ def _rows(
         speeds: dict[str, list[float]] = {driver.name: [] for driver in running}
         peaks: dict[str, int] = {}
         vocab = shape.config.get("vocab_size", 50257)
-        for driver in running:  # what is made at the first use of a size is not counted
+        for driver in running:  # warm-up: one-time work for new batch sizes is not measured
             driver.run(make(Random(-1), vocab))
         for repeat in range(repeats):
             requests = make(Random(repeat), vocab)
@@ -208,7 +208,7 @@ def _rows(
 
 
 def ratios(ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    """How many times as fast this engine is, by round: the two ran one after the other."""
+    """How many times as fast minipaged is, per round: in each round the two engines run one after the other."""
     values = [a / b for a, b in zip(ours, theirs, strict=True)]
     return {"ratio": round(median(values), 2), "ratio_spread": [round(min(values), 2), round(max(values), 2)]}
 

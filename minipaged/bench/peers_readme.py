@@ -1,4 +1,4 @@
-"""The README's table of engines side by side, from the committed result.
+"""Makes the README's table that compares engines, from the committed result.
 
 python -m minipaged.bench.peers_readme            # prints the table
 python -m minipaged.bench.peers_readme --write    # puts it between the markers in README.md
@@ -17,7 +17,7 @@ RESULT = Path("benchmarks/results/peers.json")
 
 
 def table(path: Path = RESULT) -> str:
-    """Markdown: tokens a second, and how many times as fast minipaged is in brackets; below it, what was run."""
+    """Markdown table: tokens per second, in brackets how many times as fast minipaged is, and below it the setup."""
     measured = json.loads(path.read_text(encoding="utf-8"))
     result = measured["result"]
     engines = list(result["engines"])

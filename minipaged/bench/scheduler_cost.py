@@ -1,4 +1,4 @@
-"""What deciding costs: the real engine, scheduler and block tables, with a runner that computes nothing."""
+"""Measures the cost of scheduling: the real engine, scheduler and block tables with a runner that computes nothing."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from minipaged.core.engine import Engine
 from minipaged.core.plan import SampledToken, StepPlan
 from minipaged.events import Event
 
-CONTEXT = 2_000  # tokens of each prompt in the measurement that the targets are about
-SHORT = 200  # the same where thousands of sequences have to fit
-BUDGET = 1 << 16  # tokens of a step
+CONTEXT = 2_000  # tokens per prompt in the measurement that the performance targets refer to
+SHORT = 200  # tokens per prompt where thousands of sequences must fit into the pool
+BUDGET = 1 << 16  # tokens per step
 TOKEN = SampledToken(5)
 
 
 class IdleRunner:
-    """Executes nothing."""
+    """A runner that executes nothing."""
 
     def execute(self, plan: StepPlan) -> None:
         return None
 
 
 def idle_engine(num_seqs: int, longest: int) -> Engine:
-    """An engine of which only the host's part is left, with room for ``num_seqs`` sequences of ``longest`` tokens."""
+    """An engine whose steps cost host time only, with KV blocks for ``num_seqs`` sequences of ``longest`` tokens."""
     config = EngineConfig(
         model="none",
         num_blocks=num_seqs * -(-longest // 16),
@@ -45,12 +45,12 @@ def idle_engine(num_seqs: int, longest: int) -> Engine:
 
 
 def decoding(num_seqs: int, context: int, steps: int) -> Engine:
-    """An engine whose sequences are all past their prompts and will go on for ``steps`` steps."""
-    prefills = num_seqs * context // BUDGET + 2  # the first to arrive decode meanwhile
+    """An engine whose sequences have all finished prefill and will decode for ``steps`` more steps."""
+    prefills = num_seqs * context // BUDGET + 2  # steps of prefill, in which the first sequences already decode
     engine = idle_engine(num_seqs, context + prefills + steps)
     params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
     for i in range(num_seqs):
-        prompt = [i % 100, i // 100, *[7] * (context - 2)]  # no two begin alike, so no block is shared
+        prompt = [i % 100, i // 100, *[7] * (context - 2)]  # no two have a common prefix, so no block is shared
         engine.add_request(str(i), prompt, params)
     while engine.scheduler.waiting or any(r.seqs[0].num_output == 0 for r in engine.scheduler.running):
         engine.step()
@@ -58,7 +58,7 @@ def decoding(num_seqs: int, context: int, steps: int) -> Engine:
 
 
 def microseconds(engine: Engine, steps: int) -> float:
-    """CPU time of ``steps`` decode steps, for each sequence and step."""
+    """CPU time of ``steps`` decode steps, in µs per sequence and step."""
     started = time.process_time()
     for _ in range(steps):
         engine.step()
@@ -66,7 +66,7 @@ def microseconds(engine: Engine, steps: int) -> float:
 
 
 def cost(num_seqs: int, context: int, steps: int, rounds: int, recorded: bool = False) -> dict[str, Any]:
-    """µs for each sequence and step, best and median of ``rounds`` measurements of ``steps`` steps."""
+    """Cost in µs per sequence and step: best and median of ``rounds`` measurements of ``steps`` steps."""
     engine = decoding(num_seqs, context, steps * rounds)
     if recorded:
         kept: list[Event] = []
@@ -82,7 +82,7 @@ def cost(num_seqs: int, context: int, steps: int, rounds: int, recorded: bool = 
 
 
 def profile(num_seqs: int, context: int, steps: int, lines: int = 12) -> list[dict[str, Any]]:
-    """Where the time goes: the functions that take most, in µs for each sequence and step, profiling included."""
+    """Profiles decode steps: the functions with the most own time, in µs per sequence and step, profiling included."""
     engine = decoding(num_seqs, context, steps)
     profiler = cProfile.Profile()
     profiler.enable()
@@ -98,7 +98,7 @@ def profile(num_seqs: int, context: int, steps: int, lines: int = 12) -> list[di
 
 
 def memory_growth(requests: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Resident memory while an engine serves many short requests, all different, from its first tenth to its end."""
+    """Resident memory (MiB) while an engine serves many short, different requests, from the first tenth to the end."""
     engine = idle_engine(256, 64)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     sizes: list[float] = []
@@ -117,7 +117,7 @@ def memory_growth(requests: int, tell: Callable[[str], None]) -> dict[str, Any]:
 
 
 def measure(quick: bool = False, tell: Callable[[str], None] = print) -> dict[str, Any]:
-    """All of it. About two minutes on a slow core; ``quick``: ten seconds."""
+    """Runs all measurements: about two minutes on a slow core; with ``quick`` ten seconds."""
     steps, rounds = (4, 3) if quick else (20, 5)
     costs = [cost(256, CONTEXT, steps, rounds, recorded) for recorded in (False, True)]
     for number in (64, 256, 1024) if quick else (64, 256, 1024, 4096):

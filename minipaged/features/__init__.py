@@ -1,4 +1,4 @@
-"""The wings: features that the heart (`minipaged.core`) lives without, each a file or a folder of its own.
+"""The wings: features that the heart (`minipaged.core`) works without, each in its own file or folder.
 
-`minipaged.build` puts them together. A wing imports the heart; the heart imports no wing.
+`minipaged.build` assembles an engine from them. A wing imports the heart; the heart imports no wing.
 """

@@ -1,8 +1,8 @@
-"""Looking at attention while the engine runs: how much one token of a sequence attends to each block before it.
+"""Shows attention weights while the engine runs: how much one token attends to each token before it.
 
-The weights exist only for a moment inside a kernel. To show them, the token's forward pass is run once more without
-storing anything: its own keys and values lie in their slot already, and may be shared by now. The page's
-inspector shows the weights. Read `attention` first.
+The weights exist only for a moment inside a kernel. To show them, this file runs the token's forward pass once more,
+without storing anything: the token's own keys and values are already in their slot, which may be shared by now. The
+page's inspector shows the weights. Read `attention` first.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from minipaged.kernels import reference
 
 
 class ObservedCache:
-    """A KV cache that is read and not written, and that keeps the attention weights of one query in ``rows``."""
+    """A read-only view of a KV cache that records the attention weights of one query in ``rows``."""
 
     def __init__(self, kv_cache: Any, block_table: Tensor, context_len: int) -> None:
         self._kv_cache, self._block_table, self._context_len = kv_cache, block_table, context_len
-        self.rows: list[Tensor] = []  # a layer each: [H, context_len]
+        self.rows: list[Tensor] = []  # one per layer: [H, context_len]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._kv_cache, name)
@@ -44,8 +44,8 @@ class ObservedCache:
 def attention(engine: Engine, seq_id: int, position: int) -> Tensor:
     """The attention weights of the token at ``position`` over tokens 0 … ``position`` of its sequence.
 
-    Returns [layers, H, position + 1] on the CPU; each row sums to 1. To be called between two steps; changes neither
-    the engine's state nor its caches. Raises `InvalidRequest`, saying why, where the KV is not in the pool.
+    Returns [layers, H, position + 1] on the CPU; each row sums to 1. Call it between two steps; it changes neither the
+    engine's state nor its caches. Raises `InvalidRequest`, with the reason, if the token's KV is not in the pool.
     """
     seq = _running(engine, seq_id)
     if not 0 <= position < len(seq.tokens):
@@ -54,24 +54,24 @@ def attention(engine: Engine, seq_id: int, position: int) -> Tensor:
         raise InvalidRequest("this token has no key and value yet: it is computed in the next step")
     runner: Any = engine.runner
     if getattr(runner, "model", None) is None:
-        raise InvalidRequest("this engine runs without a model to look into")
+        raise InvalidRequest("this engine runs without a model, so it has no attention weights")
     if getattr(runner, "has_part_of_the_heads", False):
-        raise InvalidRequest("other processes have the other heads, and compute only what is planned; look on in one")
+        raise InvalidRequest("other processes have the other heads, and compute only scheduled tokens; use one process")
     return _forward(runner, seq.tokens[position], position, engine.memory.tables[seq_id])
 
 
 def _running(engine: Engine, seq_id: int) -> Sequence:
-    """The sequence, if its blocks are in the pool."""
+    """The sequence, if its blocks are in the pool. Raises `InvalidRequest` otherwise."""
     kept = [request for stage in engine.scheduler.stages for request in stage.requests()]
     if any(seq.seq_id == seq_id for request in kept for seq in request.live):
-        raise InvalidRequest("this sequence is swapped out: its blocks are on the CPU until it comes back")
+        raise InvalidRequest("this sequence is swapped out: its blocks are in CPU memory until it is swapped in")
     for request in [*engine.scheduler.running, *engine.scheduler.waiting]:
         for seq in request.live:
             if seq.seq_id == seq_id:
                 if seq_id in engine.memory.tables:
                     return seq
-                raise InvalidRequest("this sequence has no blocks yet, or gave them back; look again when it writes")
-    raise InvalidRequest("this sequence has no blocks any more: it has ended, and its keys and values with it")
+                raise InvalidRequest("this sequence has no blocks yet, or it was preempted; try again when it runs")
+    raise InvalidRequest("this sequence has ended, and its blocks were freed with its keys and values")
 
 
 @torch.inference_mode()

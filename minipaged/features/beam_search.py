@@ -1,8 +1,8 @@
-"""Beam search as bookkeeping: which continuations live on. Their KV is shared and copied like any fork's.
+"""Beam search: chooses which continuations live; forks and copy-on-write share and copy their KV.
 
-Beams of one request share most of their blocks, and who shares what changes with every token (PagedAttention paper,
-§4.4, Fig. 9). Nothing here knows that: a beam with two good continuations is forked, one with none is freed, and
-copy-on-write does the rest. Chooses and scores as transformers does, so that results can be compared token for token.
+Beams of one request share most of their blocks, and which ones they share changes with every token (PagedAttention
+paper, §4.4, Fig. 9). This file does not handle sharing: it forks a beam with two good continuations and frees one with
+none; copy-on-write does the rest. Chooses and scores as transformers does, to allow comparison token by token.
 
 Adds ``SamplingParams.beam_width``, ``length_penalty`` and ``early_stopping``. It is a `core.seams.Decoding`, and uses
 the scheduler's `take` and `finish`. Read `BeamSearch.advance` first. The page shows it in the scenario "Beam search".
@@ -23,7 +23,7 @@ from minipaged.events import Finished, Forked
 
 
 def decoding_of(params: SamplingParams, stop_token_ids: frozenset[int]) -> Decoding:
-    """A beam search for parameters that ask for one, else plain sampling."""
+    """A `BeamSearch` if the parameters ask for one, else plain `Sampling`."""
     return BeamSearch(params, stop_token_ids) if params.beam_width else Sampling(params, stop_token_ids)
 
 
@@ -38,7 +38,7 @@ class Continuation(NamedTuple):
 
 @dataclass
 class BeamSearch:
-    """The state of one request's search.
+    """The state of one request's beam search.
 
     ``finished`` holds up to ``beam_width`` hypotheses as (score / length ** length_penalty, sequence), best first.
     """
@@ -48,7 +48,7 @@ class BeamSearch:
     finished: list[tuple[float, Sequence]] = field(default_factory=list)
     improvable: bool = True
     done: bool = False
-    streams = 1  # it draws nothing, and starts as one sequence
+    streams = 1  # it draws no random numbers, and starts as one sequence
     independent = False
 
     @property
@@ -65,14 +65,14 @@ class BeamSearch:
         return self.beam_width if request.live else 0
 
     def target(self, request: Request, seq: Sequence) -> int:
-        """Beams compete for the next token, so all of them must get there in the same step."""
+        """Number of tokens to compute: beams compete for the next token, so all must reach it in the same step."""
         live = request.live
         if len(live) > 1 and any(s.num_computed < len(s.tokens) - 1 for s in live):
             return len(seq.tokens) - 1
         return len(seq.tokens)
 
     def advance(self, request: Request, rows: list[tuple[Sequence, SampledToken]], scheduler: Scheduler) -> None:
-        """One token for every beam: good ones fork, hopeless ones are freed, finished ones are kept aside."""
+        """Takes one token for every beam: forks good beams, frees pruned ones and keeps finished hypotheses."""
         length = rows[0][0].num_output + 1
         live, ended = self.choose(rows, request.max_output)
         for c in ended:
@@ -81,7 +81,7 @@ class BeamSearch:
         beams = []
         for c in live:
             heirs[c.parent.seq_id] -= 1
-            # All but a parent's last continuation fork off it; the last one happens in place.
+            # All but a parent's last continuation are forks; the last one continues the parent in place.
             beams.append(self._continue(request, c, scheduler, in_place=heirs[c.parent.seq_id] == 0))
         request.set_seqs(beams)
         for seq, _ in rows:
@@ -92,12 +92,12 @@ class BeamSearch:
             self._end(request, None, scheduler)
 
     def end(self, request: Request, seqs: list[Sequence], reason: str, scheduler: Scheduler) -> None:
-        """Ends the whole search: a beam alone is no answer."""
+        """Ends the whole search, because a single beam is no answer."""
         if request.live:
             self._end(request, reason, scheduler)
 
     def _end(self, request: Request, reason: str | None, scheduler: Scheduler) -> None:
-        """Leaves the best n hypotheses. With a reason the search was cut short, and live beams are hypotheses too."""
+        """Keeps the best n hypotheses. With a reason the search was cut short, and live beams are hypotheses too."""
         for seq in list(request.live):
             if reason:
                 self.add(seq.cumulative_logprob, seq)
@@ -105,7 +105,7 @@ class BeamSearch:
         request.set_seqs([seq for _, seq in self.finished[: request.params.n]])
 
     def _continue(self, request: Request, c: Continuation, scheduler: Scheduler, in_place: bool = False) -> Sequence:
-        """The continuation's parent, or a fork of it, that has taken the token; one that ends there needs no blocks."""
+        """Appends the token to the parent or to a fork of it, and returns that; an ending fork gets no blocks."""
         seq = c.parent
         if not in_place:
             seq = c.parent.copy(scheduler.next_seq_id())
@@ -122,13 +122,13 @@ class BeamSearch:
 
     @property
     def candidates_per_beam(self) -> int:
-        """Enough that ``width`` unfinished ones remain even if every stop token is among them."""
+        """Enough candidates to keep ``beam_width`` unfinished ones even if every stop token is among them."""
         return self.beam_width * max(2, 1 + len(self.stop_token_ids))
 
     def choose(
         self, rows: list[tuple[Sequence, SampledToken]], max_output: int
     ) -> tuple[list[Continuation], list[Continuation]]:
-        """(continuations that live on, continuations that end well enough to be kept), each best first.
+        """(live continuations, ending continuations that rank high enough to be kept), each best first.
 
         ``rows`` are the live beams with their likeliest next tokens; all have the same length.
         """
@@ -138,18 +138,18 @@ class BeamSearch:
             for seq, row in rows
             for token, logprob in (row.logprobs or {}).items()
         ]
-        everything.sort(key=lambda c: -c.score)  # stable: of equals, the earlier beam first
+        everything.sort(key=lambda c: -c.score)  # stable: among equal scores, the earlier beam comes first
         best = [
             c._replace(ends=self._end_of(c.token.token_id, length >= max_output))
             for c in everything[: self.candidates_per_beam]
         ]
         live = [c for c in best if c.ends is None][: self.beam_width]
-        # Only what ranks among the best `width` may end; the rest were there to keep enough beams alive.
+        # Only the best `beam_width` candidates may end; the others are there to keep enough beams alive.
         ended = [c for c in best[: self.beam_width] if c.ends] if self._accepts() else []
         return live, ended
 
     def add(self, score: float, seq: Sequence) -> None:
-        """Keeps a finished hypothesis if it is among the best ``width``."""
+        """Keeps a finished hypothesis if it is among the best ``beam_width``."""
         self.finished.append((self._normalized(score, seq.num_output), seq))
         self.finished.sort(key=lambda hypothesis: -hypothesis[0])
         del self.finished[self.beam_width :]
@@ -157,8 +157,8 @@ class BeamSearch:
     def update_done(self, live: list[Continuation], length: int, max_output: int) -> None:
         """Ends the search when no live beam can beat the worst finished one, or none is left.
 
-        ``early_stopping``: True ends it with ``width`` hypotheses; False guesses that the best live score per token
-        will not improve; "never" allows for the best that could still come (transformers' definitions).
+        ``early_stopping``: True ends it with ``beam_width`` hypotheses; False assumes that the best live score per
+        token will not improve; "never" compares with the best score that is still possible (transformers' definitions).
         """
         full = len(self.finished) == self.beam_width
         if live and full:

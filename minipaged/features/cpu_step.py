@@ -1,9 +1,9 @@
-"""A step of a whole model in one call of C++ (``kernels/forward.h``), in place of some hundred calls of torch.
+"""Runs a step of the whole model in one C++ call (``kernels/forward.h``) instead of hundreds of torch calls.
 
-It computes what the model's own ``forward`` says, with the same weights, on the same KV cache. ``attention="native"``
-(the default on a CPU with a C++ compiler) brings it. It is a ``forward`` for `execution.runner.ModelRunner`. Read
-``kernels/forward.h`` first; ``kernels/attention.h`` walks the block table. The page does not show it: the events are
-the same.
+It computes what the model's own ``forward`` computes, with the same weights, on the same KV cache.
+``attention="native"`` (the default on a CPU with a C++ compiler) enables it. It is a ``forward`` for
+`execution.runner.ModelRunner`. Read ``kernels/forward.h`` first; ``kernels/attention.h`` walks the block table. The
+page does not show it: the events are the same.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from minipaged.kernels import native
 from minipaged.models.gpt2 import GPT2
 from minipaged.models.llama import Llama
 
-# Tokens · weights, up to which one thread is enough: about a millisecond. Several are faster on an idle machine, by a
-# fifth, and ten times slower on a busy one, where they wait for each other a hundred times a step. A laptop that draws
-# the visualizer's page is busy.
+# Largest product of tokens and weights that one thread computes: about a millisecond. Several threads are a fifth
+# faster on an idle machine, and ten times slower on a busy one, because they wait for each other a hundred times per
+# step. A laptop that draws the visualizer's page is busy.
 SMALL = 64_000_000
 
 
 def _structure(numbers: str, floats: str, pointers: str, more: str = "") -> type[ctypes.Structure]:
-    """A struct of forward.h, whose members have these names."""
+    """A ctypes structure that mirrors a struct of forward.h, with these member names."""
     kinds = ((numbers, ctypes.c_int64), (floats, ctypes.c_double), (pointers, ctypes.c_void_p), (more, ctypes.c_int64))
     fields = [(name, kind) for names, kind in kinds for name in names.split()]
     return type("_Structure", (ctypes.Structure,), {"_fields_": fields})
@@ -49,13 +49,13 @@ _Step = _structure(
 
 
 class NativeForward:
-    """Runs a model of `FAMILIES` on one KV cache. Only for what `serves` says yes to."""
+    """Runs a model of `FAMILIES` on one KV cache. Use it only if `serves` returns ``True``."""
 
     def __init__(self, model: Any, kv_cache: KVCache) -> None:
         config = model.config
         family = FAMILIES[type(model)]
         layers, ends = family.parts(model)
-        self._kept: list[Tensor] = []  # what the pointers point to
+        self._kept: list[Tensor] = []  # keeps alive what the pointers point to
         self._layers = (_Layer * len(layers))(*(
             _Layer(**self._pointers(parts | {"k_cache": kv_cache.k[i], "v_cache": kv_cache.v[i]}),
                    window=config.windows[i] or 0)
@@ -73,9 +73,9 @@ class NativeForward:
 
     @staticmethod
     def serves(model: Any, kv_cache: KVCache) -> bool:
-        """Whether the model is of a family, its numbers are of a kind, and its layers of a width that the kernels take.
+        """Whether the kernels support the model's class, the dtype of its weights and the widths of its layers.
 
-        A subclass of a family's class may compute something else: its own ``forward`` does that.
+        A subclass of a family's class may compute something else, so it runs its own ``forward``.
         """
         if type(model) not in FAMILIES:
             return False
@@ -85,16 +85,16 @@ class NativeForward:
         if config.head_dim * dtype.itemsize % 4:  # attention reads bfloat16 in pairs
             return False
         if config.head_dim % 16 and any("q_norm" in name for name, _ in model.named_parameters()):
-            return False  # a norm takes a register of numbers at once, up to sixteen
+            return False  # a norm processes one register at a time, up to 16 numbers
         widths = (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
         return dtype in native.TYPES and all(width * dtype.itemsize % 64 == 0 for width in widths)
 
     def __call__(self, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """One step; ``kv_cache`` is the one that this was made for."""
+        """Runs one step; ``kv_cache`` must be the one that this object was made for."""
         return self.run(batch)
 
     def run(self, batch: Batch) -> Tensor:
-        """One step. Writes the KV of the T tokens; returns logits [R, V] in float32."""
+        """Runs one step: writes the KV of the T tokens and returns logits [R, V] in float32."""
         tables, lens = batch.block_tables, array("q", batch.query_lens)
         num_tokens, num_rows = batch.token_ids.numel(), batch.logit_rows.numel()
         logits = torch.empty(num_rows, self._vocab_size)
@@ -118,7 +118,7 @@ Parts = dict[str, Tensor | None]  # by forward.h's names
 
 
 def _llama(model: Any) -> tuple[list[Parts], Parts]:
-    """What each layer consists of, and what is before and behind the layers."""
+    """The weights of each layer, and the weights before and after the layers."""
     layers: list[Parts] = [
         {
             "norm": layer.input_layernorm.weight,
@@ -138,7 +138,7 @@ def _llama(model: Any) -> tuple[list[Parts], Parts]:
 
 
 def _gpt2(model: Any) -> tuple[list[Parts], Parts]:
-    """The same of a GPT-2, all of whose parts have biases."""
+    """The same for GPT-2, in which all parts have biases."""
     layers: list[Parts] = []
     for block in model.h:
         parts = {

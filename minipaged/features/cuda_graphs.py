@@ -1,11 +1,11 @@
-"""CUDA graphs: a decode step's hundreds of kernel launches, recorded once and replayed by one call.
+"""CUDA graphs: records a decode step's hundreds of kernel launches once, and replays them with one call.
 
 A GPU computes a decode step of a small batch faster than Python can launch its kernels. A graph launches all of them at
-once, but always the same ones, on the same memory. So it is recorded for a few batch sizes; a batch is copied into the
-inputs of the next larger one, and rows of padding write to a scratch block that belongs to no sequence.
+once, but always the same ones, on the same memory. So one graph is recorded for each of a few batch sizes. A batch is
+copied into the inputs of the next larger size; padding rows write to a scratch block that belongs to no sequence.
 
-Adds ``cuda_graphs``. It is a ``forward`` for `execution.runner.ModelRunner`. Read `DecodeGraphs.run` first. The
-page does not show it.
+Adds ``cuda_graphs``. It is a ``forward`` for `execution.runner.ModelRunner`. Read `DecodeGraphs.run` first. The page
+does not show it.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
-    """The sizes that get a graph, up to ``max_num_seqs`` itself, whatever it is.
+    """The batch sizes that get a graph; the largest is ``max_num_seqs`` itself.
 
-    Close together where padding would cost most: at most 7 rows are padding below 256 sequences, 31 above.
+    Sizes are closest where padding would cost most: at most 7 padding rows below 256 sequences, 31 above.
     """
     sizes = [1, 2, 4, *range(8, 256, 8), *range(256, max_num_seqs, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
 def use_graphs(config: Any, attention: str, device: torch.device) -> bool:
-    """What ``EngineConfig.cuda_graphs`` means for a device and the backend that computes attention there.
+    """Whether to use CUDA graphs, from ``EngineConfig.cuda_graphs``, the device and the attention backend.
 
-    Raises `InvalidConfig` where they are wanted and cannot be. Plain torch gathers the blocks of as many tokens as the
-    longest sequence has; a graph knows no lengths, and would gather as if all were as long as can be. vAttention finds
-    a sequence at its own range of addresses, not through a block table, which is all that changes under a graph.
+    Raises `InvalidConfig` if they are requested but not possible. Plain torch gathers as many blocks as the longest
+    sequence has; a graph knows no lengths, so it would gather the maximum for all. vAttention finds a sequence by its
+    address range, not through a block table, and under a graph only the contents of block tables can change.
     """
     possible = device.type == "cuda" and attention == "triton" and config.memory != "vattention"
     if config.cuda_graphs and not possible:
@@ -53,8 +53,8 @@ def use_graphs(config: Any, attention: str, device: torch.device) -> bool:
 class DecodeGraphs:
     """Runs decode-only batches of a model by replaying graphs.
 
-    A graph is recorded the first time that its size is needed. ``scratch_block`` is a block of the cache that no block
-    table names. ``record`` turns a function into one that replays it, and the tensor its result will be in.
+    A graph is recorded when its size is first needed. ``scratch_block`` is a block of the cache that no block table
+    contains. ``record`` takes a function and returns one that replays it, and the tensor that will hold the result.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class DecodeGraphs:
         def full(shape: tuple[int, ...], value: int) -> Tensor:
             return torch.full(shape, value, dtype=torch.int64, device=device)
 
-        # What a row of padding holds: one token of a sequence of length one, in the scratch block.
+        # A padding row is one token of a sequence of length 1 in the scratch block.
         self._padding = {
             "token_ids": 0, "positions": 0, "slot_mapping": scratch_block * kv_cache.block_size, "context_lens": 1,
         }  # fmt: skip
@@ -86,16 +86,16 @@ class DecodeGraphs:
         self._scratch_block = scratch_block
 
     def covers(self, batch: Batch) -> bool:
-        """Whether the batch is one query per sequence, each to be sampled from.
+        """Whether the batch has exactly one query token per sequence, and each is sampled from.
 
-        Not under vAttention, whose contexts change their addresses and shapes with every step; nor for a batch of
-        BatchLLM's that is larger than the largest graph.
+        ``False`` under vAttention, whose contexts change address and shape in every step, and for a batch of BatchLLM
+        that is larger than the largest graph.
         """
         B = len(batch.query_lens)
         return batch.num_decodes == B == len(batch.logit_rows) <= self.sizes[-1] and batch.virtual_slots is None
 
     def __call__(self, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """Logits [R, V]: by a graph where one `covers` the batch, else by the model."""
+        """Logits [R, V]: from a graph if `covers` accepts the batch, else from the model."""
         return self.run(batch) if self.covers(batch) else self._model(batch, kv_cache)
 
     def run(self, batch: Batch) -> Tensor:
@@ -115,7 +115,7 @@ class DecodeGraphs:
         return logits[:B]
 
     def _padded(self, size: int) -> Batch:
-        """A batch of views of the inputs."""
+        """A batch of ``size`` sequences whose tensors are views of the inputs."""
         return Batch(
             token_ids=self._inputs["token_ids"][:size],
             positions=self._inputs["positions"][:size],
@@ -124,23 +124,23 @@ class DecodeGraphs:
             context_lens=self._inputs["context_lens"][:size],
             logit_rows=self._rows[:size],
             query_lens=[1] * size,
-            context_lens_list=[],  # of no use: lengths change under a graph
+            context_lens_list=[],  # unused: lengths change between replays
             num_decodes=size,
         )
 
 
 def recorder() -> Record:
-    """Records on the current CUDA device. All graphs share one memory pool: only one of them runs at a time."""
+    """Returns a function that records graphs on the current CUDA device. They share memory: only one runs at a time."""
     pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def record(forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        # Once for real first, on another stream: libraries allocate workspaces then, and Triton compiles.
+        # Warm-up on another stream: libraries allocate workspaces in it, and Triton compiles.
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             forward()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Only this thread is watched for what cannot be recorded: others may run engines of their own.
+        # Only calls of this thread can invalidate the recording: other threads may run other engines.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             logits = forward()
         return graph.replay, logits

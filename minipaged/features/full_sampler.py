@@ -1,4 +1,4 @@
-"""From logits to tokens with every sampling parameter, for the whole batch at once, one function per filter.
+"""Samples tokens from logits with every sampling parameter, for the whole batch at once, one function per filter.
 
 Adds to `execution.sampler` (greedy and temperature): top-k, top-p, min-p, penalties, logit bias, log-probabilities, and
 the verification of drafts (`features.speculative`). It plugs in as the engine's ``sampler``. Read `sample` first. The
@@ -24,11 +24,11 @@ from minipaged.execution.sampler import draw, likeliest, scale
 
 @torch.inference_mode()
 def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken | None]:
-    """The next token of every sequence in ``plan.samples``, in that order.
+    """Samples the next token of every sequence in ``plan.samples``, in that order.
 
-    logits: [R, vocab], ``num_rows`` rows per chunk; the last of them samples. Where n sequences sample from one row,
-    it is repeated. A sequence with a draft samples from all its rows, until it says something else: ``None`` from there
-    on. Prompt log-probabilities, where asked for, are written into their request.
+    logits: [R, vocab], ``num_rows`` rows per chunk; the last of them is sampled. If n sequences sample from one row, it
+    is repeated. A sequence with a draft samples from all its rows up to the first mismatch; rows after it return
+    ``None``. Prompt log-probabilities, if requested, are written into their request.
     """
     logits = logits.float()
     rows: list[int] = []
@@ -63,26 +63,26 @@ def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken | None]:
 
 
 def _draw(logits: Tensor, params: list[SamplingParams], seqs: list[Sequence]) -> Tensor:
-    """One random token per row. logits: [rows, vocab], adjusted → [rows]."""
+    """Draws one random token per row. logits: [rows, vocab], adjusted → [rows]."""
     kept, order = _filtered(logits, params)
     return order.gather(1, draw(kept, seqs)[:, None])[:, 0]
 
 
 def distribution(logits: Tensor, params: list[SamplingParams]) -> Tensor:
-    """The probabilities that `_draw` draws with. logits: [rows, vocab], adjusted → [rows, vocab]."""
+    """The probabilities that `_draw` samples from. logits: [rows, vocab], adjusted → [rows, vocab]."""
     kept, order = _filtered(logits, params)
     return torch.zeros_like(kept).scatter_(1, order, kept.softmax(dim=-1))
 
 
 def _filtered(logits: Tensor, params: list[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """What temperature and the filters leave of each row, and else -inf, and which tokens these are.
+    """The scaled logits that the filters keep, else -inf, and the token id of each entry; both are [rows, vocab].
 
-    Likeliest first in a row that asks for a filter. Any other stays in the order of the vocabulary, because sorting it
+    A row with a filter is sorted, likeliest first. Other rows stay in the order of the vocabulary, because sorting them
     would take longer than all the rest of the draw.
     """
 
     def column(name: str) -> Tensor:  # [rows, 1]
-        values = [float(min(getattr(p, name), 1e9)) for p in params]  # a top_k may be any whole number
+        values = [float(min(getattr(p, name), 1e9)) for p in params]  # a top_k may be arbitrarily large
         return torch.tensor(values, device=logits.device, dtype=torch.float32)[:, None]
 
     scaled = scale(logits, params)
@@ -99,17 +99,17 @@ def _filtered(logits: Tensor, params: list[SamplingParams]) -> tuple[Tensor, Ten
     return scaled, order
 
 
-# Each mask says which entries stay. Rows come sorted, likeliest first; what an earlier filter dropped is -inf.
+# Each mask is True for entries to keep. Rows are sorted, likeliest first; entries dropped before are -inf.
 
 
 def top_k_mask(scaled: Tensor, k: Tensor) -> Tensor:
-    """The k likeliest; 0 keeps all. scaled: [rows, vocab]; k: [rows, 1]."""
+    """Keeps the k likeliest; 0 keeps all. scaled: [rows, vocab]; k: [rows, 1]."""
     rank = torch.arange(scaled.shape[1], device=scaled.device)
     return (rank < k) | (k == 0)
 
 
 def top_p_mask(scaled: Tensor, p: Tensor) -> Tensor:
-    """The likeliest until their probabilities reach p, the one that crosses it included. p: [rows, 1]."""
+    """Keeps the likeliest until their probabilities reach p, including the one that crosses it. p: [rows, 1]."""
     probs = scaled.softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs
     mask = (before < p) | (p >= 1)  # exactly unfiltered at 1, whatever the rounding
@@ -118,7 +118,7 @@ def top_p_mask(scaled: Tensor, p: Tensor) -> Tensor:
 
 
 def min_p_mask(scaled: Tensor, min_p: Tensor) -> Tensor:
-    """Those at least min_p times as likely as the likeliest. min_p: [rows, 1]."""
+    """Keeps tokens at least min_p times as likely as the likeliest. min_p: [rows, 1]."""
     return scaled >= scaled[:, :1] + min_p.log()  # log 0 = -inf keeps all
 
 
@@ -126,9 +126,9 @@ def min_p_mask(scaled: Tensor, min_p: Tensor) -> Tensor:
 
 
 def _foreseen(plan: StepPlan) -> list[Sequence]:
-    """``plan.samples``, where a sequence's rows stand for it with more and more of its draft.
+    """The sequences of ``plan.samples``; row i of a drafting sequence has the first i draft tokens appended.
 
-    They draw from a copy of its generator: numbers drawn behind the first wrong token must not count.
+    They draw from a copy of its generator: random numbers drawn after the first mismatch must not count.
     """
     seqs: list[Sequence] = []
     for chunk in plan.chunks:
@@ -139,10 +139,10 @@ def _foreseen(plan: StepPlan) -> list[Sequence]:
 
 
 def _accept(plan: StepPlan, logits: Tensor, chosen: list[int]) -> list[bool]:
-    """Which rows' tokens the sequences take: of a draft's, those up to the first that is not what was guessed.
+    """Mask of accepted rows: a draft is accepted up to its first mismatch, whose own token is kept too.
 
-    logits: [rows, vocab], adjusted. ``chosen`` is what was drawn from them, and is put right where a draft was drawn at
-    random, too. To draw a token and see whether it was guessed *is* rejection sampling, if there was but one guess.
+    logits: [rows, vocab], adjusted. ``chosen`` holds the tokens drawn from them; it is overwritten for drafts that were
+    drawn at random. If only one guess was possible, drawing a token and comparing it *is* rejection sampling.
     """
     kept: list[bool] = []
     for chunk in plan.chunks:
@@ -163,10 +163,10 @@ def _accept(plan: StepPlan, logits: Tensor, chosen: list[int]) -> list[bool]:
 
 
 def rejection_sample(target: Tensor, guess: Tensor, draft: list[int], rng: Random) -> list[int]:
-    """Tokens distributed as by ``target``, as many as possible from the draft (Leviathan et al. 2023, algorithm 1).
+    """Rejection sampling: tokens distributed as ``target``, from the draft if possible (Leviathan et al. 2023, alg. 1).
 
     target: [k + 1, vocab], guess: [k, vocab], probabilities; draft: k tokens, drawn from ``guess``. Returns the
-    accepted ones and one more: in place of the first rejected, or behind all of them.
+    accepted tokens and one more: it replaces the first rejected token, or follows the whole draft.
     """
     for i, token in enumerate(draft):
         if rng.random() * guess[i, token] >= target[i, token]:
@@ -176,7 +176,7 @@ def rejection_sample(target: Tensor, guess: Tensor, draft: list[int], rng: Rando
 
 
 def _pick(weights: Tensor, rng: Random) -> int:
-    """An index drawn in proportion to its weight; never one of weight 0, whatever the rounding."""
+    """Draws an index in proportion to its weight; never one of weight 0, whatever the rounding."""
     cumulative = weights.double().cumsum(dim=0)
     index = torch.searchsorted(cumulative, rng.random() * cumulative[-1:], right=True)
     return int(index.clamp_max(int(weights.nonzero()[-1])))
@@ -186,9 +186,9 @@ def _pick(weights: Tensor, rng: Random) -> int:
 
 
 def adjust(logits: Tensor, requests: list[Request], seqs: list[Sequence]) -> Tensor:
-    """Penalties, bias and forbidden endings, for the rows that ask for them. [rows, vocab] → [rows, vocab].
+    """Applies penalties, logit bias and ``min_tokens`` to the rows that ask for them. [rows, vocab] → [rows, vocab].
 
-    Which tokens a sequence holds is known on the host: the batch is two scatters, and the device is never asked.
+    The host knows which tokens a sequence holds, so the batch takes two scatters and never waits for the device.
     """
     divided: list[tuple[int, int, float]] = []  # row, token, what its logit is divided by
     added: list[tuple[int, int, float]] = []  # row, token, what is added to it
@@ -219,7 +219,7 @@ def adjust(logits: Tensor, requests: list[Request], seqs: list[Sequence]) -> Ten
 def _entries(entries: list[tuple[int, int, float]], device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """(row, token, value) → the index of these entries of a matrix, and their values."""
     rows, tokens, values = zip(*entries, strict=True)
-    amounts = torch.tensor([float(value) for value in values], device=device)  # users may give whole numbers
+    amounts = torch.tensor([float(value) for value in values], device=device)  # users may pass ints
     return (torch.tensor(rows, device=device), torch.tensor(tokens, device=device)), amounts
 
 
@@ -227,9 +227,9 @@ def _entries(entries: list[tuple[int, int, float]], device: torch.device) -> tup
 
 
 def _logprobs(logits: Tensor, tokens: list[int], counts: list[int | None]) -> list[dict[int, float] | None]:
-    """Log-probabilities of each row's ``counts[i]`` likeliest tokens and of ``tokens[i]``; ``None``: not asked for.
+    """Log-probabilities of each row's ``counts[i]`` likeliest tokens and of ``tokens[i]``; ``None`` if not requested.
 
-    logits: [rows, vocab]. All rows together, so that the host waits a fixed number of times and not once a row.
+    logits: [rows, vocab]. Computes all rows together, so that the host waits a fixed number of times, not once per row.
     """
     asked = [i for i, count in enumerate(counts) if count is not None]
     entries: list[dict[int, float] | None] = [None] * len(counts)
@@ -246,7 +246,7 @@ def _logprobs(logits: Tensor, tokens: list[int], counts: list[int | None]) -> li
 
 
 def _report_prompt(rows: Tensor, chunk: Chunk) -> None:
-    """Each row foretells the prompt token after its own. rows: [tokens of the chunk, vocab]."""
+    """Reports prompt log-probabilities: each row predicts the next prompt token. rows: [tokens of the chunk, vocab]."""
     request, count = chunk.request, chunk.request.params.prompt_logprobs
     assert request.prompt_logprobs is not None
     foretold = chunk.seq.tokens[chunk.start + 1 : min(chunk.start + chunk.num_tokens + 1, chunk.seq.num_prompt)]

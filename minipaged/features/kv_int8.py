@@ -1,7 +1,7 @@
-"""Keys and values in int8: the memory of 16-bit numbers holds almost twice as many tokens.
+"""An int8 KV cache: it holds almost twice as many tokens as a 16-bit cache in the same memory.
 
-Adds ``kv_dtype="int8"``. It is a `KVCache` with a float32 scale for each slot and head; the kernels take the scales
-along. Read `kernels.reference.quantize` first: it says why there is one for each slot. Results change a little:
+Adds ``kv_dtype="int8"``. It is a `KVCache` with a float32 scale for each slot and head; the kernels apply the scales.
+Read `kernels.reference.quantize` first: it explains why each slot has its own scale. Results change a little:
 ``benchmarks/int8_accuracy.py`` measures how much. The page does not show it: an int8 block looks like any other.
 """
 

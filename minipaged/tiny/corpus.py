@@ -1,4 +1,4 @@
-"""The training text: everything the embedded model ever reads is generated here, from a seed.
+"""Generates the training corpus of the embedded model from a seed: all text that it is ever trained on.
 
 Three kinds of documents, mixed at random: stories (plain and as chat answers), questions and answers about
 paging (``facts.txt``), and easy numbers and lists.  ``python -m minipaged.tiny.corpus`` prints some.
@@ -68,7 +68,7 @@ WORDS = "zero one two three four five six seven eight nine ten eleven twelve".sp
 
 
 def sum_held_out(a: int, b: int) -> bool:
-    """Every tenth pair of numbers is never shown in training (in this order)."""
+    """Whether a sum is held out: every tenth ordered pair of numbers is never shown in training."""
     return (7 * a + 3 * b) % 10 == 0
 
 
@@ -149,7 +149,7 @@ def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
         ask = rng.choice(["What are {}?", "Name {}.", "List {}.", "Tell me {}."]).format(name)
         return ask, _sentence(", ".join(items))
     if kind == "repeat":
-        # Copying is what keeps a hero's name the same throughout a story, so it gets some practice of its own.
+        # To keep a hero's name the same throughout a story the model must copy it, so copying is trained separately.
         pool = [*NAMES["he"], *NAMES["she"], *GRAMMAR.words["animals"], *GRAMMAR.words["thing"]]
         words = " ".join(rng.sample(pool, rng.randint(2, 12)))
         return rng.choice(["Repeat: {}", "Repeat after me: {}", "Say this again: {}", "Echo {}"]).format(words), words
@@ -158,13 +158,13 @@ def number_turn(rng: random.Random, held_out: bool = False) -> Turn:
 
 
 def question_turn(rng: random.Random, fact: Fact, held_out: bool = False) -> Turn:
-    """Ask for one fact; the held-out phrasing only if asked to."""
+    """Ask for one fact, in the held-out phrasing only if ``held_out``."""
     question = fact.held_out if held_out else rough(rng, rng.choice(fact.phrasings))
     return question, rng.choice(fact.answers)
 
 
 def rough(rng: random.Random, question: str) -> str:
-    """People type as they like: other spellings, no capitals, no final mark, a polite beginning or end."""
+    """Varies a question as users type it: other spellings, no capitals, no final mark, a polite beginning or end."""
     for name, others in ALIASES.items():
         if name in question and rng.random() < 0.3:
             question = question.replace(name, rng.choice(others))
@@ -201,7 +201,7 @@ def story_turns(rng: random.Random) -> list[Turn]:
 
 
 def system_prompt(rng: random.Random) -> str:
-    """One of many system prompts; engines like to share their blocks among requests."""
+    """One of many system prompts; engines can share their blocks between requests."""
     parts = [
         ["You are the tiny model of minipaged.", "You are a helpful assistant.", "You are a small and friendly model."],
         [
@@ -248,7 +248,7 @@ def chat(rng: random.Random, facts: list[Fact], held_out: bool = False, stories:
 
 
 def notes(rng: random.Random, facts: list[Fact]) -> str:
-    """A page of plain text about paging, so that a plain prompt such as "The KV cache" goes on well."""
+    """A page of plain text about paging, so that the model continues a plain prompt such as "The KV cache" well."""
     terms = [fact for fact in facts if fact.kind in ("term", "terms")]
     return " ".join(rng.choice(fact.answers) for fact in rng.sample(terms, rng.randint(2, 5)))
 

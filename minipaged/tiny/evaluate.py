@@ -1,10 +1,10 @@
-"""Examines the embedded model: does it answer its own questions, do its stories end, can it add?
+"""Evaluates the embedded model: answers to its own questions, endings of its stories, sums and counting.
 
     python -m minipaged.tiny.evaluate             # prints the numbers and writes evaluation.json
     python -m minipaged.tiny.evaluate --samples   # prints the ten samples of the README
 
-Uses ``transformers`` for generation on purpose, so that the result says something about the model and nothing
-about minipaged's own engine.
+Uses ``transformers`` for generation on purpose, so that the result depends on the model and not on minipaged's
+own engine.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def load(path: Path = WEIGHTS) -> tuple:
 
 
 def chat_prompt(tokenizer, *messages: str, system: str = "") -> str:
-    """User and assistant messages in turn, as the text the model was trained on."""
+    """User and assistant messages in turn, in the format that the model was trained on."""
     roles = [{"role": "user" if i % 2 == 0 else "assistant", "content": m} for i, m in enumerate(messages)]
     first = [{"role": "system", "content": system}] if system else []
     return tokenizer.apply_chat_template(first + roles, tokenize=False, add_generation_prompt=True)
@@ -61,7 +61,7 @@ def chat_prompt(tokenizer, *messages: str, system: str = "") -> str:
 def generate(
     model, tokenizer, prompts: list[str], max_new: int = 100, temperature: float = 0.0, seed: int = 0
 ) -> list[tuple[str, bool]]:
-    """Continue every prompt; returns (text, did it end by itself).  Temperature 0 is greedy.
+    """Continue every prompt; returns (text, whether it ended with an end token).  Temperature 0 is greedy.
 
     A prompt that is plain text gets the leading end-of-text token; a rendered chat has it already.
     """

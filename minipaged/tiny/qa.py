@@ -105,13 +105,13 @@ def load_facts(path: Path | None = None) -> list[Fact]:
             bare = _bare(text)
             slots = {"t": text, "b": bare, "B": bare[0].upper() + bare[1:]}
             phrasings = [p.format_map(slots) for p in (ONE if kind == "term" else MANY)]
-        # Never the first phrasing, the most natural one: holding it out would only make the model worse.
+        # Never the first phrasing: it is the most natural one, and holding it out would only make the model worse.
         held_out = phrasings.pop(1 + number % (len(phrasings) - 1))
         facts.append(Fact(kind, phrasings, held_out, [line.removeprefix("a: ") for line in rest]))
     return facts
 
 
-# Questions the model should not try to answer.  The {x} slots are filled from lists in corpus.py.
+# Questions the model should not try to answer.  The {x} slots are filled from OFF_TOPIC_SLOTS below.
 OFF_TOPIC = [
     "Who is the president of {country}?",
     "What is the capital of {country}?",

@@ -53,7 +53,7 @@ def read_grammar(path: Path | None = None) -> Grammar:
         paragraphs = [p.splitlines() for p in re.split(r"\n\n+", body.strip())]
         if kind == "plot":
             fields = dict(line.split(": ", 1) for line in paragraphs[0])
-            # "@meet" and its like name a beat that several plots use.
+            # "@meet" and the like name a beat that several plots use.
             beats = [grammar.beats[p[0][1:]] if p[0].startswith("@") else p for p in paragraphs[1:]]
             grammar.plots.append(Plot(fields["topic"], fields["morals"].split(" | "), beats))
         else:

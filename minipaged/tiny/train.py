@@ -1,8 +1,8 @@
-"""Trains the embedded model from nothing: corpus, tokenizer, weights, training log.
+"""Trains the embedded model from scratch: corpus, tokenizer, weights, training log.
 
     python -m minipaged.tiny.train --out /tmp/tiny/weights                # both stages, about an hour
     python -m minipaged.tiny.train --quick --out /tmp/tiny/weights        # a smoke test of a few seconds
-    python -m minipaged.tiny.train --init minipaged/tiny/weights --out /tmp/tiny/weights   # train on
+    python -m minipaged.tiny.train --init minipaged/tiny/weights --out /tmp/tiny/weights   # continue training
 
 Without ``--out`` it replaces the committed weights and their log.
 
@@ -81,8 +81,8 @@ def train_tokenizer(seed: int, vocab_size: int, sample: int) -> PreTrainedTokeni
 def rows(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast, length: int) -> Iterator[list[int]]:
     """Pack documents into rows of ``length`` tokens, each beginning with a fresh document.
 
-    What does not fit at the end of a row is dropped: documents cost nothing here, and so a row never begins
-    in the middle of one.
+    What does not fit at the end of a row is dropped, so that no row begins in the middle of a document. New
+    documents cost nothing here.
     """
     eot, row = tokenizer.bos_token_id, []
     while True:

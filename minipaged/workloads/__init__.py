@@ -1,4 +1,4 @@
-"""Requests to serve: generators and traces, as plain data. No torch in this room.
+"""Requests to serve: generators and traces, as plain data. This package does not import torch.
 
 requests = trace(sharegpt_like(seed=0), poisson(rate=2.0, duration=600, seed=0))
 """

@@ -1,8 +1,8 @@
-"""BurstGPT: ten million requests to ChatGPT and GPT-4 on a campus, with their times (Wang et al., arXiv 2401.17644).
+"""Loads BurstGPT: ten million requests to ChatGPT and GPT-4 on a campus, with times (Wang et al., arXiv 2401.17644).
 
 The CSV files are published with the paper (github.com/HPMLL/BurstGPT, CC-BY 4.0) and are not part of this package. The
-first have the columns Timestamp, Model, Request tokens, Response tokens, Total tokens, Log Type; a later one has
-Session ID and Elapsed time after the first. So columns are found by name, and those that are not needed may be missing.
+first files have the columns Timestamp, Model, Request tokens, Response tokens, Total tokens, Log Type; a later one has
+Session ID and Elapsed time after the first. So columns are found by name, and unneeded ones may be missing.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ NEEDED = ("Timestamp", "Request tokens", "Response tokens")
 def load_burstgpt(path: str | Path, rate: float | None = None, limit: int | None = None) -> list[TraceRequest]:
     """The requests of a file in order of arrival, the first at time 0; times are seconds.
 
-    A request without response tokens failed: it is kept and flagged, because it did arrive. With ``rate`` times are
-    stretched until so many requests a second come, failed ones included; burstiness stays as it is. ``limit`` takes
-    the first rows only. Raises `InvalidTrace`, naming the line, for a file that is no BurstGPT trace.
+    A request without response tokens failed: it is kept and flagged, because it did arrive. ``rate`` (requests per
+    second, including failed ones) scales all times; burstiness stays as it is. ``limit`` takes the first rows only.
+    Raises `InvalidTrace`, with the line, for a file that is no BurstGPT trace.
     """
     if rate is not None and not rate > 0:
         raise ValueError(f"rate must be positive, not {rate}")

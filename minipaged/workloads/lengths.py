@@ -1,9 +1,9 @@
-"""How long prompts and outputs are.
+"""Prompt and output lengths: random generators, fitted to the means of real data sets.
 
 The PagedAttention paper samples from ShareGPT (mean prompt 161.31 tokens, mean output 337.99) and Alpaca (19.31 and
-58.45); these means are from a secondary source. The public ShareGPT file does not reproduce them (what was filtered
-is not published), so the generators are *like* the data sets: log-normal lengths, drawn independently, with the
-parameters fitted to those means. What this cannot keep is the correlation between a prompt and its answer.
+58.45); these means are from a secondary source. The public ShareGPT file does not reproduce them (what was filtered is
+not published), so the generators are *like* the data sets: log-normal lengths, drawn independently, with the parameters
+fitted to those means. They do not model the correlation between the lengths of a prompt and its output.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def alpaca_like(seed: int) -> Lengths:
 
 
 def translation_like(seed: int) -> Lengths:
-    """Single sentences and their translations, both LogN(3.25, 0.5) on [4, 256]: about 29 tokens in the mean.
+    """Single sentences and their translations, both LogN(3.25, 0.5) on [4, 256]: about 29 tokens on average.
 
     The paper translates WMT16 English-German sentences (§6.4) and gives no lengths; these are an assumption.
     """
@@ -42,7 +42,7 @@ def _pairs(seed: str, prompt: Callable[[Random], int], output: Callable[[Random]
 
 
 def _lognormal(mu: float, sigma: float, low: int, high: int) -> Callable[[Random], int]:
-    """Draws whole numbers between ``low`` and ``high``; what falls outside is drawn again, not moved to the edge."""
+    """Makes a function that draws whole numbers from ``low`` to ``high``; others are drawn again, not clipped."""
 
     def draw(rng: Random) -> int:
         while True:

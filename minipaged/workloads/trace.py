@@ -1,4 +1,4 @@
-"""A trace: what is asked for, when, and which of it is alike."""
+"""Traces: requests with their arrival times, lengths and shared prefixes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
 
-MAX_HISTORY = 1024  # tokens of a conversation that the paper's chatbot is shown (§6.5)
+MAX_HISTORY = 1024  # last tokens of a conversation that the paper's chatbot gets as prompt (§6.5)
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,12 @@ class TraceRequest:
         arrival: seconds from the start of the trace.
         num_prompt: tokens of the prompt, the shared prefix included.
         num_output: tokens of each output.
-        stream: whose text it is. Requests of one stream continue each other; those of two have nothing in common.
+        stream: which conversation it belongs to. Requests of one stream continue each other; two streams share nothing.
         n: samples asked for.
         beam_width: beams, if it is a beam search.
         prefix: which shared prefix the prompt begins with, if any.
         prefix_tokens: length of that prefix.
-        offset: where in its stream the prompt begins: above 0 for a conversation that was cut at the front.
+        offset: position in its stream at which the prompt begins: above 0 if the conversation was cut at the front.
         failed: the trace records no answer (BurstGPT's rows without response tokens).
     """
 
@@ -38,19 +38,18 @@ class TraceRequest:
     failed: bool = False
 
     def token_ids(self, vocab_size: int) -> list[int]:
-        """The prompt: the prefix all who name it share, then what is this stream's own."""
+        """The prompt: the prefix that all requests with this ``prefix`` share, then the stream's own tokens."""
         shared = self.prefix_tokens if self.prefix is not None else 0
         head = [_token(-1 - (self.prefix or 0), i, vocab_size) for i in range(shared)]
         return head + [self.token(i, vocab_size) for i in range(shared, self.num_prompt)]
 
     def token(self, position: int, vocab_size: int, sample: int = 0) -> int:
-        """The token at a position of prompt or output. The samples of a request differ; the next turn quotes the
-        first."""
+        """The token at a position of prompt or output. Samples of a request differ; the next turn contains sample 0."""
         return _token((self.stream << 8) + sample, self.offset + position, vocab_size)
 
 
 def _token(stream: int, position: int, vocab_size: int) -> int:
-    # Any mixing will do that gives two streams no run of tokens in common.
+    # Any hash works that gives two streams no common run of tokens.
     return ((stream * 0x9E3779B97F4A7C15 + position * 0xBF58476D1CE4E5B9) >> 20) % vocab_size
 
 
@@ -67,7 +66,7 @@ def trace(
 def shared_prefix(
     lengths: Iterator[tuple[int, int]], times: Iterable[float], prefix_tokens: int, num_prefixes: int = 1
 ) -> list[TraceRequest]:
-    """Requests whose prompts begin with the same examples, in turns if there are several prefixes.
+    """Requests whose prompts begin with the same examples; several prefixes are used in turn.
 
     The paper's translations begin with one example (80 tokens) or five (341), §6.4.
     """
@@ -85,10 +84,10 @@ def shared_prefix(
 
 
 def chat(lengths: Iterator[tuple[int, int]], times: Iterable[float], seed: int, turns: int = 5) -> list[TraceRequest]:
-    """Conversations: each prompt is what was said so far and a new question, cut to the last 1024 tokens (§6.5).
+    """Conversations: each prompt is the conversation so far and a new question, cut to the last 1024 tokens (§6.5).
 
-    At each of the ``times`` one of the open conversations, drawn at random, goes on; after ``turns`` it ends and
-    another begins. Outputs have at most 1024 tokens. How many turns a conversation has is an assumption.
+    At each of the ``times`` one of the open conversations, drawn at random, continues; after ``turns`` it ends and
+    another begins. Outputs have at most 1024 tokens. The number of turns of a conversation is an assumption.
     """
     rng = Random(f"chat/{seed}")
     open_chats: list[tuple[int, int, int]] = [(stream, 0, 0) for stream in range(20)]  # stream, tokens, turns so far

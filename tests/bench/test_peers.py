@@ -62,11 +62,11 @@ def test_an_engine_that_fails_is_named_with_its_last_words(stub):
 @pytest.mark.parametrize(
     "call, complaint",
     [
-        (lambda: peers.engines(["ollama"], []), "--with knows"),
+        (lambda: peers.engines(["ollama"], []), "--with must be one of"),
         (lambda: peers.engines([], ["vllm"]), "NAME=PATH"),
         (lambda: peers.engines([], ["vllm=/no/such/python"]), "no Python at"),
-        (lambda: peers.measure({}, ["opt"], ["float32"], 1, True, print), "--models knows"),
-        (lambda: peers.measure({}, [], ["int8"], 1, True, print), "--dtypes knows"),
+        (lambda: peers.measure({}, ["opt"], ["float32"], 1, True, print), "--models must be among"),
+        (lambda: peers.measure({}, [], ["int8"], 1, True, print), "--dtypes must be bfloat16 or float32"),
     ],
 )
 def test_what_is_misspelt_is_refused_before_anything_is_made(call, complaint):

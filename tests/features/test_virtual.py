@@ -365,6 +365,6 @@ def test_the_check_finds_books_that_disagree():
         memory._show(0, 0, 7)
 
     assert "owned by" in broken(swap_slots)
-    assert "does not know" in broken(lose_place)
+    assert "has no record" in broken(lose_place)
     assert "not mapped" in broken(extra_place)
     assert "slot 0 shows [7, 1]" in broken(wrong_page)

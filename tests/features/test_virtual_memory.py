@@ -377,7 +377,7 @@ def test_more_mappings_than_the_system_allows_are_refused(monkeypatch):
         layout.block_size(16, 8, 1024, CPU)
     size = layout.block_size(None, 8, 1024, CPU)
     assert size == 72 and 8 * 8 * -(-1024 // size) <= 1000
-    with pytest.raises(InvalidConfig, match="fewer max_num_seqs"):
+    with pytest.raises(InvalidConfig, match="lower max_num_seqs"):
         layout.block_size(None, 200, 1024, CPU)
 
 

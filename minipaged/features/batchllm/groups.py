@@ -1,4 +1,4 @@
-"""Serving the groups that `planning.plan` makes, beside requests that belong to no batch."""
+"""Serves the groups that `planning.plan` makes, together with requests that belong to no batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class BatchItem(NamedTuple):
 
 @dataclass(eq=False)
 class RunningGroup:
-    """Requests that share their first ``num_blocks`` blocks, and how many of them have not ended."""
+    """Requests that share their first ``num_blocks`` blocks, and the number of those that have not ended."""
 
     number: int
     num_blocks: int
@@ -43,11 +43,11 @@ class RunningGroup:
 class Groups(Stage):
     """An admission policy and a stage: runs groups beside the requests that ``base`` admits.
 
-    Until a group's prefix is computed, only its first request is eligible, and none while that one runs. Memory alone
+    Until a group's prefix is computed, only its first request is eligible, and none while that one runs. Only memory
     limits how many requests of a batch run: ``max_num_seqs`` counts only the others, and the tokens that a batch
-    decodes come on top of ``max_num_batched_tokens``. With ``by_count`` both limits count all requests.
+    decodes are added to ``max_num_batched_tokens``. With ``by_count`` both limits count all requests.
 
-    ``kept``: group number → its prefix, once it is computed. The group is one more owner of these blocks.
+    ``kept``: group number → its prefix, once it is computed. The group holds a reference of its own to these blocks.
     """
 
     scheduler: Scheduler
@@ -64,7 +64,7 @@ class Groups(Stage):
         self.scheduler, self.memory = scheduler, scheduler.memory  # type: ignore[assignment]
 
     def group(self, requests: list[Request], num_blocks: int) -> None:
-        """Makes a group of requests that were just added. All prompts begin with the same ``num_blocks`` blocks."""
+        """Makes a group of requests that were just added and whose prompts share their first ``num_blocks`` blocks."""
         group = RunningGroup(next(self._numbers), num_blocks, len(requests))
         self.group_of |= dict.fromkeys(requests, group)
         if num_blocks:
@@ -76,7 +76,7 @@ class Groups(Stage):
         return self.base.rank(request)
 
     def eligible(self, waiting: list[Request]) -> list[Request]:
-        """Without those that wait for their group's prefix."""
+        """The base's eligible requests, without those that wait for their group's prefix."""
         if not self.group_of:
             return list(self.base.eligible(waiting))
         busy = self._busy([*self.scheduler.running, *(r for stage in self.scheduler.stages for r in stage.requests())])
@@ -91,13 +91,13 @@ class Groups(Stage):
         return ready
 
     def limits(self, request: Request | None) -> Limits:
-        """Those of the base, on top of what a batch has running; none but memory for a request of a batch."""
+        """The base's limits plus what batches have running; a request of a batch is limited by memory alone."""
         limits = self.base.limits(request)
         if self.by_count or not self.group_of:
             return limits
         batched = sum(running.width for running in self.scheduler.running if running in self.group_of)
         limits = limits._replace(num_seqs=limits.num_seqs + batched, num_tokens=limits.num_tokens + batched)
-        if request in self.group_of:  # with memory as the only limit: else many would be preempted
+        if request in self.group_of:  # memory is the only limit: without more headroom many would be preempted
             return limits._replace(num_seqs=inf, headroom=limits.headroom + 1)
         return limits
 
@@ -113,7 +113,7 @@ class Groups(Stage):
                 self.keep(request, seq)
 
     def releasing(self, request: Request, seq: Sequence) -> None:
-        self.keep(request, seq)  # now, while it has its blocks
+        self.keep(request, seq)  # before its blocks are freed
 
     def finished(self, request: Request) -> None:
         if request in self.group_of:
@@ -125,7 +125,7 @@ class Groups(Stage):
                     self.scheduler.events.emit(GroupEnded, group.number)
 
     def reclaim(self, request: Request, plan: StepPlan) -> bool:
-        """Gives up what is kept for groups of which no request runs, the request's own group last."""
+        """Releases the prefixes of groups that have no running request; that of the request's own group last."""
         busy = self._busy(self.scheduler.running)
         idle = [group for group in dict.fromkeys(self.group_of.values()) if group.number in self.kept]
         idle = sorted((group for group in idle if group not in busy), key=lambda group: group.number)
@@ -139,7 +139,7 @@ class Groups(Stage):
         return {self.group_of[request] for request in requests if request in self.group_of}
 
     def keep(self, request: Request, seq: Sequence) -> None:
-        """Keeps the prefix for the others, if there are any, once the sequence has computed it."""
+        """Keeps the prefix for the group's other requests, if there are any, once the sequence has computed it."""
         group, memory = self.group_of.get(request), self.memory
         if not group or not group.num_blocks or group.number in self.kept or group.unfinished == 1:
             return
@@ -152,7 +152,7 @@ class Groups(Stage):
             self.scheduler.events.emit(PrefixKept, group.number, blocks)
 
     def release(self, group: RunningGroup) -> None:
-        """Drops the group's references to its prefix, if it is kept, tail before head."""
+        """Drops the group's references to its kept prefix, if there is one, tail before head."""
         blocks = [hit.block for hit in reversed(self.kept.pop(group.number, []))]
         for block in blocks:
             self.memory.pool.free(block)
@@ -162,7 +162,7 @@ class Groups(Stage):
 
 
 def install(scheduler: Scheduler, by_count: bool = False) -> Groups:
-    """Puts groups around the scheduler's admission policy."""
+    """Wraps the scheduler's admission policy in groups and plugs them in as a stage."""
     groups = Groups(scheduler.admission, by_count)
     scheduler.admission = groups
     scheduler.plug(groups, first=True)  # a prefix is kept before other stages see its blocks released
@@ -175,25 +175,25 @@ def groups_in(engine: Any) -> Groups | None:
 
 
 def add_batch(engine: Any, batch: list[BatchItem], plan: Callable[..., Plan] = plan_groups) -> int:
-    """Queues requests in groups of those that begin alike; ``plan`` makes the groups.
+    """Queues the requests of a batch in groups with a common prefix; ``plan`` makes the groups.
 
-    What a group shares is computed once and kept until all of it have ended. Memory alone limits how many requests of
-    a batch run. Tokens are those that `Engine.add_request` would give. Returns the number of prompt tokens that need
-    not be computed: exactly, unless a request is aborted, ends at the pool's limit, or needs the pool for itself alone.
-    Raises `InvalidConfig` for an engine that shares no blocks, `InvalidRequest` if any request cannot be served:
+    A group's prefix is computed once and kept until all its requests have ended. Memory alone limits how many requests
+    of a batch run. Each request gets the tokens that `Engine.add_request` would give. Returns the number of prompt
+    tokens that need not be computed: exactly, unless a request is aborted, ends at the pool's limit, or needs the whole
+    pool. Raises `InvalidConfig` for an engine that shares no blocks, `InvalidRequest` if any request cannot be served:
     nothing has changed then.
     """
     engine.config.check_schedule("batchllm")
     scheduler = engine.scheduler
     if not hasattr(scheduler, "admission"):
-        raise InvalidConfig(f'schedule="batchllm" needs admission policies, which a {type(scheduler).__name__} has not')
+        raise InvalidConfig(f'schedule="batchllm" needs admission policies, not a {type(scheduler).__name__}')
     prompts = [engine.check_request(*item[:3]) for item in batch]
     if len({item.request_id for item in batch}) < len(batch):
         raise InvalidRequest("two requests of the batch have the same id; give each its own")
-    # Drawn in the order of the batch, so that no seed depends on the schedule.
+    # Seeds are drawn in the order of the batch, so that no seed depends on the schedule.
     params = [replace(item.params, seed=engine.seed(item.params)) for item in batch]
     outputs = [engine.max_output(prompt, one) * one.n for prompt, one in zip(prompts, params, strict=True)]
-    # Prompt log-probabilities need all logits, so such a prompt shares nothing: it begins with a token of its own.
+    # Prompt log-probabilities need all logits: such a prompt shares nothing, so we plan it with a unique first token.
     shared = [
         prompt if one.prompt_logprobs is None else [-1 - index, *prompt[1:]]
         for index, (prompt, one) in enumerate(zip(prompts, params, strict=True))

@@ -1,8 +1,8 @@
-"""BatchLLM: a batch that is known as a whole, in the order that shares most (Zheng et al., arXiv 2412.03594).
+"""Plans a BatchLLM batch: groups prompts so that they share as much as possible (Zheng et al., arXiv 2412.03594).
 
-Prompts that begin alike form a tree. The paper's engine shares *one* prefix per request, so a dynamic program chooses
-which: its prompts are a *group*, which `groups.Groups` runs together and whose prefix it keeps as long. All depths are
-whole blocks, which is what a block table can share; so the prediction is exact.
+Prompts with common prefixes form a tree. The paper's engine shares *one* prefix per request, so a dynamic program
+chooses which one: the prompts that share it are a *group*. `groups.Groups` runs a group together and keeps its prefix
+until the group ends. All depths are whole blocks, because block tables share whole blocks; so the prediction is exact.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 @dataclass(eq=False)
 class Node:
-    """A beginning of ``depth`` blocks that several prompts have in common; its ``requests`` have no deeper one."""
+    """A prefix of ``depth`` blocks that several prompts share; its ``requests`` share no deeper one."""
 
     depth: int
     requests: list[int] = field(default_factory=list)  # indices of prompts
@@ -29,17 +29,17 @@ class Group(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Groups in the order in which to run them, and how many tokens of prompts need not be computed then."""
+    """Groups in the order in which to run them, and the number of prompt tokens that need not be computed."""
 
     groups: list[Group]
     saved_tokens: int
 
 
 def plan(prompts: Seq[Seq[int]], outputs: Seq[int], block_size: int) -> Plan:
-    """Groups the prompts (token ids), those that decode most for each token they compute first.
+    """Groups the prompts (token ids), and sorts the groups by output tokens per computed token, highest first.
 
-    ``outputs``: how many tokens each may generate. Steps of decodes alone leave the hardware idle; early ones are
-    filled up with the prompts of later groups.
+    ``outputs``: how many tokens each may generate. Steps of decodes alone leave the hardware idle; early decodes share
+    their steps with the prefills of later groups.
     """
     tree = prefix_tree(prompts, block_size)
     groups = groups_of(tree, best(tree)[1])
@@ -57,21 +57,21 @@ def saved_blocks(one: Group) -> int:
 
 
 def prefix_tree(prompts: Seq[Seq[int]], block_size: int) -> Node:
-    """The tree of all beginnings in whole blocks that at least two prompts share; its root is the empty beginning.
+    """The tree of all prefixes, in whole blocks, that at least two prompts share; its root is the empty prefix.
 
-    Of each prompt the last token stays out: it must be computed, since without it there are no logits. Sorted, prompts
-    that begin alike are neighbours, and what neighbours share tells the tree. No recursion: depth knows no limit.
+    The last token of each prompt is left out: it must be computed to get logits. After sorting, prompts with a common
+    prefix are neighbours, so comparing neighbours builds the tree. No recursion: trees may be deep.
     """
     blocks = [[tuple(p[i : i + block_size]) for i in range(0, len(p) - block_size, block_size)] for p in prompts]
     order = sorted(range(len(prompts)), key=blocks.__getitem__)
     neighbours = zip(order, order[1:], strict=False)
     shared = [_common(blocks[one], blocks[other]) for one, other in neighbours]
     root = Node(0)
-    path = [root]  # from the root to where the last prompt went
+    path = [root]  # from the root to the last prompt's node
     for index, before, after in zip(order, [0, *shared], [*shared, 0], strict=False):
         while path[-1].depth > before:
             closed = path.pop()
-            if path[-1].depth < before:  # the two part between these nodes
+            if path[-1].depth < before:  # the two prompts diverge between these nodes
                 path[-1].children[-1] = between = Node(before, children=[closed])
                 path.append(between)
         if after > path[-1].depth:
@@ -82,22 +82,22 @@ def prefix_tree(prompts: Seq[Seq[int]], block_size: int) -> Node:
 
 
 def _common(one: Seq[tuple[int, ...]], other: Seq[tuple[int, ...]]) -> int:
-    """How many blocks both begin with."""
+    """Number of blocks in the common prefix of both."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def best(root: Node) -> tuple[int, dict[Node, bytes]]:
-    """The blocks that one level of groups can save at most, and for each node below the root when to *open* it.
+    """The most blocks that one level of groups can save, and for each node below the root when to *open* it.
 
-    F(v, u) is what the subtree of v saves if u is the nearest open node above. Closed, v leaves its requests to u;
-    open, they share all of v, which is computed once:
+    F(v, u) is what the subtree of v saves if u is the nearest open node above. If v is closed, its requests share only
+    u; if v is open, they share all of v, which is computed once:
 
         F(v, u) = max(Σ F(c, u) + |requests(v)| · depth(u),  Σ F(c, v) + (|requests(v)| − 1) · depth(v))
 
-    Byte i of a node says whether it opens when the nearest open node is its ancestor at level i, the root's being 0.
+    Byte i of a node says whether it opens when the nearest open node is its ancestor at level i; the root is level 0.
     """
-    F: dict[Node, list[int]] = {}  # by level of u; children's are dropped when their parent's are known
+    F: dict[Node, list[int]] = {}  # by level of u; a child's list is dropped when its parent's is known
     opens: dict[Node, bytes] = {}
     above: list[int] = []  # depths of the nodes from the root to the current one's parent
     todo = [(root, False)]
@@ -118,9 +118,9 @@ def best(root: Node) -> tuple[int, dict[Node, bytes]]:
 
 
 def groups_of(root: Node, opens: dict[Node, bytes]) -> list[Group]:
-    """The groups of a tree, given which nodes `best` opens; who belongs to none is one of its own."""
+    """The groups of a tree, given which nodes `best` opens; a prompt without a group gets one of its own."""
     groups: list[Group] = []
-    todo: list[tuple[Node, int, int, Group | None]] = [(root, 0, 0, None)]  # node, its level, that of its group
+    todo: list[tuple[Node, int, int, Group | None]] = [(root, 0, 0, None)]  # node, level; open: level, group
     while todo:
         node, level, open_level, around = todo.pop()
         if level and opens[node][open_level]:

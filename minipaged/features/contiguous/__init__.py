@@ -1,9 +1,9 @@
-"""Memory as before paging: contiguous, as long as a sequence may ever get (Orca; PagedAttention paper, §6.1).
+"""Contiguous KV memory, as before paging: a sequence reserves its longest possible length (Orca; PagedAttention, §6.1).
 
-How long that is, is decided at admission: *Max* takes the longest a sequence can be, *Pow2* the prompt and the output
-rounded up to a power of two, *Oracle* exactly what will be needed, as only a benchmark can know. Nothing grows, so no
-request is preempted; nothing is found again, so there is no prefix cache. A chunk's blocks make a block table like any
-other, and the same kernels run: the waste that it shows is measured.
+The length is chosen at admission: *Max* reserves the longest that a sequence can be, *Pow2* the prompt plus the output
+rounded up to a power of two, *Oracle* exactly what will be needed, which only a benchmark can know. Reservations never
+grow, so no request is preempted; there is no prefix cache. A chunk's blocks form an ordinary block table, and the same
+kernels run, so the waste that the page shows is measured.
 
 Adds ``memory="orca-max"``, ``"orca-pow2"`` and ``"orca-oracle"``. It is a `core.seams.MemoryManager`. Read
 `contiguous_tables` first, then `buddy`. The page shows it in the scenario "Holes in contiguous memory".
@@ -15,7 +15,7 @@ from minipaged.errors import InvalidConfig
 
 
 def check(config: Any) -> None:
-    """Raises `InvalidConfig` for what an `EngineConfig` asks of a contiguous manager and it cannot do."""
+    """Raises `InvalidConfig` if an `EngineConfig` asks a contiguous manager for something that it does not support."""
     caching = config.enable_prefix_caching or config.eviction_policy is not None or config.eviction is not None
     if config.memory.startswith("orca-") and (caching or config.preemption != "recompute"):
         raise InvalidConfig(

@@ -1,8 +1,8 @@
-"""A buddy allocator: neighbouring blocks in chunks whose lengths are powers of two (Knuth, TAOCP vol. 1, §2.5).
+"""A buddy allocator: hands out chunks of neighbouring blocks in powers of two (Knuth, TAOCP vol. 1, §2.5).
 
-A chunk of length n begins at a multiple of n. Cut in two, its halves are each other's *buddies*, found by flipping one
-bit of the start; when both are free again they become one chunk. So joining costs no search, and a request pays with
-the rest of its power of two: the paper's *external* fragmentation.
+A chunk of length n begins at a multiple of n. If it is split in two, its halves are each other's *buddies*: their
+starts differ in one bit. When both are free again, they are merged. So merging needs no search. The cost is that
+lengths are rounded up to a power of two: the paper's *external* fragmentation.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from minipaged.events.waste import next_power_of_two
 
 
 class BuddyPool:
-    """Chunks of a pool of blocks 0 … num_blocks − 1.
+    """A pool of blocks 0 … num_blocks − 1, handed out in chunks.
 
-    Lengths are powers of two times ``unit`` blocks. A pool that is none itself is cut into such pieces, the largest
-    first; what is left below a unit is never handed out. ``ref_counts[b]``: how many block tables name block b, as
-    kept by the manager.
+    Lengths are powers of two times ``unit`` blocks. A pool of any other length is split into such pieces, the largest
+    first; a rest shorter than a unit is never handed out. ``ref_counts[b]``: how many block tables contain block b; the
+    manager keeps it up to date.
     """
 
     def __init__(self, num_blocks: int, unit: int = 1) -> None:
         self.num_blocks, self.unit = num_blocks, unit
         self.ref_counts = [0] * num_blocks
-        self.chunks: dict[int, int] = {}  # handed out: start -> length; these and all below in units
+        self.chunks: dict[int, int] = {}  # handed out: start → length; here and below in units
         self._units = num_blocks // unit
         self._free: dict[int, set[int]] = {1 << order: set() for order in range(self._units.bit_length())}
         start = 0
@@ -33,11 +33,11 @@ class BuddyPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks in no chunk that was handed out, usable or not."""
+        """Number of blocks outside the chunks that were handed out, usable or not."""
         return self.num_blocks - sum(self.chunks.values()) * self.unit
 
     def rounded(self, num_blocks: int) -> int:
-        """Blocks of the chunk that ``num_blocks`` are given."""
+        """Number of blocks in the chunk that a request for ``num_blocks`` gets."""
         return self._length(num_blocks) * self.unit
 
     def capacity(self, num_blocks: int) -> int:
@@ -51,7 +51,7 @@ class BuddyPool:
         return sum(free // length * len(starts) for free, starts in self._free.items() if free >= length)
 
     def allocate(self, num_blocks: int) -> range:
-        """A chunk of at least ``num_blocks``: the smallest that is long enough, cut in halves while it can be."""
+        """Hands out the smallest chunk of at least ``num_blocks``; splits the smallest piece that is long enough."""
         length = self._length(num_blocks)
         found = next((free for free, starts in self._free.items() if free >= length and starts), None)
         if found is None:
@@ -65,7 +65,7 @@ class BuddyPool:
         return range(start * self.unit, (start + length) * self.unit)
 
     def free(self, chunk: range) -> None:
-        """Takes a chunk back and joins it with its buddy, that with its own, and so on."""
+        """Takes a chunk back and merges it with its buddy, the result with its own buddy, and so on."""
         start = chunk.start // self.unit
         length = self.chunks.pop(start, 0)
         if length * self.unit != len(chunk):
@@ -77,7 +77,7 @@ class BuddyPool:
         self._free[length].add(start)
 
     def check(self) -> None:
-        """Chunks and free pieces are aligned, cover the pool once, and no two free buddies are left apart."""
+        """Checks that pieces are aligned and cover the pool once, and that free buddies are merged."""
         free = [(start, length) for length, starts in self._free.items() for start in starts]
         end = 0
         for start, length in sorted([*free, *self.chunks.items()]):

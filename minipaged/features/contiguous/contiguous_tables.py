@@ -1,4 +1,4 @@
-"""Chunks of neighbouring blocks, one per sequence, taken at admission from a buddy allocator."""
+"""Contiguous memory manager: one chunk of neighbouring blocks per sequence, allocated at admission."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from minipaged.features.contiguous.buddy import BuddyPool
 
 @dataclass(eq=False)
 class _Chunk:
-    """``users`` read it; of these the ``owner`` writes, and has all of its blocks in its table."""
+    """A chunk: ``users`` read it; one of them, the ``owner``, also writes, and its table has all of the blocks."""
 
     blocks: range
     owner: int | None = None
@@ -27,7 +27,7 @@ class _Chunk:
 
 @dataclass(eq=False)
 class _Group:
-    """The sequences of a request. ``asked``: slots that each of its chunks was to have."""
+    """The sequences of a request. ``asked``: minimum number of slots in each of its chunks."""
 
     asked: int
     chunks: list[_Chunk] = field(default_factory=list)
@@ -35,11 +35,11 @@ class _Group:
 
 
 class ContiguousTables:
-    """A manager of chunks; ``policy`` is "orca-max", "orca-pow2" or "orca-oracle".
+    """Manages contiguous chunks; ``policy`` is "orca-max", "orca-pow2" or "orca-oracle".
 
-    A group of ``width`` sequences gets as many chunks at admission. A forked sequence reads its parent's chunk until it
-    writes for the first time: then it takes one of the group's unused chunks, and all its tokens are copied there. That
-    is copy-on-write of a whole sequence, which makes beam search so costly without paging (paper §4.4, §6.3).
+    A group of ``width`` sequences gets as many chunks at admission. A forked sequence reads its parent's chunk until
+    its first write: then it takes one of the group's unused chunks, and all its tokens are copied there. That is
+    copy-on-write of a whole sequence, which makes beam search so costly without paging (paper §4.4, §6.3).
     """
 
     reserves_ahead = True
@@ -50,25 +50,25 @@ class ContiguousTables:
         self.policy, self.block_size = policy, block_size
         self._events = EventLog() if events is None else events
         self._longest = longest_reservation(max_model_len, num_blocks, block_size)
-        # Max only ever asks for one size, so its pool is cut into exact pieces.
+        # Max always reserves the same size, so its pool is split into pieces of exactly this size.
         self.pool = BuddyPool(num_blocks, unit=self.blocks_for(self._longest) if policy == "orca-max" else 1)
         self.tables: dict[int, list[int]] = {}
         self._groups: dict[int, _Group] = {}  # by sequence
         self._chunks: dict[int, _Chunk] = {}  # by sequence
         self._num_computed: dict[int, int] = {}
 
-    # --- at the door and at admission -------------------------------------------------------------------------
+    # --- refusal and admission --------------------------------------------------------------------------------
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold so many tokens: the ceiling of their quotient."""
+        """Number of blocks that hold ``num_tokens`` tokens, rounded up."""
         return -(-num_tokens // self.block_size)
 
     def asked(self, demand: Demand) -> int:
-        """Slots that the request wants for each of its sequences."""
+        """Slots that the request reserves for each of its sequences."""
         return reservation(self.policy, demand.num_prompt, demand.max_output, self._longest)
 
     def blocks_to_hold(self, demand: Demand) -> int:
-        """The chunks of all its sequences, whatever they hold."""
+        """Number of blocks in the chunks of all its sequences, used or not."""
         return len(demand.lengths) * self.pool.rounded(self.blocks_for(self.asked(demand)))
 
     def refusal(self, demand: Demand) -> str | None:
@@ -84,11 +84,11 @@ class ContiguousTables:
         )
 
     def fits(self, demand: Demand, hits: Seq[Hit] = (), owed: int = 0, growth: int = 0) -> bool:
-        """Whether the allocator has a chunk for each sequence now. Running sequences have all they will ever need."""
+        """Whether a chunk is free for each sequence. Running sequences have reserved all that they can need."""
         return self.pool.available(self.blocks_for(self.asked(demand))) >= len(demand.lengths)
 
     def match(self, tokens: Seq[int]) -> list[Hit]:
-        """Nothing: a chunk cannot begin with another one's blocks."""
+        """Always empty: a chunk cannot begin with blocks of another chunk, so there are no cache hits."""
         return []
 
     def open(self, seq_id: int, hits: Seq[Hit], demand: Demand) -> None:
@@ -104,14 +104,14 @@ class ContiguousTables:
     # --- in every step ----------------------------------------------------------------------------------------
 
     def blocks_needed(self, writes: Collection[Write]) -> int:
-        """None: everything was set aside at admission."""
+        """Always 0: everything was reserved at admission."""
         return 0
 
     def reserve(self, write: Write) -> list[Copy]:
-        """Gives a sequence that has only read so far a chunk to write to. Returns the copies of what it has read.
+        """Gives a sequence a chunk to write to if it has only read so far. Returns the copies of what it has read.
 
-        If whom it was forked from has ended, and nobody else has taken it, it is the chunk it has read from. Else the
-        owner goes on in place: it writes behind what the others read.
+        If the chunk that it reads has no owner any more, the sequence becomes its owner. If another sequence owns it,
+        this one moves to an unused chunk; the owner continues in place, behind the tokens that others read.
         """
         seq_id, _, end = write
         copies: list[Copy] = []
@@ -123,17 +123,17 @@ class ContiguousTables:
         return copies
 
     def computed(self, seq_id: int, tokens: Seq[int], num_computed: int) -> None:
-        """Remembers what a fork will share, and a copy must take along."""
+        """Records how many tokens are computed: a fork shares them, and a move copies them."""
         self._num_computed[seq_id] = num_computed
 
     def trim(self, seq_id: int, num_tokens: int) -> list[int]:
-        """Gives up nothing: the whole chunk was set aside at admission."""
+        """Frees nothing: the whole chunk was reserved at admission."""
         return []
 
     # --- forks and endings ------------------------------------------------------------------------------------
 
     def prepare_fork(self, seq_id: int) -> bool:
-        """One more chunk for the sequence's group, if the allocator has one."""
+        """Adds a chunk to the sequence's group for a fork; ``False`` if the allocator has none."""
         group = self._groups[seq_id]
         if not self.pool.available(self.blocks_for(group.asked)):
             return False
@@ -141,7 +141,7 @@ class ContiguousTables:
         return True
 
     def fork(self, parent: int, child: int) -> None:
-        """The child reads what the parent has computed; its table has these blocks only."""
+        """Lets the child read what the parent has computed; the child's table has only these blocks."""
         if child in self.tables:
             raise BlockError(f"sequence {child} has a block table already")
         num_computed = self._num_computed[parent]
@@ -152,7 +152,7 @@ class ContiguousTables:
             self._events.emit(Shared, child, logical, block, "fork")
 
     def free(self, seq_id: int) -> None:
-        """Gives up the table. Chunks that the group has no more sequences for go back to the allocator."""
+        """Frees the sequence's table, and the chunks that the group has no more sequences for."""
         if seq_id not in self.tables:
             raise BlockError(f"sequence {seq_id} has no block table; was it freed twice?")
         blocks, group, chunk = self.tables.pop(seq_id)[::-1], self._groups.pop(seq_id), self._chunks.pop(seq_id)
@@ -161,19 +161,19 @@ class ContiguousTables:
             self.pool.ref_counts[block] -= 1
         self._leave(chunk, seq_id)
         group.members.remove(seq_id)
-        # A beam's chunk is for the fork that has taken its place; it is one too many only when there is none.
+        # A pruned beam's chunk stays for the fork that replaces it; it is spare only if the group has fewer sequences.
         spares = [chunk for chunk in group.chunks if not chunk.users]
         for spare in spares[: max(0, len(group.chunks) - len(group.members))]:
             group.chunks.remove(spare)
             self.pool.free(spare.blocks)
         self._events.emit(Freed, seq_id, blocks)
 
-    # --- looking on -------------------------------------------------------------------------------------------
+    # --- inspection -------------------------------------------------------------------------------------------
 
     def held(self, moments: Iterable[Moment], waiting: Demand | None = None) -> Held:
-        """All chunks, by class of waste (paper Fig. 2). One that waits for a fork is reserved for the longest.
+        """Slots of all chunks, by class of waste (paper Fig. 2). Unused chunks are reserved for the longest sequence.
 
-        While the next ``waiting`` request fits nowhere, all free slots are *external*: holes that are of no use.
+        While the next ``waiting`` request does not fit, all free slots are *external*: holes that cannot be used.
         """
         by_seq = {moment.seq_id: moment for moment in moments}
         total = Held()
@@ -189,7 +189,7 @@ class ContiguousTables:
         return total
 
     def check(self, num_computed: Mapping[int, int] | None = None) -> None:
-        """Tables are beginnings of their chunks, owners have all of theirs; every chunk belongs to one group."""
+        """Checks that tables are prefixes of their chunks, complete for owners, and that each chunk has one group."""
         self.pool.check()
         named = Counter(block for table in self.tables.values() for block in table)
         if [named[block] for block in range(self.pool.num_blocks)] != self.pool.ref_counts:
@@ -224,7 +224,7 @@ class ContiguousTables:
             chunk.owner = None
 
     def _own(self, seq_id: int) -> None:
-        """From now on the sequence writes to its chunk: its table gets the rest of the blocks."""
+        """Makes the sequence the writer of its chunk: its table gets the rest of the blocks."""
         chunk, table = self._chunks[seq_id], self.tables[seq_id]
         chunk.owner = seq_id
         for block in chunk.blocks[len(table) :]:
@@ -233,7 +233,7 @@ class ContiguousTables:
             table.append(block)
 
     def _move(self, seq_id: int) -> list[Copy]:
-        """To one of the group's unused chunks, with everything it has computed."""
+        """Moves the sequence to an unused chunk of its group; returns the copies of all its computed blocks."""
         group, table = self._groups[seq_id], self.tables[seq_id]
         if all(chunk.users for chunk in group.chunks):
             self._grow(group)

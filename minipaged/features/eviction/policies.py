@@ -1,18 +1,18 @@
-"""Which cached block is evicted first: policies that go by the past, by the future, and by predictions.
+"""Eviction policies that choose by past use, by future use, or by predictions.
 
-A *page* of the literature is here a block in the prefix cache that no table names. Blocks form trees, and a lookup
-begins at the root, so a block without those before it is of no use: all policies here evict *leaves first*, that is, no
-block before those that continue it and could be evicted, too.
+The literature's *page* is here a cached block that no block table contains. Blocks form trees, and a lookup begins at
+the root, so a block is useless without the blocks before it. So all policies here evict *leaves first*: never a block
+before the evictable blocks that continue it.
 
 Three of the policies use one predicted bit per request (Antoniadis et al., Paging with Succinct Predictions, ICML 2023;
-`prediction` has predictors). With k pages in the cache, their faults are at most α·OPT + β·η₀ + γ·η₁ in the mean, where
-OPT are the faults of `Belady` and η₀, η₁ count the 0s and 1s that were wrong:
+`prediction` has predictors). With k pages in the cache, their expected faults are at most α·OPT + β·η₀ + γ·η₁, where
+OPT is the number of faults of `Belady`, and η₀, η₁ are the numbers of wrong 0s and wrong 1s. α, β, γ are:
 
     FlushWhenAll0       1, k − 1, 1
     Mark0               1, 2·H_k, 1      (H_k = 1 + 1/2 + … + 1/k)
     MarkAndPredict      2, H_k, 1
 
-All but `LRU` look at every leaf for each eviction: with thousands of cached blocks that takes a while.
+All but `LRU` look at every leaf for each eviction, which is slow with thousands of cached blocks.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from minipaged.features.eviction.prediction import LastTurn, Predictor
 
 
 class LeafFirst(LRU):
-    """What the policies here have in common: an `EvictionPolicy` that chooses among leaves.
+    """Base class of the policies here: an `EvictionPolicy` that chooses among leaves.
 
-    ``reason`` says in words why the last block was chosen. ``predict`` is asked once for each request, if there is one,
-    and ``bits`` holds its answer for the blocks that the request used.
+    ``reason`` says why the last block was chosen. ``predict``, if set, is called once for each request, and ``bits``
+    holds its answer for the blocks that the request used.
     """
 
     predict: Predictor | None = None
@@ -41,38 +41,38 @@ class LeafFirst(LRU):
         self.bits: dict[int, bool] = {}  # cached block → the prediction for its latest request
 
     def evict(self) -> int:
-        """Picks a leaf, forgets it and returns it."""
+        """Chooses a leaf, removes it from the policy and returns it."""
         block, self.reason = self.choose()
         self.remove(block)
         self.bits.pop(block, None)
         return block
 
     def note(self, blocks: Iterable[int], bit: bool) -> list[int]:
-        """Keeps the prediction for a request with those of its ``blocks`` that are cached, and returns them."""
+        """Stores the prediction for a request with those of its ``blocks`` that are cached, and returns them."""
         cached = [block for block in blocks if block in self._cache]
         self.bits.update(dict.fromkeys(cached, bit))
         return cached
 
     def discarded(self, blocks: Iterable[int]) -> list[int]:
-        """Those with bit 1. A block has the bit of its latest request, and without any prediction it is kept."""
+        """The blocks with bit 1. A block has the bit of its latest request; without a prediction it counts as 0."""
         return [block for block in blocks if self.bits.get(block)]
 
     def choose(self) -> tuple[int, str]:
-        """A leaf, and why this one."""
+        """A leaf, and the reason for this choice."""
         raise NotImplementedError
 
 
 class FIFO(LeafFirst):
-    """First in, first out: whatever was computed first, used since or not."""
+    """First in, first out: evicts the block that was computed first, whether it was used since or not."""
 
     def choose(self) -> tuple[int, str]:
         return min(self.leaves(), key=self._cache.name), "in the cache for longest"
 
 
 class Marker(LeafFirst):
-    """Whoever is used is marked. A random unmarked leaf goes; when there is none, a new phase begins without marks.
+    """Marks used blocks and evicts a random unmarked leaf; when there is none, a new phase begins without marks.
 
-    Faults are at most 2·H_k·OPT in the mean (Fiat et al., 1991).
+    The expected number of faults is at most 2·H_k·OPT (Fiat et al., 1991).
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -98,10 +98,9 @@ class Marker(LeafFirst):
 
 
 class FlushWhenAll0(LeafFirst):
-    """A leaf with *discard* bit 1 (Belady would evict it before its next request); if there is none, all are evicted.
+    """Evicts a leaf with *discard* bit 1 (Belady evicts it before its next request); without one, evicts all blocks.
 
-    The cache is emptied only as blocks are needed: until then what they held can still be found, which never costs a
-    fault more.
+    The cache is emptied only as blocks are needed: until then its blocks can still be hit, which never adds a fault.
     """
 
     def __init__(self, predict: Predictor) -> None:
@@ -119,13 +118,13 @@ class FlushWhenAll0(LeafFirst):
             if ones:
                 return ones[0], "its bit is 1: not expected to be used again in time"
             self._flushed = set(self._blocks)
-        # What continues a flushed block and came later has a use for it; it can wait no longer either.
+        # A newer block may continue a flushed one: without a flushed leaf, it has to be evicted first.
         left = [block for block in self.leaves() if block in self._flushed] or list(self.leaves())
         return left[0], "all bits were 0, so the whole cache is given up"
 
 
 class Mark0(Marker):
-    """A random leaf with *discard* bit 1; if there is none, `Marker`'s choice."""
+    """Evicts a random leaf with *discard* bit 1; if there is none, `Marker` chooses."""
 
     def __init__(self, predict: Predictor, seed: int = 0) -> None:
         super().__init__(seed)
@@ -139,7 +138,7 @@ class Mark0(Marker):
 
 
 class MarkAndPredict(Mark0):
-    """Of the unmarked leaves a random one with *phase* bit 1 (not needed in the next phase), else a random one."""
+    """Evicts a random unmarked leaf, if possible one with *phase* bit 1 (not needed in the next phase)."""
 
     def choose(self) -> tuple[int, str]:
         unmarked = self._unmarked()
@@ -150,7 +149,7 @@ class MarkAndPredict(Mark0):
 
 
 def path(cache: PrefixCache, block: int) -> list[tuple[int, ...]]:
-    """The tokens of the blocks from the root to this cached one; empty if one of those before it is gone."""
+    """The tokens of the blocks from the root to this cached one; empty if a block before it was evicted."""
     tokens_of = []
     parent = cache.name(block)
     while parent in cache.block_of:
@@ -160,19 +159,19 @@ def path(cache: PrefixCache, block: int) -> list[tuple[int, ...]]:
 
 
 class Belady(LeafFirst):
-    """What is needed latest goes first: the fewest faults there can be, for pages without a tree.
+    """Evicts the block whose next use is latest: the fewest possible faults, for pages without a tree.
 
-    It has to know ``requests``, all prompts in the order in which they will be admitted, and be told of each admission
-    (`admitted`). So it cannot be chosen by name: give ``eviction_policy=lambda: belady``.
+    It must know ``requests``, all prompts in the order in which they will be admitted, and be told of each admission
+    (`admitted`). So it cannot be chosen by name: pass ``eviction_policy=lambda: belady``.
     """
 
     def __init__(self, requests: Iterable[Seq[int]], block_size: int) -> None:
         super().__init__()
         self._nodes: dict[tuple[int, tuple[int, ...]], int] = {}  # the tree of all prompts: (node, tokens) → node
-        self._uses: list[list[int]] = [[]]  # node → the requests that look for it, in order
+        self._uses: list[list[int]] = [[]]  # node → the requests that look it up, in order
         for number, tokens in enumerate(requests):
             node = 0
-            for end in range(block_size, len(tokens), block_size):  # as `BlockTables.match` does: not to the last token
+            for end in range(block_size, len(tokens), block_size):  # as in `BlockTables.match`: without the last token
                 key = node, tuple(tokens[end - block_size : end])
                 node = self._nodes.setdefault(key, len(self._uses))
                 if node == len(self._uses):
@@ -182,7 +181,7 @@ class Belady(LeafFirst):
         self._seen: set[str] = set()
 
     def admitted(self, request_id: str) -> None:
-        """The next of the requests runs now. To be told again of one that was preempted changes nothing."""
+        """Tells the policy that the next request runs. Repeating it for a preempted request changes nothing."""
         self._seen.add(request_id)
 
     def add(self, block: int) -> None:
@@ -198,7 +197,7 @@ class Belady(LeafFirst):
         return block, "never used again" if when == inf else f"used again by request {when:g}, later than all others"
 
     def next_use(self, block: int) -> float:
-        """The number of the first request, of those not yet admitted, that will look for the block; else infinite."""
+        """The number of the first request not yet admitted that will look up the block; infinity if there is none."""
         node = self._node_of[block]
         uses = self._uses[node] if node else []
         index = bisect_left(uses, len(self._seen))
@@ -207,7 +206,7 @@ class Belady(LeafFirst):
 
 Closing = Callable[[Seq[int]], bool]
 
-# Those that need no knowledge of the future, by the name that `EngineConfig.eviction` takes.
+# Policies that need no knowledge of the future, by their name in `EngineConfig.eviction`.
 BY_NAME: dict[str, Callable[[int, Closing | None], LRU]] = {
     "lru": lambda seed, closing: LRU(),
     "fifo": lambda seed, closing: FIFO(),

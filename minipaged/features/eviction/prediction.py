@@ -1,9 +1,9 @@
-"""Predictors of one bit per request: 1, its blocks will not be needed again in time; 0, they will.
+"""Predictors of one bit per request: 1 if its blocks will not be needed again in time, 0 if they will.
 
-A *discard* bit is right if it says whether Belady's algorithm evicts the page before its next request, a *phase* bit if
-it says whether the page is missing from the next phase, a longest run of requests for k different pages. Both can be
-computed when all requests are known (`discard_bits`, `phase_bits`), and then be made wrong on purpose (`flipped`). In a
-chat nobody knows the future: `LastTurn` guesses.
+A *discard* bit is right if it says whether Belady's algorithm evicts the page before its next request. A *phase* bit is
+right if it says whether the page is missing from the next phase, a longest run of requests for k different pages. With
+all requests known, both can be computed (`discard_bits`, `phase_bits`), and errors can be added (`flipped`). In a chat
+the future is unknown: `LastTurn` guesses.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from minipaged.errors import InvalidConfig
 Predictor = Callable[[Seq[int]], bool]  # the tokens of a prompt → the bit of its blocks
 
 CLOSING = re.compile(r"\b(thanks|thank you|thx|bye|goodbye|good night|that is all|that's all)\b", re.IGNORECASE)
-TAIL = 20  # tokens at a prompt's end that hold the user's last words, with what the chat template puts behind them
+TAIL = 20  # tokens at a prompt's end: the user's last words and what the chat template appends to them
 
 
 class LastTurn:
-    """Is this prompt the last turn of its conversation? Learns from the conversations it sees.
+    """Predicts whether a prompt is the last turn of its conversation; learns from the conversations it sees.
 
-    A prompt that begins with an earlier prompt is the next turn of that conversation. An earlier prompt that nobody has
-    continued while ``patience`` others came was a last turn. So it counts, for each number of turns (8 and more are
-    one) and with and without closing words, how many went on and how many ended, and answers with the majority. At
-    first it believes that who says goodbye goes, and who does not comes back.
+    A prompt that begins with an earlier prompt is the next turn of that conversation. An earlier prompt that is not
+    continued while ``patience`` other prompts come was a last turn. The predictor counts, by number of turns (8 and
+    more are one) and with or without closing words, how many conversations went on and how many ended, and predicts the
+    majority. Without data it predicts the end after closing words, and a next turn otherwise.
 
     Args:
         closing: tells from a prompt's tokens whether the user has said goodbye (see `closing_words`). ``None``: never.
-        patience: how many later requests an answer is waited for.
+        patience: how many later requests to wait for a next turn.
     """
 
     def __init__(self, closing: Callable[[Seq[int]], bool] | None = None, patience: int = 256) -> None:
@@ -52,13 +52,13 @@ class LastTurn:
             name = hash((name, token))
             if name in self._open and position < len(tokens):
                 earlier = name
-        if name not in self._open:  # else the same prompt once more: another sample, or it had been preempted
+        if name not in self._open:  # else the same prompt again: another sample, or it was preempted
             self._remember(name, earlier, tokens)
         turn, closing, _ = self._open[name]
         return self.expects_end(turn, closing)
 
     def expects_end(self, turn: int, closing: bool) -> bool:
-        """What it would say now of such a prompt."""
+        """The prediction for a prompt with these features: whether its conversation ends."""
         ended, continued = (counts.get((turn, closing), 0) for counts in (self._ended, self._continued))
         return ended + closing > continued + (not closing)
 
@@ -83,12 +83,12 @@ class LastTurn:
 
 
 def closing_words(tokenizer: Any) -> Callable[[Seq[int]], bool]:
-    """Whether a prompt ends with English words of thanks or goodbye, by a Hugging Face tokenizer."""
+    """Makes a function from a Hugging Face tokenizer: does a prompt end with English words of thanks or goodbye?"""
     return lambda tokens: bool(CLOSING.search(tokenizer.decode(list(tokens[-TAIL:]))))
 
 
 class Given:
-    """Bits that are known beforehand, one for each request, in order. Asking for more raises `IndexError`."""
+    """A predictor with given bits, one for each request, in order. Asking for more raises `IndexError`."""
 
     def __init__(self, bits: Seq[bool]) -> None:
         self._bits, self._asked = bits, 0
@@ -126,7 +126,7 @@ def phase_bits(requests: Seq[Hashable], k: int) -> list[bool]:
 
 
 def flipped(bits: Seq[bool], zeros: float, ones: float, seed: int = 0) -> list[bool]:
-    """Makes errors: of the 0s this part (from 0 to 1) become 1, of the 1s that part becomes 0, drawn at random."""
+    """Adds random errors: flips the fraction ``zeros`` of the 0s and the fraction ``ones`` of the 1s."""
     random = Random(seed)
     return [bit != (random.random() < (ones if bit else zeros)) for bit in bits]
 

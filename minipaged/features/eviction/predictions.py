@@ -1,4 +1,4 @@
-"""Asks a policy's predictor about each request, and leaves the answer with the request's blocks."""
+"""The stage that asks a policy's predictor about each request, and stores the bit with the request's blocks."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from minipaged.events import Predicted
 
 
 class Predictions(Stage):
-    """Does nothing for a policy without ``predict``.
+    """Asks the policy's predictor about each request. Does nothing for a policy without ``predict``.
 
     ``bits``: running request → 1 if its blocks will not be needed again in time. A preempted request is asked about
-    again when it comes back; until then its cached blocks keep the bit, and a 1 is wrong for that while.
+    again when it resumes; until then its cached blocks keep the bit, and a 1 is wrong in the meantime.
     """
 
     scheduler: Scheduler
 
     def __init__(self) -> None:
         self.bits: dict[Request, bool] = {}
-        self._asked: list[Request] = []  # in this step
+        self._asked: list[Request] = []  # asked about in this step
 
     def bind(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
@@ -55,7 +55,7 @@ class Predictions(Stage):
             )
 
     def committed(self, plan: StepPlan) -> None:
-        # Not in `finished`: a beam search gives up blocks after its last hypothesis has ended.
+        # Not in `finished`: a beam search frees blocks after its last hypothesis has ended.
         for request in [request for request in self.bits if request.status is Status.FINISHED]:
             del self.bits[request]
 

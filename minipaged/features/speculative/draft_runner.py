@@ -1,4 +1,4 @@
-"""The runner's side of speculation with a model: a second, smaller one drafts what the model then verifies."""
+"""The runner's side of speculation with a draft model: it drafts tokens that the larger model then verifies."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from minipaged.features.full_sampler import adjust, distribution, sample
 class DraftRunner(WrappedRunner):
     """Lets a draft model write the drafts of a plan before the model computes it.
 
-    The draft model has KV tensors of its own and no tables: its keys and values lie in the same blocks and slots. It
-    computes all that the model computes; so what was forked, cached, swapped or preempted is right for both.
+    The draft model has its own KV tensors and no block tables: its keys and values use the same blocks and slots. It
+    computes every token that the model computes, so forks, cache hits, swaps and preemptions are right for both.
     """
 
     def __init__(self, draft: Any, inner: Any) -> None:
@@ -30,9 +30,9 @@ class DraftRunner(WrappedRunner):
         return self.inner.execute(plan)
 
     def propose(self, plan: StepPlan) -> None:
-        """Writes the drafts of the plan, and with temperatures the distributions they were drawn from.
+        """Writes the drafts of the plan, and for temperatures above 0 the distributions they were drawn from.
 
-        A token a time, for all sequences at once; the last one only to have its KV in place, should it be accepted.
+        One token at a time, for all sequences at once; the last pass only stores KV, in case all are accepted.
         """
         rest = [replace(chunk, samples=[]) for chunk in plan.chunks if not chunk.draft]
         self.draft.execute(replace(plan, chunks=rest))
@@ -61,7 +61,7 @@ class DraftRunner(WrappedRunner):
 
 
 def _ahead(chunk: Chunk, count: int) -> Chunk:
-    """The one token behind ``count`` tokens of the chunk's draft, sampling the next of it unless it is the last."""
+    """A chunk of the last token after ``count`` draft tokens; it samples the next draft token, if there is one."""
     seq = replace(chunk.seq, tokens=chunk.seq.tokens + chunk.draft[:count])
     samples = [seq] if count < len(chunk.draft) else []
     return Chunk(chunk.request, seq, chunk.start + count, 1, samples, chunk.block_table)

@@ -1,4 +1,4 @@
-"""The scheduler's side of speculative decoding: drafts are put on the plan, and settled when the model has spoken."""
+"""The scheduler's side of speculative decoding: puts drafts on the plan, and settles them after verification."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from minipaged.core.seams import Stage
 from minipaged.events import Filled, Speculated
 from minipaged.features.speculative import PROMPT_LOOKUP
 
-PENDING = -1  # a token that the draft model will have said before the step computes it
+PENDING = -1  # placeholder: the draft model writes the token before the step computes it
 
 
 class PromptLookup:
-    """Guesses that what followed the newest tokens when they last stood together follows them again (Saxena 2023).
+    """Drafts the tokens that followed the newest ones at their latest earlier occurrence (prompt lookup, Saxena 2023).
 
-    The latest place of every run of two and three tokens is kept, so that looking costs the same however long a
+    Stores the latest position of every run of two and three tokens, so that a lookup costs the same however long a
     sequence is.
     """
 
-    SIZES = (3, 2)  # the longer run of tokens is the better witness
+    SIZES = (3, 2)  # longest first: a longer match predicts better
 
     def __init__(self) -> None:
         self._ends: WeakKeyDictionary[Sequence, dict[tuple[int, ...], int]] = WeakKeyDictionary()
         self._seen: WeakKeyDictionary[Sequence, int] = WeakKeyDictionary()
 
     def __call__(self, seq: Sequence, count: int) -> list[int]:
-        """``count`` tokens, or none if the newest ones are without precedent."""
+        """``count`` draft tokens, or none if the newest tokens have not occurred before."""
         tokens, ends = seq.tokens, self._ends.setdefault(seq, {})
         for end in range(self._seen.get(seq, 0), len(tokens)):
             ends.update((tuple(tokens[end - size : end]), end) for size in self.SIZES if size <= end)
@@ -40,15 +40,15 @@ class PromptLookup:
         if start is None:
             return []
         draft: list[int] = []
-        for at in range(start, start + count):  # past the end it goes on with the draft: what repeats, repeats
+        for at in range(start, start + count):  # past the end it copies the draft, so repetitions go on
             draft.append(tokens[at] if at < len(tokens) else draft[at - len(tokens)])
         return draft
 
 
 class Speculation(Stage):
-    """Puts drafts on a plan, and settles them when the model has spoken.
+    """The stage that puts drafts on a plan, and settles them after the model has verified them.
 
-    ``propose`` makes a draft of at most that many tokens for a sequence. ``num_proposed`` and ``num_accepted`` count
+    ``propose(seq, count)`` makes a draft of at most ``count`` tokens. ``num_proposed`` and ``num_accepted`` count
     tokens since the start.
     """
 
@@ -60,16 +60,16 @@ class Speculation(Stage):
         self._drafted: dict[Request, list[Chunk]] = {}
 
     def planned(self, plan: StepPlan) -> None:
-        """Decoding sequences speculate with what is left: tokens of the budget, and free blocks.
+        """Adds drafts to decoding sequences, within what is left of the token budget and the free blocks.
 
-        Everything else has been placed, so that no request waits or is preempted for a guess. Sequences that depend on
-        each other, such as beams, go on one token at a time.
+        Everything else is already on the plan, so that no request waits or is preempted for a draft. Sequences that
+        depend on each other, such as beams, decode one token at a time.
         """
         scheduler, self._drafted = self.scheduler, {}
         budget = scheduler.admission.limits(None).num_tokens - plan.num_tokens
         for chunk in plan.chunks:
             request, seq = chunk.request, chunk.seq
-            # The model itself adds a token behind an accepted draft; none may be beyond what the request allows.
+            # The model adds a token of its own behind an accepted draft; no token may exceed the request's max_output.
             count = min(self.num_tokens, budget, request.max_output - seq.num_output - 1)
             alone = request.decoding.independent and not scheduler.forking(request)
             decodes = chunk.num_tokens == 1 and chunk.samples == [seq] and alone
@@ -78,7 +78,7 @@ class Speculation(Stage):
                 budget -= len(chunk.draft)
 
     def _place(self, chunk: Chunk, count: int, plan: StepPlan) -> bool:
-        """Reserves slots for a draft and puts it on the chunk; ``False`` if there is none, or no room for any of it."""
+        """Reserves slots for a draft and puts it on the chunk; ``False`` if there is no draft, or no room for any."""
         memory, seq_id, start = self.scheduler.memory, chunk.seq.seq_id, chunk.start + 1
         draft = self.propose(chunk.seq, count)
         while draft and memory.blocks_needed([Write(seq_id, start, start + len(draft))]) > memory.pool.num_free:
@@ -91,12 +91,12 @@ class Speculation(Stage):
         return bool(draft)
 
     def sampled(self, request: Request) -> None:
-        """Settles the request's drafts: accepted tokens have KV, and the blocks of rejected ones are given back."""
+        """Settles the request's drafts: accepted tokens have KV, and the blocks of rejected ones are freed."""
         memory, events = self.scheduler.memory, self.scheduler.events
         for chunk in self._drafted.pop(request, ()):
             seq, end = chunk.seq, chunk.start + 1
             accepted, blocks = 0, list[int]()
-            # If the sequence goes on, its newest token is the model's own and has no KV, even if it was guessed.
+            # If the sequence goes on, its newest token is the model's own and has no KV, even if the draft had it.
             said = seq.tokens[end:] if seq.finish_reason else seq.tokens[end:-1]
             for token, guess in zip(said, chunk.draft, strict=False):
                 if token != guess:
@@ -114,13 +114,13 @@ class Speculation(Stage):
 
 
 def make_speculation(config: Any) -> Speculation:
-    """The stage for what ``config.speculate`` names."""
+    """The `Speculation` stage for ``config.speculate``."""
     propose = PromptLookup() if config.speculate == PROMPT_LOOKUP else _pending
     return Speculation(propose, config.num_speculative_tokens or 4)
 
 
 def speculation_of(engine: Any) -> Speculation | None:
-    """The engine's stage; ``None`` if it does not speculate."""
+    """The engine's `Speculation` stage; ``None`` if it does not speculate."""
     return next((stage for stage in engine.scheduler.stages if isinstance(stage, Speculation)), None)
 
 

@@ -1,4 +1,4 @@
-"""The runner's side of swapping: blocks travel between the KV cache and the memory of the CPU."""
+"""The runner's side of swapping: copies blocks between the KV cache and CPU memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SwapSpace:
         self.kv_cache = kv_cache
         pinned = (
             kv_cache.k[0].device.type == "cuda"
-        )  # the GPU reads pinned memory by itself, and the host need not wait
+        )  # the GPU copies pinned memory by itself, so the host need not wait
         self._stores = [
             [torch.zeros(num_blocks, *t.shape[1:], dtype=t.dtype, pin_memory=pinned) for t in store]
             for store in kv_cache.stores
@@ -42,7 +42,7 @@ class SwapSpace:
 
 
 class SwapRunner(WrappedRunner):
-    """Swaps out, then in, then lets the rest of the plan run: in this order a block may serve twice in one step."""
+    """Swaps out, then in, then executes the rest of the plan: in this order one step can reuse a block."""
 
     def __init__(self, inner: Any, num_blocks: int) -> None:
         super().__init__(inner)

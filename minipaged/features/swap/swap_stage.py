@@ -43,7 +43,7 @@ class Swap(Stage):
         return True
 
     def before_admission(self, plan: StepPlan) -> bool:
-        """Swapped → running, in order of arrival, each with the blocks for its next tokens too."""
+        """Swapped → running, in order of arrival, if each request's blocks and those for its next tokens fit."""
         scheduler, space = self.scheduler, self.space
         while self.requests_out:
             request = self.requests_out[0]
@@ -59,7 +59,7 @@ class Swap(Stage):
             if space.blocks_needed_to_swap_in(writes) > room:
                 if scheduler.running:
                     break
-                scheduler.outgrow(request, plan)  # alone, and still too large
+                scheduler.outgrow(request, plan)  # it is alone and still does not fit
                 continue
             self.requests_out.remove(request)
             scheduler.insert(request, scheduler.running, Status.RUNNING)
@@ -82,12 +82,12 @@ class Swap(Stage):
         return [request for request in plan.preempted if request.status is Status.SWAPPED]
 
     def check(self) -> None:
-        """Raises `InvariantViolation` if the swap space's books are wrong, or do not suit the requests that are out."""
+        """Raises `InvariantViolation` if the swap space is inconsistent or does not match the swapped requests."""
         self.space.check()
         if not set(self.space.tables) <= {seq.seq_id for request in self.requests_out for seq in request.live}:
             raise InvariantViolation(
-                f"sequences {set(self.space.tables)} have blocks in the swap space, but are not out"
+                f"sequences {set(self.space.tables)} have blocks in the swap space, but are not swapped out"
             )
         order = [(r.rank, r.arrival) for r in self.requests_out]
         if order != sorted(order):
-            raise InvariantViolation("the swapped requests are out of the order of rank and arrival")
+            raise InvariantViolation("the swapped requests are not in order of rank and arrival")

@@ -19,10 +19,10 @@ class SwapTables:
         self.memory, self.events = memory, memory.events if events is None else events
         self.pool = BlockPool(num_blocks)
         self.tables: dict[int, list[int]] = {}
-        self._prefixes: dict[int, list[int]] = {}  # sequence → what `BlockTables.detach` said of its prefixes
+        self._prefixes: dict[int, list[int]] = {}  # sequence → its prefixes, from `BlockTables.detach`
 
     def can_swap_out(self, seq_ids: Seq[int]) -> bool:
-        """Whether the swap space can take these sequences' blocks, each of which moves once."""
+        """Whether the swap space has room for these sequences' blocks, each of which moves once."""
         return len({block for seq_id in seq_ids for block in self.memory.tables[seq_id]}) <= self.pool.num_free
 
     def swap_out(self, seq_ids: Seq[int]) -> list[Copy]:
@@ -35,7 +35,7 @@ class SwapTables:
         return [Copy(src, dst) for src, dst in moves.items()]
 
     def swap_in(self, seq_ids: Seq[int]) -> list[Copy]:
-        """Moves them back, to whatever blocks are free now. Returns the copies swap space → pool."""
+        """Moves whole tables back, to blocks that are free now. Returns the copies swap space → pool."""
         moves: dict[int, int] = {}
         for seq_id in seq_ids:
             swapped = self.tables.pop(seq_id)
@@ -45,9 +45,9 @@ class SwapTables:
         return [Copy(src, dst) for src, dst in moves.items()]
 
     def blocks_needed_to_swap_in(self, writes: Seq[Write]) -> int:
-        """Free blocks that swapping these sequences in and then reserving ``writes`` takes.
+        """Number of free blocks that swapping these sequences in and then reserving ``writes`` takes.
 
-        The next token counts too: else a sequence would be swapped in only to be preempted at once.
+        The next token counts too: otherwise a sequence could be swapped in and preempted at once.
         """
         moved = {block for write in writes for block in self.tables[write.seq_id]}
         return len(moved) + self.memory.count_blocks(writes, self.tables, self.pool)
@@ -69,10 +69,9 @@ class SwapTables:
 
 
 def _move(table: list[int], source: BlockPool, target: BlockPool, moves: dict[int, int]) -> list[int]:
-    """Takes blocks of ``target`` for a table of ``source``, which is freed, tail first.
+    """Allocates blocks of ``target`` for a table of ``source``, whose blocks are freed, tail first.
 
-    ``moves`` (source block → target block) grows: a block that several sequences share moves once, and is shared there
-    as it was here.
+    ``moves`` (source block → target block) grows: a block that several sequences share moves once, and stays shared.
     """
     for block in table:
         if block in moves:

@@ -1,4 +1,4 @@
-"""One LLM of all the processes that torchrun started."""
+"""Runs one LLM on all the processes that torchrun started."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 def run(use: Callable[[LLM], T], model: str = "tiny", **settings: Any) -> T | None:
-    """An LLM of all the processes that torchrun started, each of which calls this with the same arguments.
+    """Runs one LLM on all the processes that torchrun started, each of which calls this with the same arguments.
 
-    On rank 0, ``use`` is called with an `LLM`, and its result returned. The others work for that, ignoring Ctrl-C,
+    On rank 0, calls ``use`` with an `LLM` and returns its result. The other ranks execute its plans, ignoring Ctrl-C,
     until ``use`` returns or raises; their result is ``None``. ``settings`` are those of `EngineConfig`, without CUDA
     graphs and vAttention. Raises `InvalidConfig` or `ModelError` on all ranks; `WorkerFailed` where one lost another.
     """
@@ -27,10 +27,10 @@ def run(use: Callable[[LLM], T], model: str = "tiny", **settings: Any) -> T | No
             try:
                 return use(llm)
             finally:
-                if not runner.in_step:  # else the others wait there, and see that rank 0 leaves
+                if not runner.in_step:  # else the others wait in the step, and fail when rank 0 leaves
                     broadcast(None)
-        with suppress(ValueError):  # not in the main thread, which alone hears of Ctrl-C
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # everybody gets it, but rank 0 ends the work
+        with suppress(ValueError):  # not in the main thread, which alone receives Ctrl-C
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # every process gets it, but rank 0 ends the work
         while (plan := broadcast(None)) is not None:
-            runner.execute(plan)  # its engine is never asked for anything
+            runner.execute(plan)  # only the runner is used, never its engine
     return None

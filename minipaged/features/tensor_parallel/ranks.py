@@ -22,12 +22,12 @@ from minipaged.features.tensor_parallel.shard import Shard, connected
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=1)  # rank 0 may have nothing to do for long; if it ends, the others see that at once
+PATIENCE = timedelta(days=1)  # rank 0 may be idle for long; if it ends, the others notice at once
 _groups = count()
 
 
 class PlainChunk(NamedTuple):
-    """What `build_batch` asks of a chunk: a worker knows of no request and no sequence."""
+    """The part of a chunk that `build_batch` needs: a worker has no requests and no sequences."""
 
     start: int
     num_tokens: int
@@ -37,16 +37,16 @@ class PlainChunk(NamedTuple):
 
 
 def plain(plan: StepPlan) -> StepPlan:
-    """The plan for a worker. It asks for no logits: rank 0 has them all."""
+    """The plan for a worker. It requests no logits: rank 0 has them all."""
     chunks: list[Any] = [PlainChunk(c.start, c.num_tokens, 0, c.token_ids, c.block_table) for c in plan.chunks]
     return StepPlan(plan.step, chunks, plan.swap_outs, plan.swap_ins, plan.copies)
 
 
 class LeadingRunner(WrappedRunner):
-    """Rank 0's runner: tells the others what to do, and does it too."""
+    """Rank 0's runner: sends each plan to the other ranks, and executes it too."""
 
     has_part_of_the_heads = True
-    in_step = False  # if True when no step is running: the last one broke off, and nobody knows where the others are
+    in_step = False  # if True between steps, the last step failed and the state of the other ranks is unknown
 
     def execute(self, plan: StepPlan) -> Any:
         if self.in_step:
@@ -59,7 +59,7 @@ class LeadingRunner(WrappedRunner):
 
 
 def broadcast(plan: StepPlan | None) -> StepPlan | None:
-    """Rank 0's plan, on every rank."""
+    """Sends rank 0's plan to every rank; returns it on each of them."""
     box = [plan]
     with connected():
         dist.broadcast_object_list(box, src=0)
@@ -71,7 +71,7 @@ def process_group() -> Iterator[Shard]:
     if "RANK" not in os.environ:
         raise InvalidConfig("tensor parallelism needs several processes: torchrun --nproc-per-node 2 …")
     store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
-    store = dist.PrefixStore(f"minipaged-{next(_groups)}", store)  # it keeps the addresses of earlier groups
+    store = dist.PrefixStore(f"minipaged-{next(_groups)}", store)  # the store keeps the addresses of earlier groups
     backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     try:
@@ -81,19 +81,19 @@ def process_group() -> Iterator[Shard]:
 
 
 def check(config: Any, device: torch.device) -> None:
-    """Raises `InvalidConfig` for what does not go with several processes; takes this one's GPU."""
+    """Raises `InvalidConfig` for settings that several processes do not support; selects this rank's GPU."""
     if config.memory == "vattention" or config.cuda_graphs or device.type == "mps":
         raise InvalidConfig('tensor parallelism excludes memory="vattention", cuda_graphs=True and device="mps"')
     if config.drafts_with_model:
-        raise InvalidConfig('tensor parallelism excludes a draft model; speculate="prompt-lookup" goes with it')
+        raise InvalidConfig('tensor parallelism excludes a draft model; use speculate="prompt-lookup"')
     if device.type == "cuda":
         if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-            raise InvalidConfig(f"each process needs a GPU of its own; here are {torch.cuda.device_count()}")
+            raise InvalidConfig(f"each process needs its own GPU; this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def neighbours(device: torch.device) -> int:
-    """How many of the processes share a device's memory: on a CPU all those of this machine."""
+    """Number of processes that share a device's memory: on a CPU all those of this machine."""
     return 1 if device.type == "cuda" else int(os.environ["LOCAL_WORLD_SIZE"])
 
 
@@ -106,7 +106,7 @@ def gather(value: T) -> list[T]:
 
 
 def together(do: Callable[[], T]) -> T:
-    """Every process does this. Re-raises any rank's error on every rank, so that none deadlocks."""
+    """Calls ``do`` on every rank. Re-raises any rank's error on every rank, so that none deadlocks."""
     failed: MinipagedError | None = None
     try:
         result = do()

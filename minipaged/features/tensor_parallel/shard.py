@@ -1,9 +1,9 @@
-"""A rank's share of a model: as deep as the whole one, but narrower (Megatron-LM, Shoeybi et al. 2019).
+"""A rank's share of a model: all layers of the whole model, but narrower (Megatron-LM, Shoeybi et al. 2019).
 
-Each of ``world`` processes has as many of every layer's heads as the others, and as much of the width inside its MLP.
-What its layers compute are summands of what the whole layers would add to the residual stream. So attention and MLP
-each end in a sum over the ranks, and nothing else is exchanged on the way. The embeddings, the norms and the output
-head are on every rank, whole: to split the vocabulary, too, would save memory and cost another exchange.
+Each of ``world`` processes has an equal share of every layer's heads and of the width inside its MLP. Its layers
+compute partial sums of what the whole layers would add to the residual stream. So attention and MLP each end in a sum
+over the ranks (an all-reduce), and nothing else is exchanged. Every rank has the whole embeddings, norms and output
+head: to split the vocabulary, too, would save memory and cost another exchange.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from minipaged.errors import InvalidConfig, WorkerFailed
 
-SUMMANDS = ("o_proj", "down_proj", "c_proj")  # the layers whose input is shared out; of others it is the output
+SUMMANDS = ("o_proj", "down_proj", "c_proj")  # layers split along their input; others are split along their output
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of process ``rank`` among ``world`` of them."""
+    """The part of a model that process ``rank`` of ``world`` has."""
 
     rank: int
     world: int
@@ -42,16 +42,16 @@ class Shard:
         return replace(config, **{name: size // self.world for name, size in sizes.items()})
 
     def part(self, name: str, whole: Tensor, shape: torch.Size) -> Tensor:
-        """This rank's part of a tensor as the checkpoint has it: in one dimension ``shape`` is smaller, or in none."""
+        """This rank's part of a checkpoint's tensor: ``shape`` is smaller in one dimension, or in none."""
         split = [dim for dim, size in enumerate(shape) if size != whole.shape[dim]]
         if not split:
             return whole
-        # GPT-2 stores the queries', keys' and values' weights side by side, and all heads are in each of the three.
+        # GPT-2 stores query, key and value weights side by side, and each of the three has all heads.
         kinds = whole.chunk(3 if "c_attn" in name else 1, split[0])
         return torch.cat([kind.chunk(self.world, split[0])[self.rank] for kind in kinds], split[0])
 
     def join(self, network: nn.Module) -> None:
-        """Puts the sums over the ranks behind the layers that compute summands. Only rank 0's have a bias."""
+        """Adds an all-reduce after layers that compute partial sums. Only rank 0 keeps their bias: it counts once."""
         for module in list(network.modules()):
             children: dict[str, Any] = dict(module.named_children())
             for name, linear in children.items():
@@ -62,7 +62,7 @@ class Shard:
 
 
 class RowParallel(nn.Module):
-    """A linear layer of which each rank has some columns, and the inputs for those. [T, in / world] → [T, out]"""
+    """A linear layer split along its input: each rank has some columns and their inputs. [T, in / world] → [T, out]"""
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
@@ -77,8 +77,8 @@ class RowParallel(nn.Module):
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """For all that the processes say to each other. Raises `WorkerFailed` where another has left."""
+    """Context of all communication between ranks. Raises `WorkerFailed` if another process is gone."""
     try:
         yield
-    except RuntimeError as error:  # gloo and NCCL have no better name for it, and many words
+    except RuntimeError as error:  # gloo and NCCL raise no specific type, and their messages are long
         raise WorkerFailed(f"another process of the group is gone: {str(error).split('. ')[0]}") from error

@@ -1,13 +1,12 @@
-"""vAttention: paged memory that attention sees in one piece (Prabhu et al., ASPLOS 2025, arXiv 2405.04437).
+"""vAttention: paged memory that is contiguous for attention (Prabhu et al., ASPLOS 2025, arXiv 2405.04437).
 
 Blocks are mapped, in order, into a range of virtual addresses per sequence, so that attention needs no block tables.
 Adds ``memory="vattention"``, ``mapping`` and ``tensor_slicing`` (Linux CPU, and CUDA).
 
-Hooks: a `MemoryManager` (`VirtualTables`, over the core's block tables), a `Stage` (``planned``: maps come last), and
-on the runner's side `MappingRunner` (``plan.maps``) and `VirtualKVCache`. Read `virtual_tables` first, then
-`virtual_memory`; `cuda_memory` is the same on a GPU, and `slot_attention` is what attention becomes. The page shows it
-in the scenario "The same requests, paged", with
-*Settings* → memory.
+Hooks: a `MemoryManager` (`VirtualTables`, over the core's block tables), a `Stage` (``planned`` adds the mappings
+last), and on the runner's side `MappingRunner` (``plan.maps``) and `VirtualKVCache`. Read `virtual_tables` first, then
+`virtual_memory`; `cuda_memory` does the same on a GPU, and `slot_attention` replaces paged attention. The page shows it
+in the scenario "The same requests, paged", with *Settings* → memory.
 """
 
 from typing import Any
@@ -18,7 +17,7 @@ MAPPINGS = ("sync", "eager", "async")
 
 
 def check(config: Any) -> None:
-    """Raises `InvalidConfig` for what an `EngineConfig` asks of vAttention and it cannot do."""
+    """Raises `InvalidConfig` if an `EngineConfig` asks vAttention for something that it does not support."""
     if not isinstance(config.tensor_slicing, bool):
         raise InvalidConfig(f"tensor_slicing must be True or False, not {config.tensor_slicing!r}")
     if config.mapping is not None and config.mapping not in MAPPINGS:
@@ -29,6 +28,6 @@ def check(config: Any) -> None:
         config.attention in ("triton", "native", "flex") or config.kv_dtype != "auto"
     ):
         raise InvalidConfig(
-            'memory="vattention" attends with plain torch to keys and values as they are; '
+            'memory="vattention" uses attention by plain torch on unquantized keys and values; '
             "leave attention and kv_dtype out"
         )

@@ -1,6 +1,6 @@
 """`PageMemory` on CUDA, through the driver's virtual memory management (``cuda.bindings.driver``).
 
-Needs the package cuda-bindings. A stock driver maps pages of 2 MiB: use ``tensor_slicing`` to have fewer tokens in one.
+Needs the package cuda-bindings. A stock driver maps pages of 2 MiB: with ``tensor_slicing`` a page holds fewer tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def granularity(device: torch.device) -> int:
 
 
 class CudaMemory(PageMemory):
-    """Each page-group is an allocation of its own: the driver maps, and unmaps, allocations only whole."""
+    """Page memory on CUDA. Each page-group is a separate allocation: the driver maps and unmaps only whole ones."""
 
     def __init__(self, page_bytes: int, num_pages: int, num_places: int, device: torch.device) -> None:
         super().__init__(page_bytes, num_pages, num_places)
@@ -53,7 +53,7 @@ class CudaMemory(PageMemory):
 
 
 class _CudaMapping:
-    """What is to be given back to the driver. Tensors hold this object, so that none of them can outlive its memory."""
+    """Owns driver resources that must be freed. Tensors reference it, so that none can outlive its memory."""
 
     def __init__(self, page_bytes: int, device: torch.device) -> None:
         self.page_bytes, self._device, self._driver = page_bytes, device, _driver()
@@ -66,26 +66,26 @@ class _CudaMapping:
         weakref.finalize(self, _give_back, self._driver, page_bytes, self._mapped, self._ranges, self._pages)
 
     def create(self) -> Any:
-        """A physical page-group, mapped nowhere yet."""
+        """Allocates a physical page-group, which is not mapped yet."""
         page = _ask(self._driver.cuMemCreate(self.page_bytes, _allocation(self._driver, self._device), 0))
         self._pages.append(page)
         return page
 
     def reserve(self, count: int) -> int:
-        """The address of a range without memory."""
+        """Reserves a range of addresses without memory; returns its start."""
         num_bytes = count * self.page_bytes
         address = int(_ask(self._driver.cuMemAddressReserve(num_bytes, 0, 0, 0)))
         self._ranges.append((address, num_bytes))
         return address
 
     def map(self, address: int, page: Any) -> None:
-        torch.cuda.set_device(self._device.index or 0)  # of this thread, which may be the one in the background
+        torch.cuda.set_device(self._device.index or 0)  # per thread, and this may be the background thread
         _ask(self._driver.cuMemMap(address, self.page_bytes, 0, page, 0))
         self._mapped.add(address)
         _ask(self._driver.cuMemSetAccess(address, self.page_bytes, [self._access], 1))
 
     def unmap(self, address: int) -> None:
-        torch.cuda.synchronize(self._device)  # a kernel of the step before may still be reading
+        torch.cuda.synchronize(self._device)  # a kernel of the previous step may still be reading
         _ask(self._driver.cuMemUnmap(address, self.page_bytes))
         self._mapped.remove(address)
 
@@ -111,15 +111,15 @@ def _driver() -> Any:
 
 
 def _ask(answer: tuple) -> Any:
-    """The value in a driver call's answer (error, value). Raises RuntimeError for an error."""
+    """The value in a driver call's result (error, value). Raises `RuntimeError` for an error."""
     error, *values = answer
     if int(error) != 0:
-        raise RuntimeError(f"the CUDA driver says {error.name}")
+        raise RuntimeError(f"the CUDA driver reports {error.name}")
     return values[0] if values else None
 
 
 def _allocation(driver: Any, device: torch.device) -> Any:
-    """Memory of this device, as the driver wants it described."""
+    """The driver's description of memory on this device."""
     prop = driver.CUmemAllocationProp()
     prop.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
     prop.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -128,7 +128,7 @@ def _allocation(driver: Any, device: torch.device) -> Any:
 
 
 # --- tensors over addresses that torch did not hand out -------------------------------------------------------------
-# DLPack carries the device along. Other ways ask the driver whose address it is, which a mere reservation cannot tell.
+# DLPack states the device. Other ways ask the driver for the device of an address, which fails for a reservation.
 
 
 class _DLTensor(ctypes.Structure):
@@ -150,7 +150,7 @@ class _DLTensor(ctypes.Structure):
 
 _KINDS = {"cpu": 1, "cuda": 2}  # DLDeviceType
 _UINT = 1  # DLDataTypeCode
-_lent: dict[int, Any] = {}  # address of a _DLTensor → all that must live until torch has done with it
+_lent: dict[int, Any] = {}  # address of a _DLTensor → what must live until torch releases it
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -158,11 +158,11 @@ def _returned(address: int, lent: dict[int, Any] = _lent) -> None:
     lent.pop(address, None)
 
 
-ctypes.pythonapi.Py_IncRef(ctypes.py_object(_returned))  # tensors may die after this module, at the very end
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_returned))  # tensors may be freed after this module, at exit
 
 
 def _tensor_at(address: int, num_bytes: int, device: torch.device, owner: object) -> Tensor:
-    """uint8 [num_bytes]. ``owner`` lives until the tensor and all its views are gone."""
+    """A uint8 tensor [num_bytes] over an address. ``owner`` lives until the tensor and all its views are gone."""
     shape = (ctypes.c_int64 * 1)(num_bytes)
     where = (address, _KINDS[device.type], device.index or 0)
     managed = _DLTensor(*where, 1, _UINT, 8, 1, shape, None, 0, None, _returned)

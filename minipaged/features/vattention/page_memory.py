@@ -1,4 +1,4 @@
-"""Physical page-groups, and addresses at which they can be shown: on Linux by ``mmap`` (a GPU: `cuda_memory`)."""
+"""Physical page-groups and addresses to map them at: on Linux through ``mmap`` (on a GPU: `cuda_memory`)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PROT_NONE, MAP_FIXED, MAP_NORESERVE = 0x0, 0x10, 0x4000  # of <sys/mman.h>; Pyth
 class PageMemory:
     """A pool of ``num_pages`` physical page-groups of ``page_bytes`` each, and addresses for ``num_places`` of them.
 
-    ``pool`` [num_pages · page_bytes] and ``space`` [num_places · page_bytes] are uint8 tensors over the two. To touch a
-    place of ``space`` that shows no page kills the process (on a CPU) or the CUDA context, as any wild pointer does.
-    The memory is given back when this object and all tensors over it are gone, whichever is last.
+    ``pool`` [num_pages · page_bytes] and ``space`` [num_places · page_bytes] are uint8 tensors over the two. An access
+    to a place of ``space`` without a page kills the process (on a CPU) or the CUDA context, like any invalid pointer.
+    The memory is freed when this object and all tensors over it are gone, whichever is last.
     """
 
     pool: Tensor
@@ -26,19 +26,19 @@ class PageMemory:
 
     def __init__(self, page_bytes: int, num_pages: int, num_places: int) -> None:
         self.page_bytes, self.num_pages, self.num_places = page_bytes, num_pages, num_places
-        self.mapped: set[int] = set()  # places that show a page
+        self.mapped: set[int] = set()  # places with a page
 
     def map(self, place: int, page: int, count: int) -> None:
-        """Places [place, place + count) show pages [page, page + count), whatever they showed before."""
+        """Maps pages [page, page + count) at places [place, place + count), which may replace earlier mappings."""
         raise NotImplementedError
 
     def unmap(self, place: int, count: int) -> None:
-        """Places [place, place + count) show nothing any more. The pages keep their bytes."""
+        """Unmaps places [place, place + count). The pages keep their bytes."""
         raise NotImplementedError
 
 
 class HostMemory(PageMemory):
-    """On Linux: the pool is a file without a name and a disk (``memfd_create``), of which ``mmap`` shows parts."""
+    """Page memory on Linux: the pool is an anonymous file in memory (``memfd_create``), mapped in parts by ``mmap``."""
 
     def __init__(self, page_bytes: int, num_pages: int, num_places: int) -> None:
         super().__init__(page_bytes, num_pages, num_places)
@@ -53,17 +53,17 @@ class HostMemory(PageMemory):
         self.mapped.update(range(place, place + count))
 
     def unmap(self, place: int, count: int) -> None:
-        # Not munmap: then the addresses would be free for anybody's next allocation.
+        # Not munmap: it would release the addresses, and any other allocation could take them.
         self._mapping.mmap(place, count, PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         self.mapped.difference_update(range(place, place + count))
 
 
 class _HostMapping:
-    """What is to be given back to the system. Tensors hold this object, so that none of them can outlive its memory."""
+    """Owns system resources that must be freed. Tensors reference it, so that none can outlive its memory."""
 
     def __init__(self, page_bytes: int, num_pages: int, num_places: int) -> None:
         self.page_bytes = page_bytes
-        self._libc = ctypes.CDLL(None, use_errno=True)  # whose calls let other threads run meanwhile
+        self._libc = ctypes.CDLL(None, use_errno=True)  # its calls release the GIL
         self._libc.mmap.restype = ctypes.c_void_p
         self._libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
         self._libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
@@ -72,11 +72,11 @@ class _HostMapping:
         os.ftruncate(self.fd, num_pages * page_bytes)
         readable = mmap.PROT_READ | mmap.PROT_WRITE
         self.pool = self._range(num_pages, readable, mmap.MAP_SHARED, self.fd)
-        # Addresses and nothing else: no access is allowed, and the system sets no memory aside.
+        # Reserves addresses only: no access is allowed, and the system reserves no memory.
         self.space = self._range(num_places, PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE, -1)
 
     def mmap(self, place: int, count: int, protection: int, flags: int, fd: int = -1, offset: int = 0) -> None:
-        """Replaces what ``count`` places of the space show, in one step for all who look."""
+        """Replaces the mapping of ``count`` places of the space, atomically for all readers."""
         self._call(self.space + place * self.page_bytes, count, protection, flags | MAP_FIXED, fd, offset)
 
     def _range(self, count: int, protection: int, flags: int, fd: int) -> int:

@@ -1,11 +1,11 @@
-"""Attention over slots of virtual memory, where a sequence's keys and values lie side by side: no block tables.
+"""Attention over slots of virtual memory, in which a sequence's keys and values are contiguous: no block tables.
 
-What the kernels of ``reference.py`` gather first is in place here, so that torch's own attention does all the work and
-a sliding window is no mask but a slice. Letters in shapes are those of ``reference.py``; W is the number of tokens that
-fit into a slot.
+The kernels of ``reference.py`` first gather keys and values; here they are already in place, so torch's own attention
+does all the work, and a sliding window is a slice. Letters in shapes are those of ``reference.py``; W is the number of
+tokens that fit into a slot.
 
-One call a sequence, not one for a padded batch: that would read memory where nothing is mapped, or what an earlier
-owner left in it (0 · NaN is NaN). Nor would it be faster by and large: on a CPU the padding costs what the calls save.
+One call per sequence, not one for a padded batch: padding would read memory where nothing is mapped, or what an earlier
+owner left in it (0 · NaN is NaN). It would not be faster in general: on a CPU the padding costs what the calls save.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def attention(
     """
     outs = []
     for queries, slot, length in zip(q.split(query_lens), slots, context_lens, strict=True):
-        first = 0  # the first token that any of the queries sees
+        first = 0  # the first token that any of the queries attends to
         if sliding_window is not None:
             first = max(0, length - len(queries) + 1 - sliding_window)
         k, v = k_slots[slot, first:length], v_slots[slot, first:length]
@@ -51,9 +51,9 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float, _: int | None) -> Ten
 
 
 def _prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, sliding_window: int | None) -> Tensor:
-    """q: [count, H, D] are the last of the tokens of k, v: [L, KH, D]."""
+    """q: [count, H, D] are the last tokens of k, v: [L, KH, D]."""
     count, length = len(q), len(k)
-    visible = None  # a whole prompt needs no mask of its own
+    visible = None  # a whole prompt needs no explicit mask
     if count < length or sliding_window is not None:
         position = torch.arange(length - count, length, device=q.device)[:, None]
         key = torch.arange(length, device=q.device)

@@ -1,12 +1,12 @@
-"""vAttention's memory: a sequence's keys and values lie side by side in *virtual* memory (Prabhu et al., ASPLOS 2025).
+"""vAttention's memory: a sequence's keys and values are contiguous in *virtual* memory (Prabhu et al., ASPLOS 2025).
 
 Far more address space is reserved than there is memory: for each of ``max_num_seqs`` *slots*, in every layer, a range
 that could hold the longest sequence. Physical memory is a pool of *page-groups*, the blocks of the paged manager. One
-is mapped into a slot when the sequence there grows into it; so attention may take the slot for one contiguous tensor,
-and needs no block table. Which page-group goes where is decided in `virtual_tables`, done here.
+is mapped into a slot when the slot's sequence grows into it; so attention can treat the slot as one contiguous tensor,
+and needs no block table. `virtual_tables` decides which page-group is mapped where; this file maps it.
 
-A page-group can be seen at several addresses: in the *pool*, where all lie in the order of their numbers (tokens are
-stored, blocks copied and swapped there), and in every slot that it is mapped into (attention reads there).
+A page-group has several addresses: in the *pool*, in the order of page-group numbers (there tokens are stored, and
+blocks copied and swapped), and in every slot that it is mapped into (there attention reads).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from minipaged.features.vattention import slot_attention
 from minipaged.features.vattention.page_memory import HostMemory, PageMemory
 from minipaged.features.vattention.virtual_tables import PageMap, PageMaps
 
-USUAL_BLOCK_SIZE = 16  # tokens; a page-group is the smallest multiple of a page that holds so many
+USUAL_BLOCK_SIZE = 16  # tokens; a page-group is the smallest multiple of a page that holds this many
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How layers lie in virtual tensors: one for the keys and one for the values of each layer, or, with
-    ``tensor_slicing``, one each for all layers together, of which a layer is a slice (vAttention §5.3.4).
+    """The layout of virtual tensors: two for each layer (keys, values), or with ``tensor_slicing`` two for all layers.
 
-    A page-group then holds the tokens of all layers, so fewer of them: finer granularity for the same page size.
+    With ``tensor_slicing`` a layer is a slice of each tensor (vAttention §5.3.4). A page-group then holds the tokens of
+    all layers, so fewer of them: finer granularity for the same page size.
     """
 
     num_layers: int
@@ -63,38 +63,38 @@ class Layout:
         return self.layers_per_tensor * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def block_size(self, wanted: int | None, max_num_seqs: int, max_model_len: int, device: torch.device) -> int:
-        """Tokens of a page-group: ``wanted``, or for ``None`` the fewest that work and are not below 16.
+        """Tokens per page-group: ``wanted``, or for ``None`` the smallest number that works and is at least 16.
 
-        Raises `InvalidConfig`, naming what works, if page-groups of ``wanted`` tokens do not fill whole pages, or if
-        they are so small that the system could not keep count of them.
+        Raises `InvalidConfig`, with the numbers that work, if page-groups of ``wanted`` tokens do not fill whole pages,
+        or if they are so small that the system does not allow enough mappings.
         """
         page, limit = page_size(device), _most_mappings(device)
         unit = page // math.gcd(page, self.token_bytes)
         ranges = self.num_tensors * max_num_seqs  # each of ceil(max_model_len / block_size) page-groups
         if ranges > limit:
             raise InvalidConfig(
-                f"{max_num_seqs} slots in {self.num_tensors} tensors are more pieces of memory than the {limit} that "
-                "this system lets a process map (vm.max_map_count): take fewer max_num_seqs, or tensor_slicing=True"
+                f"{max_num_seqs} slots in {self.num_tensors} tensors need more memory mappings than the {limit} that "
+                "this system allows a process (vm.max_map_count): set a lower max_num_seqs, or tensor_slicing=True"
             )
         least = -(-max_model_len // (limit // ranges))
         size = wanted or -(-max(least, USUAL_BLOCK_SIZE) // unit) * unit
         if size % unit:
             raise InvalidConfig(
-                f"block_size = {size} does not fill whole pages of {page} bytes, of which a token takes "
-                f'{self.token_bytes}: with memory="vattention" it must be a multiple of {unit} here '
+                f"block_size = {size} does not fill whole pages of {page} bytes, because a token takes "
+                f'{self.token_bytes} bytes: with memory="vattention" it must be a multiple of {unit} here '
                 f"({unit}, {2 * unit}, {3 * unit}, …), or left out"
             )
         if size < least:
             raise InvalidConfig(
-                f"page-groups of {size} tokens may need {ranges * -(-max_model_len // size)} memory mappings, and this "
-                f"system allows {limit} (vm.max_map_count): take a block_size of {-(-least // unit) * unit} or more, "
-                "tensor_slicing=True, or less of max_num_seqs or max_model_len"
+                f"page-groups of {size} tokens may need {ranges * -(-max_model_len // size)} memory mappings, but this "
+                f"system allows {limit} (vm.max_map_count): set a block_size of {-(-least // unit) * unit} or more, "
+                "tensor_slicing=True, or a lower max_num_seqs or max_model_len"
             )
         return size
 
 
 def page_size(device: torch.device) -> int:
-    """Bytes of the smallest piece of memory that can be mapped. `InvalidConfig` where nothing can."""
+    """Bytes of the smallest unit that can be mapped. Raises `InvalidConfig` where nothing can."""
     if device.type == "cuda":
         from minipaged.features.vattention.cuda_memory import granularity
 
@@ -108,7 +108,7 @@ def page_size(device: torch.device) -> int:
 
 
 def _most_mappings(device: torch.device) -> int:
-    """How many pieces of memory this process may map, with a tenth left for everybody else in it."""
+    """Number of mappings that this process may make, minus a tenth for all other code in it."""
     if device.type == "cuda":
         return sys.maxsize
     return int(Path("/proc/sys/vm/max_map_count").read_text()) // 10 * 9
@@ -116,7 +116,7 @@ def _most_mappings(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of address space reserved, of physical memory in the pool, and of address space that shows a page now.
+    """Bytes of reserved address space, of physical memory in the pool, and of address space that is mapped now.
 
     A page-group that two slots share counts twice in ``mapped``, which may therefore exceed ``physical``.
     """
@@ -132,7 +132,7 @@ class VirtualKVCache(KVCache):
     Beside ``k[layer]`` and ``v[layer]`` [num_blocks, block_size, kv_heads, head_dim], the pool, there are
     ``k_slots[layer]`` and ``v_slots[layer]`` [max_num_seqs, max_model_len (rounded up to blocks), kv_heads, head_dim],
     where attention reads.
-    Of a slot only what `remap` has mapped may be touched. Raises `InvalidConfig` as `Layout.block_size` does.
+    Only what `remap` has mapped may be accessed in a slot. Raises `InvalidConfig` as `Layout.block_size` does.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class VirtualKVCache(KVCache):
         self._ahead: Future | None = None
 
     def attend(self, q: Tensor, batch: Batch, layer: int, scale: float, sliding_window: int | None = None) -> Tensor:
-        """Attention without block tables: each sequence's context lies in one piece in its slot."""
+        """Attention without block tables: each sequence's context is contiguous in its slot."""
         assert batch.virtual_slots is not None
         lens = (batch.context_lens_list, batch.query_lens)
         return slot_attention.attention(
@@ -177,9 +177,9 @@ class VirtualKVCache(KVCache):
         return MemoryUse(memory.num_places * size, memory.num_pages * size, len(memory.mapped) * size)
 
     def remap(self, maps: PageMaps) -> None:
-        """Maps what this step needs, and begins with what the next will.
+        """Maps what this step needs, and starts to map what the next step will need.
 
-        Raises what a mapping raised, be it one that was begun in the step before; ``maps.done`` is False then.
+        Raises the error of a mapping, also of one that the previous step started; ``maps.done`` is False then.
         """
         self.wait()
         self._apply(maps.unmaps, maps.maps)
@@ -191,13 +191,13 @@ class VirtualKVCache(KVCache):
             self._ahead = self._thread.submit(self._apply_ahead, maps)
 
     def wait(self) -> None:
-        """Returns when nothing is being mapped in the background; raises what went wrong there."""
+        """Waits until nothing is being mapped in the background; raises the error of a mapping there."""
         if self._ahead is None:
             return
         try:
             self._ahead.result()
         finally:
-            if self._ahead.done():  # not if Ctrl-C ended the waiting
+            if self._ahead.done():  # not if Ctrl-C interrupted the wait
                 self._ahead = None
 
     def _apply_ahead(self, maps: PageMaps) -> None:
@@ -220,7 +220,7 @@ class VirtualKVCache(KVCache):
 
 
 class MappingRunner(WrappedRunner):
-    """Maps what a plan asks for, before anything else happens."""
+    """Applies a plan's mappings before anything else is executed."""
 
     def execute(self, plan: StepPlan) -> Any:
         if plan.maps is not None:
@@ -235,7 +235,7 @@ def _by_layer(tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _runs(maps: Iterable[PageMap]) -> Iterator[tuple[int, int, int, int]]:
-    """(slot, logical, page, count): neighbours in a slot that are neighbours in the pool too are mapped by one call."""
+    """(slot, logical, page, count): one call maps neighbours in a slot that are also neighbours in the pool."""
     run: list[int] = []
     for slot, logical, page in maps:
         if run and (slot, logical, page) == (run[0], run[1] + run[3], run[2] + run[3]):

@@ -1,13 +1,12 @@
-"""vAttention's books: block tables whose blocks are also mapped, in order, into *slots* of virtual memory.
+"""vAttention's memory manager: block tables whose blocks are also mapped, in order, into *slots* of virtual memory.
 
 A running sequence has a slot, a range of addresses long enough for ``max_model_len`` tokens. Its block table says which
-page-groups (physical blocks) belong there. What is mapped there may be more, or for a moment less: `VirtualTables`
-keeps the two books apart and hands the difference to the runner, on the step's plan (vAttention §5.3, §6.1).
+page-groups (physical blocks) belong there. More may be mapped there, or for a moment less: `VirtualTables` tracks both
+and puts the difference on the step's plan for the runner (vAttention §5.3, §6.1).
 
-Pages of sequences that have ended stay mapped where they were until another sequence needs them (*deferred
-reclamation*), so that a new sequence, settled where most of its needs are mapped already (*best fit*), may cost no
-mapping at all. What is mapped ahead of need are free pages: that never decides who gets memory, only how long the
-getting takes.
+Pages of sequences that have ended stay mapped until another sequence needs them (*deferred reclamation*). A new
+sequence gets the slot where most of what it needs is mapped already (*best fit*), so it may need no mapping at all.
+Only free pages are mapped ahead of need: that never decides which sequence gets memory, only how long it takes.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from minipaged.core.seams import Stage
 from minipaged.errors import InvariantViolation
 from minipaged.events import EventLog
 
-STOCKED_PER_STEP = 4  # page-groups mapped into an idle slot in one step: an admission's cost, spread over several
-LOOK_FOR_SPARE = 32  # free pages looked at before mapping ahead is given up for this step
+STOCKED_PER_STEP = 4  # page-groups mapped into an idle slot per step: spreads the cost of an admission over steps
+LOOK_FOR_SPARE = 32  # free pages to try before mapping ahead is given up for this step
 
 
 class PageMap(NamedTuple):
-    """Block ``logical`` of a slot shows (or, to be unmapped, showed) physical page-group ``page``."""
+    """Page-group ``page`` is mapped (or, in a list of unmaps, was mapped) at block ``logical`` of a slot."""
 
     slot: int
     logical: int
@@ -41,20 +40,21 @@ class PageMap(NamedTuple):
 
 @dataclass
 class PageMaps:
-    """A step's mapping, in the order of execution: ``unmaps`` and ``maps`` before anything else, then ``ahead``, what
-    the next step will probably need. With ``background`` the runner does the latter while the model computes."""
+    """One step's mappings, in the order of execution: ``unmaps`` and ``maps`` before anything else, then ``ahead``,
+    which the next step will probably need. With ``background`` the runner maps ``ahead`` while the model computes.
+    """
 
-    slots: dict[int, int] = field(default_factory=dict)  # seq_id → slot, of all that compute in this step
+    slots: dict[int, int] = field(default_factory=dict)  # seq_id → slot, for all sequences of this step
     unmaps: list[PageMap] = field(default_factory=list)
-    maps: list[PageMap] = field(default_factory=list)  # of a place that shows another page: instead of that
+    maps: list[PageMap] = field(default_factory=list)  # may replace the page of a place
     ahead_unmaps: list[PageMap] = field(default_factory=list)
     ahead: list[PageMap] = field(default_factory=list)
     background: bool = False
-    done: bool = False  # set by the runner; False again if what it did in the background failed
+    done: bool = False  # set by the runner; False again if a mapping in the background failed
 
 
 class PlacingPool(BlockPool):
-    """A pool of which one chooses among the free blocks: it matters here where they are mapped."""
+    """A block pool from which the caller can choose free blocks, because it matters where they are mapped."""
 
     @property
     def free_blocks(self) -> Iterable[int]:
@@ -66,29 +66,29 @@ class PlacingPool(BlockPool):
         return block in self._free
 
     def take(self, block: int) -> int:
-        """Allocates this very block, which must be free."""
+        """Allocates this block, which must be free."""
         del self._free[block]
         self.ref_counts[block] = 1
         return block
 
     def prefer(self, block: int) -> None:
-        """This free block is the next that `allocate` hands out."""
+        """Makes this free block the next that `allocate` hands out."""
         self._free.move_to_end(block, last=False)
 
     def spare(self, block: int) -> None:
-        """This free block is the last that `allocate` hands out."""
+        """Makes this free block the last that `allocate` hands out."""
         self._free.move_to_end(block)
 
 
 class SlotMapping(Stage):
-    """Puts the mapping of a step on its plan, once all else is there."""
+    """The stage that puts a step's mappings on its plan, after everything else."""
 
     def planned(self, plan: StepPlan) -> None:
         self.scheduler.memory.map_slots(plan)
 
 
 class VirtualTables(BlockTables):
-    """The vAttention manager: block tables, and the slots where their blocks appear side by side.
+    """The vAttention manager: block tables, and the slots in which their blocks are contiguous.
 
     ``mapping``: "sync" maps pages when a step needs them; "eager" also maps what the next step will need, and keeps
     pages ready in an idle slot for the next prompt; "async" does that in the background.
@@ -110,11 +110,11 @@ class VirtualTables(BlockTables):
         self.pool: PlacingPool = PlacingPool(num_blocks, self.prefix_cache)
         self.mapping = mapping
         self.slots: dict[int, int] = {}  # seq_id → slot
-        self.mapped: list[list[int | None]] = [[] for _ in range(max_num_seqs)]  # slot → what its places show
+        self.mapped: list[list[int | None]] = [[] for _ in range(max_num_seqs)]  # slot → page at each of its places
         self._width = self.blocks_for(max_model_len)
         self._owners: dict[int, int] = {}  # slot → seq_id
         self._places: list[set[tuple[int, int]]] = [set() for _ in range(num_blocks)]  # page → (slot, logical)
-        self._plans: deque[PageMaps] = deque(maxlen=2)  # with two, what failed in the background shows too
+        self._plans: deque[PageMaps] = deque(maxlen=2)  # two, to notice failures in the background too
         self._usual_prompt = 1  # page-groups that the latest prompt took
 
     # --- slots ------------------------------------------------------------------------------------------------
@@ -131,13 +131,13 @@ class VirtualTables(BlockTables):
         return super().reserve(write)
 
     def detach(self, seq_id: int) -> tuple[list[int], list[int]]:
-        """The slot is idle now; what is mapped there stays."""
+        """Also makes the slot idle; its pages stay mapped."""
         if seq_id in self.slots:
             del self._owners[self.slots.pop(seq_id)]
         return super().detach(seq_id)
 
     def _settle(self, seq_id: int, need: int) -> None:
-        """Best fit: the idle slot where most of ``need`` blocks can stay as they are mapped, and least else is."""
+        """Assigns an idle slot by best fit: most of the ``need`` blocks are mapped already, and least else is."""
         table = self.tables[seq_id]
 
         def fit(slot: int) -> tuple[int, int, int]:
@@ -156,7 +156,7 @@ class VirtualTables(BlockTables):
         return [slot for slot in range(len(self.mapped)) if slot not in self._owners]
 
     def allocate(self, seq_id: int, logical: int) -> int:
-        """The page that the slot shows there already, if it is free; else the pool's next: unmapped ones come first."""
+        """The page that is mapped there already, if it is free; else the pool's next, unmapped ones first."""
         page = self._shown(self.slots[seq_id], logical)
         if page is not None and self.pool.is_free(page):
             return self.pool.take(page)
@@ -165,11 +165,11 @@ class VirtualTables(BlockTables):
     # --- mapping ----------------------------------------------------------------------------------------------
 
     def map_slots(self, plan: StepPlan) -> None:
-        """Puts on the plan what the runner has to map, so that the slots of its sequences show their tables."""
+        """Puts on the plan what the runner must map so that the slots of its sequences match their block tables."""
         if not plan.chunks:
             return
         if not all(maps.done for maps in self._plans):
-            self._forget()  # a step failed in the midst of mapping: nobody knows what is mapped
+            self._forget()  # a step failed while mapping, so it is unknown what is mapped
         maps = plan.maps = PageMaps(background=self.mapping == "async")
         chunks = sorted(plan.chunks, key=lambda chunk: chunk.num_tokens > 1)  # decodes first, as they will run
         for chunk in chunks:
@@ -185,7 +185,7 @@ class VirtualTables(BlockTables):
         self._plans.append(maps)
 
     def _map_ahead(self, chunks: Seq[Chunk], maps: PageMaps) -> None:
-        """Whoever fills its last block now gets a free page behind it; so do prompts for a chunk as long as this."""
+        """Maps a free page behind a last block that fills now; for a prompt, pages for a next chunk of equal length."""
         for chunk in chunks:
             slot, end = maps.slots[chunk.seq.seq_id], chunk.start + chunk.num_tokens
             next_end = min(end + chunk.num_tokens, len(chunk.seq.tokens) + 1)
@@ -200,7 +200,7 @@ class VirtualTables(BlockTables):
                 self.pool.spare(page)
 
     def _stock(self, maps: PageMaps) -> None:
-        """Maps unmapped pages into the idle slot that has most, until a prompt like the latest would find enough."""
+        """Maps unmapped pages into the fullest idle slot, until they would be enough for a prompt like the latest."""
         idle = self._idle_slots()
         if not idle:
             return
@@ -213,14 +213,14 @@ class VirtualTables(BlockTables):
             self.pool.spare(page)
 
     def _spare(self) -> int | None:
-        """A free page that is mapped nowhere, or failing that only in idle slots."""
+        """A free page that no running sequence's slot has mapped; ``None`` if a few tries find none."""
         for page in islice(self.pool.free_blocks, LOOK_FOR_SPARE):
             if not any(slot in self._owners for slot, _ in self._places[page]):
                 return page
         return None
 
     def _map(self, slot: int, logical: int, page: int, unmaps: list[PageMap], maps: list[PageMap]) -> None:
-        """The place shows the page from now on; others that nobody reads do so no longer (reclaimed on demand)."""
+        """Maps the page at this place, and unmaps it where no sequence reads it (reclamation on demand)."""
         for other in sorted(self._places[page]):
             if not self._is_read(*other):
                 self._show(*other, None)
@@ -251,22 +251,22 @@ class VirtualTables(BlockTables):
         return slot in self._owners and logical < len(self.tables[self._owners[slot]])
 
     def _forget(self) -> None:
-        """All will be mapped anew as it is needed: to map what is mapped already does no harm."""
+        """Forgets all mappings, so that they are made again when needed: mapping a page twice does no harm."""
         self._plans.clear()
         self.mapped = [[] for _ in self.mapped]
         self._places = [set() for _ in self._places]
 
     def check(self, num_computed: Mapping[int, int] | None = None) -> None:
-        """Also: slots have one owner each, both books of what is mapped agree, and slots show their tables."""
+        """Also checks that slots have one owner each, both records of mappings agree, and slots match their tables."""
         super().check(num_computed)
         if {slot: seq_id for seq_id, slot in self.slots.items()} != self._owners:
             raise InvariantViolation(f"slots {self.slots} are owned by {self._owners}")
         for slot, mapped in enumerate(self.mapped):
             for logical, page in enumerate(mapped):
                 if page is not None and (slot, logical) not in self._places[page]:
-                    raise InvariantViolation(f"page-group {page} does not know of slot {slot}, block {logical}")
+                    raise InvariantViolation(f"page-group {page} has no record of slot {slot}, block {logical}")
         if sum(map(len, self._places)) != sum(page is not None for mapped in self.mapped for page in mapped):
-            raise InvariantViolation("a page-group is thought to be where it is not mapped")
+            raise InvariantViolation("a page-group has a record of a place where it is not mapped")
         for seq_id, slot in self._plans[-1].slots.items() if self._plans and self._plans[-1].done else ():
             table = self.tables.get(seq_id, [])
             if self.slots.get(seq_id) == slot and self.mapped[slot][: len(table)] != table:
