@@ -34,7 +34,7 @@ DEFAULT = EngineConfig()
 Workload = list[tuple[list[int], int]]  # (prompt, output tokens) of each request
 
 
-# --- workloads ---------------------------------------------------------------------------------------------------
+# --- workloads --------------------------------------------------------------------------------------------------
 
 
 def one_level(scale: int, documents: int = 64) -> Workload:
