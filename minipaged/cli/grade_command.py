@@ -70,7 +70,7 @@ def _read_secret(path: Path) -> bytes:
     try:
         secret = path.read_bytes().strip()
     except OSError as error:
-        raise InvalidRequest(f"cannot read the secret in {path} ({error.strerror}); make one: {make}") from error
+        raise InvalidRequest(f"there is no secret in {path} ({error.strerror}); make one: {make}") from error
     if len(secret) < MIN_SECRET:
         raise InvalidRequest(f"the secret in {path} has less than {MIN_SECRET} characters; make one: {make}")
     return secret
@@ -78,7 +78,7 @@ def _read_secret(path: Path) -> bytes:
 
 def _collected(folder: Path, lab: Lab, out: Path) -> list[Submission]:
     if not folder.is_dir():
-        raise InvalidRequest(f"{folder} is not a folder; give one that holds a folder, ZIP or file for each student")
+        raise InvalidRequest(f"there is no folder {folder}; give one that holds a folder, ZIP or file for each student")
     if out.resolve().is_relative_to(folder.resolve()):
         raise InvalidRequest("the results must not lie among the submissions; choose another --out")
     try:

@@ -177,7 +177,7 @@ def _check(desk: Desk) -> int:
         raise
     except Exception:
         traceback.print_exc()
-        print("This is a bug in the checks, not in your code. Please report it with the lines above.", file=sys.stderr)
+        print("This is a bug in the checks, not yours. Please report it with the lines above.", file=sys.stderr)
         return GRADER_BUG
     points = sum(result.points for result in results)
     print(f"{points} of {lab.points} points")
@@ -186,7 +186,7 @@ def _check(desk: Desk) -> int:
         print(f"All passed. Compare with ours: minipaged lab diff {lab.key}")
         return 0
     if first_time and not points:
-        print("Failures are expected at the start. Do one task after the other.")
+        print("Red is expected at first. Do one task after the other.")
     if desk.recording.exists():
         print(f"watch it happen:  minipaged lab replay {lab.key}")
     print(f"stuck?            minipaged lab hint {first.task}")
