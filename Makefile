@@ -1,4 +1,4 @@
-# make demo: the visualizer. make test: all tests. Both make .venv first; a second run finds it ready.
+# make demo: the visualizer. make test: all tests. Both create .venv if it is missing or out of date.
 # Works with GNU make 3.81, which macOS still ships.
 
 PORT ?= 7860
@@ -16,22 +16,22 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check \
 .PHONY: help demo test test-optimized check gpu-check clean
 
 help:
-	@echo "make demo    install into .venv if need be and start the visualizer on http://127.0.0.1:$(PORT)"
-	@echo "make test    the whole test suite, in random order (CONTRIBUTING.md tells how to repeat one)"
-	@echo "make test-optimized  a part of it under python -O"
+	@echo "make demo    install into .venv if necessary and start the visualizer on http://127.0.0.1:$(PORT)"
+	@echo "make test    all tests, in random order (CONTRIBUTING.md says how to repeat an order)"
+	@echo "make test-optimized  some of the tests under python -O"
 	@echo "make check   ruff and mypy"
 	@echo "make gpu-check  on a machine with a GPU: kernels, parity, benchmarks (no .venv; PYTHON=python3)"
-	@echo "make clean   remove .venv and everything else that was made"
+	@echo "make clean   remove .venv and all other generated files"
 	@echo "Variables: PORT=7860, TORCH_INDEX=https://download.pytorch.org/whl/cpu (small torch for Linux)"
 
 demo: $(VENV)/.installed
-	@echo "Starting the visualizer on http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
-	@$(VENV)/bin/minipaged visualize --port $(PORT) || [ $$? -eq 130 ]  # 130: ended by Ctrl-C, as it should be
+	@echo "Starting the visualizer on http://127.0.0.1:$(PORT) (Ctrl-C stops it)"
+	@$(VENV)/bin/minipaged visualize --port $(PORT) || [ $$? -eq 130 ]  # 130: stopped by Ctrl-C, which is not an error
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
-# What minipaged does must not depend on its asserts. In one process: pytest-xdist's workers would run without -O.
+# minipaged must not depend on its asserts. One process, because pytest-xdist's workers would run without -O.
 test-optimized: $(VENV)/.installed-dev
 	$(VENV)/bin/python -O -m pytest --numprocesses 0 tests/test_engine.py tests/test_fuzz.py tests/test_events.py
 
@@ -39,13 +39,13 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
 
-# Needs only torch, triton, transformers and pytest, from whatever Python there is: such machines bring their own.
+# Uses $(PYTHON), which needs only torch, triton, transformers and pytest: GPU machines usually have them installed.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK_ARGS)
 
-# The stamps are newer than what they depend on once pip has succeeded.
+# pip's success updates the stamp files, so that make knows what is installed.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "Installing minipaged and what it needs; the first time this takes some minutes."
+	@echo "Installing minipaged and its dependencies; the first time, this takes some minutes."
 	$(PIP_INSTALL) --editable .
 	@touch $@
 
@@ -54,11 +54,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP_INSTALL) --quiet --editable '.[dev]'
 	@touch $@
 
-# The first of these that is at least 3.11 and can make a virtual environment.
+# Uses the first Python that is at least 3.11 and can create a virtual environment.
 $(VENV)/bin/python:
 	@for python in python3.13 python3.12 python3.11 python3 python; do \
 		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-			echo "Making $(VENV) with $$python"; \
+			echo "Creating $(VENV) with $$python"; \
 			$$python -m venv $(VENV) && exit 0; \
 			rm -rf $(VENV); \
 		fi; \

@@ -1,10 +1,10 @@
-"""How long a newcomer looks at nothing: from asking for the page to the scene being painted.
+"""Measures the page's load time: from navigation until the scene is painted.
 
     python -m benchmarks.first_paint [--rounds 7]
 
-A browser without a cache for every round, a server that has served nobody before the first of them, and the opening
-scenario behind it. ``scene_s``: the pool's blocks are in the page and a frame with them has been painted. ``charts_s``:
-plotly has drawn the first chart. Both in seconds since the navigation began, by the page's own clock. Writes
+Every round uses a browser with an empty cache; the server shows the opening scenario, and has served no page before the
+first round. ``scene_s``: the pool's blocks are in the page and a frame with them has been painted. ``charts_s``: plotly
+has drawn the first chart. Both in seconds since navigation started, by the page's own clock. Writes
 results/first_paint.json. Needs playwright and a Chromium.
 """
 
@@ -20,7 +20,7 @@ from playwright.sync_api import sync_playwright
 from benchmarks.result_files import write
 from visualizer.app import launch
 
-GOAL = 3.0  # seconds to the scene
+GOAL = 3.0  # seconds until the scene is painted
 
 # Installed before the page's own scripts.
 WATCH = """
@@ -30,7 +30,7 @@ const look = () => {
     const scene = document.querySelectorAll("[data-testid=block]").length;
     const chart = document.querySelector("[data-testid=chart] svg.main-svg");
     const now = () => performance.now() / 1000;
-    // The frame after this callback shows it, so the time is taken when that one has been made.
+    // The frame after this callback paints it, so take the time in the callback of the next frame.
     if (scene && !painted.scene) requestAnimationFrame(() => (painted.scene ??= now()));
     if (chart && !painted.charts) requestAnimationFrame(() => (painted.charts ??= now()));
     if (!painted.charts) requestAnimationFrame(look);

@@ -1,12 +1,12 @@
-"""One call that says whether this GPU computes what it should, and how fast: tests, parity, benchmarks, in 8 minutes.
+"""Checks in 8 minutes that this GPU computes correctly, and how fast: kernel tests, parity, benchmarks.
 
     make gpu-check                                     all of it; writes benchmarks/results/gpu.json
     python3 -m benchmarks.gpu_check --only decode --out /tmp/decode.json
-    python3 -m benchmarks.gpu_check --smoke            tiny, on a CPU: tests this program, measures nothing
+    python3 -m benchmarks.gpu_check --smoke            tiny, on a CPU: tests this program only
 
-Needs torch, triton, transformers and pytest, and no installation. Each section has a process and a time limit of its
-own: whatever happens in one, the others go on. Exit code: 0 if all that ran was right, 1 if something was wrong, 2 if
-there is no GPU. A target that is missed is reported, and no failure.
+Needs torch, triton, transformers and pytest; minipaged itself need not be installed. Each section has a process and a
+time limit of its own, so that a crash or a hang does not stop the others. Exit code: 0 if all sections that ran passed,
+1 if one failed, 2 if there is no GPU. A missed target is reported, but is not a failure.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ SECONDS = 460.0
 
 @dataclass(frozen=True)
 class Section:
-    """Part of the check: ``measure`` is a ``module:function`` that is called with a `Job`.
+    """One part of the check: ``measure`` is a ``module:function`` that is called with a `Job`.
 
-    ``seconds``: when it is killed. ``needs``: with less time left than this it is not begun.
+    ``seconds``: its time limit, after which it is killed. ``needs``: it is skipped if less time than this is left.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Section:
     needs: float
 
 
-# What is right comes before what is fast. The times add up to more than there is: few sections take all of theirs.
+# Correctness comes before speed. The limits add up to more than SECONDS, because few sections use all of theirs.
 SECTIONS = (
     Section("machine", "benchmarks.gpu.machine:measure", 60, 5),
     Section("kernels", "benchmarks.gpu.correctness:kernel_tests", 110, 20),
@@ -59,7 +59,7 @@ SECTIONS = (
 
 
 def run_sections(sections: Sequence[Section], seconds: float, smoke: bool) -> dict[str, dict[str, Any]]:
-    """Runs the sections one after the other until the time is gone. Name → status, results, and what went wrong."""
+    """Runs the sections one by one until the time is over. Returns name → status, results and failures."""
     deadline, done = time.monotonic() + seconds, {}
     for section in sections:
         left = deadline - time.monotonic()
@@ -74,7 +74,7 @@ def run_sections(sections: Sequence[Section], seconds: float, smoke: bool) -> di
         done[section.name]["seconds"] = round(time.monotonic() - started, 1)
         print(f"   {done[section.name]['status']} after {done[section.name]['seconds']} s", flush=True)
         if section.name == "machine" and done[section.name]["status"] != "ok":
-            break  # nothing to test
+            break  # without a GPU there is nothing to test
     return done
 
 
@@ -83,7 +83,7 @@ def _run(section: Section, seconds: float, smoke: bool) -> dict[str, Any]:
         path = Path(folder) / "result.json"
         command = [sys.executable, "-m", "benchmarks.gpu.job", section.measure, str(path)]
         command += [f"--seconds={seconds}", *(["--smoke"] if smoke else [])]
-        # Nothing is to be fetched, by anybody: a machine with a GPU often has no way out, and would wait for it.
+        # No library may download: a machine with a GPU is often offline, and a download would wait for its timeout.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
         try:
@@ -91,7 +91,7 @@ def _run(section: Section, seconds: float, smoke: bool) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             code, ended = 1, f"killed after its {seconds:.0f} s"
         finally:
-            _kill(process)  # with all that it started
+            _kill(process)  # and all its child processes
         if code < 0:
             ended = f"died of signal {-code}"
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"failures": [], "results": {}}
@@ -114,8 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny and on a CPU")
     parser.add_argument("--only", help=f"comma-separated sections beside 'machine': {', '.join(names[1:])}")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything together (%(default)s)")
-    parser.add_argument("--out", type=Path, help="where to write the result; default: benchmarks/results/gpu.json, "
-                        "but nowhere for a check that is not whole")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="where to write the result; default: benchmarks/results/gpu.json "
+                        "for a full check, nowhere otherwise")  # fmt: skip
     options = parser.parse_args(arguments)
     only = options.only.split(",") if options.only else names
     if unknown := set(only) - set(names):
@@ -143,12 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _collected() -> Path | None:
-    """Where a job runner collects what its programs leave, if it says so."""
+    """A path in the job runner's output folder, if $OUT names one."""
     return Path(os.environ["OUT"]) / "gpu.json" if os.environ.get("OUT") else None
 
 
 def _finite(value: Any) -> Any:
-    """The same, with words for the numbers that JSON has not: what went wrong must be written all the more."""
+    """Replaces NaN and infinity, which JSON lacks, by strings: wrong results must be recorded, too."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -157,7 +157,7 @@ def _finite(value: Any) -> Any:
 
 
 def write(result: dict[str, Any], paths: Sequence[Path | None]) -> None:
-    """Writes the result to each of the paths."""
+    """Writes the result as JSON to each path that is not ``None``."""
     text = json.dumps(_finite(result), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     for path in filter(None, paths):
         path.parent.mkdir(parents=True, exist_ok=True)

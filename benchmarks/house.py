@@ -1,4 +1,4 @@
-"""How much there is to read: the reading list with its line counts, what an import brings along, where a request goes.
+"""Counts lines: the reading list, the budgets, the files that an import loads, the files that a request runs through.
 
     python -m benchmarks.house            # prints everything
     python -m benchmarks.house --write    # puts the reading list between the markers in README.md
@@ -20,14 +20,14 @@ README = ROOT / "README.md"
 
 
 class Budget(NamedTuple):
-    """The most lines that some files may have together."""
+    """A limit on the total lines of some files."""
 
     what: str
     files: tuple[str, ...]
     most: int
 
 
-# In the order in which to read them.
+# In reading order.
 READING_LIST = {
     "minipaged/core/request.py": "a request and its sequences: `tokens`, `num_computed`, nothing else drives them",
     "minipaged/core/plan.py": "what one step does, as plain data: the contract between scheduler and runner",
@@ -57,7 +57,7 @@ BUDGETS = (
     Budget("reading list", (*READING_LIST, "minipaged/core/__init__.py"), 2850),
 )
 
-# Counts Python files of the package, and how often the running code goes from one to another.
+# Counts the package's Python files that a request runs through, and how often execution changes files.
 TRACE = """
 import sys
 from pathlib import Path
@@ -93,7 +93,7 @@ def lines(file: str) -> int:
 
 
 def reading_list() -> str:
-    """Markdown: the files in reading order with their lines."""
+    """The reading list as a Markdown table, with the lines of each file."""
     rows = [
         f"| [`{file.removeprefix('minipaged/')}`]({file}) | {lines(file)} | {what} |"
         for file, what in READING_LIST.items()
@@ -107,19 +107,19 @@ def reading_list() -> str:
 
 
 def run(code: str) -> tuple[int, int]:
-    """What a piece of Python prints in a process of its own: two numbers."""
+    """Runs Python code in a new process and returns the two numbers that it prints."""
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     first, second = said.split()
     return int(first), int(second)
 
 
 def imported(module: str) -> tuple[int, int]:
-    """Files and lines of the package that ``import module`` brings along, itself included."""
+    """Files and lines of the package that ``import module`` loads, including the module itself."""
     return run(IMPORTED.replace("MODULE", module))
 
 
 def traced(**settings: str) -> tuple[int, int]:
-    """Files of the package that a request of three tokens goes through, and how often it goes from one to another."""
+    """Files that a request of three tokens runs through, and how often execution changes files."""
     return run(TRACE.replace("SETTINGS", repr(settings)))
 
 

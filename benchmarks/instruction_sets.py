@@ -1,10 +1,10 @@
-"""How fast the C++ step is where a CPU has narrower registers than this one, beside torch on the CPU as it is.
+"""Throughput of the C++ step by the CPU's instruction set, compared with torch on the CPU as it is.
 
     python -m benchmarks.instruction_sets [--rounds 5]
 
-The 6M Llama of ``minipaged bench peers`` in float32: prompts of 64 tokens, 32 more. The same source compiled for any
-x86-64 CPU (registers of 4 numbers), for AVX2 (8, most laptops), for AVX-512 (16) and for this CPU; and
-``attention="torch"``. All take turns; tokens a second, the median of the rounds. Writes results/instruction_sets.json.
+The 6M Llama of ``minipaged bench peers`` in float32: prompts of 64 tokens, outputs of 32. The same source, compiled for
+any x86-64 CPU (registers of 4 floats), for AVX2 (8, most laptops), for AVX-512 (16) and for this CPU; and
+``attention="torch"``. All take turns; tokens/s, the median of the rounds. Writes results/instruction_sets.json.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from minipaged.bench.peers import make_checkpoint
 from minipaged.kernels import native
 
 PROMPT, TOKENS = 64, 32
-LEVELS = {"x86-64": (), "x86-64-v3": ("AVX2", "AVX512"), "x86-64-v4": ("AVX512",), "native": ()}  # what each needs
+LEVELS = {"x86-64": (), "x86-64-v3": ("AVX2", "AVX512"), "x86-64-v4": ("AVX512",), "native": ()}  # CPUs that run each
 
 
 def compiled_for(level: str) -> Any:
-    """The step in float32, compiled for CPUs of this level, with OpenMP as the engine has it."""
+    """The C++ step in float32, compiled for this level of CPUs, with OpenMP as in the engine."""
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     openmp = native._loaded_openmp()
     assert compiler and openmp, "needs a C++ compiler, and a torch that runs on GNU OpenMP"
@@ -65,7 +65,7 @@ def main() -> None:
                     if llm is ours:
                         ours.engine.runner.forward._forward = steps[name]
                     rate = tokens_per_second(llm, batch, number)
-                    if number:  # the first one is not counted
+                    if number:  # round 0 is warm-up
                         found.append(rate)
             row = {name: {"median": round(median(found)), "spread": [round(min(found)), round(max(found))]}
                    for name, found in rounds.items()}  # fmt: skip

@@ -1,11 +1,11 @@
-"""What an int8 KV cache costs in accuracy: the embedded model on held-out text, against its own float32 cache.
+"""Accuracy of an int8 KV cache: the embedded model on held-out sequences, compared with a float32 cache.
 
     python -m benchmarks.int8_accuracy
 
 It prints the numbers and writes benchmarks/results/int8_accuracy.json.
 
-The logits of a token are computed from a cache that holds its whole context in int8, so errors are those of a
-generation that has got as far. Greedy continuations are compared token by token.
+The logits of each token are computed from a cache with its whole context in int8, so errors are those of decoding at
+this position. Greedy outputs are compared token by token.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from minipaged import LLM, SamplingParams
 from minipaged.execution.batch import Batch
 from minipaged.tiny.train import held_out_batches
 
-PROMPT, OUTPUT = 24, 64  # tokens of the greedy continuations
+PROMPT, OUTPUT = 24, 64  # tokens of the greedy generations
 
 
 def logits_of(llm: LLM, tokens: Tensor) -> Tensor:
-    """Logits [L, V] of a text [L] in one prefill, which reads keys and values from the cache as decoding does."""
+    """Logits [L, V] of a sequence [L] in one prefill, which reads keys and values from the cache as decoding does."""
     runner, length = llm.engine.runner, len(tokens)
     cache = runner.kv_cache
     blocks = torch.arange(-(-length // cache.block_size))
@@ -44,7 +44,7 @@ def logits_of(llm: LLM, tokens: Tensor) -> Tensor:
 
 
 def measure(llms: dict[str, LLM], texts: list[Tensor]) -> dict:
-    """Numbers over all positions of all texts."""
+    """Perplexity, logit errors and agreement over all positions of all sequences."""
     loss: dict[str, list[Tensor]] = {name: [] for name in llms}
     error, divergence, agree = [], [], []
     for text in texts:
@@ -65,7 +65,7 @@ def measure(llms: dict[str, LLM], texts: list[Tensor]) -> dict:
 
 
 def compare_greedy(llms: dict[str, LLM], texts: list[Tensor]) -> dict:
-    """How many continuations are the same, and how far the others are."""
+    """How many greedy outputs are identical, and how many tokens the others share before they differ."""
     params = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True)
     prompts = [text[:PROMPT].tolist() for text in texts]
     exact, rough = ([out.outputs[0].token_ids for out in llm.generate(prompts, params)] for llm in llms.values())

@@ -1,14 +1,14 @@
-"""What the page paints: 256 blocks, 9 sequences, 20 steps per second; and whether its memory stays flat.
+"""Measures the page's frame rate and memory growth with 256 blocks, 9 sequences and 20 steps per second.
 
     python -m benchmarks.painting [--seconds 160]
 
-Needs playwright and a Chromium. Counts, in the page, the different moments drawn, ten seconds at a time, and after each
-ten the heap once garbage is collected. How many moments are drawn depends on what else the machine does (``busy`` in
-the result); the heap does not. ``main_ms``: the milliseconds that the page's main thread computes for a moment, by its
-own clock, and what part of them goes to scripts, styles and layout; the rest is painting and all else.
+Needs playwright and a Chromium. Each round of ten seconds counts, in the page, the different moments drawn, and then
+measures the heap after a garbage collection. The number of moments depends on the machine's other load (``busy`` in the
+result); the heap does not. ``main_ms``: the CPU milliseconds of the page's main thread per moment, and how many of them
+are scripts, styles and layout; the rest is mostly painting.
 
-A page keeps 1,200 records to rewind to, a minute at this rate. So memory is compared from when that history is full to
-a minute later, each time after a collection. ``flat``: it grew by ``BOUND`` at most. Writes results/painting.json.
+A page keeps 1,200 records to rewind to, a minute at this rate. So the heap is compared between the round in which this
+history is full and a minute later. ``flat``: it grew by ``BOUND`` at most. Writes results/painting.json.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from visualizer.app import Visualizer, launch
 from visualizer.scenarios import Arrival
 
 SEQUENCES = 9
-TOKENS = 380  # of each text
+TOKENS = 380  # of each sequence
 ROUND = 10  # seconds
-FULL = 1000  # records: at 1,200 the oldest 200 are forgotten
+FULL = 1000  # records; at 1,200 the page drops the oldest 200
 LATER = 60  # seconds
-BOUND = 2.0  # megabytes that the heap may grow by in that time, once the history is full
+BOUND = 2.0  # MB; most growth of the heap in LATER seconds, once the history is full
 
 COUNT = """(seconds) => new Promise((done) => {
     const { player } = minipaged, from = player.position;
     const seen = new Set();
-    // Drawn in this frame, and painted once the next one begins.
+    // Drawn in this frame; painted when the next frame begins.
     const watch = new MutationObserver(() => {
         const { position } = player;
         requestAnimationFrame(() => seen.add(position));
@@ -50,7 +50,7 @@ COUNT = """(seconds) => new Promise((done) => {
     }, 1000 * seconds);
 })"""
 
-THREAD = {"all": "Task", "script": "Script", "style": "RecalcStyle", "layout": "Layout"}  # as in Chromium's metrics
+THREAD = {"all": "Task", "script": "Script", "style": "RecalcStyle", "layout": "Layout"}  # names of Chromium's metrics
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def measure(visualizer: Visualizer, page: Any, seconds: int) -> list[dict[str, Any]]:
-    """A dictionary for each ten seconds."""
+    """The measurements of each round of ten seconds."""
     feed(visualizer)
     page.wait_for_function("minipaged.player.position > 60")
     session = page.context.new_cdp_session(page)
@@ -98,30 +98,30 @@ def measure(visualizer: Visualizer, page: Any, seconds: int) -> list[dict[str, A
 
 
 def feed(visualizer: Visualizer) -> None:
-    """Nine texts run at any time, and as many wait."""
+    """Keeps nine sequences running and nine waiting."""
     scheduler = visualizer.thread.engine.scheduler
     while len(scheduler.waiting) < SEQUENCES:
         visualizer.thread.submit(Arrival(0, "One day, a fox met an owl.", max_tokens=TOKENS)).result(30)
 
 
 def main_thread(session: Any) -> dict[str, float]:
-    """Milliseconds that the page's main thread has computed so far, in all and of some kinds."""
+    """CPU milliseconds of the page's main thread so far, in total and by kind."""
     told = {metric["name"]: metric["value"] for metric in session.send("Performance.getMetrics")["metrics"]}
     return {name: 1000 * told[f"{metric}Duration"] for name, metric in THREAD.items()}
 
 
 def heap(session: Any) -> float:
-    """Megabytes of the page's JavaScript that are in use after a collection."""
+    """Megabytes of the page's JavaScript heap in use after a garbage collection."""
     session.send("HeapProfiler.collectGarbage")
     return session.send("Runtime.getHeapUsage")["usedSize"] / 1e6
 
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The heap in the first round in which the history was full, and a minute later."""
+    """The moments per second, and the heap when the history was full and a minute later."""
     full = next((number for number, told in enumerate(rounds) if told["records"] >= FULL), len(rounds))
     later = full + LATER // ROUND
     if later >= len(rounds):
-        raise SystemExit(f"the history was full too late to watch the heap for {LATER} s: give more --seconds")
+        raise SystemExit(f"the history was full too late to watch the heap for {LATER} s; give more --seconds")
     heaps = [told["heap_mb"] for told in rounds]
     grown = heaps[later] - heaps[full]
     moments = sorted(told["moments"] for told in rounds)

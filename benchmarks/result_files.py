@@ -1,4 +1,4 @@
-"""What every result file says beside its numbers: when, on what, with which versions."""
+"""Writes result files: the numbers, with the command, the machine, the versions and the date."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("gradio", "plotly", "playwright")
 
 
 def write(name: str, result: dict[str, Any], command: str) -> None:
-    """``benchmarks/results/<name>.json``. ``busy``, the load average, tells whether others were at work."""
+    """Writes ``benchmarks/results/<name>.json``. ``busy`` is the load average, to tell whether the machine was idle."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     versions = {package: _version(package) for package in PACKAGES}

@@ -1,10 +1,10 @@
-"""Where the time of a step goes, with a model run operation by operation and with all of it in one call of C++.
+"""Profiles a step's parts, with a model that runs operation by operation and with one that is a single C++ call.
 
     python -m benchmarks.step_profile [--rounds 5]
 
-The 6M Llama of ``minipaged bench peers`` in bfloat16, batches of 1, 8 and 32, prompts of 64 tokens and 64 more.
+The 6M Llama of ``minipaged bench peers`` in bfloat16, batches of 1, 8 and 32, prompts of 64 tokens, outputs of 64.
 "before": ``attention="torch"``, the model's own ``forward``. "after": ``attention="native"``, `NativeForward`. The two
-take turns; milliseconds a step, the median of the rounds, by part. Writes results/step_profile.json.
+take turns; milliseconds per step by part, the median of the rounds. Writes results/step_profile.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PARTS = ("schedule", "build_batch", "forward", "sample", "commit", "outputs")
 
 
 class Clock:
-    """Adds up the seconds that functions take, by name."""
+    """Sums the seconds spent in functions, by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -46,7 +46,7 @@ class Clock:
 
 
 def watched(model: Path, attention: str) -> tuple[LLM, Clock]:
-    """An engine whose parts are timed."""
+    """An engine with a `Clock` around each part of its step."""
     llm = LLM(str(model), device="cpu", dtype="bfloat16", attention=attention, max_model_len=1024,
               enable_prefix_caching=False)  # fmt: skip
     clock, engine = Clock(), llm.engine
@@ -62,7 +62,7 @@ def watched(model: Path, attention: str) -> tuple[LLM, Clock]:
 
 
 def measure(llm: LLM, clock: Clock, batch: int, seed: int) -> dict[str, float]:
-    """Milliseconds a step of one run, by part; ``rest`` is what no part accounts for."""
+    """Milliseconds per step of one run, by part; ``rest`` is the time outside all parts."""
     random = Random(seed)
     prompts: list[Any] = [[random.randrange(3, 4096) for _ in range(64)] for _ in range(batch)]
     clock.seconds.clear()
@@ -89,7 +89,7 @@ def main() -> None:
             for number in range(options.rounds + 1):
                 for name, (llm, clock) in sides.items():
                     found = measure(llm, clock, batch, number)
-                    if number:  # the first one is not counted
+                    if number:  # round 0 is warm-up
                         rounds[name].append(found)
             row: dict[str, Any] = {"batch": batch}
             for name, found_in in rounds.items():

@@ -1,11 +1,11 @@
-"""What vAttention costs and saves on this machine: mapping, attention, and whole steps, sync against async.
+"""Measures vAttention on this machine: the time of mapping, of attention, and of whole steps, sync and async.
 
     python -m benchmarks.vattention_cost [--rounds 5] [--threads 1]
 
 It writes benchmarks/results/virtual_memory.json.
 
-The sides of each comparison take turns. Times are medians with the 10th and 90th percentile; ratios are of medians
-unless they say otherwise.
+The candidates of each comparison take turns. Times are medians with the 10th and 90th percentile; ratios compare
+medians unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """In microseconds."""
+    """Converts seconds to microseconds: 10th percentile, median, 90th percentile."""
     cuts = statistics.quantiles(seconds, n=10)
     return {"p10": cuts[0] * 1e6, "median": statistics.median(seconds) * 1e6, "p90": cuts[-1] * 1e6}
 
@@ -50,18 +50,18 @@ def take_turns(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, di
         for name, side in sides.items():
             started = time.perf_counter()
             side()
-            if round_ >= 3:  # the first ones warm up
+            if round_ >= 3:  # rounds 0 to 2 are warm-up
                 times[name].append(time.perf_counter() - started)
     return {name: spread(seconds) for name, seconds in times.items()}
 
 
 def mapping(rounds: int) -> dict[str, Any]:
-    """One page-group, and sixteen neighbours by one call; with the first touch of the mapped memory, and without."""
+    """Times mapping one page-group, with and without the first access to it, and mapping sixteen in one call."""
     print("mapping, for each page-group")
     result = {}
     for pages in (1, 4):
         memory = HostMemory(pages * mmap.PAGESIZE, 64, 64)
-        memory.pool.zero_()  # the pages exist, as they do once an engine is warm
+        memory.pool.zero_()  # allocates the pages, as in a warm engine
 
         def touched(place: int = 0, memory: HostMemory = memory) -> None:
             memory.map(place, 5, 1)
@@ -84,7 +84,7 @@ def mapping(rounds: int) -> dict[str, Any]:
 
 
 def attention(rounds: int) -> dict[str, Any]:
-    """Decode attention of one layer of the tiny model: gathered blocks, a padded slice of the slots, each its slot."""
+    """Times decode attention of one layer: gathered blocks, a padded slice of all slots, slot by slot."""
     print("decode attention, one layer: 8 query heads, 4 key/value heads of 32, contexts from L/4 to L")
     result = {}
     torch.manual_seed(0)
@@ -118,7 +118,7 @@ def attention(rounds: int) -> dict[str, Any]:
 
 
 def steps(rounds: int) -> dict[str, Any]:
-    """The tiny model, 24 requests of 40 + 80 tokens, in page-groups of one page: 8 tokens of a layer."""
+    """Times steps of the tiny model: 24 requests of 40 + 80 tokens, in page-groups of 8 tokens (a page, one layer)."""
     print("steps of the tiny model: 24 requests at once, 40 tokens in, 80 out, page-groups of 8 tokens")
     llm = LLM("tiny", device="cpu", dtype="float32", num_blocks=1)
     taken: dict[str, dict[str, list[float]]] = {name: {"step": [], "mapping": [], "run": []} for name in MODES}
@@ -140,12 +140,12 @@ def steps(rounds: int) -> dict[str, Any]:
         rate = 24 * 80 / result[name]["run_s"]
         show(f"{name}: a step", result[name]["step"], f"{rate:.0f} tokens/s")
         if name != "paged":
-            # Nine steps in ten map nothing when all sequences grow in step: the spikes are what matters.
+            # All sequences grow in lockstep, so nine of ten steps map nothing; what matters are the spikes.
             spikes = sorted(times["mapping"])[-len(times["mapping"]) // 10 :]
             result[name] |= {"mapping": spread(times["mapping"]), "spikes": spread(spikes)}
             show(f"{name}: mapping, slowest tenth", result[name]["spikes"], "before the forward pass begins")
     for name in ("eager", "async", "async, sliced"):
-        # On a busy machine the median tells how long a thread waits for a core; the 10th percentile, what it does then.
+        # On a busy machine the median includes waiting for a core; the 10th percentile is closer to the mapping itself.
         for which in ("median", "p10"):
             ratio = result["sync"]["spikes"][which] / result[name]["spikes"][which]
             print(f"  mapping spikes ({which}), sync / {name}: {ratio:.1f} ×")

@@ -1,10 +1,10 @@
-"""What viewers cost the engine: steps per second with none of them, and with 30 who watch.
+"""Measures how viewers of the page slow the engine: steps per second without viewers and with 30.
 
     python -m benchmarks.viewers [--viewers 30] [--seconds 8]
 
-The viewers are a process of their own that pulls as a page does: one after the other, from where it has got to. The
-two rates are measured in turns, so that a machine that is busy otherwise is unfair to both; what counts is their ratio.
-Writes results/viewers.json.
+A separate process plays the viewers: like a page, each one pulls records again and again from its last position. The
+two rates are measured in turns, so that other load affects both equally; what counts is their ratio. Writes
+results/viewers.json.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.viewers", "--watch", visualizer.url]
         command += ["--viewers", str(options.viewers)]
         viewers = subprocess.Popen(command)
-        time.sleep(3)  # until all have arrived
+        time.sleep(3)  # until all viewers are connected
         watched.append(rate(visualizer, options.seconds))
         viewers.terminate()
         viewers.wait()
     visualizer.close()
-    # By the clock is what users feel; by the process's CPU time is what can be told on a busy machine.
+    # Users notice steps per second; on a busy machine only steps per CPU second can be compared.
     result: dict[str, Any] = {"viewers": options.viewers, "rounds": ROUNDS, "seconds": options.seconds}
     for unit, name in enumerate(("second", "cpu_second_of_the_server")):
         ratios = sorted(round(w[unit] / a[unit], 3) for a, w in zip(alone, watched, strict=True))
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def rate(visualizer: Visualizer, seconds: float) -> tuple[float, float]:
-    """Steps per second and per CPU second, with nine sequences that never end."""
+    """Steps per second and per CPU second, while nine sequences are always running."""
     scheduler = visualizer.thread.engine.scheduler
 
     def feed() -> None:

@@ -348,7 +348,7 @@ def test_ctrl_c_at_the_prompt_of_a_chat(checkpoint):
 
 def test_a_system_prompt_can_be_given_and_changed(say):
     _, out, _, asked = say("one", "/system Be kind.", "/system", "two", args=("--system", "Be brief."))
-    assert out.count("Instructions: Be kind.") == 2
+    assert out.count("System prompt: Be kind.") == 2
     assert [messages[0]["content"] for messages in asked] == ["Be brief.", "Be kind."]
     assert [m["content"] for m in asked[1]][1:] == ["one", "You said one", "two"], "the conversation goes on"
 

@@ -1,8 +1,8 @@
-"""How fast the attention kernels are: decode against the memory's bandwidth, prefill against SDPA.
+"""Speed of the attention kernels: decode relative to the memory bandwidth, prefill relative to SDPA.
 
-Shapes of Llama 3 8B: 32 query heads, 8 key/value heads, head dimension 128, bfloat16, blocks of 16. A cell's answer is
-compared with the oracle in float64 before it is timed. Rivals get the same numbers of the same pool, but contiguous: a
-sequence's KV as one piece, without a block table to follow.
+Shapes of Llama 3 8B: 32 query heads, 8 key/value heads, head dimension 128, bfloat16, blocks of 16. Each cell is
+compared with the oracle in float64 before it is timed. Other implementations get the same keys and values of the same
+pool, but contiguous per sequence, without a block table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minipaged.kernels.backend import kernels_for
 
 BATCHES, CONTEXTS = (1, 4, 16, 64, 256), (512, 2048, 8192, 32768)
 MAX_SETS = 64
-CLOSE = 2e-2  # relative; bfloat16 keeps 8 bits
+CLOSE = 2e-2  # relative error; bfloat16 has 8 bits of precision
 
 # Context length and number of queries of each sequence.
 PREFILLS = {
@@ -39,7 +39,7 @@ SMALL_PREFILLS = {"1 prompt of 40": [(40, 40)], "2 chunks of 8 after 24": [(32, 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of attention: heads, key/value heads, head dimension, block size, dtype."""
+    """The shape of attention: heads, key/value heads, head dimension, block size, dtype."""
 
     heads: int
     kv_heads: int
@@ -49,7 +49,7 @@ class Shape:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of keys and values, in one layer."""
+        """Bytes of keys and values per token, in one layer."""
         return 2 * self.kv_heads * self.dim * self.dtype.itemsize
 
     @property
@@ -62,7 +62,7 @@ SMALL = Shape(4, 2, 16, 4, torch.float32)
 
 
 class Pool:
-    """Keys and values of ``tokens`` tokens, all random: zeros would be read faster than what models have."""
+    """Random keys and values of ``tokens`` tokens; zeros would be read faster than real data."""
 
     def __init__(self, shape: Shape, tokens: int, device: torch.device) -> None:
         self.shape, self.device, self.num_blocks = shape, device, tokens // shape.block_size
@@ -70,13 +70,13 @@ class Pool:
         self.k, self.v = (torch.empty(size, dtype=shape.dtype, device=device).normal_() for _ in range(2))
 
     def tables(self, sets: int, batch: int, context: int) -> Tensor:
-        """Block tables of scattered blocks, none of which is used twice: [sets, batch, M] int64."""
+        """Block tables of scattered blocks, each used once: [sets, batch, M] int64."""
         blocks = torch.randperm(self.num_blocks, device=self.device)
         width = -(-context // self.shape.block_size)
         return blocks[: sets * batch * width].view(sets, batch, width)
 
     def contiguous(self, index: int, batch: int, context: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of set ``index`` with every sequence in one piece: [batch, KH, context, D] each."""
+        """Keys and values of set ``index``, contiguous per sequence: [batch, KH, context, D] each."""
         width = -(-context // self.shape.block_size)
         begin, end = index * batch * width, (index + 1) * batch * width
 
@@ -90,7 +90,7 @@ class Pool:
 
 
 def decode(job: Job) -> None:
-    """Achieved bandwidth of `paged_decode` as a fraction of a copy's, at every batch size × context that fits."""
+    """Bandwidth of `paged_decode` as a fraction of a copy's, for every batch size × context that fits."""
     torch.manual_seed(0)
     shape, batches, contexts = (SMALL, (1, 3), (9, 32)) if job.smoke else (LLAMA, BATCHES, CONTEXTS)
     kernels = kernels_for("torch" if job.smoke else "auto", job.device)
@@ -144,26 +144,26 @@ def _decode_cell(
 
 
 def _sets(pool: Pool, batch: int, context: int) -> int:
-    """How many inputs to take turns with, so that together they are four times the size of the GPU's cache."""
+    """How many inputs to cycle through, so that together they are four times as large as the GPU's cache."""
     one = batch * -(-context // pool.shape.block_size)
     wanted = -(-4 * cache_size(pool.device) // (one * pool.shape.block_size * pool.shape.bytes_per_token))
     return max(1, min(wanted, pool.num_blocks // one, MAX_SETS))
 
 
 def _decode_oracle(pool: Pool, q: Tensor, tables: Tensor, lens: Tensor) -> Tensor:
-    """The oracle in float64, on a cache of only the blocks that these tables name."""
+    """The oracle's result in float64, on a cache of only the blocks in these tables."""
     k, v = (cache[tables.flatten()].double() for cache in (pool.k, pool.v))
     dense = torch.arange(tables.numel(), device=q.device).view(tables.shape)
     return reference.paged_decode(q.double(), k, v, dense, lens, pool.shape.scale)
 
 
 def _error(out: Tensor, expected: Tensor) -> float:
-    """‖out − expected‖ / ‖expected‖; NaN, which no limit lets pass, if there is one in ``out``."""
+    """‖out − expected‖ / ‖expected‖; NaN, which fails every limit, if ``out`` contains one."""
     return float((out.double() - expected).norm() / expected.norm())
 
 
 def _sdpa_grouped(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[], Tensor]:
-    grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])  # the query heads of a key/value head as its queries
+    grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])  # treats the query heads of a key/value head as queries
     return lambda: F.scaled_dot_product_attention(grouped, k, v, scale=scale)
 
 
@@ -190,7 +190,7 @@ def _flashinfer(queries: Tensor, pool: Pool, tables: Tensor, context: int) -> li
 
 
 def _decode_flex(job: Job, pool: Pool, cells: list[tuple[int, int]], bandwidth: float) -> None:
-    """flex_attention, which has to be compiled for each shape, in some cells: the largest of three contexts."""
+    """flex_attention on three contexts at the largest batch only, because it must be compiled for each shape."""
     if job.device.type != "cuda":
         return
     from torch.nn.attention.flex_attention import flex_attention
@@ -199,7 +199,7 @@ def _decode_flex(job: Job, pool: Pool, cells: list[tuple[int, int]], bandwidth: 
     shape = pool.shape
     for context in CONTEXTS[:3]:
         batch = max(batch for batch, other in cells if other == context)
-        if job.left() < 45:  # the compiler takes its time
+        if job.left() < 45:  # compiling is slow
             job.row("flex", batch=batch, context=context, skipped="the section's time is over")
             continue
         k, v = pool.contiguous(0, batch, context)
@@ -215,7 +215,7 @@ def _decode_flex(job: Job, pool: Pool, cells: list[tuple[int, int]], bandwidth: 
 
 
 def prefill(job: Job) -> None:
-    """Floating-point operations per second of `paged_prefill`, counting only what causality leaves, against SDPA."""
+    """FLOP/s of `paged_prefill`, counting only query–key pairs within the causal mask, compared with SDPA."""
     torch.manual_seed(0)
     shape, cells = (SMALL, SMALL_PREFILLS) if job.smoke else (LLAMA, PREFILLS)
     kernels = kernels_for("torch" if job.smoke else "auto", job.device)
@@ -239,7 +239,7 @@ def _prefill_cell(
     def ours() -> Tensor:
         return paged_prefill(q, pool.k, pool.v, tables, [length] * batch, [count] * batch, shape.scale)
 
-    # The last query of each sequence sees all of its context, as a decode does, and the first one little of it.
+    # Compares the last query of a sequence, which sees all of its context, and the first one, which sees the least.
     rows = torch.arange(batch, device=device)[:2] * count
     found, lens = ours(), torch.full((min(batch, 2),), length, device=device)
     ends = _decode_oracle(pool, q[rows + count - 1], tables[:2], lens)
@@ -249,7 +249,7 @@ def _prefill_cell(
         job.fail(f"prefill of {name} is off by {error:.2g}")
     ways = {"paged": lambda: [ours], "sdpa": lambda: [_sdpa_causal(q, pool, batch, length, count)]}
     seconds = compare(ways, device, seconds=0.02 if job.smoke else 0.3)
-    # Two products, with a multiplication and an addition each, for every pair of a query and a key it sees.
+    # 4 operations per dimension and query–key pair: QK and PV, each a multiplication and an addition.
     pairs = batch * count * (2 * length - count + 1) / 2
     rates = {way: rate(found, 4 * shape.heads * shape.dim * pairs) for way, found in seconds.items()}
     if "error" in rates["paged"]:

@@ -1,4 +1,4 @@
-"""Whether it is right: kernels against their oracles, whole generations against transformers, memory accesses."""
+"""Correctness checks: kernels against their oracles, generations against transformers, memory accesses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TESTS = "tests/kernels/test_cuda.py"
 
 
 def kernel_tests(job: Job) -> None:
-    """The kernels on CUDA against the oracle in float64: pytest, in as many processes as compile at once."""
+    """Tests the CUDA kernels against the oracle in float64, with pytest in several processes, as compiling is slow."""
     report = job.path.with_suffix(".xml")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS, f"--junit-xml={report}"]
     if not job.smoke and find_spec("xdist"):
@@ -50,7 +50,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def parity(job: Job) -> None:
-    """Greedy tokens in float32 are transformers' own, token for token, however the engine gets there."""
+    """Compares greedy tokens in float32 with transformers', for every backend, with cache hits and preemptions."""
     from minipaged.models.loader import resolve
 
     ways = {"torch": WAYS["torch"]} if job.smoke else WAYS
@@ -77,7 +77,7 @@ def parity(job: Job) -> None:
 def _engines(
     directory: Path, prompts: list[list[int]], settings: dict[str, Any], device: str
 ) -> Iterator[tuple[str, list[list[int]], bool]]:
-    """Cases: (name, the tokens generated, whether what the case is about happened)."""
+    """Yields (case, generated tokens, whether the hit or preemption of this case happened)."""
     from minipaged import LLM
 
     common = {"device": device, "dtype": "float32", "max_model_len": 96, "max_num_seqs": 5, "block_size": 4} | settings
@@ -87,7 +87,7 @@ def _engines(
     again = _greedy(llm, prompts)
     yield "prefixes cached", again, "prefix" in kinds
     for preemption in ("recompute", "swap"):
-        # 24 blocks hold one sequence of 64 tokens and not all five.
+        # 24 blocks hold one sequence of 64 tokens, but not all five, so requests are preempted.
         llm = LLM(str(directory), num_blocks=24, preemption=preemption, max_num_batched_tokens=11, **common)
         kinds = _watched(llm)
         wanted = "preempted" if preemption == "recompute" else "swapped_in"
@@ -95,7 +95,7 @@ def _engines(
 
 
 def flex(job: Job) -> None:
-    """attention="flex" generates what attention="torch" does. Apart, since it may take a minute to compile."""
+    """Compares attention="flex" with "torch", in a section of its own, as it may compile for a minute."""
     from minipaged import LLM, SamplingParams
 
     if job.smoke:
@@ -111,7 +111,7 @@ def flex(job: Job) -> None:
 
 
 def _watched(llm: Any) -> set[str]:
-    """The kinds of events from now on, and "prefix" once a cached block is shared."""
+    """A set that collects the types and reasons of all events from now on ("prefix": a cached block is shared)."""
     kinds: set[str] = set()
     llm.engine.events.subscribe(lambda e: kinds.update({e.type, getattr(e, "reason", None) or e.type}))
     return kinds
@@ -125,7 +125,7 @@ def _greedy(llm: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def _prompts(directory: Path) -> list[list[int]]:
-    """Random tokens, the same for every way. Repeated ones, so that models that copy have something to copy."""
+    """Random prompts of `PROMPT_LENGTHS` tokens, the same for every backend."""
     import json
     from random import Random
 
@@ -146,7 +146,7 @@ def _save(family: str, folder: Path) -> Path:
 
 
 def _transformers(directory: Path, prompts: list[list[int]], device: Any) -> list[list[int]]:
-    """What transformers generates in float32 on the same device, one prompt at a time."""
+    """transformers' greedy tokens in float32 on the same device, one prompt at a time."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -171,7 +171,7 @@ def _difference(found: list[list[int]], expected: list[list[int]]) -> str:
 
 
 def _sampling(job: Job, ways: dict[str, dict[str, Any]]) -> None:
-    """A seed draws the same tokens on the CPU and in every way on the GPU, in float32."""
+    """Checks that a seed samples the same tokens on the CPU and with every backend on the GPU, in float32."""
     from minipaged import LLM, SamplingParams
 
     params = SamplingParams(n=3, seed=5, temperature=0.8, top_p=0.9, max_tokens=20, ignore_eos=True)
@@ -189,13 +189,13 @@ def _sampling(job: Job, ways: dict[str, dict[str, Any]]) -> None:
 
 
 def sanitizer(job: Job) -> None:
-    """compute-sanitizer's memcheck on one small run of every kernel, where there is such a tool."""
+    """Runs every kernel once under compute-sanitizer's memcheck, if this tool is installed."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if job.smoke or tool is None:
         job.note(not_run="a smoke run has no GPU" if job.smoke else "there is no compute-sanitizer here")
         return
     command = [tool, "--tool", "memcheck", "--target-processes", "application-only", "--error-exitcode", "99"]
-    # Torch's allocator hands out parts of large pieces, within which no access is out of bounds.
+    # Off: torch's allocator hands out parts of large pieces, which hides accesses out of bounds.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Timing what runs on a device, and the bandwidth of its memory."""
+"""Times calls on a device, and measures its memory bandwidth."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Call = Callable[[], object]
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
-    """Median, smallest, largest and number of repeated measurements."""
+    """Median, minimum, maximum and number of repeated measurements."""
     return {"median": statistics.median(samples), "min": min(samples), "max": max(samples), "runs": len(samples)}
 
 
 def rate(seconds: dict[str, Any], amount: float) -> dict[str, Any]:
-    """What `compare` says of one way → amount per second, with the same spread; an error stays one."""
+    """Converts one result of `compare` to ``amount`` per second, with its spread; keeps an error."""
     if "error" in seconds:
         return seconds
     fastest, slowest = amount / seconds["min"], amount / seconds["max"]
@@ -28,7 +28,7 @@ def rate(seconds: dict[str, Any], amount: float) -> dict[str, Any]:
 
 @dataclass
 class _Way:
-    run: Call  # makes all calls once
+    run: Call  # runs all calls once
     calls: int
     launched: str
     samples: list[float] = field(default_factory=list)  # seconds per call
@@ -37,18 +37,18 @@ class _Way:
 def compare(
     ways: dict[str, Callable[[], Sequence[Call]]], device: torch.device, seconds: float = 0.2
 ) -> dict[str, dict[str, Any]]:
-    """Times several ways of doing one thing: name → `spread` of the seconds of a call, and how it was launched.
+    """Times several implementations: name → `spread` of the seconds per call, and how it was launched.
 
-    A way prepares a list of calls. They are made one after the other, as a rule with different inputs, so that none
-    finds its own in the GPU's cache. The ways take turns, so that a clock that changes changes for all of them.
-    ``seconds``: for each way, but three runs at least. A way that raises has an ``error`` instead.
+    Each one prepares a list of calls, usually with different inputs, so that no input is in the GPU's cache. They run
+    in turns, so that a change of the GPU's clock rate affects all of them. ``seconds``: time for each implementation,
+    but at least three runs. An implementation that raises has an ``error`` instead.
     """
     ready: dict[str, _Way] = {}
     results: dict[str, dict[str, Any]] = {}
     for name, prepare in ways.items():
         try:
             ready[name] = _prepared(prepare(), device)
-        except Exception as error:  # a rival that is not installed whole, or lacks a shape, must not end the comparison
+        except Exception as error:  # a broken installation or an unsupported shape must not end the comparison
             results[name] = {"error": f"{type(error).__name__}: {error}".split("\n")[0][:300]}
     runs = {name: _runs(_seconds_of(way.run, device), seconds) for name, way in ready.items()}
     for turn in range(max(runs.values(), default=0)):
@@ -65,7 +65,7 @@ def _runs(once: float, seconds: float) -> int:
 
 
 def _prepared(calls: Sequence[Call], device: torch.device) -> _Way:
-    """Warms up. On a GPU the calls become one CUDA graph if they can: else Python's launching is what is timed."""
+    """Warms up. On a GPU, captures the calls in a CUDA graph if possible, or Python's launch overhead dominates."""
 
     def run() -> None:
         for call in calls:
@@ -79,7 +79,7 @@ def _prepared(calls: Sequence[Call], device: torch.device) -> _Way:
     try:
         with torch.cuda.graph(graph):
             run()
-    except RuntimeError:  # it waits for the host somewhere
+    except RuntimeError:  # it synchronizes with the host, so it cannot be captured
         torch.cuda.synchronize()
         return _Way(run, len(calls), "one by one")
     graph.replay()
@@ -101,7 +101,7 @@ def _seconds_of(run: Call, device: torch.device) -> float:
 
 
 def copy_bandwidth(device: torch.device, smoke: bool) -> dict[str, Any]:
-    """Bytes per second, read and written, of copying a tensor far larger than any cache within the device."""
+    """Bytes per second, read plus written, of copying a tensor far larger than any cache on the device."""
     size = 2**20 if smoke else min(2**31, free_memory(device) // 4)
     source = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
     target = torch.empty_like(source)
@@ -110,7 +110,7 @@ def copy_bandwidth(device: torch.device, smoke: bool) -> dict[str, Any]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on the device; on a CPU an amount that is enough for smoke runs."""
+    """Bytes that can be allocated on the device; on a CPU, enough for smoke runs."""
     if device.type != "cuda":
         return 2**28
     torch.cuda.empty_cache()
@@ -118,5 +118,5 @@ def free_memory(device: torch.device) -> int:
 
 
 def cache_size(device: torch.device) -> int:
-    """Bytes of the GPU's last-level cache; on a CPU a small number, so that smoke runs are small."""
+    """Bytes of the GPU's last-level cache; on a CPU a small number, to keep smoke runs small."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 2**12

@@ -1,10 +1,10 @@
-"""Tokens per second of whole generations: Llama shapes with random weights, against transformers and the roofline.
+"""End-to-end throughput in tokens/s: Llama shapes with random weights, against transformers and the roofline.
 
 All generate the same number of greedy tokens from the same prompts, with the same weights: transformers' parameters are
-made views of the engine's. Prompts are computed within the time that is measured; prefix caches are off on both sides,
-since the same prompts come again in every run. All warm up first, for kernels to be compiled and graphs recorded.
+views of the engine's. The time includes prefill; prefix caches are off on both sides, because every run repeats the
+same prompts. All warm up first, so that kernels are compiled and graphs captured.
 
-The roofline is what the memory allows: every step reads all weights, and the keys and values of all tokens so far.
+The roofline is the limit by memory bandwidth: every step reads all weights, and the KV of all tokens so far.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "m
           "vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "bos_token_id": None,
           "eos_token_id": None}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
-    # As Llama 3.2 1B and Llama 3.1 8B.
+    # Shapes of Llama 3.2 1B and Llama 3.1 8B.
     "1B": COMMON | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
                     "tie_word_embeddings": True},
     "8B": COMMON | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128,
@@ -38,7 +38,7 @@ SMALL = {"small": COMMON | {"hidden_size": 32, "intermediate_size": 48, "num_hid
                             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
                             "tie_word_embeddings": True}}  # fmt: skip
 
-Generate = Callable[[list[list[int]], int], list[list[int]]]  # (prompts, tokens for each) → the tokens
+Generate = Callable[[list[list[int]], int], list[list[int]]]  # (prompts, number of tokens) → the tokens of each
 
 
 def measure(job: Job) -> None:
@@ -48,14 +48,14 @@ def measure(job: Job) -> None:
     job.note(copy_bytes_per_second=bandwidth, num_prompt=_sizes(job)[0], num_tokens=_sizes(job)[1])
     cells = [(name, batch) for name in shapes for batch in batches]
     for name in shapes:
-        if 2.2 * _weight_bytes(shapes[name]) > free_memory(job.device):  # transformers makes its own at first
+        if 2.2 * _weight_bytes(shapes[name]) > free_memory(job.device):  # transformers first allocates its own
             cells = [cell for cell in cells if cell[0] != name]
             job.row("cells", model=name, skipped="its weights do not fit into the memory")
             continue
         ours = random_model(shapes[name], job.device)
         theirs = _as_transformers(ours, shapes[name])
         for batch in batches:
-            seconds = (job.left() - 5) / len(cells)  # an equal share of what is left for each
+            seconds = (job.left() - 5) / len(cells)  # an equal share of the remaining time
             del cells[0]
             if seconds < (0.5 if job.smoke else 8):
                 job.row("cells", model=name, batch=batch, skipped="the section's time is over")
@@ -110,11 +110,11 @@ def _timed(
     device: torch.device,
     seconds: float,
 ) -> tuple[dict[str, float], list[list[int]]]:
-    """Tokens per second, and the tokens of the first run. By the wall clock: what the host does counts."""
+    """Tokens per second by wall-clock time, which includes the host's work, and the tokens of the first run."""
     started = time.monotonic()
     outputs, rates = [], []
     with way as generate:
-        # Long enough that batches shrink as they will, when the prompts of the last step end after those of the first.
+        # Warm-up, long enough for batches to shrink: sequences whose prefill came in a later step end later.
         generate(prompts, min(num_tokens, 10))
         while len(rates) < MAX_RUNS:
             begin = time.perf_counter()
@@ -134,7 +134,7 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 
 
 def _agreement(outputs: dict[str, list[list[int]]]) -> float | None:
-    """The share of sequences whose first token is the same in all ways: in bfloat16 near ties fall either way."""
+    """The fraction of sequences with the same first token in all engines; in bfloat16, near ties may differ."""
     firsts = zip(*([tokens[:1] for tokens in sequences] for sequences in outputs.values()), strict=False)
     same = [all(token == tokens[0] for token in tokens) for tokens in firsts]
     return sum(same) / len(same) if same else None
@@ -150,20 +150,20 @@ def _collect() -> None:
 
 
 def roofline(loaded: Any, batch: int, num_prompt: int, num_tokens: int, bandwidth: float) -> float:
-    """Tokens per second if all that takes time is reading weights and KV. ``bandwidth``: bytes per second.
+    """The memory-bound limit in tokens/s: only reading weights and KV takes time. ``bandwidth``: bytes per second.
 
-    One step computes the prompts, and each of the others one token of each sequence.
+    The first step is the prefill of all prompts; each other step decodes one token of each sequence.
     """
     spec, model = loaded.spec, loaded.model
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if not model.config.tied:
-        weights -= model.embed_tokens.weight.nbytes  # of which a step reads a row for each token
+        weights -= model.embed_tokens.weight.nbytes  # a step reads only one row of it per token
     per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * loaded.dtype.itemsize
     contexts = sum(range(num_prompt + 1, num_prompt + num_tokens))
     return batch * num_tokens / ((num_tokens * weights + batch * contexts * per_token) / bandwidth)
 
 
-# --- the ways -----------------------------------------------------------------------------------------------
+# --- engines ------------------------------------------------------------------------------------------------
 
 
 def _weight_bytes(shape: dict[str, Any]) -> int:
@@ -175,7 +175,7 @@ def _weight_bytes(shape: dict[str, Any]) -> int:
 
 
 def random_model(shape: dict[str, Any], device: torch.device) -> Any:
-    """A `LoadedModel` of random weights that were never on a disk: bfloat16 on a GPU, float32 on a CPU."""
+    """A `LoadedModel` with random weights, made in memory: bfloat16 on a GPU, float32 on a CPU."""
     from minipaged.models import loader
     from minipaged.models.llama import Llama, LlamaConfig
 
@@ -183,7 +183,7 @@ def random_model(shape: dict[str, Any], device: torch.device) -> Any:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device("meta"):
         model = Llama(config)
-    loader._allocate(model, device, dtype)  # what load_model does, but for reading a checkpoint
+    loader._allocate(model, device, dtype)  # like load_model, but without a checkpoint
     torch.manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
@@ -192,7 +192,7 @@ def random_model(shape: dict[str, Any], device: torch.device) -> Any:
 
 
 def _as_transformers(loaded: Any, shape: dict[str, Any]) -> Any:
-    """transformers' model, on the same weights in the same memory."""
+    """transformers' model, sharing the memory of our weights."""
     from transformers import AutoModelForCausalLM, LlamaConfig
     from transformers.utils import logging
 
@@ -246,12 +246,12 @@ def _generate(model: Any) -> Iterator[Generate]:
 
 @contextmanager
 def _batching(model: Any, batch: int, num_prompt: int, num_tokens: int) -> Iterator[Generate]:
-    """transformers' continuous batching: its manager, started and warmed up once, with the hints it gives itself."""
+    """transformers' continuous batching: its manager, started and warmed up once, with its own workload hints."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
     from transformers.generation.continuous_batching.utils import WorkloadHints
 
     settings = GenerationConfig(max_new_tokens=num_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    # Half of a GPU is far more than the requests need, and leaves room for everything else.
+    # Half of the GPU's memory is far more than the requests need, and leaves room for the weights.
     limits = {"max_memory_percent": 0.5} if model.device.type == "cuda" else {"num_blocks": 8, "max_batch_tokens": 64}
     config = ContinuousBatchingConfig(allow_block_sharing=False, **limits)
     hints = WorkloadHints(max_prompt_length=num_prompt, max_generated_length=num_tokens, num_requests=batch)

@@ -1,9 +1,9 @@
-"""One section of the GPU check, in a process of its own: what it found is on disk after every finding.
+"""Runs one section of the GPU check in a process of its own, and saves its results after every finding.
 
     python -m benchmarks.gpu.job benchmarks.gpu.end_to_end:measure RESULT.json --seconds 60 [--smoke]
 
-An illegal memory access spoils CUDA for the rest of a process, and a kernel may hang. So no section runs in the process
-of another, and one that has to be killed leaves what it had found.
+After an illegal memory access, CUDA is unusable in that process, and a kernel may hang. So each section has a process
+of its own, and a section that is killed leaves what it found so far.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 
 
 class Job:
-    """What a section is given: a device, a time limit, and a place for what it finds.
+    """The context of a section: its device, its time limit, and its results.
 
     Attributes:
-        smoke: everything tiny, on a CPU: the numbers mean nothing, only that the program works.
-        findings: what is written as the section's ``results``.
-        failures: what is wrong with what was tested, in sentences. One is enough for the section to fail.
+        smoke: everything is tiny and on a CPU; this tests the program, and its numbers mean nothing.
+        findings: the section's ``results`` in the file.
+        failures: errors found, in sentences; with one or more, the section has failed.
     """
 
     def __init__(self, path: Path, seconds: float, smoke: bool) -> None:
@@ -38,7 +38,7 @@ class Job:
     @property
     def device(self) -> Any:
         """The device to test, as torch knows it."""
-        import torch  # slow: not every section needs it
+        import torch  # here, because it is slow and not every section needs it
 
         return torch.device("cpu" if self.smoke else "cuda")
 
@@ -47,24 +47,24 @@ class Job:
         return self._deadline - time.monotonic()
 
     def note(self, **findings: Any) -> None:
-        """Adds findings and saves all that there are."""
+        """Adds findings and saves all of them."""
         self.findings |= findings
         self.save("unfinished")
 
     def row(self, table: str, **row: Any) -> None:
-        """Adds a row to a table among the findings, saves and prints it."""
+        """Adds a row to a table in the findings, saves them and prints the row."""
         self.findings.setdefault(table, []).append(row)
         self.save("unfinished")
         print("   ", ", ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
 
     def fail(self, what: str) -> None:
-        """Notes that something is wrong; the section goes on, to tell what else is."""
+        """Records a failure; the section continues, to find others."""
         print(f"    FAILED: {what}", flush=True)
         self.failures.append(what)
         self.save("unfinished")
 
     def save(self, status: str) -> None:
-        """Replaces the file in one move: whoever reads it finds all or nothing of a state."""
+        """Replaces the file atomically, so that a reader never sees half of it."""
         partial = self.path.with_suffix(".partial")
         content = {"status": status, "failures": self.failures, "results": self.findings}
         partial.write_text(json.dumps(content), encoding="utf-8")
@@ -78,7 +78,7 @@ def _short(value: Any) -> str:
 
 
 def run(job: Job, measure: str) -> None:
-    """Calls ``module:function`` with the job. Whatever it raises is one of its failures."""
+    """Calls ``module:function`` with the job; an exception is one more failure."""
     module, _, function = measure.partition(":")
     try:
         getattr(import_module(module), function)(job)

@@ -1,4 +1,4 @@
-"""What the numbers were measured on."""
+"""Records the machine, its GPU and the versions of the packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "triton", "transformers", "flashinfer-python")
 
 
 def measure(job: Job) -> None:
-    """Notes machine and versions. Fails without CUDA, unless everything is to run on the CPU anyway."""
+    """Records machine and versions. Fails without CUDA, except in a smoke run, which uses the CPU."""
     job.note(
         device="cpu" if job.smoke else "cuda",
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -51,7 +51,7 @@ def _version(package: str) -> str | None:
 
 
 def _printed(*command: str) -> Any:
-    """The first line that a command prints; ``None`` where there is no such command or it fails."""
+    """The first line that a command prints; ``None`` if the command is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Every kernel once, with small random inputs of odd sizes: what compute-sanitizer is to watch."""
+"""Runs every kernel once on small random inputs of odd sizes, for compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from minipaged.kernels.backend import kernels_for
 
 
 def run(device: torch.device, attention: str) -> None:
-    """Calls them; raises where a number of the results is not finite."""
+    """Calls every kernel. Raises `ArithmeticError` if a result is not finite."""
     torch.manual_seed(0)
     dtype, kernels = torch.float16, kernels_for(attention, device)
     lengths, blocks, size, heads, kv_heads, dim = [1, 5, 33], 12, 5, 6, 2, 80
@@ -35,8 +35,8 @@ def run(device: torch.device, attention: str) -> None:
     space = [torch.zeros(2, size, kv_heads, dim, dtype=dtype, pin_memory=pinned) for _ in range(2)]
     kernels.swap_blocks([k_cache, v_cache], space, src, torch.tensor([1, 0]))
     kernels.swap_blocks(space, [k_cache, v_cache], torch.tensor([1, 0]), src)
-    if not all(bool(out.isfinite().all()) for out in outs):  # waits for the GPU, too
-        raise ArithmeticError("a kernel gave a number that is not finite")
+    if not all(bool(out.isfinite().all()) for out in outs):  # also waits for the GPU
+        raise ArithmeticError("a kernel's result contains a number that is not finite")
 
 
 if __name__ == "__main__":

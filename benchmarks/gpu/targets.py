@@ -1,15 +1,15 @@
-"""Targets and tables."""
+"""Compares measurements with their targets, and prints the report's tables."""
 
 from __future__ import annotations
 
 from typing import Any
 
 DECODE, ROOFLINE, BATCHING = 0.85, 0.70, 3.0
-LARGE = 2**18  # tokens of KV in a cell of the decode benchmark from which on it is large: 1 GiB in one layer
+LARGE = 2**18  # tokens of KV in a large cell of the decode benchmark, or more: 1 GiB in one layer
 
 
 def judge(sections: dict[str, dict[str, Any]], smoke: bool) -> list[dict[str, Any]]:
-    """Each target with what was measured; ``met`` is ``None`` where it was not, as in smoke runs."""
+    """Each target with its measurement; ``met`` is ``None`` without one, as in smoke runs."""
     large = [cell for cell in _cells(sections, "decode") if cell["batch"] * cell["context"] >= LARGE]
     decode = [cell["fraction_of_copy"] for cell in large]
     end = _cells(sections, "end_to_end")
@@ -30,7 +30,7 @@ def _cells(sections: dict[str, dict[str, Any]], name: str) -> list[dict[str, Any
 
 def _target(name: str, wanted: float, found: list[float | None], smoke: bool) -> dict[str, Any]:
     numbers = [number for number in found if number is not None]
-    # A cell that gave no number has not met it, but is no measurement either.
+    # A cell without a number neither meets nor misses the target.
     measured = min(numbers) if numbers and len(numbers) == len(found) else None
     return {
         "target": name,
@@ -41,7 +41,7 @@ def _target(name: str, wanted: float, found: list[float | None], smoke: bool) ->
 
 
 def print_report(result: dict[str, Any]) -> None:
-    """Everything worth reading, narrow enough for a terminal."""
+    """Prints the measurements, sections and targets as tables that fit a terminal."""
     machine, sections = result["machine"], result["sections"]
     print(f"\n{machine.get('gpu', 'CPU')}, driver {machine.get('driver')}, {machine.get('versions')}")
     if result["smoke"]:
@@ -89,7 +89,7 @@ def _number(value: float | None) -> str:
 
 
 def _rate(cell: dict[str, Any], name: str, unit: float) -> str:
-    """Median ± half of what lies between the smallest and the largest."""
+    """Median ± half of the range of the measurements."""
     found = cell.get(name)
     if not found or "error" in found:
         return "error" if found else "–"

@@ -41,13 +41,13 @@ app.command()(generate)
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0; 1 for what went wrong while running; 2 for what the user can mend; 130 after Ctrl-C.
+    """Entry point. Exit codes: 0 success; 1 failure while running; 2 the user's mistake; 130 after Ctrl-C.
 
-    With 1 and 2 one line says what. Of several processes that torchrun started, the first one alone says anything.
+    With 1 and 2 one line says what is wrong. Of several processes that torchrun started, only rank 0 prints.
     """
     if torchrun() and os.environ["RANK"] != "0":
-        # Nor does the exit code of another: torchrun would end the first one for it, in the midst of its message. Only
-        # the traceback of a bug gets out of here.
+        # Other ranks exit with 0, or torchrun would kill rank 0 before it has printed its message. Only the traceback
+        # of a bug is still raised.
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere), suppress(SystemExit):
             _main()
     else:
@@ -56,12 +56,12 @@ def main() -> None:
 
 def _main() -> None:
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that knows no emoji shows "?" rather than a traceback
+        if hasattr(stream, "reconfigure"):  # a terminal without emoji shows "?", not a traceback
             stream.reconfigure(errors="replace")
     try:
         app(prog_name="minipaged")
     except MinipagedError as error:
-        # Those that a user can cause are values or a port; a failed step or broken bookkeeping is nobody's typing.
+        # The user's mistakes are wrong values or a busy port; a failed step or broken bookkeeping is ours.
         fail(str(error))
         sys.exit(2 if isinstance(error, ValueError | OSError) else 1)
     except KeyboardInterrupt:
@@ -82,7 +82,7 @@ def _root(
         raise typer.Exit
     if torchrun() and context.invoked_subcommand != "generate":
         command = context.invoked_subcommand or "visualize"
-        raise InvalidConfig(f"{command!r} is for a single process; of the commands only 'generate' goes with torchrun")
+        raise InvalidConfig(f"{command!r} runs in a single process; only 'generate' goes with torchrun")
     if context.invoked_subcommand is None:
         visualize()
 
@@ -101,7 +101,7 @@ def kernels_report(
     ptx: Annotated[bool, typer.Option("--ptx", help="Print NVIDIA's assembly language, too.")] = False,
     sass: Annotated[bool, typer.Option("--sass", help="Print the GPU's machine code, too.")] = False,
 ) -> None:
-    """Compile the Triton kernels for sm_80 and sm_90, and show what became of them: needs no GPU."""
+    """Compile the Triton kernels for sm_80 and sm_90 and show their registers and spills; needs no GPU."""
     from minipaged.kernels.backend import require_compiler
 
     require_compiler()
@@ -109,7 +109,7 @@ def kernels_report(
 
     chosen = [variant for variant in report.variants() if only in variant.name]
     if not chosen:
-        raise typer.Exit(fail(f"no variant has {only!r} in its name; without a name, all of them are listed"))
+        raise typer.Exit(fail(f"no variant has {only!r} in its name; leave the name out to list all"))
     print(report.LEGEND, report.HEADER, sep="\n\n", flush=True)
     for compiled in report.compile_all(chosen):
         print(report.line(compiled), flush=True)

@@ -1,4 +1,4 @@
-"""``minipaged bench``: what each command prints, and what it writes."""
+"""``minipaged bench``: measures speed, and prints and writes the results."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from minipaged.workloads import (
 )
 
 app = typer.Typer(help="Measure the engine's speed on this machine.", no_args_is_help=True)
-Out = Annotated[Path | None, typer.Option(help="A folder for the results; without it they are only printed.")]
+Out = Annotated[Path | None, typer.Option(help="A folder for the results. Default: print only.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes: smaller, noisier.")]
 LENGTHS = {"sharegpt": sharegpt_like, "alpaca": alpaca_like, "translation": translation_like}
 
 
 @app.command()
 def scheduler(quick: Quick = False, out: Out = None) -> None:
-    """What deciding costs: microseconds a sequence a step without a model, and memory over many requests."""
+    """Measure the scheduler's cost: microseconds per sequence and step, and memory growth over many requests."""
     from minipaged.bench.scheduler_cost import measure
 
     console = Console(highlight=False)
     result = measure(quick, lambda text: console.print(text, style="dim"))
-    table = Table("sequences", "context", "recorder", "µs a sequence a step, best", "median")
+    table = Table("sequences", "context", "recorder", "µs per sequence and step, best", "median")
     for row in result["costs"]:
         recorder = "on" if row["recorder"] else "off"
         figures = (row["sequences"], row["context"], recorder, row["best_us"], row["median_us"])
@@ -57,18 +57,18 @@ def scheduler(quick: Quick = False, out: Out = None) -> None:
 @app.command()
 def peers(
     with_: Annotated[
-        str, typer.Option("--with", help="Other engines, of: transformers, vllm, llama.cpp.")
+        str, typer.Option("--with", help="Other engines, separated by commas: transformers, vllm, llama.cpp.")
     ] = "transformers",
     python: Annotated[
-        list[str] | None, typer.Option(help="NAME=PATH: the Python that has this engine installed; repeatable.")
+        list[str] | None, typer.Option(help="NAME=PATH: a Python that has the engine NAME installed; repeatable.")
     ] = None,
-    models: Annotated[str, typer.Option(help="Shapes to measure, separated by commas.")] = "",
-    dtypes: Annotated[str, typer.Option(help="Separated by commas.")] = "bfloat16,float32",
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds, in each of which every engine has its turn.")] = 3,
+    models: Annotated[str, typer.Option(help="Model shapes to measure, separated by commas.")] = "",
+    dtypes: Annotated[str, typer.Option(help="Data types, separated by commas.")] = "bfloat16,float32",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; every engine runs once in each.")] = 3,
     quick: Quick = False,
     out: Out = None,
 ) -> None:
-    """The same requests through several engines, side by side on random weights."""
+    """Compare the throughput of several engines on the same requests and random weights."""
     from minipaged.bench import peers as bench
 
     console = Console(highlight=False)
@@ -85,25 +85,25 @@ def peers(
 @app.command()
 def serve(
     url: Annotated[str, typer.Option(help="The API's address, with /v1.")] = "http://127.0.0.1:8000/v1",
-    model: Annotated[str, typer.Option(help="Default: the server's first.")] = "",
+    model: Annotated[str, typer.Option(help="The model's name. Default: the server's first.")] = "",
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True)] = None,
-    rate: Annotated[float, typer.Option(help="Requests a second.")] = 2.0,
-    cv: Annotated[float, typer.Option(help="Burstiness: 1 is Poisson, above it Gamma arrivals in bursts.")] = 1.0,
-    duration: Annotated[float, typer.Option(help="Seconds during which requests come.")] = 30.0,
-    lengths: Annotated[str, typer.Option(help=f"Lengths like those of: {', '.join(LENGTHS)}.")] = "alpaca",
-    burstgpt: Annotated[Path | None, typer.Option(help="Times and lengths from this trace instead.")] = None,
-    prefix: Annotated[int, typer.Option(min=0, help="Words that all prompts begin with.")] = 0,
-    max_prompt: Annotated[int, typer.Option(min=1, help="Cut prompts to so many words.")] = 512,
-    max_output: Annotated[int, typer.Option(min=1, help="Cut outputs to so many tokens.")] = 128,
+    rate: Annotated[float, typer.Option(help="Requests per second.")] = 2.0,
+    cv: Annotated[float, typer.Option(help="Burstiness: 1 is Poisson; above 1, Gamma arrivals in bursts.")] = 1.0,
+    duration: Annotated[float, typer.Option(help="Seconds during which requests arrive.")] = 30.0,
+    lengths: Annotated[str, typer.Option(help=f"Distribution of lengths: {', '.join(LENGTHS)}.")] = "alpaca",
+    burstgpt: Annotated[Path | None, typer.Option(help="Take arrival times and lengths from this trace.")] = None,
+    prefix: Annotated[int, typer.Option(min=0, help="Length of a prefix that all prompts share, in words.")] = 0,
+    max_prompt: Annotated[int, typer.Option(min=1, help="Cut longer prompts to this many words.")] = 512,
+    max_output: Annotated[int, typer.Option(min=1, help="Cut longer outputs to this many tokens.")] = 128,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Outputs as long as asked for (minipaged and vLLM understand it).")
+        bool, typer.Option("--ignore-eos", help="Generate the full length (minipaged and vLLM support it).")
     ] = False,
-    goal_first: Annotated[float, typer.Option(help="Goodput: seconds to the first token, at most.")] = 1.0,
-    goal_token: Annotated[float, typer.Option(help="Goodput: seconds between tokens in the mean, at most.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Where serve.json and serve.html go.")] = None,
+    goal_first: Annotated[float, typer.Option(help="Goodput: the highest TTFT, in seconds.")] = 1.0,
+    goal_token: Annotated[float, typer.Option(help="Goodput: the highest mean time between tokens, in seconds.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Seed of arrivals and lengths.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="A folder for serve.json and serve.html.")] = None,
 ) -> None:
-    """Send requests at their times, whatever the server's state, and report latencies and goodput."""
+    """Send requests at given times, without waiting for answers, and report latencies and goodput."""
     from minipaged.server import load
 
     requests = _requests(rate, cv, duration, lengths, burstgpt, prefix, max_prompt, max_output, seed)
@@ -129,12 +129,12 @@ def _requests(
     rate: float, cv: float, duration: float, lengths: str, burstgpt: Path | None, prefix: int, max_prompt: int,
     max_output: int, seed: int,
 ) -> list[TraceRequest]:  # fmt: skip
-    """What to send and when. Raises `InvalidRequest`."""
+    """The requests to send, with their arrival times. Raises `InvalidRequest`."""
     if lengths not in LENGTHS:
         raise InvalidRequest(f"lengths must be one of {', '.join(LENGTHS)}, not {lengths!r}")
     if burstgpt is not None:
         if prefix:
-            raise InvalidRequest("a trace says what its prompts are; leave out --prefix")
+            raise InvalidRequest("--burstgpt sets the prompts' lengths; leave out --prefix")
         answered = (request for request in load_burstgpt(burstgpt, rate) if not request.failed)
         requests = [request for request in answered if request.arrival < duration]
     else:
@@ -145,7 +145,7 @@ def _requests(
         drawn = LENGTHS[lengths](seed)
         requests = shared_prefix(drawn, times, prefix) if prefix else trace(drawn, times)
     if not requests:
-        raise InvalidRequest("no request comes in that time; give a higher --rate or a longer --duration")
+        raise InvalidRequest("no request arrives in that time; give a higher --rate or a longer --duration")
     return [
         replace(
             request,
@@ -162,7 +162,7 @@ def _names(text: str) -> list[str]:
 
 
 def _write(out: Path | None, name: str, result: dict[str, Any]) -> None:
-    """``out``/NAME.json, with the machine, the versions, and how busy others kept it (the load average)."""
+    """Writes ``out``/NAME.json: the result, the command, the machine, its versions and its load average (``busy``)."""
     if out is None:
         return
     about = {

@@ -39,22 +39,22 @@ from minipaged.config import SamplingParams
 from minipaged.errors import InvalidRequest, MinipagedError
 
 HELP = """\
-/system TEXT  instructions before the conversation; without TEXT, shows them
+/system TEXT  set the system prompt; without TEXT, show it
 /save FILE    write the conversation as JSON
-/load FILE    go on with a saved one
+/load FILE    continue a saved conversation
 /reset        forget the conversation
-/exit         leave (so do Ctrl-C and Ctrl-D at the prompt; during an answer Ctrl-C ends only that)
+/exit         leave (or Ctrl-C or Ctrl-D at the prompt; during an answer, Ctrl-C stops the answer only)
 /help         this list
-A line that ends with \\ goes on in the next; \"\"\" begins and ends a text of several lines."""
+A line that ends with \\ continues on the next; \"\"\" begins and ends a message of several lines."""
 
 Messages = list[dict[str, str]]
-Pieces = Iterator[tuple[str, int]]  # text, and how many tokens it was
+Pieces = Iterator[tuple[str, int]]  # (text, number of tokens in it)
 Backend = Callable[[Messages], Pieces]
 
 
 def chat(
-    system: Annotated[str | None, typer.Option(help="Instructions before the conversation.")] = None,
-    url: Annotated[str | None, typer.Option(help="Talk to this server instead, e.g. http://127.0.0.1:8000/v1.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    url: Annotated[str | None, typer.Option(help="Use this server instead, e.g. http://127.0.0.1:8000/v1.")] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="OPENAI_API_KEY", help="The server's key.", show_envvar=True)
     ] = None,
@@ -80,11 +80,11 @@ def chat(
         num_speculative_tokens=num_speculative_tokens,
     )  # fmt: skip
     if url is None:
-        params = sampling(**options)  # complains before the model is loaded
+        params = sampling(**options)  # rejects wrong values before the model is loaded
         backend = _embedded(load(model, device=device, dtype=dtype, **settings), params)
     elif settings or (device, dtype) != (DEFAULT.device, DEFAULT.dtype):
         what = "device, dtype, memory, attention, kv-dtype and speculate"
-        raise InvalidRequest(f"{what} are the server's business, not the chat's")
+        raise InvalidRequest(f"{what} are the server's business; leave them out with --url")
     else:
         backend = _remote(url, api_key, model, options)
     Chat(backend, system).run()
@@ -99,7 +99,7 @@ class Chat:
         self._messages: Messages = []
 
     def run(self) -> None:
-        """Until the input ends, or Ctrl-C at the prompt."""
+        """Reads messages and commands until the input ends, or Ctrl-C at the prompt."""
         print("Type a message; /help lists the commands.")
         for text in _texts():
             name, _, rest = text.partition(" ")
@@ -124,12 +124,12 @@ class Chat:
 
     def _reset(self, _: str) -> None:
         self._messages = []
-        print("The conversation starts afresh.")
+        print("The conversation is empty again.")
 
     def _set_system(self, text: str) -> None:
         if text:
             self._system = text
-        print(f"Instructions: {self._system or 'none'}")
+        print(f"System prompt: {self._system or 'none'}")
 
     def _save(self, name: str) -> None:
         if not name:
@@ -143,7 +143,7 @@ class Chat:
         saved = json.loads(Path(name).read_text("utf-8"))
         messages = saved.get("messages") if isinstance(saved, dict) else None
         if not isinstance(messages, list) or not all(map(_is_message, messages)):
-            raise ValueError(f"{name} is no saved conversation")
+            raise ValueError(f"{name} is not a saved conversation")
         self._system = next((m["content"] for m in messages if m["role"] == "system"), None)
         self._messages = [message for message in messages if message["role"] != "system"]
         print(f"Loaded {len(self._messages)} messages.")
@@ -152,11 +152,11 @@ class Chat:
         return ([{"role": "system", "content": self._system}] if self._system else []) + self._messages
 
     def _answer(self, text: str) -> None:
-        """Streams the model's turn. Both turns are kept, a stopped one as far as it came; neither if it is refused."""
+        """Streams the model's answer. Keeps both messages, also of a stopped answer; neither after an error."""
         user = {"role": "user", "content": text}
         try:
             answer = _print(self._backend([*self._all(), user]))
-        except InvalidRequest as error:  # most often the conversation has outgrown the model
+        except InvalidRequest as error:  # most often, the conversation is longer than the model allows
             fail(f"{error} (/reset forgets the conversation)")
         except ServerError as error:
             fail(str(error))
@@ -174,7 +174,7 @@ def _is_message(message: Any) -> bool:
 
 
 def _print(pieces: Pieces) -> str:
-    """Prints an answer as it comes, until its end or Ctrl-C, and returns it."""
+    """Prints an answer while it is generated, until its end or Ctrl-C, and returns it."""
     texts, tokens, began = [], 0, time.perf_counter()
     with _interruptible() as stopped:
         for text, count in pieces:
@@ -194,9 +194,9 @@ def _print(pieces: Pieces) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Ctrl-C only notes itself in the list: raised in the midst of a step it would cost the engine its bookkeeping.
+    """Ctrl-C only appends to the list: an exception in the middle of a step would break the engine's bookkeeping.
 
-    A second Ctrl-C raises KeyboardInterrupt all the same.
+    A second Ctrl-C raises KeyboardInterrupt.
     """
     stopped: list[int] = []
 
@@ -216,7 +216,7 @@ def _interruptible() -> Iterator[list[int]]:
 
 
 def _texts() -> Iterator[str]:
-    """Messages and commands, until the input ends."""
+    """Yields messages and commands until the input ends."""
     with _history():
         while True:
             try:
@@ -231,7 +231,7 @@ def _texts() -> Iterator[str]:
 
 
 def _text() -> str:
-    """One message, which may have several lines."""
+    """Reads one message, which may have several lines."""
     line = input("> ").strip()
     if line.startswith('"""'):
         lines = [line[3:]]
@@ -248,7 +248,7 @@ def _text() -> str:
 
 @contextmanager
 def _history() -> Iterator[None]:
-    """Arrow keys, and what was typed in earlier conversations, where there is a terminal and readline."""
+    """Enables arrow keys and the history of earlier conversations, if there is a terminal and readline."""
     try:
         import readline  # Windows has none
     except ImportError:
@@ -262,7 +262,7 @@ def _history() -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
         readline.read_history_file(file)
-    except OSError:  # then there is no history
+    except OSError:  # continue without a history
         pass
     readline.set_history_length(1000)
     try:
@@ -274,15 +274,15 @@ def _history() -> Iterator[None]:
             pass
 
 
-# --- who answers ------------------------------------------------------------------------------------------------
+# --- backends ---------------------------------------------------------------------------------------------------
 
 
 class ServerError(MinipagedError, RuntimeError):
-    """The server could not be reached, or refused."""
+    """The server could not be reached or answered with an error."""
 
 
 def _embedded(llm: Any, params: SamplingParams) -> Backend:
-    llm.render_chat([{"role": "user", "content": "Hi"}])  # says at once if the model cannot chat
+    llm.render_chat([{"role": "user", "content": "Hi"}])  # raises now if the model cannot chat
 
     def answer(messages: Messages) -> Pieces:
         deltas = llm.stream_chat(messages, params)
@@ -313,9 +313,9 @@ def _remote(url: str, api_key: str | None, model: str, options: dict[str, Any]) 
                     for choice in event.get("choices", ()):
                         text = choice.get("delta", {}).get("content")
                         if text:
-                            yield text, 1  # servers send a chunk for each token, as a rule
+                            yield text, 1  # servers usually send one chunk per token
         except httpx2.InvalidURL as error:
-            raise InvalidRequest(f"{url} is no URL: {error}") from None
+            raise InvalidRequest(f"{url} is not a URL: {error}") from None
         except (httpx2.HTTPError, RequestFailed) as error:
             raise ServerError(f"{url}: {str(error) or type(error).__name__}") from None
 

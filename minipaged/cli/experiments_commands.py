@@ -1,4 +1,4 @@
-"""``minipaged experiments``: list them, run them, read their numbers beside the papers'."""
+"""``minipaged experiments``: lists and runs the experiments, and prints their numbers beside the papers'."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from minipaged.errors import InvalidRequest
 from minipaged.experiments import Result, catalogue, run
 from minipaged.experiments.result_text import machine_text, number_text, paper_text
 
-app = typer.Typer(help="Measure the papers' figures again.", no_args_is_help=True)
+app = typer.Typer(help="Reproduce the papers' figures.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_() -> None:
-    """Show what can be run."""
+    """List the experiments."""
     table = Table("name", "what it measures", "reproduces", "minutes")
     for entry in catalogue():
         table.add_row(entry.name, entry.title, entry.figure, f"{entry.minutes:g}")
@@ -30,7 +30,7 @@ def list_() -> None:
 def run_(
     name: Annotated[str, typer.Argument(help="A name from the list, or 'all'.")],
     quick: Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes: smaller, noisier.")] = False,
-    out: Annotated[Path, typer.Option(help="Where NAME.json and NAME.html go.")] = Path("experiments"),
+    out: Annotated[Path, typer.Option(help="A folder for NAME.json and NAME.html.")] = Path("experiments"),
 ) -> None:
     """Run one experiment, or all."""
     console = Console(highlight=False)

@@ -1,4 +1,4 @@
-"""``minipaged generate``: one text continued, in one process or in several that torchrun started."""
+"""``minipaged generate``: continues a prompt, in one process or in several that torchrun started."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def generate(
         max_tokens=max_tokens,
         stop=stop,
         seed=seed,
-        logprobs=0 if as_json else None,  # the sampled tokens' only, for cumulative_logprob
+        logprobs=0 if as_json else None,  # of sampled tokens only, for cumulative_logprob
     )
     settings = given(
         device=device, dtype=dtype, memory=memory, attention=attention, kv_dtype=kv_dtype, speculate=speculate,
@@ -100,12 +100,12 @@ def _answer(llm: LLM, prompt: str, params: SamplingParams, as_json: bool) -> Non
 
 
 def _print_stream(deltas: Iterator[Delta]) -> str:
-    """Prints text as it comes and returns the whole of it."""
+    """Prints text while it is generated and returns all of it."""
     pieces = []
     try:
         for delta in deltas:
             print(delta.text, end="", flush=True)
             pieces.append(delta.text)
     finally:
-        print()  # also after Ctrl-C, for the shell's prompt
+        print()  # also after Ctrl-C, so that the shell's prompt starts on a new line
     return "".join(pieces)

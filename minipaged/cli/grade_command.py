@@ -1,4 +1,4 @@
-"""``minipaged grade``: a class's submissions, its options, and what is said of each."""
+"""``minipaged grade``: grades a class's submissions and prints a line for each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from minipaged.labs.submissions import Submission, collect
 
 GRADER_BUG = 70
 MIN_SECRET = 16  # bytes
-HALF_THE_CORES = max(1, (os.cpu_count() or 2) // 2)  # the other half compares
+HALF_THE_CORES = max(1, (os.cpu_count() or 2) // 2)  # the other half runs the processes that compare
 
 
 class Format(StrEnum):
@@ -30,17 +30,17 @@ class Format(StrEnum):
 def grade(
     submissions: Annotated[Path, typer.Argument(help="A folder with a folder, ZIP or file for each student.")],
     lab_key: Annotated[str, typer.Option("--assignment", "-a", help="The lab, e.g. A1.")],
-    secret_file: Annotated[Path, typer.Option(help="Makes the tests hidden, and the same in every run.")],
+    secret_file: Annotated[Path, typer.Option(help="Seeds the hidden tests: same file, same tests.")],
     formats: Annotated[
         list[Format] | None, typer.Option("--format", help="csv: grades.csv. junit: junit.xml. Repeatable.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, max=64, help="Submissions at a time.")] = HALF_THE_CORES,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="For the results. Default: grades/a1, say.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Also those that are done.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, max=64, help="Submissions to grade at once.")] = HALF_THE_CORES,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="For the results. Default: grades/LAB.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Grade again what is already graded.")] = False,
 ) -> None:
     """Grade a class: a results.json for each student (Gradescope's format), and report.html for the teacher.
 
-    Exit codes: 0 when the results are written, 2 for a wrong command, 70 for a bug of the grader.
+    Exit codes: 0 when the results are written, 2 for a wrong command, 70 for a bug in the grader.
     """
     lab = find(lab_key)
     if reason := lab.needs():
@@ -65,7 +65,7 @@ def grade(
 
 
 def _read_secret(path: Path) -> bytes:
-    """`InvalidRequest` if there is none, or if it could be guessed."""
+    """Reads the secret. Raises `InvalidRequest` if it is missing, or so short that it could be guessed."""
     make = f"python -c 'import secrets; print(secrets.token_hex(32))' > {path}"
     try:
         secret = path.read_bytes().strip()
@@ -78,7 +78,7 @@ def _read_secret(path: Path) -> bytes:
 
 def _collected(folder: Path, lab: Lab, out: Path) -> list[Submission]:
     if not folder.is_dir():
-        raise InvalidRequest(f"{folder} is no folder; it must hold a folder, ZIP or file for each student")
+        raise InvalidRequest(f"there is no folder {folder}; give one that holds a folder, ZIP or file for each student")
     if out.resolve().is_relative_to(folder.resolve()):
         raise InvalidRequest("the results must not lie among the submissions; choose another --out")
     try:
@@ -92,7 +92,7 @@ def _collected(folder: Path, lab: Lab, out: Path) -> list[Submission]:
 
 def _tell(lab: Lab, row: grading.Row) -> None:
     text = f"{row.student:20} {row.points:3} of {lab.points}   {row.cause}".rstrip()
-    # What students wrote must not move the cursor or change colors.
+    # Students' text must not move the cursor or change colors.
     print("".join(c if c.isprintable() else "\ufffd" for c in text), flush=True)
     if row.bug:
         print(f"The grader failed; this is not the student's fault:\n{row.bug}", flush=True)

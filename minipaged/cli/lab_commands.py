@@ -1,4 +1,4 @@
-"""``minipaged lab``: start, check, watch, hint, replay, diff, reset, pack; and verify, for who writes labs."""
+"""``minipaged lab``: start, check, watch, hint, replay, diff, reset, pack; and verify, for authors of labs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ MARKS = {"pass": "✓", "fail": "✗", "blocked": "·", "limit": "✗", "import"
 
 app = typer.Typer(help="Write parts of the engine yourself.", no_args_is_help=True)
 Key = Annotated[str, typer.Argument(help="A lab, e.g. A1.")]
-Keys = Annotated[list[str] | None, typer.Argument(help="Labs, e.g. A1. Without: all that were started here.")]
+Keys = Annotated[list[str] | None, typer.Argument(help="Labs, e.g. A1. Default: all that were started here.")]
 Folder = Annotated[Path, typer.Option("--dir", help="The folder that holds your labs.")]
 HERE = Path()
 
 
 @app.command("list")
 def list_(folder: Folder = HERE) -> None:
-    """Show the labs, and how far you are."""
+    """List the labs with your points."""
     for lab in catalogue():
         desk = Desk(lab, folder.resolve())
         done = "not started"
@@ -43,7 +43,7 @@ def list_(folder: Folder = HERE) -> None:
 
 @app.command()
 def start(key: Key, folder: Folder = HERE) -> None:
-    """Write a lab's starter and its text into a folder of its own."""
+    """Create a folder with a lab's starter code and its instructions."""
     desk = Desk(find(key), folder.resolve())
     desk.start()
     print(f"{desk.folder / 'README.md'} says what to do; you write {desk.file}.")
@@ -52,13 +52,13 @@ def start(key: Key, folder: Folder = HERE) -> None:
 
 @app.command()
 def check(keys: Keys = None, folder: Folder = HERE) -> None:
-    """Check what you wrote. Exit codes: 0 all passed, 1 not, 3 cannot be imported, 4 time or memory limit."""
+    """Check your code. Exit codes: 0 all passed, 1 some failed, 3 import error, 4 time or memory limit."""
     raise typer.Exit(max(_check(desk) for desk in _desks(keys, folder)))
 
 
 @app.command()
 def watch(keys: Keys = None, folder: Folder = HERE, every: Annotated[float, typer.Option(hidden=True)] = 0.5) -> None:
-    """Check, and again whenever a file has changed, until Ctrl-C."""
+    """Check your code now and at every change, until Ctrl-C."""
     desks = _desks(keys, folder)
     seen: dict[Path, int] = {}
     while True:
@@ -73,7 +73,7 @@ def watch(keys: Keys = None, folder: Folder = HERE, every: Annotated[float, type
 
 @app.command()
 def hint(task: Annotated[str, typer.Argument(help="A task, e.g. A1.2.")], folder: Folder = HERE) -> None:
-    """Read the next of a task's three hints."""
+    """Show the next of a task's three hints."""
     desk, key = _task(task, folder)
     level, text = desk.hint(key)
     print(f"Hint {level} of {LEVELS} for {key}\n\n{text}")
@@ -97,10 +97,10 @@ def replay(
 @app.command()
 def diff(
     what: Annotated[str, typer.Argument(help="A task or a lab, e.g. A1.2.")],
-    give_up: Annotated[bool, typer.Option("--give-up", help="Also for tasks that have not passed.")] = False,
+    give_up: Annotated[bool, typer.Option("--give-up", help="Show tasks that have not passed, too.")] = False,
     folder: Folder = HERE,
 ) -> None:
-    """Compare what you wrote with the reference, once it passes."""
+    """Compare your code with the reference, once it passes."""
     if "." in what:
         desk, key = _task(what, folder)
         print(desk.diff(key, give_up))
@@ -115,9 +115,9 @@ def diff(
 
 @app.command()
 def reset(key: Key, folder: Folder = HERE) -> None:
-    """Begin a lab again. What you wrote is kept beside it."""
+    """Start a lab again; your old file is kept beside the new one."""
     desk = Desk(find(key), folder.resolve())
-    print(f"{desk.file} is the starter again; what you had is in {desk.reset()}")
+    print(f"{desk.file} is the starter again; your old code is in {desk.reset()}")
 
 
 @app.command()
@@ -129,7 +129,7 @@ def pack(keys: Keys = None, folder: Folder = HERE) -> None:
 
 @app.command("verify")
 def verify_(keys: Keys = None) -> None:
-    """For authors: starters fail, references pass, every bug is noticed, hints are there."""
+    """For authors: check that starters fail, references pass, checks find every planted bug, and hints exist."""
     wrong = 0
     for lab in [find(key) for key in keys] if keys else catalogue():
         started = time.monotonic()
@@ -146,7 +146,7 @@ def _desks(keys: list[str] | None, folder: Path) -> list[Desk]:
         return [Desk(find(key), folder).require() for key in keys]
     desks = [desk for desk in (Desk(lab, folder) for lab in catalogue()) if desk.started]
     if not desks:
-        raise InvalidRequest(f"no lab has been started in {folder}; 'minipaged lab start A1' does")
+        raise InvalidRequest(f"no lab has been started in {folder}; start one: minipaged lab start A1")
     return desks
 
 
@@ -159,7 +159,7 @@ def _task(task: str, folder: Path) -> tuple[Desk, str]:
 
 
 def _changed(file: Path) -> int:
-    """When the file was written last; 0 while an editor has it between two states."""
+    """The file's modification time in ns; 0 if it is missing, for example while an editor replaces it."""
     try:
         return file.stat().st_mtime_ns
     except OSError:
@@ -167,7 +167,7 @@ def _changed(file: Path) -> int:
 
 
 def _check(desk: Desk) -> int:
-    """Checks one lab, says how it went, and returns the exit code."""
+    """Checks one lab, prints the results, and returns the exit code."""
     lab = desk.lab
     print(f"{lab.key} {lab.title}")
     first_time = not desk.progress().checks
@@ -177,7 +177,7 @@ def _check(desk: Desk) -> int:
         raise
     except Exception:
         traceback.print_exc()
-        print("This is a bug of the checks, not yours. Please report it with the lines above.", file=sys.stderr)
+        print("This is a bug in the checks, not yours. Please report it with the lines above.", file=sys.stderr)
         return GRADER_BUG
     points = sum(result.points for result in results)
     print(f"{points} of {lab.points} points")
@@ -186,7 +186,7 @@ def _check(desk: Desk) -> int:
         print(f"All passed. Compare with ours: minipaged lab diff {lab.key}")
         return 0
     if first_time and not points:
-        print("Red is expected: you have only begun. Take one task after the other.")
+        print("Red is expected at first. Do one task after the other.")
     if desk.recording.exists():
         print(f"watch it happen:  minipaged lab replay {lab.key}")
     print(f"stuck?            minipaged lab hint {first.task}")

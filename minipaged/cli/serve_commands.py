@@ -29,11 +29,11 @@ from minipaged.cli.options import (
 )
 from minipaged.config import EngineConfig
 
-NumBlocks = Annotated[int | None, typer.Option(help="KV blocks in the pool. Default: what fits.")]
-MaxNumSeqs = Annotated[int | None, typer.Option(help="Sequences in the running batch at once.")]
-MaxModelLen = Annotated[int | None, typer.Option(help="Tokens a sequence may reach.")]
+NumBlocks = Annotated[int | None, typer.Option(help="KV blocks in the pool. Default: as many as fit.")]
+MaxNumSeqs = Annotated[int | None, typer.Option(help="Most sequences in the running batch.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Most tokens in a sequence.")]
 EXTRA = dict.fromkeys(("fastapi", "uvicorn", "starlette", "pydantic", "pydantic_core"), "serve")
-EXTRA |= dict.fromkeys(("ray", "pyarrow"), "ray")  # the module: the extra that brings it
+EXTRA |= dict.fromkeys(("ray", "pyarrow"), "ray")  # module: the extra that installs it
 
 
 def serve(
@@ -49,18 +49,18 @@ def serve(
     max_model_len: MaxModelLen = None,
     speculate: Speculate = None,
     num_speculative_tokens: NumSpeculativeTokens = None,
-    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
-    name: Annotated[str, typer.Option(help="What clients call the model. Default: as --model.")] = "",
+    host: Annotated[str, typer.Option(help="0.0.0.0 accepts other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
+    name: Annotated[str, typer.Option(help="The model's name in the API. Default: as --model.")] = "",
     api_key: Annotated[
         list[str] | None,
         typer.Option(envvar="MINIPAGED_API_KEY", help="Clients must send it; repeatable.", show_envvar=True),
     ] = None,
-    visualize: Annotated[bool, typer.Option("--visualize", help="Watch this engine at /visualizer.")] = False,
-    max_concurrent: Annotated[int, typer.Option(help="Requests answered at once; beyond it 429.")] = 256,
-    max_queue: Annotated[int, typer.Option(help="Sequences that may wait; beyond it 429.")] = 128,
-    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
-    grace: Annotated[float, typer.Option(help="Seconds to finish what runs when told to stop.")] = 10.0,
+    visualize: Annotated[bool, typer.Option("--visualize", help="Show this engine at /visualizer.")] = False,
+    max_concurrent: Annotated[int, typer.Option(help="Most requests at once; beyond it 429.")] = 256,
+    max_queue: Annotated[int, typer.Option(help="Most waiting sequences; beyond it 429.")] = 128,
+    timeout: Annotated[float, typer.Option(help="Most seconds for a request.")] = 600.0,
+    grace: Annotated[float, typer.Option(help="Seconds for running requests to finish when told to stop.")] = 10.0,
 ) -> None:
     """Serve OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics."""
     with extra():
@@ -78,13 +78,13 @@ def serve(
     llm = load(model, device=device, dtype=dtype, **settings)
     server = Server(llm, name=name, keys=api_key or (), host=host, limits=limits, visualize=visualize)
     if not api_key and not server.local:
-        print("anybody who can reach this machine can use the model; --api-key keeps that to those who know it")
+        print("warning: the server accepts all clients that can reach this machine; --api-key requires a key")
     server.run(sockets=[sock])
 
 
 def batch(
-    prompts: Annotated[Path, typer.Argument(help="OpenAI's batch file: one request a line.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Answers, one a line; what it holds is not done again.")],
+    prompts: Annotated[Path, typer.Argument(help="A file in OpenAI's batch format: one request per line.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The answers, one per line; continues this file.")],
     model: Model = DEFAULT.model,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
@@ -97,29 +97,29 @@ def batch(
     speculate: Speculate = None,
     num_speculative_tokens: NumSpeculativeTokens = None,
     ray: Annotated[
-        bool, typer.Option("--ray", help="Several workers: on this machine's Ray cluster, or else on one it starts.")
+        bool, typer.Option("--ray", help="Use several workers: on the Ray cluster of this machine, or on a new one.")
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Engines, with --ray. Default: one a GPU or, without any, one a machine.")
+        int | None, typer.Option(min=1, help="Engines, with --ray. Default: one per GPU or, without GPUs, per machine.")
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="fcfs, or batchllm: in groups of prompts that begin alike, so that each is read once.")
+        str, typer.Option(help="fcfs, or batchllm: groups prompts by prefix, so that each prefix is computed once.")
     ] = "fcfs",
 ) -> None:
-    """Answer a file of requests. Interrupted in whatever way, the same command goes on where it was."""
+    """Answer a file of requests. After an interruption, the same command continues where it stopped."""
     with extra():
         from minipaged import offline_batch
 
         if ray:
             from minipaged import offline_batch_ray
     if workers and not ray:
-        raise typer.Exit(fail("--workers is for --ray; without it there is one engine"))
+        raise typer.Exit(fail("--workers is for --ray; without --ray there is one engine"))
     settings = given(
         memory=memory, attention=attention, kv_dtype=kv_dtype, num_blocks=num_blocks, max_num_seqs=max_num_seqs,
         max_model_len=max_model_len, speculate=speculate, num_speculative_tokens=num_speculative_tokens,
     )  # fmt: skip
     settings |= {"model": model, "device": device, "dtype": dtype}
-    EngineConfig(**settings).check_schedule(schedule)  # complain before a model is loaded or a cluster starts
+    EngineConfig(**settings).check_schedule(schedule)  # before the slow start of a model or cluster
     todo = offline_batch.open_batch(prompts, out)
     if ray:
         answers = offline_batch_ray.answers(partial(load, **settings), todo, device, workers, schedule)
@@ -134,7 +134,7 @@ def batch(
 
 @contextmanager
 def extra() -> Iterator[None]:
-    """Says what to install where the extra is missing."""
+    """Turns a missing extra into a message that says what to install."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""``minipaged visualize``: the visualizer, on an engine, on a recording, or on what a student wrote for a lab."""
+"""``minipaged visualize``: opens the visualizer on an engine, a recording, or a student's lab code."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ def visualize(
     model: Model = DEFAULT.model,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
-    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="0.0.0.0 accepts other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None,
     num_blocks: Annotated[int | None, typer.Option(help="KV blocks in the pool.")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in the running batch at once.")] = None,
-    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens computed in one step.")] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Tokens a sequence may reach.")] = None,
-    preemption: Annotated[str | None, typer.Option(help="What a full pool does: recompute or swap.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences in the running batch.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens computed in one step.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Most tokens in a sequence.")] = None,
+    preemption: Annotated[str | None, typer.Option(help="When the pool is full: recompute or swap.")] = None,
     memory: Memory = None,
     eviction: Eviction = None,
     speculate: Speculate = None,
     num_speculative_tokens: NumSpeculativeTokens = None,
     classroom: Annotated[
-        bool, typer.Option("--classroom", help="Others may watch; only who has the printed address controls.")
+        bool, typer.Option("--classroom", help="Others may watch; only the printed address can control.")
     ] = False,
     share: Annotated[
         bool,
-        typer.Option("--share", help="A public link, through Gradio's servers. Whoever opens it may only watch."),
+        typer.Option("--share", help="A public link, through Gradio's servers; it can only watch."),
     ] = False,
     replay: Annotated[Path | None, typer.Option(help="Show this recording; no model is loaded.")] = None,
-    lab: Annotated[str | None, typer.Option("--lab", help="Run on what you wrote for this lab, e.g. A1.")] = None,
+    lab: Annotated[str | None, typer.Option("--lab", help="Run on your code for this lab, e.g. A1.")] = None,
     plugin: Annotated[
         Path | None, typer.Option(help="A Python file with SETTINGS for the engine and a SCENARIO: see examples/.")
     ] = None,
@@ -93,7 +93,7 @@ def visualize(
         from minipaged.labs.live import settings_of
 
         settings |= settings_of(lab)
-    EngineConfig(model=model, **settings)  # complain before the slow imports, not after
+    EngineConfig(model=model, **settings)  # reject wrong settings before the slow imports
     launch = _visualizer()
     launch(
         lambda: load(model, **settings) if lab is None else _load_lab(lab, model, **settings),
@@ -101,7 +101,7 @@ def visualize(
         recordings_will_do=model == DEFAULT.model and lab is None, other_models=lab is None,
         **({"scenario": scenario} if scenario else {}),
     )  # fmt: skip
-    raise typer.Exit(130)  # gradio returns on Ctrl-C, and on nothing else
+    raise typer.Exit(130)  # gradio returns only on Ctrl-C
 
 
 def _plugin(path: Path | None) -> tuple[dict[str, Any], Any]:

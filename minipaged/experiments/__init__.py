@@ -1,11 +1,11 @@
-"""The papers' figures, measured again: one file for each.
+"""Experiments that reproduce the papers' figures, one file for each.
 
     for entry in catalogue():
         print(entry.name, entry.title)
     result = run("batch-size", quick=True, progress=lambda done, text: print(f"{done:.0%} {text}"))
     result.rows, result.figure
 
-Every experiment is deterministic but for its time measurements; `quick` makes it smaller, never different.
+Every experiment is deterministic, except for real time measurements; `quick` makes it smaller, never different.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Entry", "Result", "Row", "catalogue", "run"]
 
 
 class Entry(NamedTuple):
-    """An experiment that can be run; ``figure`` is the one it reproduces, ``minutes`` what the full run takes."""
+    """An experiment in the catalogue. ``figure``: the figure it reproduces. ``minutes``: duration of a full run."""
 
     name: str
     title: str
@@ -35,14 +35,14 @@ def catalogue() -> list[Entry]:
 
 
 def run(name: str, quick: bool = False, progress: Progress | None = None) -> Result:
-    """Runs one experiment in this thread; what ``progress`` raises ends it.
+    """Runs one experiment in this thread.
 
-    ``progress(done, text)`` hears from time to time what part is done, from 0 to 1. Raises `InvalidRequest` for a name
-    that is not in the `catalogue`.
+    ``progress(done, text)`` is called from time to time with the fraction done, from 0 to 1; an exception that it
+    raises ends the experiment. Raises `InvalidRequest` for a name that is not in the `catalogue`.
     """
     entry = next((entry for entry in _ENTRIES if entry.name == name), None)
     if entry is None:
-        raise InvalidRequest(f"there is no experiment {name!r}; there are {', '.join(e.name for e in _ENTRIES)}")
+        raise InvalidRequest(f"there is no experiment {name!r}; choose one of {', '.join(e.name for e in _ENTRIES)}")
     started = time.perf_counter()
     result = import_module(_module(name)).measure(quick, progress or _silent)
     result.name, result.title, result.reproduces, result.quick = name, entry.title, entry.figure, quick
@@ -58,7 +58,7 @@ def _silent(done: float, text: str) -> None:
     pass
 
 
-# The experiments whose file is not called as they are: another package has a file of that name.
+# Experiments whose file has another name, because another package already has a file of theirs.
 _MODULES = {
     "batchllm": "batch_orders",
     "beam-search": "beam_sharing",

@@ -1,4 +1,4 @@
-"""A batch that is known as a whole: what grouping, order and memory batching are worth (BatchLLM)."""
+"""BatchLLM's gains on an offline batch: prefix groups, request order and memory-centric batching, one by one."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ DEFAULT = EngineConfig()
 Workload = list[tuple[list[int], int]]  # (prompt, output tokens) of each request
 
 
-# --- the work ---------------------------------------------------------------------------------------------------
+# --- workloads --------------------------------------------------------------------------------------------------
 
 
 def one_level(scale: int, documents: int = 64) -> Workload:
-    """Eight questions about each document, which answers them all briefly or all at length."""
+    """Eight questions about each document; all answers about one document are short, or all are long."""
     rng, lengths, batch = Random("one-level"), alpaca_like(0), Workload()
     for _ in range(documents):
         document, long = some(rng, rng.randint(400, 1200) // scale), rng.random() < 0.5
@@ -48,7 +48,7 @@ def one_level(scale: int, documents: int = 64) -> Workload:
 
 
 def multi_level(scale: int, families: int = 8) -> Workload:
-    """Instructions, under them documents, and about each of these one to twelve questions."""
+    """Prefixes on two levels: instructions, eight documents after each, one to twelve questions per document."""
     rng, lengths, batch = Random("multi-level"), alpaca_like(1), Workload()
     for _ in range(families):
         instructions = some(rng, rng.randint(100, 600) // scale)
@@ -60,7 +60,7 @@ def multi_level(scale: int, families: int = 8) -> Workload:
 
 
 def nothing_shared(scale: int, count: int = 400) -> Workload:
-    """Chats that have nothing in common."""
+    """Chats that share no prefix."""
     rng = Random("nothing")
     return [
         (some(rng, -(-prompt // scale)), max(1, output // scale))
@@ -85,11 +85,11 @@ WORKLOADS: dict[str, Callable[[int], Workload]] = {
 }
 
 
-# --- the schedules ----------------------------------------------------------------------------------------------
+# --- schedules --------------------------------------------------------------------------------------------------
 
 
 class ByMemory(FCFS):
-    """First come, first served, and memory alone limits how many requests run."""
+    """First come, first served; only memory limits the number of running requests."""
 
     def limits(self, request: Request | None) -> Limits:
         running = sum(running.width for running in self.scheduler.running)
@@ -98,17 +98,17 @@ class ByMemory(FCFS):
 
 
 class LongestPrefixFirst(FCFS):
-    """Of the waiting requests, the one that finds most in the cache now starts first (SGLang's order)."""
+    """Starts the waiting request with the longest prefix in the prefix cache first (SGLang's order)."""
 
     def eligible(self, waiting: list[Request]) -> list[Request]:
         if len(self.scheduler.running) >= self.scheduler.max_num_seqs:
-            return []  # finding out who would be next takes long
+            return []  # none can start, so skip the expensive lookups
         found = {r: len(self.scheduler.memory.match(r.live[0].tokens)) for r in waiting}
         return sorted(waiting, key=lambda r: (-found[r], r.arrival))
 
 
 def in_order(order: Callable[[Workload], Iterable[int]]) -> Callable[[Engine, Workload], None]:
-    """Adds one request after the other."""
+    """Adds the requests one by one, in this order."""
 
     def add(engine: Engine, work: Workload) -> None:
         for index in order(work):
@@ -118,7 +118,7 @@ def in_order(order: Callable[[Workload], Iterable[int]]) -> Callable[[Engine, Wo
 
 
 def in_groups(by_ratio: bool, by_count: bool = False) -> Callable[[Engine, Workload], None]:
-    """Adds the batch as a whole."""
+    """Adds the whole batch at once, grouped by prefix."""
 
     def plan(prompts: list[list[int]], outputs: list[int], block_size: int) -> batchllm.Plan:
         planned = batchllm.plan(prompts, outputs, block_size)
@@ -141,7 +141,7 @@ def _ratio(work: Workload) -> list[int]:
 
 
 class System(NamedTuple):
-    """How a batch is handed in, and who serves it."""
+    """A schedule to compare: how the batch is added, and the admission policy."""
 
     add: Callable[[Engine, Workload], None]
     admission: Callable[[], AdmissionPolicy] = FCFS
@@ -162,7 +162,7 @@ SYSTEMS = {
 
 # --- measuring --------------------------------------------------------------------------------------------------
 
-SCALE = 8  # lengths, pool and blocks of the simulation, divided by this: what the embedded model serves quickly
+SCALE = 8  # divides the simulation's lengths, pool and blocks, so that the embedded model is fast enough
 LARGE = replace(OPT_13B, name="OPT-13B with four times the memory for its KV", num_slots=4 * OPT_13B.num_slots)
 BASE, OURS, PAPER = "FCFS + LRU", "BatchLLM", "1.1–2"
 WHY = (
@@ -172,7 +172,7 @@ WHY = (
 
 
 class Run(NamedTuple):
-    """What serving a batch took; ``saved``: of all prompt tokens, the part that was found and not computed."""
+    """The cost of serving a batch. ``saved``: the fraction of prompt tokens found in the prefix cache."""
 
     seconds: float
     saved: float
@@ -180,7 +180,7 @@ class Run(NamedTuple):
 
 
 def measure(quick: bool, progress: Progress) -> Result:
-    """All schedules on all workloads: simulated seconds, then real ones of the embedded model, which take turns."""
+    """All schedules on all workloads: simulated seconds, then CPU seconds of the embedded model, in turns."""
     rows: list[Row] = []
     runs: dict[str, dict[str, Run]] = {}
     for number, (name, make) in enumerate(WORKLOADS.items()):
@@ -225,7 +225,7 @@ def _rows(name: str, runs: dict[str, Run]) -> list[Row]:
 
 
 def _more_memory(progress: Progress) -> list[Row]:
-    """Where the number of sequences is the limit, not memory."""
+    """Throughput with four times the memory, where max_num_seqs is the limit and memory is not."""
     rows = []
     for name, make in WORKLOADS.items():
         progress(0.5, f"simulated, {name}, more memory")
@@ -254,7 +254,7 @@ def _real(quick: bool, progress: Progress) -> list[Row]:
 
 
 def simulated(system: System, work: Workload, clock: Roofline = OPT_13B) -> Run:
-    """Serves the batch on the simulated clock."""
+    """Serves the batch on the simulated clock of the roofline."""
     runner = SimulatedRunner(clock, 16, lambda plan: None)
     engine = assemble(
         EngineConfig(
@@ -272,7 +272,7 @@ def simulated(system: System, work: Workload, clock: Roofline = OPT_13B) -> Run:
 
     def listen(event: Event) -> None:
         if isinstance(event, Admitted):
-            cached.setdefault(event.request_id, event.num_cached)  # what it finds when it comes back saves no prefill
+            cached.setdefault(event.request_id, event.num_cached)  # hits after a preemption save no prefill
         elif isinstance(event, Preempted):
             preempted.append(event.request_id)
 

@@ -1,4 +1,4 @@
-"""How much memory beams save by sharing blocks (PagedAttention, §6.3, Fig. 15b): real beams of a real model."""
+"""How much memory beams save by sharing KV blocks (PagedAttention, §6.3, Fig. 15b), on the embedded model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 WIDTHS = (2, 4, 6)
 PAPER = {"Alpaca-like": "37.6–55.2", "ShareGPT-like": "44.3–66.3"}
 WHY = "which beams survive is the model's choice: ours is a small one on its own stories, the paper's OPT-13B"
-LONGEST = 1000  # what the embedded model can hold, less a little
+LONGEST = 1000  # tokens; slightly less than the embedded model's longest sequence
 
 
 def measure(quick: bool, progress: Progress) -> Result:
-    """Blocks saved by beam searches, and by as many samples of the same requests."""
+    """Blocks saved by beam searches, and by parallel samples of the same requests."""
     from minipaged.llm import LLM
 
     llm = LLM("tiny", num_blocks=1024, max_num_seqs=48, enable_prefix_caching=False)
@@ -44,7 +44,7 @@ def measure(quick: bool, progress: Progress) -> Result:
 
 
 def saved(llm: LLM, requests: list[TraceRequest], width: int, beams: bool) -> float:
-    """Percent of the blocks saved by these requests as beam searches, or as so many samples."""
+    """Percent of blocks saved by these requests as beam searches of ``width``, or as ``width`` parallel samples."""
     engine = llm.engine
     for index, request in enumerate(requests):
         prompt = _story(llm, index, request.num_prompt)
@@ -59,7 +59,7 @@ def saved(llm: LLM, requests: list[TraceRequest], width: int, beams: bool) -> fl
 
 
 def _story(llm: LLM, seed: int, num_tokens: int) -> list[int]:
-    """So many tokens of text such as the model was trained on."""
+    """A prompt of ``num_tokens`` tokens from stories like the model's training data."""
     from minipaged.tiny.stories import story
 
     rng, tokens = Random(seed), list[int]()

@@ -9,13 +9,13 @@ from minipaged.experiments.simulator import OPT_13B, simulate
 from minipaged.workloads import alpaca_like, at_once, poisson, sharegpt_like, trace
 
 SIZES = (1, 16, 64, 256, 1024)
-WORKLOADS = {"ShareGPT-like": (sharegpt_like, 2.5), "Alpaca-like": (alpaca_like, 70.0)}  # and requests a second
+WORKLOADS = {"ShareGPT-like": (sharegpt_like, 2.5), "Alpaca-like": (alpaca_like, 70.0)}  # lengths, requests per second
 BEST = {"ShareGPT-like": "best at 16–128", "Alpaca-like": "best at 16 and 32"}
 WHY = "our clock charges nothing for small blocks; on a GPU they make the kernel slower, which is why 16 is the default"
 
 
 def measure(quick: bool, progress: Progress) -> Result:
-    """Share of the held slots that hold tokens, and latency at one rate, for blocks of 1 to 1024 tokens."""
+    """Percent of allocated slots that hold tokens, and latency at one rate, for blocks of 1 to 1024 tokens."""
     token: dict[str, list[float]] = {name: [] for name in WORKLOADS}
     latency: dict[str, list[float]] = {name: [] for name in WORKLOADS}
     for name, (lengths, rate) in WORKLOADS.items():

@@ -1,4 +1,4 @@
-"""Bursts preempt: one mean rate, ever more uneven arrivals (after BurstGPT, arXiv 2401.17644)."""
+"""How burstiness causes preemptions: one mean rate, increasingly uneven arrivals (BurstGPT, arXiv 2401.17644)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CVS, RATE = (1.0, 1.41, 2.0, 3.0), 2.25
 
 
 def measure(quick: bool, progress: Progress) -> Result:
-    """Preemptions at coefficients of variation of the gaps from 1 (Poisson) to 3, over several seeds."""
+    """Preemptions by the arrival gaps' coefficient of variation, from 1 (Poisson) to 3, over several seeds."""
     seeds, duration = (3, 120) if quick else (3, 240)
     counts: dict[float, list[float]] = {}
     latency: dict[float, list[float]] = {}
@@ -39,10 +39,10 @@ def measure(quick: bool, progress: Progress) -> Result:
 
 
 def served(cv: float, rate: float, duration: float, seed: int, clock: Roofline = OPT_13B) -> Simulation:
-    """ShareGPT-like requests whose gaps have this coefficient of variation, on paged memory.
+    """Simulates ShareGPT-like requests whose gaps have this coefficient of variation, on paged memory.
 
-    The gaps are stretched a little, so that the rate is met exactly: otherwise the longer tail of bursty arrivals
-    would make for another load, not only for another order of it.
+    The gaps are scaled slightly so that the rate is exact: otherwise the longer tail of bursty arrivals would also
+    change the load, not only its distribution over time.
     """
     times = list(islice(gamma(rate, cv, 50 * duration, seed), round(rate * duration)))
     stretch = duration / times[-1]

@@ -1,4 +1,4 @@
-"""A chatbot that is shown the conversation so far (PagedAttention, §6.5, Fig. 17)."""
+"""Request rates of a chatbot whose prompts contain the conversation so far (PagedAttention, §6.5, Fig. 17)."""
 
 from __future__ import annotations
 

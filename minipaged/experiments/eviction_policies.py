@@ -1,4 +1,4 @@
-"""Which cached block to give up: the past, the future, and predictions that may be wrong."""
+"""Hit rates of eviction policies: without predictions, with perfect knowledge, and with wrong predictions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from minipaged.features.eviction.policies import (
 from minipaged.features.eviction.prediction import Given, LastTurn, Predictor, discard_bits, flipped, phase_bits
 from minipaged.workloads import TraceRequest, poisson, sharegpt_like
 
-K = 50  # pages that fit
+K = 50  # pages that fit into the cache
 PAGES, SKEW, SCANS = 300, 0.9, 0.3
 LOOP = 60
 RATES = (0, 0.05, 0.1, 0.2, 0.4, 0.7, 1)
@@ -42,12 +42,12 @@ DISCARD: dict[str, MakePolicy] = {
     "Mark0": lambda bits: Mark0(Given(bits)),
 }
 PHASE: dict[str, MakePolicy] = {"Mark&Predict": lambda bits: MarkAndPredict(Given(bits))}
-THINKING, READING = 20.0, 0.04  # seconds: mean before a turn, and for each token of the answer before
-GOODBYE, FALSE_GOODBYE = 0.6, 0.03  # of last turns, and of others
+THINKING, READING = 20.0, 0.04  # seconds: mean pause before a turn, and per token of the previous answer
+GOODBYE, FALSE_GOODBYE = 0.6, 0.03  # fractions of last turns and of other turns
 
 
 def measure(quick: bool, progress: Progress) -> Result:
-    """Hits on pages and in chats; and hits by the share of wrong bits, for wrong 0s and wrong 1s apart."""
+    """Hit rates on pages and in chats, and by the fraction of wrong bits, separately for wrong 0s and wrong 1s."""
     number = 2_000 if quick else 20_000
     requests = zipf_with_scans(number)
     progress(0, "pages")
@@ -89,11 +89,11 @@ def assumed(number: int) -> list[str]:
     ]
 
 
-# --- pages ---
+# --- hits on pages ---
 
 
 def zipf_with_scans(number: int, seed: int = 0) -> list[int]:
-    """Requests for pages; those of scans are negative."""
+    """A sequence of requested page numbers; pages of scans are negative and unique."""
     rng = Random(f"zipf/{seed}")
     weights = list(accumulate(1 / rank**SKEW for rank in range(1, PAGES + 1)))
     requests: list[int] = []
@@ -113,7 +113,7 @@ def without_predictions(requests: Seq[int]) -> dict[str, LRU]:
 
 
 def hit_percent(requests: Seq[int], policy: LRU) -> float:
-    """Serves requests for pages with the real prefix cache: K blocks, each a page of its own, in use for a moment."""
+    """Hit rate of page requests on the real prefix cache of K blocks; a page is one block, freed at once."""
     cache = PrefixCache(EventLog(), policy)
     pool, hits = BlockPool(K, cache), 0
     for number, page in enumerate(requests):
@@ -133,24 +133,24 @@ def hit_percent(requests: Seq[int], policy: LRU) -> float:
 
 
 def sweep(requests: Seq[int], progress: Progress) -> dict[str, tuple[Seq[float], Seq[float]]]:
-    """Hits by the part of the 1s, or of the 0s, that are wrong. The other kind is right."""
+    """Hit rates by the fraction of wrong 1s, with all 0s right, and by the fraction of wrong 0s, with all 1s right."""
     curves: dict[str, tuple[Seq[float], Seq[float]]] = {}
     for policies, bits in ((DISCARD, discard_bits(requests, K)), (PHASE, phase_bits(requests, K))):
         for name, make in policies.items():
             progress(0.1 + 0.1 * len(curves), name)
-            # η₀ counts predictions of 0 that are wrong: those are made of 1s.
+            # η₀ counts wrong predictions of 0, which are 1s that were flipped.
             zeros = [hit_percent(requests, make(flipped(bits, 0, rate))) for rate in RATES]
             ones = [hit_percent(requests, make(flipped(bits, rate, 0))) for rate in RATES]
             curves |= {f"{name}, 1s that became 0": (RATES, zeros), f"{name}, 0s that became 1": (RATES, ones)}
     return curves
 
 
-# --- chats, on the engine ---
+# --- hits in chats, on the engine ---
 
 
 @dataclass
 class Chats:
-    """Conversations, turn by turn, as a trace; ``last`` and ``goodbye`` name turns by the end of their prompts."""
+    """Conversations as a trace of turns. ``last`` and ``goodbye`` hold the last four tokens of such turns' prompts."""
 
     requests: list[TraceRequest] = field(default_factory=list)
     last: set[tuple[int, ...]] = field(default_factory=set)
@@ -193,7 +193,7 @@ def conversations(seconds: float, seed: int = 0) -> Chats:
 
 
 def chat_policies(chats: Chats) -> dict[str, LRU]:
-    """Those without predictions, and with a predictor that knows last turns or guesses them."""
+    """Policies without predictions, and with a predictor that knows the last turns or guesses them."""
     prompts = [request.token_ids(VOCAB) for request in chats.requests]
     policies: dict[str, LRU] = {"LRU": LRU(), "FIFO": FIFO(), "Marker": Marker(), "Belady": Belady(prompts, 16)}
     predictors: dict[str, Callable[[], Predictor]] = {
@@ -208,7 +208,7 @@ def chat_policies(chats: Chats) -> dict[str, LRU]:
 
 
 def chat_hits(quick: bool, progress: Progress) -> dict[str, float]:
-    """Of the tokens in prompts the part that need not be computed, in percent."""
+    """Percent of prompt tokens found in the prefix cache, by policy."""
     chats = conversations(200 if quick else 1200)
     found: dict[str, float] = {}
     policies = chat_policies(chats)
@@ -219,7 +219,7 @@ def chat_hits(quick: bool, progress: Progress) -> dict[str, float]:
 
 
 def found_percent(chats: Chats, policy: LRU, **settings: Any) -> float:
-    """Serves the chats on the engine with this policy. ``settings``: other fields of `EngineConfig` than usual."""
+    """Percent of prompt tokens found when the engine serves the chats. ``settings``: fields of `EngineConfig`."""
     computed = 0
 
     def look(engine: Engine, plan: StepPlan) -> None:

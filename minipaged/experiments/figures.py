@@ -1,4 +1,4 @@
-"""Plotly figures as plain dicts, so that making one needs no plotly."""
+"""Plotly figures as plain dicts, so that building one does not need plotly."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def lines(
     threshold: float | None = None,
     y_max: float | None = None,
 ) -> dict[str, Any]:
-    """One line for each series of (x, y); ``threshold`` is drawn across."""
+    """One line for each series of (x, y); ``threshold`` is a horizontal dotted line."""
     data = [
         {
             "type": "scatter",

@@ -1,4 +1,4 @@
-"""What following a block table costs the attention kernel (PagedAttention, §7.1, Fig. 18a): real time, this device."""
+"""The overhead of a block table in decode attention (PagedAttention, §7.1, Fig. 18a), in real time on this device."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def measure(quick: bool, progress: Progress) -> Result:
 
 
 def _candidates(batch: int, context: int) -> dict[str, Callable[[], Any]]:
-    """The same numbers, once side by side in memory and once in blocks that lie anywhere."""
+    """Attention on the same keys and values, contiguous and in scattered blocks of several sizes."""
     import torch
     import torch.nn.functional as F
 

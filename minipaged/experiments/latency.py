@@ -1,4 +1,4 @@
-"""How many requests a second each system sustains (PagedAttention, Fig. 12a)."""
+"""Latency by request rate, and the rate that each system sustains (PagedAttention, Fig. 12a)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What mapping memory costs a step, and whether doing it in the background hides that (vAttention): real time."""
+"""Step latency with vAttention's memory mapping, synchronous and in the background, in real time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PERCENTILES = (50, 90, 99)
 
 
 def measure(quick: bool, progress: Progress) -> Result:
-    """Step latencies of the embedded model when pages are mapped when needed, ahead, and in the background."""
+    """Step latencies of the embedded model with pages mapped on demand, ahead of time, and in the background."""
     from minipaged.llm import LLM
 
     rounds, steps = (3, 20) if quick else (8, 40)

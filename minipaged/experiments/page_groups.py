@@ -1,4 +1,4 @@
-"""How finely memory is mapped decides how much of it is used (vAttention)."""
+"""Batch size and waste by the size of page-groups, the units in which vAttention maps memory."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from minipaged.experiments.result import Progress, Result, Row
 from minipaged.experiments.saturation import Saturated, saturate, sharegpt_traces
 from minipaged.experiments.simulator import OPT_13B
 
-SIZES = (16, 32, 64, 256, 1024, 2048)  # tokens a page-group
+SIZES = (16, 32, 64, 256, 1024, 2048)  # tokens per page-group
 MANAGERS = ("vattention", "paged")
 
 
 def measure(quick: bool, progress: Progress) -> Result:
-    """Mean batch and share of slots with a token by tokens per page-group, beside paged blocks of the same size."""
+    """Mean batch and percent of slots with a token by page-group size, beside paged blocks of the same size."""
     traces = sharegpt_traces(quick)[: 1 if quick else 4]
     runs: dict[str, list[Saturated]] = {memory: [] for memory in MANAGERS}
     for index, size in enumerate(SIZES):

@@ -14,7 +14,7 @@ WHY = "lengths are drawn like the data set's, not from it, and all samples of a 
 
 
 def measure(quick: bool, progress: Progress) -> Result:
-    """The share of blocks saved for Alpaca-like and ShareGPT-like requests."""
+    """Percent of blocks saved for Alpaca-like and ShareGPT-like requests."""
     workloads = {"Alpaca-like": (alpaca_like, (300, 1200)), "ShareGPT-like": (sharegpt_like, (60, 180))}
     saved: dict[str, list[float]] = {name: [] for name in workloads}
     for name, (lengths, counts) in workloads.items():
@@ -22,7 +22,7 @@ def measure(quick: bool, progress: Progress) -> Result:
             progress(sum(map(len, saved.values())) / 6, f"{name}, {n} samples")
             requests = trace(lengths(0), at_once(counts[not quick]), n=n)
             blocks = BlocksSaved()
-            # From first to last: what a request saves depends on no other, so that there is no need to warm up.
+            # No warm-up: what a request saves does not depend on the others.
             simulate(requests, watch=blocks)
             saved[name].append(blocks.percent)
     rows = []
@@ -37,7 +37,7 @@ def measure(quick: bool, progress: Progress) -> Result:
 
 
 class BlocksSaved:
-    """Watches an engine: blocks that sharing saves, of those it would take without (the paper's definition)."""
+    """Watches an engine: blocks saved by sharing, relative to blocks without sharing (the paper's definition)."""
 
     def __init__(self) -> None:
         self.logical = self.physical = 0

@@ -1,4 +1,4 @@
-"""Latency at ever higher request rates, up to where a system no longer keeps up."""
+"""Latency at increasing request rates, up to the rate that a system can no longer sustain."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from minipaged.experiments.simulator import simulate
 from minipaged.workloads import TraceRequest
 
-LIMIT = 0.5  # seconds per output token; the paper does not state where it draws the line, so ours is shown
-FACTOR = 1.25  # from one rate to the next
+LIMIT = 0.5  # seconds per output token; the paper states no limit, so each figure shows ours
+FACTOR = 1.25  # between neighbouring rates
 
-Curve = tuple[list[float], list[float]]  # requests a second, mean normalized latency in seconds per token
+Curve = tuple[list[float], list[float]]  # requests/s, mean normalized latency in s/token
 
 
 def sweep(make_trace: Callable[[float], list[TraceRequest]], start: float, **settings: Any) -> Curve:
-    """Walks from ``start`` to higher rates, or to lower ones, until the latency has crossed `LIMIT`."""
+    """Simulates higher rates than ``start``, or lower ones, until the latency crosses `LIMIT`."""
     points: dict[float, float] = {}
 
     def above(rate: float) -> bool:
@@ -30,7 +30,7 @@ def sweep(make_trace: Callable[[float], list[TraceRequest]], start: float, **set
 
 
 def sustained(curve: Curve) -> float:
-    """The rate at which the latency crosses `LIMIT`, interpolated between its neighbours."""
+    """The rate in requests/s at which the latency crosses `LIMIT`, by linear interpolation."""
     rates, latencies = curve
     over = next(i for i, latency in enumerate(latencies) if latency > LIMIT)
     low, high, under, beyond = rates[over - 1], rates[over], latencies[over - 1], latencies[over]

@@ -1,4 +1,4 @@
-"""The README's table of measurements, from the committed results.
+"""Builds the README's table of measurements from the committed results.
 
 python -m minipaged.experiments.readme            # prints the table
 python -m minipaged.experiments.readme --write    # puts it between the markers in README.md
@@ -13,7 +13,7 @@ from minipaged.experiments import Result
 from minipaged.experiments.result_text import machine_text, number_text, paper_text
 
 RESULTS = Path("benchmarks/results/experiments")
-SELECTED = {  # experiment: what the row is called in the table -> what it is called in the result
+SELECTED = {  # experiment: {title in the table: name of the row in the result}
     "batch-size": {f"requests at once, {s}": s for s in ("Orca (Max)", "Orca (Pow2)", "Orca (Oracle)", "paged")},
     "waste": {
         "slots of the pool that hold a token, Orca (Max)": "Orca (Max): token",
@@ -51,7 +51,7 @@ SELECTED = {  # experiment: what the row is called in the table -> what it is ca
 
 
 def table(directory: Path = RESULTS) -> str:
-    """Markdown: the paper's numbers beside ours; below it, why they differ."""
+    """A Markdown table of the paper's numbers and ours, with the reasons for differences below it."""
     lines = ["| | paper | here |", "| --- | --- | --- |"]
     reasons: list[str] = []
     for name, selected in SELECTED.items():
@@ -70,12 +70,12 @@ def table(directory: Path = RESULTS) -> str:
 
 
 def with_table(text: str, new: str, name: str) -> str:
-    """``text`` with what is between the markers of this name replaced. Raises `ValueError` if they are missing."""
+    """Replaces what is between the markers of this name in ``text``. Raises `ValueError` if they are missing."""
     first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, begin, rest = text.partition(first)
     _, end, after = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"the text has no {first} … {last}")
+        raise ValueError(f"the text has no markers {first} … {last}")
     return f"{before}{first}\n{new}\n{last}{after}"
 
 

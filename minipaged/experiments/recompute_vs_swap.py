@@ -1,4 +1,4 @@
-"""Getting preempted requests back: compute their KV again, or copy it back (PagedAttention, §7.3, Fig. 19)."""
+"""Recovering preempted requests: recompute their KV, or swap it back in (PagedAttention, §7.3, Fig. 19)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minipaged.workloads import poisson, sharegpt_like, trace
 
 SIZES = (4, 16, 64, 256)
 RATE, TOKENS = 3.0, 256
-PAPER = {4: "> 1", 16: "≈ 1", 64: "≈ 1", 256: "< 1"}  # in words: recompute is better for small blocks, then swap
+PAPER = {4: "> 1", 16: "≈ 1", 64: "≈ 1", 256: "< 1"}  # the paper's words: recompute wins for small blocks, then swap
 WHY_SIMULATED = "small blocks pay for many small transfers, as in the paper; how much is an assumption of the clock"
 WHY_MEASURED = (
     "here both sides are this device: swapping copies within its memory and makes no small transfers, recomputing runs "
@@ -22,7 +22,7 @@ WHY_MEASURED = (
 
 
 def measure(quick: bool, progress: Progress) -> Result:
-    """Normalized latency of both on the simulated clock, and the time that one preemption costs on this device."""
+    """Normalized latency of both on the simulated clock, and the real time of one preemption on this device."""
     latency: dict[str, list[float]] = {"recompute": [], "swap": []}
     for index, size in enumerate(SIZES):
         for mode, values in latency.items():
@@ -48,7 +48,7 @@ def measure(quick: bool, progress: Progress) -> Result:
 
 
 def _candidates(block_size: int) -> dict[str, Callable[[], Any]]:
-    """Bringing back one sequence of the embedded model: its prefill, or its blocks out and in again."""
+    """Recovers one sequence of the embedded model: by a prefill, or by swapping its blocks out and in."""
     from minipaged.config import SamplingParams
     from minipaged.llm import LLM
 

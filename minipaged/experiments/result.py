@@ -1,4 +1,4 @@
-"""What an experiment hands back: numbers beside the paper's, a figure, and what was assumed."""
+"""The result of an experiment: its numbers beside the paper's, a figure, and its assumptions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 READ, SECONDARY = "read in the paper", "secondary source"
-Progress = Callable[[float, str], None]  # (done so far, from 0 to 1; what is being done)
+Progress = Callable[[float, str], None]  # (fraction done, current task)
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Row:
     Attributes:
         what: what was measured.
         ours: the number, in ``unit``.
-        paper: the paper's, as text because it may be a range; ``None`` where it has none.
-        source: where the paper's number is from: `READ` or `SECONDARY`.
-        spread: lowest and highest of repeated measurements.
-        why: why the two differ.
+        paper: the paper's number, as text because it may be a range; ``None`` if it gives none.
+        source: where we have the paper's number from: `READ` or `SECONDARY`.
+        spread: lowest and highest value of repeated measurements.
+        why: why the two numbers differ.
     """
 
     what: str
@@ -43,11 +43,11 @@ class Result:
     """A finished experiment. ``figure`` is a Plotly figure as a dict; nothing here needs plotly.
 
     Attributes:
-        reproduces: the figure of which paper.
-        assumed: what the numbers rest on, in sentences.
-        data: what the figure was drawn from, for those who want more than the rows.
-        seconds: how long the experiment took.
-        machine: where it ran, with versions.
+        reproduces: the paper and its figure.
+        assumed: the assumptions behind the numbers, in sentences.
+        data: the figure's data, which is more than the rows.
+        seconds: duration of the experiment.
+        machine: the machine it ran on, with versions.
     """
 
     rows: list[Row]
@@ -62,7 +62,7 @@ class Result:
     machine: dict[str, Any] = field(default_factory=dict)
 
     def row(self, what: str) -> Row:
-        """The row of that name. Raises `KeyError`."""
+        """The row with this ``what``. Raises `KeyError`."""
         for row in self.rows:
             if row.what == what:
                 return row
@@ -79,7 +79,7 @@ class Result:
         return cls(rows, **data)
 
     def write(self, directory: Path) -> list[Path]:
-        """Writes NAME.json, and NAME.html where plotly is installed; returns what was written."""
+        """Writes NAME.json, and NAME.html if plotly is installed. Returns the written paths."""
         directory.mkdir(parents=True, exist_ok=True)
         written = [directory / f"{self.name}.json"]
         written[0].write_text(self.to_json(), encoding="utf-8")
@@ -88,13 +88,13 @@ class Result:
         except ModuleNotFoundError:
             return written
         page = directory / f"{self.name}.html"
-        # The library goes beside the pages, once for all of them.
+        # plotly's library is written once into the directory, not into every page.
         io.write_html(self.figure, page, include_plotlyjs="directory", auto_open=False)
         return [*written, page]
 
 
 def machine() -> dict[str, Any]:
-    """What a reader needs to know to repeat a measurement."""
+    """The machine and the versions, as needed to repeat a measurement."""
     import psutil
 
     versions = {}

@@ -1,4 +1,4 @@
-"""A result's numbers, its machine and its versions as text, for the terminal, the page and the README."""
+"""Formats a result's numbers, machine and versions as text, for the terminal, the page and the README."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from minipaged.experiments.result import SECONDARY, Result, Row
 
 
 def number_text(row: Row) -> str:
-    """Ours, with its spread: three digits, no more."""
+    """Our number with its spread and unit, to three digits."""
     spread = f" ({_short(row.spread[0])} to {_short(row.spread[1])})" if row.spread else ""
     return f"{_short(row.ours)}{spread} {row.unit}".rstrip()
 
 
 def paper_text(row: Row) -> str:
-    """The paper's number; a star, as Markdown wants it, marks those from a secondary source."""
+    """The paper's number; a star, escaped for Markdown, marks a secondary source."""
     if row.paper is None:
         return "–"
     return row.paper + (r"\*" if row.source == SECONDARY else "")
@@ -23,7 +23,7 @@ def _short(number: float) -> str:
 
 
 def machine_text(result: Result) -> str:
-    """Where it ran, and with what."""
+    """The machine, the versions and the date of a result."""
     m = result.machine
     return (
         f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB, {m['system']}, Python {m['python']}, "

@@ -1,4 +1,4 @@
-"""What the pool holds while more requests wait than it can take: the paper's conditions for Fig. 2 and 13."""
+"""Runs with a queue that is never empty, and what the pool holds then: the conditions of the paper's Fig. 2 and 13."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 class Saturated:
     """Runs whose queue was never empty; means over the steps past the warm-up.
 
-    ``percent`` is the share of the whole pool in each class of waste. What nobody holds counts as external: someone
-    waits, and it could not be given to them.
+    ``percent`` is the share of the whole pool in each class of waste. Unallocated slots count as external waste:
+    requests are waiting, and the manager could not use these slots for them.
     """
 
     percent: dict[str, float]
@@ -37,7 +37,7 @@ class Saturated:
 
 
 def saturate(*traces: list[TraceRequest], **settings: Any) -> Saturated:
-    """Runs traces whose requests are all there from the start (`at_once`), the first fifth of each as warm-up."""
+    """Simulates traces whose requests all arrive at the start (`at_once`); a fifth of each is warm-up."""
     watch = HeldByClass()
     runs = [simulate(t, watch=watch, warm_up=len(t) // 5, saturated=True, **settings) for t in traces]
     served, seconds = sum(len(run.served) for run in runs), sum(run.seconds for run in runs)
@@ -46,26 +46,26 @@ def saturate(*traces: list[TraceRequest], **settings: Any) -> Saturated:
 
 
 def sharegpt_traces(quick: bool) -> list[list[TraceRequest]]:
-    """Several short traces rather than a long one: a few huge requests can hold a pool for minutes."""
+    """Several short traces instead of one long one, in which a few huge requests could fill the pool for minutes."""
     seeds, count = (4, 100) if quick else (8, 160)
     return [trace(sharegpt_like(seed), at_once(count)) for seed in range(seeds)]
 
 
-@cache  # two figures show the same runs
+@cache  # two experiments use the same runs
 def saturated_system(system: str, quick: bool) -> Saturated:
-    """One of the `SYSTEMS` on `sharegpt_traces`."""
+    """Simulates one of the `SYSTEMS` on `sharegpt_traces`."""
     return saturate(*sharegpt_traces(quick), **SYSTEMS[system])
 
 
 class HeldByClass:
-    """Watches an engine and sums what its memory manager holds, by class (PagedAttention, §3.1)."""
+    """Watches an engine and sums the slots that its memory manager holds, by class (PagedAttention, §3.1)."""
 
     def __init__(self) -> None:
         self._held, self._slots = Held(), 0
 
     def __call__(self, engine: Engine, plan: StepPlan) -> None:
         coming = {chunk.seq.seq_id: chunk.num_tokens for chunk in plan.chunks}
-        # The last token's KV is never computed: nothing follows that would read it.
+        # The last token's KV is never computed, because no later token reads it.
         self._held += engine.memory.held(
             Moment(
                 seq.seq_id,
@@ -81,7 +81,7 @@ class HeldByClass:
 
     @property
     def percent(self) -> dict[str, float]:
-        """Of the whole pool, summing to 100: what is not held is external."""
+        """Percent of the whole pool by class, summing to 100; unallocated slots are external."""
         shares = {name: 100 * slots / self._slots for name, slots in self._held._asdict().items()}
         return shares | {"external": shares["external"] + 100 * (1 - self._held.total / self._slots)}
 

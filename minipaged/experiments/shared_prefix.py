@@ -1,4 +1,4 @@
-"""What a shared prefix is worth (PagedAttention, §6.4, Fig. 16)."""
+"""The throughput gained by sharing a prefix (PagedAttention, §6.4, Fig. 16)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from minipaged.experiments.saturation import saturate
 from minipaged.experiments.simulator import Roofline
 from minipaged.workloads import at_once, shared_prefix, translation_like
 
-LLAMA_13B = Roofline(name="LLaMA-13B on one A100-40GB")  # as many layers as OPT-13B, as wide
+LLAMA_13B = Roofline(name="LLaMA-13B on one A100-40GB")  # same number of layers and same width as OPT-13B
 PAPER = {80: "1.67", 341: "3.58"}  # prefix tokens: times the throughput of Orca (Oracle)
 SYSTEMS: dict[str, dict[str, Any]] = {
     "Orca (Oracle)": {"memory": "orca-oracle"},
@@ -24,7 +24,7 @@ WHY = (
 
 
 def measure(quick: bool, progress: Progress) -> Result:
-    """Requests a second with a full queue, for translations after one example and after five."""
+    """Requests per second with a full queue, for translations with one example and with five in the prefix."""
     rates: dict[str, list[float]] = {system: [] for system in SYSTEMS}
     rows = []
     for tokens, paper in PAPER.items():

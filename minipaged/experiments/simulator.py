@@ -1,7 +1,7 @@
-"""A 13B model on a laptop: the real engine, scheduler and memory manager, with a runner that only keeps the time.
+"""Simulates a 13B model on a laptop: the real engine, scheduler and memory manager, and a runner that only keeps time.
 
-What a step costs is worked out from a roofline whose numbers are stated with every result. Everything else, who is
-admitted, preempted, shared, copied, is not simulated: it is the engine, and so are the numbers.
+A roofline gives the duration of a step; every result states its numbers. Only time is simulated: the real engine
+decides what is admitted, preempted, shared and copied.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ VOCAB = 50_272  # OPT's
 
 @dataclass(frozen=True)
 class Roofline:
-    """The clock: a step takes as long as its memory traffic or its arithmetic, whichever is longer, then its swaps.
+    """The clock: a step takes the longer of its memory traffic and its arithmetic, plus its swaps.
 
     Memory traffic is the weights once, the KV of every context once per sequence, and copies twice (read and written).
-    Arithmetic counts the weights only. Kernel launches, sampling, communication and the host cost nothing here: times
-    are a lower bound, and ratios between managers are what they are for.
+    Arithmetic counts the weights only. Kernel launches, sampling, communication and the host cost nothing, so times
+    are lower bounds; use them for ratios between memory managers.
 
     Attributes:
-        memory_bandwidth: bytes a second between the GPU and its memory.
-        flops: floating-point operations a second.
-        weight_bytes: read in every step.
-        flops_per_token: 2 for each parameter.
-        kv_bytes: of one token, all layers.
-        num_slots: tokens that the memory left for the KV cache can hold.
-        link_bandwidth: bytes a second between GPU and host, for swapping.
-        transfers_per_block: pieces that one block is swapped in: keys and values of each layer.
-        transfer_seconds: what starting one such transfer costs.
+        memory_bandwidth: bytes per second between the GPU and its memory (HBM).
+        flops: floating-point operations per second.
+        weight_bytes: bytes of weights, read in every step.
+        flops_per_token: floating-point operations per token, 2 for each parameter.
+        kv_bytes: bytes of KV per token, in all layers.
+        num_slots: tokens that fit into the memory left for the KV cache.
+        link_bandwidth: bytes per second between GPU and host, for swapping.
+        transfers_per_block: transfers for swapping one block: keys and values of each layer.
+        transfer_seconds: start-up time of one transfer.
     """
 
     name: str = "OPT-13B on one A100-40GB"
@@ -55,7 +55,7 @@ class Roofline:
     transfer_seconds: float = 5e-6
 
     def seconds(self, plan: StepPlan, block_size: int) -> float:
-        """How long the step takes."""
+        """The duration of the step in seconds."""
         context = sum(chunk.start + chunk.num_tokens for chunk in plan.chunks)
         moved = (context + 2 * block_size * len(plan.copies)) * self.kv_bytes
         memory = (self.weight_bytes * bool(plan.chunks) + moved) / self.memory_bandwidth
@@ -67,7 +67,7 @@ class Roofline:
         return num_blocks * (block + self.transfers_per_block * self.transfer_seconds)
 
     def stated(self) -> str:
-        """The assumptions in one sentence, for those who read a result."""
+        """The assumptions in one sentence, for a result's readers."""
         return (
             f"Clock: {self.name}, {self.weight_bytes / 1e9:g} GB of weights and {self.kv_bytes / 1024:g} KB of KV per "
             f"token at {self.memory_bandwidth / 1e12:g} TB/s, {self.flops / 1e12:g} TFLOP/s, {self.num_slots:,} slots; "
@@ -81,20 +81,20 @@ OPT_13B = Roofline()
 
 @dataclass(frozen=True)
 class Served:
-    """When one request came and ended, in seconds of the simulated clock."""
+    """One finished request, with its end in seconds of the simulated clock."""
 
     request: TraceRequest
     finished: float
 
     @property
     def normalized_latency(self) -> float:
-        """Seconds from arrival to end, per output token (paper §6.1)."""
+        """Seconds from arrival to end, per output token (PagedAttention, §6.1)."""
         return (self.finished - self.request.arrival) / self.request.num_output
 
 
 @dataclass
 class Simulation:
-    """What a run came to. ``batch``: requests in the running batch, in each step past the warm-up."""
+    """The measurements of a run. ``batch``: requests in the running batch, in each step after the warm-up."""
 
     clock: Roofline
     served: list[Served] = field(default_factory=list)
@@ -115,7 +115,7 @@ class Simulation:
 
 
 class SimulatedRunner:
-    """Executes no plan; says what it would have taken, and remembers."""
+    """A runner that computes nothing: it advances the clock by the time that each plan would take."""
 
     def __init__(self, clock: Roofline, block_size: int, watch: Callable[[StepPlan], None]) -> None:
         self.clock, self.block_size, self._watch = clock, block_size, watch
@@ -124,7 +124,7 @@ class SimulatedRunner:
     def execute(self, plan: StepPlan) -> None:
         self.now += self.clock.seconds(plan, self.block_size)
         if plan.maps is not None:
-            plan.maps.done = True  # vAttention asks whether pages were mapped; here that takes no time
+            plan.maps.done = True  # vAttention waits for mapped pages; here, mapping takes no time
         self._watch(plan)
 
 
@@ -137,17 +137,17 @@ def simulate(
     saturated: bool = False,
     **settings: Any,
 ) -> Simulation:
-    """Serves a trace. ``settings`` are fields of `EngineConfig`; those not given suit OPT and the clock's memory.
+    """Simulates a trace. ``settings`` are fields of `EngineConfig`; the defaults suit OPT and the clock's memory.
 
-    ``watch`` is called with the engine and the plan of every step, when its memory is reserved and nobody has ended
-    yet; but not before ``warm_up`` requests have ended: in the beginning all are young. A ``saturated`` run ends when
-    nobody is waiting any more: what follows is no picture of a full pool. Each sequence runs to the trace's output
-    length. Raises `InvalidRequest` for what the engine would refuse.
+    ``watch`` is called with the engine and the plan of every step, after its memory is reserved and before any sequence
+    finishes; but only after ``warm_up`` requests have finished, because all sequences are short at first. A
+    ``saturated`` run ends when the waiting queue is empty, because the pool is no longer full then. Each sequence runs
+    to the trace's output length. Raises `InvalidRequest` for requests that the engine rejects.
     """
     fields: dict[str, Any] = {"block_size": 16, "max_model_len": 2048, "max_num_seqs": 256}
     fields |= {"max_num_batched_tokens": 2048, "enable_prefix_caching": False, "model": clock.name} | settings
     if fields.get("speculate"):
-        raise InvalidRequest("which guesses are right is the model's choice: speculate on a real model")
+        raise InvalidRequest("which drafts are accepted depends on the model: speculate on a real model")
     fields.setdefault("num_blocks", clock.num_slots // fields["block_size"])
     result = Simulation(clock)
 
@@ -186,7 +186,7 @@ def simulate(
 
 def _add(engine: Engine, by_id: dict[str, TraceRequest], request_id: str, request: TraceRequest) -> None:
     if request.beam_width:
-        raise InvalidRequest("which beams live is the model's choice: run beam searches on a real model")
+        raise InvalidRequest("which beams survive depends on the model: run beam searches on a real model")
     by_id[request_id] = request
     params = SamplingParams(n=request.n, max_tokens=request.num_output, ignore_eos=True)
     engine.add_request(request_id, request.token_ids(VOCAB), params)

@@ -1,4 +1,4 @@
-"""Tokens a second of the real engine at one memory budget, under each manager: real time, this device."""
+"""Throughput of the real engine under each memory manager with the same memory, in real time on this device."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from minipaged.core.engine import Engine
     from minipaged.llm import LLM
 
-SCALE = 16  # the paper's lengths, pool and blocks, divided by this: what the embedded model can serve, and quickly
+SCALE = 16  # divides the paper's lengths, pool and blocks, so that the embedded model can serve them quickly
 SLOTS, LONGEST, BLOCK = OPT_13B.num_slots // SCALE, 2048 // SCALE, 2
 SERVERS = dict(SYSTEMS)
-if sys.platform == "linux":  # nowhere else can memory be mapped piece by piece
+if sys.platform == "linux":  # other systems cannot map memory piece by piece
     SERVERS["vAttention"] = {"memory": "vattention", "tensor_slicing": True}
 PAPER = {"FasterTransformer": "up to 22", "Orca (Max)": "2.7–8", "Orca (Oracle)": "1.7–2.7"}
 WHY = (
@@ -37,7 +37,7 @@ SLOWER = (
 
 
 def measure(quick: bool, progress: Progress) -> Result:
-    """Output tokens a second and mean batch, while requests wait; the systems take turns."""
+    """Output tokens per second and mean batch while requests wait; the systems take turns."""
     from minipaged.llm import LLM
 
     warm_up, slice_, rounds = (800, 300, 3) if quick else (2000, 400, 12)
@@ -85,16 +85,16 @@ def _rows(speed: dict[str, list[float]], mean_batch: dict[str, float]) -> list[R
 
 
 def scaled(count: int) -> list[TraceRequest]:
-    """ShareGPT-like requests of a sixteenth of the length."""
+    """ShareGPT-like requests with lengths divided by `SCALE`."""
     return [
         replace(request, num_prompt=-(-request.num_prompt // SCALE), num_output=-(-request.num_output // SCALE))
         for request in trace(sharegpt_like(0), at_once(count))
-        if request.num_prompt + request.num_output <= 2048 - 2 * SCALE  # rounding up must not make it too long
+        if request.num_prompt + request.num_output <= 2048 - 2 * SCALE  # leaves room for rounding up
     ]
 
 
 class Server:
-    """An engine of its own with all the requests in its queue."""
+    """One system: an engine with all requests in its waiting queue."""
 
     def __init__(self, llm: LLM, requests: list[TraceRequest], **settings: Any) -> None:
         self.engine = _engine(llm, settings)
@@ -103,12 +103,12 @@ class Server:
             self.engine.add_request(str(index), request.token_ids(self.engine.vocab_size), params)
 
     def serve(self, num_tokens: int) -> tuple[float, list[int]]:
-        """Steps until so many tokens are out. Returns tokens a second and the batch of each step."""
+        """Steps until ``num_tokens`` tokens are generated. Returns tokens per second and the batch of each step."""
         batch: list[int] = []
         tokens, started = 0, time.perf_counter()
         while tokens < num_tokens:
             if not self.engine.scheduler.waiting:
-                raise RuntimeError("the queue is empty: what follows says nothing about a full pool")
+                raise RuntimeError("the waiting queue is empty, so the pool is no longer full; give more requests")
             tokens += sum(len(output.outputs) for output in self.engine.step())
             batch.append(len(self.engine.scheduler.running))
         return tokens / (time.perf_counter() - started), batch

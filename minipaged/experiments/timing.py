@@ -1,4 +1,4 @@
-"""Measuring time on a machine that others use too."""
+"""Measures time on a machine that runs other programs, too."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 def compare(
     candidates: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each call, by candidate. They take turns, so that a busy moment is unfair to all alike."""
+    """Seconds of each call, by candidate. They take turns, so that other load affects all of them equally."""
     for candidate in candidates.values():
-        candidate()  # the first call allocates, and compiles where there is something to compile
+        candidate()  # warm-up: the first call allocates and compiles
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, candidate in candidates.items():
@@ -26,14 +26,14 @@ def compare(
 
 
 def ratio(slower: list[float], faster: list[float]) -> tuple[float, tuple[float, float]]:
-    """How many times as long the first takes: median over the rounds, and the quartiles."""
+    """Ratio of the first times to the second: median over the rounds, and the quartiles."""
     ratios = sorted(a / b for a, b in zip(slower, faster, strict=True))
     quarter = len(ratios) // 4
     return median(ratios), (ratios[quarter], ratios[-1 - quarter])
 
 
 def _wait() -> None:
-    """Until a GPU has done what it was told."""
+    """Waits until a GPU has finished its work."""
     import torch
 
     if torch.cuda.is_available():

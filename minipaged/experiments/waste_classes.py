@@ -1,4 +1,4 @@
-"""What the KV cache is filled with under each memory manager (PagedAttention, Fig. 2)."""
+"""Waste in the KV cache by class, under each memory manager (PagedAttention, Fig. 2)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHY = "lengths are drawn like ShareGPT's, not from it; nothing is known of how l
 
 
 def measure(quick: bool, progress: Progress) -> Result:
-    """Mean share of the pool's slots by class, while the queue is never empty."""
+    """Mean percent of the pool's slots by class, while the queue is never empty."""
     traces = sharegpt_traces(quick)
     percent: dict[str, dict[str, float]] = {}
     rows = []

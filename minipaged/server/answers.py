@@ -1,4 +1,4 @@
-"""The engine's outputs as OpenAI's JSON."""
+"""Converts the engine's outputs to the JSON of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from minipaged.text.chat import render_chat
 from minipaged.text.stream import decode, special_token_ids
 
 Prepared = tuple["Answer", list[list[int]], SamplingParams]
-LOWEST = -9999.0  # what OpenAI sends for the logarithm of nothing; JSON has no infinity
+LOWEST = -9999.0  # OpenAI's log-probability of an impossible token; JSON has no infinity
 
 
 def prepare(llm: Any, model: str, request: ChatRequest | CompletionRequest) -> Prepared:
-    """The prompts' token ids, how to sample, and what makes the answer of the outputs.
+    """Validates a request. Returns its `Answer`, the prompts' token ids, and the sampling parameters.
 
-    Raises `InvalidRequest`, and `ApiError` 404 for another model than ``model``.
+    Raises `InvalidRequest`, and `ApiError` 404 if the request names another model than ``model``.
     """
     if request.model != model:
         raise no_model(request.model, model)
@@ -39,23 +39,23 @@ def prepare(llm: Any, model: str, request: ChatRequest | CompletionRequest) -> P
 
 
 def model_name(model: str) -> str:
-    """What clients call it: a hub id as it is, of a directory the last part only."""
+    """The model's name in the API: a hub id unchanged, or the last part of a directory's path."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def no_model(name: str, model: str) -> ApiError:
-    message = f"there is no model {name[:200]!r} here, only {model!r}"
+    message = f"there is no model {name[:200]!r} here; use {model!r}"
     return ApiError(404, message, param="model", code="model_not_found")
 
 
 def refusal(error: InvalidRequest) -> ApiError:
-    """What the engine will not do, as OpenAI says it."""
+    """Converts an `InvalidRequest` to an `ApiError` 400 with OpenAI's error code."""
     too_long = "needs room for one more" in str(error)
     return ApiError(400, str(error), code="context_length_exceeded" if too_long else None)
 
 
 class Answer:
-    """Turns the outputs of one HTTP request into its answer, whole or chunk by chunk.
+    """Builds the response to one HTTP request from its outputs, whole or streamed in chunks.
 
     ``prompts`` are the token ids of its prompts. Choice ``p * n + i`` is the i-th continuation of prompt p.
     """
@@ -68,7 +68,7 @@ class Answer:
         self._tokenizer, self._request, self._prompts = tokenizer, request, prompts
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._seen: list[dict[int, CompletionOutput]] = [{} for _ in prompts]
-        self.sampled = 0  # tokens, of all continuations, also those that best_of leaves out
+        self.sampled = 0  # tokens of all continuations, including those that best_of discards
 
     @property
     def include_usage(self) -> bool:
@@ -76,7 +76,7 @@ class Answer:
         return self._request.include_usage
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
-        """The answer that is not streamed; ``outputs`` are finished, one for each prompt."""
+        """The response without streaming; ``outputs`` are finished, one for each prompt."""
         choices = []
         for prompt, output in enumerate(outputs):
             self.count(output)
@@ -86,17 +86,17 @@ class Answer:
         return {**self._head, "object": self.object, "choices": choices, "usage": self._usage()}
 
     def opening(self) -> Iterator[dict[str, Any]]:
-        """Chunks before there is any token."""
+        """Chunks sent before the first token."""
         return iter(())
 
     def chunks(self, prompt: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
-        """Chunks for what is new in the output of a prompt."""
+        """Chunks with the new tokens in a prompt's output."""
         for delta in differences(output, self._seen[prompt]):
             if delta.text or delta.finish_reason or delta.logprobs:
                 yield self._chunk([self._piece(prompt, delta)])
 
     def last_chunk(self) -> dict[str, Any]:
-        """The usage, in a chunk of its own."""
+        """A chunk that holds only the usage."""
         return self._chunk([]) | {"usage": self._usage()}
 
     def count(self, output: RequestOutput) -> None:
@@ -113,7 +113,7 @@ class Answer:
         return {"prompt_tokens": prompt, "completion_tokens": self.sampled, "total_tokens": prompt + self.sampled}
 
     def _best(self, outputs: list[CompletionOutput]) -> list[CompletionOutput]:
-        """The ``n`` with the highest log-probability per token, where ``best_of`` made more."""
+        """The ``n`` continuations with the highest log-probability per token, if ``best_of`` is above ``n``."""
         if len(outputs) <= self._request.n:
             return outputs
         ranked = sorted(outputs, key=lambda out: -(out.cumulative_logprob or 0.0) / max(1, len(out.token_ids)))
@@ -161,7 +161,7 @@ class ChatAnswer(Answer):
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         piece = self._spell(token)
-        # Part of a character has no spelling; OpenAI's null says so.
+        # A token that holds part of a character has no bytes of its own here: OpenAI's API uses null.
         spelled = None if "\ufffd" in piece else list(piece.encode())
         return {"token": piece, "logprob": max(logprob, LOWEST), "bytes": spelled}
 
@@ -179,7 +179,7 @@ class TextAnswer(Answer):
         self._offsets: dict[tuple[int, int], int] = {}  # characters sent so far, for text_offset
 
     def opening(self) -> Iterator[dict[str, Any]]:
-        """The prompts, if they are to be echoed."""
+        """The prompts, if ``echo`` is set."""
         for prompt, text in enumerate(self._texts if self._request.echo else ()):
             for index in range(self._request.n):
                 yield self._chunk([self._text(prompt, index, text, None, None)])
@@ -213,7 +213,7 @@ class TextAnswer(Answer):
         return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _logprobs(self, tokens: list[int], logprobs: list[Any], start: int) -> dict[str, Any]:
-        """The prompt's first token has none. ``start``: where in the text the first token stands."""
+        """Log-probabilities in OpenAI's format; null for a prompt's first token. ``start``: its character offset."""
         offsets = list(accumulate(self._lengths(tokens), initial=start))[:-1]
         number = self._request.logprobs or 0
         return {
@@ -226,7 +226,7 @@ class TextAnswer(Answer):
         }
 
     def _lengths(self, tokens: list[int]) -> list[int]:
-        """Of each token's piece of the text. Special tokens have none."""
+        """The number of characters of each token; special tokens have 0, since they are not in the text."""
         return [0 if token in self._special else len(self._spell(token)) for token in tokens]
 
     def _as_text(self, prompt: str | list[int]) -> str:
@@ -239,5 +239,5 @@ class TextAnswer(Answer):
 
 
 def _likeliest(logprobs: dict[int, float], number: int) -> list[tuple[int, float]]:
-    """The sampled token is among ``logprobs`` even if it is not among the likeliest."""
+    """The ``number`` likeliest tokens. ``logprobs`` holds the sampled token, too, which may be less likely."""
     return sorted(logprobs.items(), key=lambda pair: -pair[1])[:number]

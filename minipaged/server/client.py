@@ -1,4 +1,4 @@
-"""Reading what an OpenAI-compatible server streams."""
+"""Reads the event stream of an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ DONE = "[DONE]"
 
 
 class RequestFailed(MinipagedError, RuntimeError):
-    """The server answered with an error, at once or in the midst of a stream."""
+    """The server answered with an error, either as its status or within a stream."""
 
 
 def check(response: Any) -> None:
-    """Raises `RequestFailed` unless all is well. ``response`` is httpx's, its body read if the status is not 200."""
+    """Raises `RequestFailed` unless the status of this httpx response is 200. Its body must have been read if not."""
     if response.status_code != 200:
         raise RequestFailed(f"{response.status_code}: {_message(response.text)}")
 
 
 def events(response: Any, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """The events of a stream. Raises `RequestFailed`, also for an error that comes as an event."""
+    """The events of a stream. Raises `RequestFailed`, also for an error event."""
     check(response)
     for line in lines:
         event = _event(line)
@@ -31,7 +31,7 @@ def events(response: Any, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 
 async def aevents(lines: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
-    """`events` for asyncio, of a response that was checked."""
+    """`events` for asyncio; call `check` on the response first."""
     async for line in lines:
         event = _event(line)
         if event is not None:
@@ -46,14 +46,14 @@ def _event(line: str) -> dict[str, Any] | None:
     except ValueError:
         event = None
     if not isinstance(event, dict):
-        raise RequestFailed(f"this is no event of OpenAI's: {data[:100]}")
+        raise RequestFailed(f"not an event of OpenAI's API: {data[:100]}")
     if "error" in event:
         raise RequestFailed(_message(data))
     return event
 
 
 def _message(text: str) -> str:
-    """The words in an error of OpenAI's shape, else the beginning of whatever it is."""
+    """The message of an OpenAI error, or else the first 200 characters of ``text``."""
     try:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -1,8 +1,8 @@
-"""Load for an OpenAI-compatible server, and what its clients had to put up with.
+"""A load generator for OpenAI-compatible servers: sends requests at given times and reports their latencies.
 
-The load is *open*: requests are sent when their time has come, whether or not earlier ones have been answered, as users
-do who know nothing of each other. Latencies count from that time on, so that a server cannot look better by making its
-clients wait before they ask.
+The load is *open*: each request is sent at its arrival time, whether or not earlier ones have been answered, because
+real users do not wait for each other. Latencies count from the arrival time, so a server cannot look better by delaying
+its clients.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ WORDS = (
 
 @dataclass
 class Sample:
-    """One request and its answer. Times are seconds from the beginning of the run."""
+    """One request and its answer. Times are seconds since the start of the run."""
 
     due: float
-    chunks: list[float] = field(default_factory=list)  # when each piece of text came
+    chunks: list[float] = field(default_factory=list)  # the arrival time of each chunk of text
     ended: float = 0.0
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -46,18 +46,18 @@ class Sample:
 
     @property
     def gaps(self) -> list[float]:
-        """Between pieces; a piece is a token as a rule, and may be more when the server is ahead of the network."""
+        """Seconds between chunks. A chunk is usually one token, and more when the network is slower than the server."""
         return [later - earlier for earlier, later in zip(self.chunks, self.chunks[1:], strict=False)]
 
     @property
     def normalized(self) -> float:
-        """Seconds for each token of the output (PagedAttention paper §6.1)."""
+        """Normalized latency: seconds per output token (PagedAttention paper §6.1)."""
         return (self.ended - self.due) / self.output_tokens
 
 
 @dataclass(frozen=True)
 class Target:
-    """The server, and what is asked of it beside the prompts."""
+    """The server under load, and the options of every request."""
 
     url: str
     model: str
@@ -66,12 +66,12 @@ class Target:
 
 
 def prompt_of(request: TraceRequest) -> str:
-    """Text of about as many tokens as the request says; requests that share a prefix begin with the same words."""
+    """A prompt of about ``request.num_prompt`` tokens; requests that share a prefix begin with the same words."""
     return " ".join(WORDS[token] for token in request.token_ids(len(WORDS)))
 
 
 async def first_model(url: str, api_key: str | None) -> str:
-    """The name of the first model the server has. Raises `RequestFailed`."""
+    """The name of the server's first model. Raises `RequestFailed`."""
     async with _client(url, api_key) as client:
         try:
             response = await client.get("models")
@@ -84,9 +84,9 @@ async def first_model(url: str, api_key: str | None) -> str:
 async def run(
     target: Target, requests: Sequence[TraceRequest], progress: Callable[[int], None] = lambda done: None
 ) -> list[Sample]:
-    """Sends every request at its time and waits for all answers. One that fails has its ``error``.
+    """Sends every request at its arrival time and waits for all answers; a failed one has an ``error``.
 
-    ``progress`` is told how many are done.
+    ``progress`` is called with the number of finished requests.
     """
     done = 0
     began = time.perf_counter()
@@ -110,11 +110,11 @@ async def run(
 
 def _client(url: str, api_key: str | None) -> httpx2.AsyncClient:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    limits = httpx2.Limits(max_connections=None)  # the load decides, not the client
+    limits = httpx2.Limits(max_connections=None)  # the arrival times alone limit the load
     try:
         return httpx2.AsyncClient(base_url=url.rstrip("/") + "/", headers=headers, timeout=600, limits=limits)
     except httpx2.InvalidURL as error:
-        raise InvalidRequest(f"{url} is no URL: {error}") from None
+        raise InvalidRequest(f"{url} is not a URL: {error}") from None
 
 
 async def _ask(client: httpx2.AsyncClient, target: Target, request: TraceRequest, sample: Sample, began: float) -> None:
@@ -140,19 +140,19 @@ async def _ask(client: httpx2.AsyncClient, target: Target, request: TraceRequest
 
 @dataclass(frozen=True)
 class Goal:
-    """What a user still calls good, in seconds: a request counts for goodput if it meets both."""
+    """Latency limits in seconds: a request counts for goodput if it meets both."""
 
     first_token: float = 1.0
-    token: float = 0.1  # the mean of its gaps
+    token: float = 0.1  # mean of the gaps between its tokens
 
     def met(self, sample: Sample) -> bool:
         return sample.first_token <= self.first_token and fmean(sample.gaps or [0.0]) <= self.token
 
 
 def summarize(samples: Sequence[Sample], duration: float, goal: Goal, target: Target) -> Result:
-    """The numbers people compare, with the distributions as a figure; requests came for ``duration`` seconds.
+    """Throughput, goodput and latency percentiles, with the distributions as a figure.
 
-    Raises `RequestFailed` if none was answered.
+    Requests arrived for ``duration`` seconds. Raises `RequestFailed` if none was answered.
     """
     good = [sample for sample in samples if not sample.error]
     errors = Counter(sample.error for sample in samples if sample.error)
@@ -194,7 +194,7 @@ def percentile(values: Sequence[float], p: int) -> float:
 
 
 def _figure(series: dict[str, list[float]]) -> dict[str, Any]:
-    """For each latency, the part of requests or tokens that had to wait no longer."""
+    """For each latency, the fraction of requests or tokens at or below it (the cumulative distribution)."""
     curves = {}
     for name, values in series.items():
         ranked = sorted(values)[:: max(1, len(values) // 500)]

@@ -1,7 +1,7 @@
-"""OpenAI's requests: what they may say, and what they mean to the engine.
+"""The request schemas of OpenAI's API, and their conversion to `SamplingParams`.
 
-Nothing is accepted without effect but what OpenAI itself calls bookkeeping (``user``, ``metadata``), and what asks for
-the only thing there is (``"response_format": {"type": "text"}``). Everything else unknown is refused by name.
+The server ignores only fields that OpenAI itself calls bookkeeping (``user``, ``metadata``) and fields whose value asks
+for the default (``"response_format": {"type": "text"}``). It rejects every other unknown field by name.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pydantic_core import from_json
 from minipaged.config import SamplingParams
 from minipaged.errors import InvalidRequest
 
-MAX_PROMPTS = 256  # of one completions request
-MAX_MESSAGE = 600  # characters of an error's text: it may quote what was sent
+MAX_PROMPTS = 256  # in one completions request
+MAX_MESSAGE = 600  # characters of an error message, which may quote the request
 
 
 class ApiError(Exception):
-    """An answer that is an error, in OpenAI's shape: ``{"error": {message, type, param, code}}``."""
+    """An error response in OpenAI's format: ``{"error": {message, type, param, code}}``."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -39,7 +39,7 @@ Body = TypeVar("Body", "ChatRequest", "CompletionRequest", "ChatRequest | Comple
 
 
 class _Strict(BaseModel):
-    """A string is no number and an unknown field is an error."""
+    """Base of all schemas: no conversion of strings to numbers, and unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -63,13 +63,13 @@ class Message(_Strict):
     content: str | list[TextPart]
 
     def plain(self) -> dict[str, str]:
-        """As chat templates know it. "developer" is OpenAI's newer word for "system"."""
+        """The message as chat templates expect it. "developer" is OpenAI's newer word for "system"."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class _Request(_Strict):
-    """What both kinds of completion have in common. Limits are those of `SamplingParams`, which checks them."""
+    """Fields that completions and chat completions share. `SamplingParams` checks their limits."""
 
     model: str
     n: int = 1
@@ -82,14 +82,14 @@ class _Request(_Strict):
     seed: int | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    # Not OpenAI's; the names are vLLM's.
+    # Extensions of OpenAI's API, with vLLM's names.
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     min_tokens: int = 0
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
-    # OpenAI's bookkeeping.
+    # OpenAI's bookkeeping, which is ignored.
     user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
@@ -152,17 +152,17 @@ class CompletionRequest(_Request):
         more: dict[str, Any] = {"logprobs": self.logprobs}
         if self.best_of is not None:
             if self.stream:
-                raise InvalidRequest("which of best_of samples is the best is known at the end; leave out stream")
+                raise InvalidRequest("best_of picks the best samples at the end; leave out stream or best_of")
             if self.best_of < self.n:
                 raise InvalidRequest(f"best_of ({self.best_of}) is below n ({self.n})")
             more |= {"n": self.best_of, "logprobs": self.logprobs or 0}
         if self.echo and self.logprobs is not None:
             more["prompt_logprobs"] = self.logprobs
-        # The prompt's log-probabilities come with the first token, so one is made also where none is wanted.
+        # The prompt's log-probabilities come with the first token, so max_tokens=0 still generates one.
         return self._params(max_tokens=self.max_tokens or 1, **more)
 
     def prompts(self) -> list[str | list[int]]:
-        """One or many. Raises `InvalidRequest` for none, or too many."""
+        """The prompts, one or many. Raises `InvalidRequest` for none, or for more than `MAX_PROMPTS`."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
@@ -173,12 +173,12 @@ class CompletionRequest(_Request):
 
 
 def parse(kind: type[Body], body: bytes | dict[str, Any]) -> Body:
-    """The request in ``body`` (JSON, or what it says). Raises `ApiError` 400. A field that is null is not given."""
+    """Parses a request from JSON or a decoded dict; a null field counts as not given. Raises `ApiError` 400."""
     if isinstance(body, bytes):
         try:
             body = from_json(body, allow_inf_nan=False)
         except ValueError as error:
-            raise ApiError(400, f"the body is no JSON: {error}") from None
+            raise ApiError(400, f"the body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     try:
@@ -188,7 +188,7 @@ def parse(kind: type[Body], body: bytes | dict[str, Any]) -> Body:
 
 
 def _given(value: Any) -> Any:
-    """Without what is null. Clients send back whole messages, with null for what these do not have."""
+    """Removes null fields: clients send whole messages back, with null for fields that a message does not have."""
     if isinstance(value, dict):
         return {key: _given(item) for key, item in value.items() if item is not None}
     return [_given(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""The routes, and what stands before them: keys, sizes, timeouts, clients that hang up."""
+"""The HTTP routes, with API keys, size limits, timeouts and client disconnects."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from minipaged.server.service import Service
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# A browser calls a loopback address by one of these names, unless a page on the net has its own name resolved to it.
+# The Host headers of real loopback requests. Another name means DNS rebinding: a website's name resolves to loopback.
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 OPEN = ("/health",)  # paths that need no key
 
 
 class ClientGone(Exception):
-    """Nobody reads the answer any longer."""
+    """The client has closed the connection."""
 
 
 def build_app(service: Service, keys: Sequence[str] = (), local: bool = True) -> FastAPI:
-    """The API. ``keys``: one of them must be sent, if there are any. ``local``: only loopback names are answered to."""
+    """The ASGI app. ``keys``: accepted API keys; if empty, no key is needed. ``local``: accept loopback hosts only."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -42,7 +42,7 @@ def build_app(service: Service, keys: Sequence[str] = (), local: bool = True) ->
         yield
         service.close()
 
-    # Without FastAPI's own pages, which load scripts from the net.
+    # FastAPI's own pages are off, because they load scripts from the internet.
     app = FastAPI(title="minipaged", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.add_middleware(Door, keys=keys, local=local)
     app.add_exception_handler(HTTPException, _http_error)
@@ -88,14 +88,14 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 async def _serve(
     service: Service, request: Request, name: str, kind: type[ChatRequest] | type[CompletionRequest]
 ) -> Response:
-    """What both endpoints do. A refusal has its status code also where the answer would have been a stream."""
+    """Handles a request of either endpoint. A rejected request gets its error status even if it asked for a stream."""
     watch = service.metrics.request(name)
     try:
         body = parse(kind, await _read(request, service))
         prepared = await service.tokenize(lambda: prepare(service.thread.llm, service.model, body))
         if body.stream:
             events = _events(service, prepared, watch)
-            await anext(events)  # until the engine has taken it
+            await anext(events)  # waits until the engine has accepted the request
             return EventStream(events, service.limits.write_timeout)
         result = await _unless_gone(request, _whole(service, prepared, watch))
         watch.done(200, result["usage"])
@@ -104,19 +104,19 @@ async def _serve(
         refused = error if isinstance(error, ApiError) else refusal(error)
         watch.done(refused.status)
         return error_response(refused)
-    except (ClientGone, ClientDisconnect):  # while it was answered; while it still sent
+    except (ClientGone, ClientDisconnect):  # while the engine computed; while the body was read
         watch.done("gone")
-        return Response(status_code=499)  # which nobody reads
+        return Response(status_code=499)  # for the log: the client is gone
     except Exception:
         watch.done(500)
         raise
 
 
 async def _read(request: Request, service: Service) -> bytes:
-    """The body. Raises `ApiError` if it is too large, too slow or not meant as JSON."""
+    """The request's body. Raises `ApiError` if it is too large, too slow, or its content type is not JSON."""
     limit = service.limits.max_body
     too_large = ApiError(413, f"the request is larger than {limit} bytes", code="request_too_large")
-    # A web page can send other types to other sites without asking the server first; JSON it cannot.
+    # Browsers let a web page send other types to other sites without a preflight request, but not JSON.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the content type must be application/json")
     if int(request.headers.get("content-length", "0")) > limit:
@@ -134,7 +134,7 @@ async def _read(request: Request, service: Service) -> bytes:
 
 
 async def _whole(service: Service, prepared: Prepared, watch: Stopwatch) -> dict[str, Any]:
-    """The answer that is not streamed."""
+    """The response without streaming."""
     answer, prompts, params = prepared
     newest: dict[int, Any] = {}
     async with service.admitted(), service.job(prompts, params) as job:
@@ -145,7 +145,7 @@ async def _whole(service: Service, prepared: Prepared, watch: Stopwatch) -> dict
 
 
 async def _events(service: Service, prepared: Prepared, watch: Stopwatch) -> AsyncGenerator[str, None]:
-    """The answer as server-sent events; the first, empty one says that the engine has taken the request."""
+    """The response as server-sent events; a first, empty one marks that the engine has accepted the request."""
     answer, prompts, params = prepared
     started = False
     try:
@@ -169,7 +169,7 @@ async def _events(service: Service, prepared: Prepared, watch: Stopwatch) -> Asy
         if not started:
             raise
         watch.done(error.status)
-        yield _event(error.body())  # the status has been sent; this is how OpenAI's client learns of it
+        yield _event(error.body())  # the status is already sent; OpenAI's client reads errors from events, too
     finally:
         if started:
             watch.done("gone")
@@ -186,7 +186,7 @@ def error_response(error: ApiError) -> JSONResponse:
 
 def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    words = {404: f"there is no {request.url.path[:200]}", 405: f"{request.method} does not work here"}
+    words = {404: f"there is no route {request.url.path[:200]}", 405: f"{request.method} is not allowed here"}
     response = error_response(ApiError(error.status_code, words.get(error.status_code, str(error.detail))))
     response.headers.update(error.headers or {})
     return response
@@ -202,7 +202,7 @@ async def _hang_up(receive: Callable[[], Awaitable[Any]]) -> None:
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result of ``work``, which is cancelled when the client hangs up. Raises `ClientGone` then."""
+    """The result of ``work``. If the client disconnects first, cancels it and raises `ClientGone`."""
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hang_up(request.receive))
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -220,7 +220,7 @@ async def _cancel(*tasks: asyncio.Future[Any]) -> None:
 
 
 class EventStream(Response):
-    """Sends events until they end or the client hangs up, or reads nothing for ``patience`` seconds."""
+    """Sends events until they end, the client disconnects, or it reads nothing for ``patience`` seconds."""
 
     media_type = "text/event-stream"
 
@@ -237,7 +237,7 @@ class EventStream(Response):
                 sending.result()
         finally:
             await _cancel(sending, gone)
-            await self._events.aclose()  # which aborts what the engine still computes
+            await self._events.aclose()  # aborts the engine's unfinished requests
 
     async def _send(self, send: Callable[[Any], Awaitable[None]]) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -247,13 +247,13 @@ class EventStream(Response):
                 async with asyncio.timeout(self._patience):
                     await send(message)
         except TimeoutError:
-            log.warning("a client that reads nothing was given up")
-            return  # the server closes a connection whose answer was not completed
+            log.warning("closed the connection of a client that had stopped reading")
+            return  # uvicorn closes a connection whose response is incomplete
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class Door:
-    """Who may come in. It never compares a key in a way whose time would tell how much of it was right."""
+    """Middleware that checks the Host header and the API key, the key in constant time (no timing attacks)."""
 
     def __init__(self, app: Any, keys: Sequence[str], local: bool) -> None:
         self._app, self._local = app, local
@@ -274,11 +274,11 @@ class Door:
         name = headers.get(b"host", b"").decode("latin-1").lower()
         name = name.rpartition(":")[0] if not name.endswith("]") and ":" in name else name
         if self._local and name not in LOOPBACK_NAMES:
-            return ApiError(403, "this server answers to loopback names only; bind it to another --host")
+            return ApiError(403, "this server accepts loopback names only; start it with another --host")
         if not self._keys or path in OPEN:
             return None
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        # All of them are compared, so that the time does not tell which one came close.
+        # Compares with every key, so that the time does not depend on which key matches.
         right = [hmac.compare_digest(given.strip(), key) for key in self._keys]
         if scheme.lower() == b"bearer" and any(right):
             return None

@@ -1,4 +1,4 @@
-"""Starting and stopping the server."""
+"""Starts and stops the server."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PAGE = "/visualizer"
 class Server(uvicorn.Server):
     """Serves ``llm`` on an open socket: ``run(sockets=[bind(host, port)])``.
 
-    Told to stop, it takes nothing new, lets requests in flight finish for ``limits.grace`` seconds, and ends what is
-    left then with an error. With ``visualize`` the page of this very engine is at ``/visualizer``.
+    When told to stop, it rejects new requests, gives those in flight ``limits.grace`` seconds to finish, and ends the
+    rest with an error. With ``visualize`` the visualizer of this engine is at ``/visualizer``.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Server(uvicorn.Server):
     ) -> None:
         limits = limits or Limits()
         if visualize and (keys or host not in LOOPBACK):
-            raise InvalidConfig("the page asks nobody for a key: it is for loopback, without --api-key")
+            raise InvalidConfig("the page checks no API key: use --visualize with a loopback --host, without --api-key")
         self.local = host in LOOPBACK
         self._page: Any = None
         if visualize:
@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket for the server, before a model is loaded in vain. Port 0: any that is free. Raises `PortInUse`."""
+    """Opens the server's socket; call it before loading a model. Port 0 picks a free one. Raises `PortInUse`."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         sock = socket.socket(family)

@@ -1,4 +1,4 @@
-"""Between the server's event loop and the engine's thread: who may come in, and who gets which output."""
+"""Connects the server's event loop with the engine's thread: admits requests and routes outputs to them."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client, or all together, may cost. Times are seconds.
+    """The server's limits, for one client or all together. Times are seconds.
 
     Attributes:
         max_body: bytes of a request.
-        max_concurrent: HTTP requests that the engine works on at once; beyond it 429. Connections, also such as send
-            nothing, are limited to `max_connections`; beyond it 503.
-        max_queue: sequences that wait for a place in the running batch; beyond it 429.
+        max_concurrent: HTTP requests that the engine processes at once; beyond it 429. Connections, including idle
+            ones, are limited to `max_connections`; beyond it 503.
+        max_queue: sequences in the waiting queue; beyond it 429.
         body_timeout: until a request's body has arrived.
-        timeout: until it is answered.
-        write_timeout: until a client that reads nothing is given up.
-        grace: what requests in flight are given to finish when the server is told to stop.
+        timeout: until a request is answered.
+        write_timeout: until the connection of a client that reads nothing is closed.
+        grace: for requests in flight to finish when the server is told to stop.
     """
 
     max_body: int = 1 << 20
@@ -47,7 +47,7 @@ class Limits:
 
     @property
     def max_connections(self) -> int:
-        return 2 * self.max_concurrent + 64  # room for those that are refused, for health checks and for the page
+        return 2 * self.max_concurrent + 64  # room for rejected requests, health checks and the page
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -58,8 +58,8 @@ class Limits:
 class Job:
     """The engine's requests that one HTTP request asks for, one for each prompt.
 
-    It holds their newest outputs and no others, since an output says all that came before it. So a client that
-    reads slowly gets larger pieces, costs no more memory than what it asked for, and holds up nobody.
+    It holds only their newest outputs, because an output includes all earlier tokens. So a client that reads slowly
+    gets larger chunks, needs no extra memory, and delays no other client.
     """
 
     def __init__(self, prompts: int) -> None:
@@ -73,13 +73,13 @@ class Job:
         self._news.set()
 
     def fail(self, error: ApiError) -> None:
-        """The first error is the one that is told."""
+        """Ends the job with an error; the first one counts."""
         if not self.failed.done():
             self.failed.set_result(error)
         self._news.set()
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """(number of the prompt, its newest output), until all are finished. Raises `ApiError`."""
+        """Yields (prompt number, its newest output) until all are finished. Raises `ApiError`."""
         left = set(self.ids)
         while left:
             await self._news.wait()
@@ -94,7 +94,7 @@ class Job:
 
 
 class Service:
-    """Lives in one event loop. ``thread`` is the engine's; somebody else starts and stops it."""
+    """Admits requests to the engine and delivers outputs, in one event loop. The caller starts and stops ``thread``."""
 
     def __init__(self, thread: EngineLoop, model: str, limits: Limits, metrics: Metrics) -> None:
         self.thread, self.model, self.limits, self.metrics = thread, model, limits, metrics
@@ -105,7 +105,7 @@ class Service:
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="minipaged-tokenizer")
 
     def open(self) -> None:
-        """Called in the event loop that it is to live in."""
+        """Call this in the event loop that the service will use."""
         self._loop = asyncio.get_running_loop()
         self.metrics.watch(self.thread)
         self.thread.listen(self)
@@ -115,13 +115,13 @@ class Service:
         self._tokenizing.shutdown(wait=False)
 
     def drain(self) -> None:
-        """Takes nothing new; what is in flight has until the end of the grace period."""
+        """Rejects new requests; those in flight may finish within the grace period."""
         self.draining = True
         asyncio.get_running_loop().call_later(self.limits.grace, self.lost_here, "the server is shutting down", 503)
 
     @asynccontextmanager
     async def admitted(self) -> AsyncIterator[None]:
-        """Counts an HTTP request while it is served. Raises `ApiError` 429 or 503 where there is no room for it."""
+        """Counts an HTTP request while it is served. Raises `ApiError` 429 above the limit, 503 while draining."""
         if self.draining:
             raise ApiError(503, "the server is shutting down")
         if self._busy >= self.limits.max_concurrent:
@@ -133,35 +133,35 @@ class Service:
             self._busy -= 1
 
     async def tokenize(self, function: Callable[[], T]) -> T:
-        """Runs what may take a while, and is not thread-safe, beside the event loop."""
+        """Runs a slow function that is not thread-safe, such as tokenizing, in one thread beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function)
 
     @asynccontextmanager
     async def job(self, prompts: list[list[int]], params: SamplingParams) -> AsyncIterator[Job]:
-        """Queues all prompts or none. What is unfinished when the context is left is aborted.
+        """Queues all prompts or none. Leaving the context aborts unfinished requests.
 
-        Raises `InvalidRequest` for what can never be served, `ApiError` 429 while too many wait. The job itself fails
-        with 504 when the time is up: a timeout around it would bind to one task, and streams are begun in another.
+        Raises `InvalidRequest` if the request can never be served, `ApiError` 429 while too many wait. After the
+        timeout the job fails with 504; asyncio.timeout would not do, as it binds to one task and streams use two.
         """
         job, seconds = Job(len(prompts)), self.limits.timeout
         added: asyncio.Future[None] | None = None
         too_late = ApiError(504, f"this took more than {seconds:g} seconds", code="timeout")
         deadline = asyncio.get_running_loop().call_later(seconds, job.fail, too_late)
-        self._jobs |= dict.fromkeys(job.ids, job)  # now: outputs may come before the answer to `_add`
+        self._jobs |= dict.fromkeys(job.ids, job)  # before the call: outputs may arrive before `_add` returns
         try:
             added = asyncio.wrap_future(self.thread.call(lambda: self._add(job.ids, prompts, params)))
             await asyncio.wait((added, job.failed), return_when=asyncio.FIRST_COMPLETED)
-            if not added.done():  # the engine is in a long step, and need not begin with this one after it
+            if not added.done():  # the job failed while the engine was still in a long step
                 raise job.failed.result()
             added.result()
             yield job
         finally:
             deadline.cancel()
             if added is not None:
-                added.cancel()  # which does nothing once it is done
+                added.cancel()  # no effect once it is done
             open_ = [request_id for request_id in job.ids if self._jobs.pop(request_id, None)]
             for request_id in open_:
-                self.thread.abort(request_id)  # those that have finished are unknown to the engine, which is fine
+                self.thread.abort(request_id)  # no effect on finished requests
 
     # --- in the engine's thread -----------------------------------------------------------------------------
 
@@ -169,8 +169,8 @@ class Service:
         engine, scheduler = self.thread.engine, self.thread.engine.scheduler
         wanted, capacity = len(prompts) * params.n, engine.config.max_num_seqs + self.limits.max_queue
         if wanted > capacity:
-            raise InvalidRequest(f"this asks for {wanted} sequences at once; {capacity} are the most there may be")
-        # All together, since many of those who wait now are admitted with the next step.
+            raise InvalidRequest(f"this asks for {wanted} sequences; {capacity} are the most at a time")
+        # The limit covers running and waiting sequences together: the next step may admit many that wait now.
         kept = (request for stage in scheduler.stages for request in stage.requests())
         unfinished = [*scheduler.running, *scheduler.waiting, *kept]
         if wanted + sum(request.width for request in unfinished) > capacity:
@@ -193,8 +193,8 @@ class Service:
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:  # the event loop is closed, so nobody waits any longer
-            log.debug("outputs came after the server had stopped")
+        except RuntimeError:  # the event loop is closed, so no job waits any longer
+            log.debug("dropped outputs that arrived after the server had stopped")
 
     # --- in the event loop ----------------------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class Service:
         for output in outputs:
             job = self._jobs.get(output.request_id)
             if job is None:
-                continue  # whoever wanted it has gone
+                continue  # its client has disconnected
             if any(out.finish_reason == "abort" for out in output.outputs):
                 job.fail(ApiError(500, why or "the request was aborted", code="aborted"))
             else:

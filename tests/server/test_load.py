@@ -101,7 +101,7 @@ def odd_server() -> Iterator[Callable[[bytes, int], str]]:
     [
         (b'{"error": {"message": "too many"}}', 429, "429: too many"),
         (b"<html>", 502, "502: <html>"),
-        (b"data: {\n\n", 200, "no event of OpenAI's"),
+        (b"data: {\n\n", 200, "not an event of OpenAI's"),
         (b'data: {"error": {"message": "it broke"}}\n\n', 200, "it broke"),
         (b"data: [DONE]\n\n", 200, "no usage"),
         (b'data: {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}\n\n', 200, "no text"),
