@@ -219,7 +219,7 @@ class State:
                 e.request_id, parent.num_prompt, list(parent.tokens), list(parent.pieces), list(parent.logprobs),
                 limit=parent.limit,
             )  # fmt: skip
-            if all(self.seqs[s].finish_reason for s in self.requests.get(e.request_id, [])):  # forked into a new request
+            if all(self.seqs[s].finish_reason for s in self.requests.get(e.request_id, [])):  # now a new request
                 self.requests[e.request_id] = [e.child]
                 self._queue(self.running, e.request_id)
             else:
