@@ -33,7 +33,7 @@ template <typename T, int COUNT, int TOKENS, typename Put>
 static inline void dots(const T *x, const T *w, int64_t K, Put put) {
     vec sums[COUNT][TOKENS] = {};
     for (int64_t k = 0; k < K; k += LANES * UNIT<T>) {
-        for (int i = 0; i < COUNT; i++) __builtin_prefetch(w + (i + COUNT) * K + k);  // hardware prefetching ends with a row
+        for (int i = 0; i < COUNT; i++) __builtin_prefetch(w + (i + COUNT) * K + k);  // hardware prefetching ends here
         for (int j = 0; j < TOKENS; j++)
             for (int i = 0; i < COUNT; i++) multiply(sums[i][j], w + i * K + k, x + j * K + k);
     }
