@@ -409,7 +409,7 @@ def test_a_subscriber_that_raises_between_steps_harms_nobody_either(kind):
             raise ValueError("oh")
 
     engine.events.subscribe(broken)
-    with pytest.warns(RuntimeWarning, match="a subscriber of events raised"):
+    with pytest.warns(RuntimeWarning, match="an event subscriber raised"):
         act()
     engine.check()
     run(engine)
