@@ -15,7 +15,7 @@ _HOMES = {"LLM": "minipaged.llm", "EngineConfig": "minipaged.config", "SamplingP
 
 
 def __getattr__(name: str) -> Any:
-    # Not imported before they are asked for: torch takes seconds, and the heart must run without the features.
+    # Imported at first use: torch takes seconds to import, and the core must run without the features.
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

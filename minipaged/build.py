@@ -1,7 +1,7 @@
-"""Settings → an engine put together: the one file that knows all features.
+"""Builds an engine from its settings: the one file that knows all features.
 
-`assemble` makes an engine around any runner, and needs no torch: the scheduler's side of each feature. `build_engine`
-makes the runner too, for a loaded model: its KV cache, and what computes on it.
+`assemble` builds an engine around any runner, without torch: the scheduler's side of each feature. `build_engine`
+also builds the runner for a loaded model: its KV cache, and the code that computes on it.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def assemble(
     make_scheduler: Callable[..., Scheduler] = Scheduler,
     **settings: Any,
 ) -> Engine:
-    """An engine with all features that ``config`` asks for, around a runner and a sampler.
+    """Builds an engine with all features that ``config`` enables, around a runner and a sampler.
 
-    ``settings`` are other keywords of `Engine`. ``config.num_blocks`` and ``max_model_len`` must be numbers.
+    ``settings`` are further keywords of `Engine`. ``config.num_blocks`` and ``max_model_len`` must be numbers.
     """
     closing = closing_words(tokenizer) if tokenizer is not None else None
     engine = Engine(
@@ -84,7 +84,7 @@ def assemble(
 
 
 def rebuild(engine: Engine) -> Engine:
-    """An engine like this one before its first request: same model and KV tensors, new bookkeeping."""
+    """Builds an engine like this one before its first request: same model and KV tensors, new bookkeeping."""
     return assemble(
         engine.config,
         engine.runner,
@@ -101,7 +101,7 @@ def rebuild(engine: Engine) -> Engine:
 def make_manager(config: EngineConfig, events: EventLog, closing: Closing | None = None) -> MemoryManager:
     """The memory manager that ``config.memory`` names. ``num_blocks`` and ``max_model_len`` must be numbers.
 
-    ``closing`` tells from a prompt's tokens whether a user has said goodbye, for eviction by predictions.
+    ``closing`` tells from a prompt's tokens whether the user has said goodbye; eviction by prediction uses it.
     """
     num_blocks, block_size, max_model_len = config.num_blocks, config.block_size, config.max_model_len
     assert num_blocks is not None and block_size is not None and max_model_len is not None
@@ -119,7 +119,7 @@ def make_manager(config: EngineConfig, events: EventLog, closing: Closing | None
 
 
 def make_stages(config: EngineConfig) -> list[Stage]:
-    """The stages that ``config`` asks for, in the order in which the scheduler calls them."""
+    """The stages that ``config`` enables, in the order in which the scheduler calls them."""
     stages: list[Stage] = []
     if config.preemption == "swap":
         stages.append(Swap(config.swap_space(config.num_blocks or 0)))
@@ -129,14 +129,14 @@ def make_stages(config: EngineConfig) -> list[Stage]:
         stages.append(make_speculation(config))
     stages += [make() for make in config.stages]
     if config.memory == "vattention":
-        stages.append(SlotMapping())  # last: it maps what all others have put on the plan
+        stages.append(SlotMapping())  # last: it maps the blocks that the other stages added to the plan
     return stages
 
 
 def _text_maker(tokenizer: Any) -> Callable[..., Any] | None:
     if tokenizer is None:
         return None
-    from minipaged.text.stream import TextStream  # it needs a tokenizer, and an engine may run without
+    from minipaged.text.stream import TextStream  # imported only with a tokenizer: an engine may have none
 
     return partial(TextStream, tokenizer)
 
@@ -145,9 +145,9 @@ def _text_maker(tokenizer: Any) -> Callable[..., Any] | None:
 
 
 def load(config: EngineConfig, shard: Any = None) -> LoadedModel:
-    """The model that ``config`` names, or one rank's ``shard`` of it.
+    """Loads the model that ``config`` names, or one rank's ``shard`` of it.
 
-    Raises `InvalidConfig` for what this machine cannot do, before anything is loaded, and `ModelError`.
+    Raises `InvalidConfig`, before it loads any weights, for settings that this machine cannot run, and `ModelError`.
     """
     from minipaged.features.cuda_graphs import use_graphs
     from minipaged.features.tensor_parallel import ranks
@@ -168,9 +168,9 @@ def load(config: EngineConfig, shard: Any = None) -> LoadedModel:
 
 
 def build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None = None, **parts: Any) -> Engine:
-    """Fills in what depends on the models and the machine, and makes the KV cache. ``parts``: keywords of `assemble`.
+    """Builds an engine for a loaded model: resolves the settings that depend on model and machine, makes the KV cache.
 
-    Raises `InvalidConfig` for settings that the model or the machine cannot serve.
+    ``parts``: keywords of `assemble`. Raises `InvalidConfig` for settings that the model or the machine does not allow.
     """
     from minipaged.execution.pool_size import blocks_that_fit
     from minipaged.features.full_sampler import sample
@@ -179,7 +179,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel |
     spec, shard = loaded.spec, loaded.shard
     max_model_len = config.max_model_len or spec.max_model_len
     if max_model_len > spec.max_model_len:
-        raise InvalidConfig(f"max_model_len is {max_model_len}, but {config.model} was made for {spec.max_model_len}")
+        raise InvalidConfig(f"max_model_len is {max_model_len}, but {config.model} supports {spec.max_model_len}")
     config = replace(config, max_model_len=max_model_len)
     config = replace(config, block_size=_block_size(config, loaded))
     bytes_per_block = sum(_bytes_per_block(config, model) for model in (loaded, draft) if model is not None)
@@ -191,7 +191,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel |
         useful=config.max_num_seqs * -(-max_model_len // (config.block_size or 1)),
         swap_blocks=config.swap_blocks if config.preemption == "swap" else 0,
     )
-    num_blocks = fit() if shard is None else min(gather(together(fit)))  # one block table for all
+    num_blocks = fit() if shard is None else min(gather(together(fit)))  # block tables are the same on all ranks
     config = replace(config, num_blocks=num_blocks)
     return assemble(
         config,
@@ -206,7 +206,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel |
 
 
 def _runner(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None) -> Any:
-    """Runners around each other, the outermost first: tensor parallelism, drafts, mapping, swapping, the model."""
+    """The nested runners, outermost first: tensor parallelism, drafts, mapping, swapping, the model."""
     from minipaged.features.speculative.draft_runner import DraftRunner
     from minipaged.features.tensor_parallel.ranks import LeadingRunner
 
@@ -219,7 +219,7 @@ def _runner(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None
 
 
 def _model_runner(config: EngineConfig, loaded: LoadedModel) -> Any:
-    """The runner of one model, with swapping and mapping around it if they are asked for."""
+    """The runner of one model, wrapped for swapping and mapping if they are enabled."""
     from minipaged.execution.runner import ModelRunner
     from minipaged.features.cuda_graphs import use_graphs
     from minipaged.features.swap.swap_runner import SwapRunner
@@ -227,7 +227,7 @@ def _model_runner(config: EngineConfig, loaded: LoadedModel) -> Any:
     from minipaged.kernels.backend import kernels_for
 
     virtual = config.memory == "vattention"
-    # Contiguous attention is torch's own, and so is what goes with it.
+    # vAttention makes KV contiguous, so torch's own attention and the other torch functions work on it.
     kernels = kernels_for("torch" if virtual else config.attention, loaded.device)
     graphs = loaded.shard is None and use_graphs(config, kernels.name, loaded.device)
     kv_cache = _virtual_kv_cache(config, loaded) if virtual else _kv_cache(config, loaded, kernels, graphs)
@@ -238,7 +238,7 @@ def _model_runner(config: EngineConfig, loaded: LoadedModel) -> Any:
 
 
 def _forward(config: EngineConfig, loaded: LoadedModel, kv_cache: KVCache, graphs: bool) -> Any:
-    """What computes a step in place of the model: recorded graphs on a GPU, C++ on a CPU; ``None``: the model does."""
+    """What computes a step in place of the model: CUDA graphs on a GPU, C++ on a CPU; ``None``: the model itself."""
     from minipaged.features.cpu_step import NativeForward
     from minipaged.features.cuda_graphs import DecodeGraphs
 
@@ -250,15 +250,15 @@ def _forward(config: EngineConfig, loaded: LoadedModel, kv_cache: KVCache, graph
             loaded.device,
             max_num_seqs=config.max_num_seqs,
             max_blocks=-(-config.max_model_len // config.block_size),
-            scratch_block=config.num_blocks,  # rows of padding write to the last block of the cache
+            scratch_block=config.num_blocks,  # padding rows write their KV to the cache's last block
         )
-    if loaded.shard is None and NativeForward.serves(loaded.model, kv_cache):  # it sums over no ranks
+    if loaded.shard is None and NativeForward.serves(loaded.model, kv_cache):  # it has no all-reduce
         return NativeForward(loaded.model, kv_cache)
     return None
 
 
 def _kv_cache(config: EngineConfig, loaded: LoadedModel, kernels: Kernels, graphs: bool) -> KVCache:
-    """The KV cache of one model. With graphs it has one block more, which no block table names."""
+    """The KV cache of one model. With CUDA graphs it has one extra block, which is in no block table."""
     from minipaged.execution.kv_cache import KVCache
     from minipaged.features.kv_int8 import Int8KVCache
 
@@ -286,7 +286,7 @@ def _layout(config: EngineConfig, loaded: LoadedModel) -> Any:
 
 
 def _block_size(config: EngineConfig, loaded: LoadedModel) -> int:
-    """Tokens of a block: as configured, or what fills whole pages under vAttention."""
+    """Tokens per block: as configured, or enough to fill whole pages under vAttention."""
     if config.memory == "vattention":
         sizes = (config.max_num_seqs, config.max_model_len, loaded.device)
         return _layout(config, loaded).block_size(config.block_size, *sizes)

@@ -1,6 +1,6 @@
-"""Every setting of an engine: the heart's and those of the features, documented here, once.
+"""`EngineConfig`: every setting of an engine, the core's and the features', documented in one place.
 
-Each feature checks its own values, in the function ``check`` beside its code.
+Each feature checks its own values in a function ``check`` next to its code.
 """
 
 from __future__ import annotations
@@ -58,61 +58,61 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(CoreConfig):
-    """How an engine is built. Nothing here changes while it runs.
+    """The settings that an engine is built with. They do not change while it runs.
 
     Attributes:
         model: ``"tiny"`` (the embedded model), a directory in Hugging Face format, or a hub id.
-        device: ``"auto"`` takes CUDA where there is one, else the CPU.
-        dtype: of weights and KV cache. ``"auto"``: the checkpoint's own; on a CPU float32, but for large models stored
-            in bfloat16 where the CPU computes with that in hardware (`minipaged doctor` tells).
-        kv_dtype: of the KV cache. ``"auto"``: as the weights. ``"int8"``: quantized, with a scale for each token and
-            head; the memory of 16-bit numbers holds almost twice as many tokens then, and results change a little.
-        attention: what computes it. ``"triton"``: kernels that follow the block tables, on CUDA. ``"native"``: C++ on
-            a CPU, compiled at first use, and with it the rest of a step in the same call; int8 and float16 are left to
-            torch. ``"torch"``: plain torch, anywhere. ``"flex"``: torch's FlexAttention, on CUDA, with a block size
-            that 16 divides. ``"auto"``: Triton where there are both CUDA and Triton, native on a CPU with a C++
-            compiler, else torch.
-        cuda_graphs: launch the kernels of a decode step all at once, as a recorded graph. ``None``: where that can be,
-            which is with attention by Triton on CUDA.
-        block_size: tokens a KV block holds (paper §4.1). ``None``: 16, the paper's default, unless vAttention needs
+        device: ``"auto"`` uses CUDA if there is a CUDA device, else the CPU.
+        dtype: data type of weights and KV cache. ``"auto"``: that of the checkpoint; on a CPU float32, except for large
+            models stored in bfloat16 if the CPU computes bfloat16 in hardware (`minipaged doctor` tells).
+        kv_dtype: data type of the KV cache. ``"auto"``: that of the weights. ``"int8"``: quantized, one scale per token
+            and head; memory then holds almost twice as many tokens as with 16 bits, and results change a little.
+        attention: the attention backend. ``"triton"``: kernels that follow the block tables, on CUDA. ``"native"``: C++
+            on a CPU, compiled at first use; one call computes a whole step; int8 and float16 fall back to torch.
+            ``"torch"``: plain torch, on any device. ``"flex"``: torch's FlexAttention, on CUDA, with a block size that
+            is a multiple of 16. ``"auto"``: Triton on CUDA if Triton is installed, native on a CPU with a C++ compiler,
+            else torch.
+        cuda_graphs: launch all kernels of a decode step at once, as a recorded CUDA graph. ``None``: where supported,
+            which is with Triton attention on CUDA.
+        block_size: tokens per KV block (paper §4.1). ``None``: 16, the paper's default, unless vAttention needs
             more to fill whole pages of memory.
         num_blocks: physical blocks in the pool. ``None``: as many as fit in free memory, but never more than
             ``max_num_seqs`` sequences of ``max_model_len`` tokens could fill.
-        max_num_seqs: sequences that may be in the running batch at once. A request with ``n`` samples counts ``n``.
-        max_num_batched_tokens: tokens computed in one step, decodes and prefill chunks together.
-        max_model_len: tokens a sequence may reach, prompt included. ``None``: what the model was made for.
-        memory: who decides which slots a sequence gets: ``"paged"`` hands out blocks as tokens come (the paper's idea).
-            ``"orca-max"``, ``"orca-pow2"`` and ``"orca-oracle"`` set contiguous memory aside at admission, as before
-            (paper §6.1): for the longest sequence there can be, for the prompt and ``max_tokens`` rounded up to a power
-            of two, or for exactly the prompt and ``max_tokens``. They never preempt, and find nothing again.
-            ``"vattention"`` is paged, and maps blocks into virtual memory, one range of addresses for each sequence,
+        max_num_seqs: maximum number of sequences in the running batch. A request with ``n`` samples counts ``n``.
+        max_num_batched_tokens: maximum number of tokens computed in one step, decodes and prefill chunks together.
+        max_model_len: maximum number of tokens in a sequence, prompt included. ``None``: the model's own limit.
+        memory: the memory manager. ``"paged"`` allocates blocks as tokens come (the paper's idea).
+            ``"orca-max"``, ``"orca-pow2"`` and ``"orca-oracle"`` reserve contiguous memory at admission, as systems
+            before paging did (paper §6.1): for the longest possible sequence, for the prompt and ``max_tokens`` rounded
+            up to a power of two, or for exactly the prompt and ``max_tokens``. They never preempt and cache no prefix.
+            ``"vattention"`` is paged, and maps each sequence's blocks into one contiguous range of virtual addresses,
             so that attention needs no block tables (Linux CPU and CUDA).
-        tensor_slicing: with vAttention, all layers share a tensor, and so a block: fewer tokens fill a page.
-        mapping: with vAttention, when blocks are mapped: ``"sync"``, as a step needs them; ``"eager"``, a step before;
-            ``"async"``, a step before and in the background. ``None``: in the background.
-        batching: ``"continuous"`` admits requests whenever there is room, ``"static"`` only when all that ran together
-            have ended (FasterTransformer's way, paper §6.1).
-        enable_prefix_caching: keep full blocks of finished requests and share them with prompts that start alike.
-            ``None``: where the memory manager can.
-        eviction: which cached block is given up first: ``"lru"``, ``"fifo"``, ``"marker"``, or by predicting a chat's
-            last turn ``"flush-when-all-0"``, ``"mark-0"``, ``"mark-and-predict"`` (see `minipaged.features.eviction`).
+        tensor_slicing: with vAttention, all layers share a tensor and therefore a block: fewer tokens fill a page.
+        mapping: with vAttention, when blocks are mapped: ``"sync"``, in the step that needs them; ``"eager"``, one step
+            earlier; ``"async"``, one step earlier in the background. ``None``: ``"async"``.
+        batching: ``"continuous"`` admits requests whenever there is room, ``"static"`` only when the whole previous
+            batch has finished (as in FasterTransformer, paper §6.1).
+        enable_prefix_caching: keep full blocks of finished requests and share them with prompts that have the same
+            prefix. ``None``: if the memory manager supports it.
+        eviction: which cached block is evicted first: ``"lru"``, ``"fifo"``, ``"marker"``, or, by predicting a chat's
+            last turn, ``"flush-when-all-0"``, ``"mark-0"``, ``"mark-and-predict"`` (see `minipaged.features.eviction`).
             ``None``: the least recently used.
-        eviction_policy: one of your own instead: a class, or anything that makes an `EvictionPolicy` when called.
-        preemption: what a request loses when blocks run out: ``"recompute"`` drops its KV and computes it again later,
-            ``"swap"`` moves its blocks to the CPU and back (paper §4.5).
+        eviction_policy: your own policy instead: a class, or any callable that returns an `EvictionPolicy`.
+        preemption: how a request is preempted when blocks run out: ``"recompute"`` drops its KV and computes it again
+            later, ``"swap"`` moves its blocks to the CPU and back (paper §4.5).
         swap_blocks: CPU blocks to swap to. ``None`` with ``"swap"``: as many as the pool has.
-        speculate: guess a sequence's next tokens and compute them in one step; those that the model does not say itself
-            are taken back, so that results are distributed as ever. ``"prompt-lookup"`` guesses what followed the
-            newest tokens when they last occurred; else a smaller model with the same vocabulary, named like ``model``.
-            With prompt lookup a seed gives the same tokens as without. Beam searches go on one token at a time.
-        num_speculative_tokens: at most so many are guessed at once. ``None`` with ``speculate``: 4.
-        seed: of the random numbers of requests that bring no seed of their own.
-        admission_policy: who may start next, in place of first come, first served: a class, or anything that makes a
-            `core.seams.AdmissionPolicy` when called. Not with ``batching="static"``, which is one.
-        stages: what acts between the scheduler's decisions: anything that makes a `core.seams.Stage` when called.
-        subscribers: called with every event, from the start (see `minipaged.events`).
-        model_families: architectures that minipaged does not have: the name in ``config.json`` → (network class,
-            configuration class), both of the kind of `models.llama.Llama` and `LlamaConfig`.
+        speculate: draft a sequence's next tokens and verify them in one step; rejected tokens are taken back, so that
+            outputs keep their distribution. ``"prompt-lookup"`` drafts the tokens that followed the newest ones when
+            they last occurred; otherwise the name of a smaller draft model with the same vocabulary. With prompt lookup
+            a seed gives the same tokens as without speculation. Beam searches do not speculate.
+        num_speculative_tokens: maximum length of a draft, in tokens. ``None`` with ``speculate``: 4.
+        seed: seed of the random numbers of requests that have no seed of their own.
+        admission_policy: decides which request is admitted next, in place of first come, first served: a class, or any
+            callable that returns a `core.seams.AdmissionPolicy`. Not with ``batching="static"``, which is one.
+        stages: callables that each return a `core.seams.Stage`, which acts between the scheduler's decisions.
+        subscribers: callables that receive every event, from the start (see `minipaged.events`).
+        model_families: further model architectures: the name in ``config.json`` → (network class, configuration
+            class), with the interfaces of `models.llama.Llama` and `LlamaConfig`.
     """
 
     model: str = "tiny"
@@ -160,14 +160,14 @@ class EngineConfig(CoreConfig):
         for check in (contiguous.check, eviction.check, swap.check, vattention.check, speculative.check):
             check(self)
         if self.attention == "flex" and ((self.block_size or 0) % 16 or self.kv_dtype != "auto"):
-            raise InvalidConfig('attention="flex" needs a block_size that 16 divides, and kv_dtype="auto"')
+            raise InvalidConfig('attention="flex" needs a block_size that is a multiple of 16, and kv_dtype="auto"')
         self._check_plug_ins()
 
     def _check_plug_ins(self) -> None:
         if self.admission_policy is not None and not callable(self.admission_policy):
-            raise InvalidConfig("admission_policy must make a policy when called; give the class, not an instance")
+            raise InvalidConfig("admission_policy must be a class or a callable that returns a policy, not an instance")
         if self.admission_policy is not None and self.batching == "static":
-            raise InvalidConfig('batching="static" is an admission policy itself; leave admission_policy out')
+            raise InvalidConfig('batching="static" already is an admission policy; leave admission_policy out')
         for name in ("stages", "subscribers"):
             given = getattr(self, name)
             if not isinstance(given, (list, tuple)) or not all(callable(one) for one in given):
@@ -186,11 +186,11 @@ class EngineConfig(CoreConfig):
 
     @property
     def caches_prefixes(self) -> bool:
-        """`enable_prefix_caching`, decided."""
+        """Whether the prefix cache is on: `enable_prefix_caching`, with ``None`` resolved."""
         return self.enable_prefix_caching is not False and self.memory not in AHEAD
 
     def check_schedule(self, schedule: str) -> None:
-        """Raises `InvalidRequest` for an unknown schedule, `InvalidConfig` if this engine cannot follow it."""
+        """Raises `InvalidRequest` for an unknown schedule, `InvalidConfig` if this engine does not support it."""
         batchllm.check(self, schedule)
 
     def swap_space(self, num_blocks: int) -> int:

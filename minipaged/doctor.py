@@ -1,4 +1,4 @@
-"""``minipaged doctor``: what is installed, what this machine can do, and what each gap means."""
+"""``minipaged doctor``: reports what is installed, what this machine supports, and what each missing part affects."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-# Package -> what does not work without it. Only the first three are needed by the engine itself.
+# Package → what does not work without it. The engine itself needs only the first three.
 PACKAGES = {
     "torch": "nothing runs without it",
     "safetensors": "no weights can be read",
     "transformers": "text cannot be turned into tokens",
-    "triton": "no kernels for CUDA: attention runs in plain torch (there is none but for Linux)",
+    "triton": "no kernels for CUDA: attention runs in plain torch (Triton exists only for Linux)",
     "gradio": "`minipaged visualize` cannot start: pip install gradio",
     "plotly": "`minipaged visualize` cannot start: pip install plotly",
     "fastapi": "`minipaged serve` and `batch` cannot start: pip install 'minipaged[serve]'",
@@ -28,8 +28,8 @@ PACKAGES = {
 }
 NEEDED = {"python", "torch", "safetensors", "transformers", "embedded model"}
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FORWARDS = {  # by what computes attention: the code that computes a step
-    "native": "one call of C++ a step (minipaged/kernels/forward.h); minipaged/models/ with --attention torch",
+FORWARDS = {  # attention backend → the code that computes a step
+    "native": "one C++ call per step (minipaged/kernels/forward.h); minipaged/models/ with --attention torch",
     "torch": "minipaged/models/, in plain torch",
     "triton": "minipaged/models/ on Triton kernels; decode steps are replayed as CUDA graphs",
 }
@@ -56,7 +56,7 @@ def report(console: Console) -> bool:
 
 
 def checks() -> Iterator[Check]:
-    """All checks, each made when it is asked for: the last ones take a few seconds."""
+    """Yields all checks, each run when it is requested: the last ones take a few seconds."""
     yield Check("python", sys.version_info >= (3, 11), f"{platform.python_version()} (3.11 or newer is needed)")
     for package, without in PACKAGES.items():
         yield _package(package, without)
@@ -79,14 +79,14 @@ def _cpu() -> Check:
 
     flags = _cpu_flags()
     native = flags & {"avx512_bf16", "amx_bf16", "bf16"}
-    speed = "fast, and --dtype auto takes it for large models stored in it" if native else "slow here: use float32"
+    speed = "fast, and --dtype auto uses it for large models stored in it" if native else "slow here: use float32"
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB memory"
     found = ", ".join(flag for flag in CPU_FLAGS if flag in flags) or platform.machine()
     return Check("cpu", True, f"{os.cpu_count()} cores, {memory}, {found}; bfloat16 is {speed}")
 
 
 def _cpu_flags() -> set[str]:
-    """What the processor says it can do; only Linux tells without extra tools."""
+    """The processor's feature flags; empty except on Linux, since other systems need extra tools to read them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -97,7 +97,7 @@ def _cpu_flags() -> set[str]:
 def _accelerators() -> Iterator[Check]:
     try:
         import torch
-    except Exception as error:  # a broken installation fails in many ways, and this is the place to say so
+    except Exception as error:  # a broken installation can raise anything, and the report should show it
         yield Check("gpu", False, f"torch cannot be imported: {error}")
         return
     for index in range(torch.cuda.device_count()):
@@ -110,13 +110,13 @@ def _accelerators() -> Iterator[Check]:
 
 
 def _attention() -> Iterator[Check]:
-    """What ``attention="auto"`` means here, and which forward runs then."""
+    """The backend that ``attention="auto"`` selects on this machine, and the code that then computes a step."""
     try:
         from minipaged.kernels.backend import choose
         from minipaged.models.loader import device_of
 
         name, why = choose("auto", device_of("auto"))
-    except Exception as error:  # torch is broken; the line above says how
+    except Exception as error:  # torch is broken; an earlier line of the report says how
         yield Check("attention", False, f"cannot run: {error}")
         return
     yield Check("attention", True, f"{name}: {why}")
@@ -133,7 +133,7 @@ def _embedded_model() -> Check:
         from minipaged.models.loader import load_model
 
         loaded = load_model("tiny", "cpu")
-    except Exception as error:  # whatever is wrong, the report must go on
+    except Exception as error:  # the report must continue after any error
         return Check("embedded model", False, f"cannot be loaded: {error}")
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     return Check("embedded model", True, f"{parameters / 1e6:.1f} million parameters, {loaded.directory}")

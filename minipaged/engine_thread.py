@@ -1,7 +1,7 @@
-"""The engine in a thread of its own: it takes commands from a queue and tells a listener what comes out.
+"""Runs the engine in its own thread: it takes commands from a queue and passes outputs to a listener.
 
-An engine is not thread-safe, and its callers come and go. So only this thread touches the engine: a caller hands in
-a function and gets a `Future`. The server runs `EngineLoop` as it is. The visualizer's `PacedLoop` overrides
+An engine is not thread-safe, and its callers run in many threads. So only this thread touches the engine: a caller
+passes a function and gets a `Future`. The server runs `EngineLoop` as it is. The visualizer's `PacedLoop` overrides
 ``_patience``, ``_step``, ``_settle``, ``_recover`` and ``_adopt``; the loop itself, ``_run``, is the same.
 """
 
@@ -23,19 +23,19 @@ log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
-    """Who waits for outputs. Called in the engine's thread; must not block."""
+    """Receives the engine's outputs. Called in the engine's thread; must not block."""
 
     def delivered(self, outputs: list[RequestOutput], why: str | None = None) -> None:
-        """What a step returned. ``why`` says what ended those whose sequences were aborted."""
+        """Receives what a step returned. ``why``: the reason for which some of the requests were aborted."""
 
     def lost(self, why: str) -> None:
-        """Nothing that was asked for so far will be answered."""
+        """Called when all requests so far are lost: none of them will get another output."""
 
 
 class EngineLoop:
-    """Steps ``llm.engine`` as long as there is work, and obeys commands in between.
+    """Steps ``llm.engine`` as long as there is work, and runs commands between steps.
 
-    Methods without underscore may be called from any thread.
+    Methods without an underscore may be called from any thread.
     """
 
     def __init__(self, llm: Any) -> None:
@@ -50,7 +50,7 @@ class EngineLoop:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the command or step it is at."""
+        """Ends the thread after the current command or step."""
 
         def stop() -> None:
             self._stopping = True
@@ -59,17 +59,17 @@ class EngineLoop:
         self._thread.join(timeout=10)
 
     def listen(self, listener: Listener | None) -> None:
-        """Tells ``listener`` what the engine puts out from the next step on. There is one at most."""
+        """Passes the engine's outputs to ``listener`` from the next step on. It replaces the previous listener."""
         self._listener = listener
 
     def call(self, command: Callable[[], Any]) -> Future[Any]:
-        """Runs ``command()`` in the engine's thread, between two steps. What it raises, the future raises."""
+        """Runs ``command()`` in the engine's thread, between two steps. The future returns or raises what it does."""
         future: Future[Any] = Future()
         self._commands.put((command, future))
         return future
 
     def abort(self, request_id: str) -> Future[None]:
-        """Ends a request in whatever state it is, if there is such a request."""
+        """Aborts a request in any state; does nothing if there is no such request."""
 
         def abort() -> None:
             output = self.engine.abort(request_id)
@@ -90,35 +90,35 @@ class EngineLoop:
                 self._obey(command, future)
 
     def _patience(self) -> float | None:
-        """How long to wait for a command before the next step is due; ``None``: no step is."""
+        """Seconds to wait for a command before the next step is due; ``None``: no step is due."""
         return 0.0 if self.engine.has_unfinished() else None
 
     def _obey(self, command: Callable[[], Any], future: Future[Any]) -> None:
         if not future.set_running_or_notify_cancel():
-            return  # whoever asked has given up waiting
+            return  # the caller has cancelled the future
         try:
             try:
                 result = command()
-            finally:  # before the result, so that its receiver finds the state it led to
+            finally:  # before the result is set, so that its receiver sees the new state
                 self._settle()
-        except Exception as error:  # the caller's business; the engine goes on for the others
+        except Exception as error:  # passed to the caller; the engine continues for the others
             future.set_exception(error)
         else:
             future.set_result(result)
 
     def _advance(self) -> None:
-        """One step. Never raises."""
+        """Runs one step and handles its errors. Never raises."""
         try:
             self._step()
         except StepFailed as error:
-            log.error("%s", error)  # the engine goes on with the others
+            log.error("%s", error)  # the engine continues with the other requests
         except Exception as error:
             log.exception("the engine's step raised")
             self._recover(error)
         self._settle()
 
     def _step(self) -> None:
-        """One step, and its outputs told. Raises what the step raised."""
+        """Runs one step and passes its outputs to the listener. Raises what the step raised."""
         try:
             outputs = self.engine.step()
         except StepFailed as error:
@@ -127,10 +127,10 @@ class EngineLoop:
         self._tell(outputs)
 
     def _settle(self) -> None:
-        """Runs after each step and each command. A subclass tells here what they changed."""
+        """Called after each step and each command. A subclass can report here what they changed."""
 
     def _recover(self, error: Exception) -> None:
-        """A step raised because of a bug, and the bookkeeping may be wrong: starts over."""
+        """Starts over with a new engine: a step raised because of a bug, and the bookkeeping may be wrong."""
         log.error("the engine starts over")
         self._adopt(rebuild(self.engine))
 
@@ -139,7 +139,7 @@ class EngineLoop:
             self._listener.delivered(outputs, why)
 
     def _adopt(self, engine: Engine) -> None:
-        """Makes ``engine`` the one to run. Who waits for the old one waits in vain, and is told."""
+        """Replaces the engine that this thread runs, and tells the listener that the old one's requests are lost."""
         self.engine = self.llm.engine = engine
         if self._listener is not None:
             self._listener.lost("the engine was started over")

@@ -1,7 +1,7 @@
-"""Every error that minipaged raises on purpose, so that callers can catch what they mean to.
+"""The exceptions that minipaged raises on purpose, so that callers can catch each kind.
 
 The ones that a user can cause (`InvalidRequest`, `InvalidConfig`, `ModelError`, `InvalidTrace`) are also
-`ValueError`s: they are raised at the door, before anything has changed, and their message says what to do.
+`ValueError`s: input is checked before any state changes, and the message says what to do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class InvalidRequest(MinipagedError, ValueError):
 
 
 class InvalidConfig(MinipagedError, ValueError):
-    """An engine setting that makes no sense, alone or beside another one."""
+    """An engine setting that is invalid, alone or in combination with another one."""
 
 
 class ModelError(MinipagedError, ValueError):
@@ -27,7 +27,7 @@ class ModelError(MinipagedError, ValueError):
 
 
 class InvalidTrace(MinipagedError, ValueError):
-    """A file that is not the trace of requests it was taken for."""
+    """A file that is not a valid trace of requests."""
 
 
 class PortInUse(MinipagedError, OSError):
@@ -35,11 +35,11 @@ class PortInUse(MinipagedError, OSError):
 
 
 class OutOfBlocks(MinipagedError, MemoryError):
-    """The pool has no free block. The scheduler counts before it asks, so seeing this means a bug in the caller."""
+    """The pool has no free block. The scheduler checks before it allocates, so this error means a bug in the caller."""
 
 
 class BlockError(MinipagedError, RuntimeError):
-    """A block or table used against its life cycle: freed twice, shared when free, unknown."""
+    """An operation that is invalid for a block's state: freed twice, shared when free, or an unknown block."""
 
 
 class InvariantViolation(MinipagedError, AssertionError):
@@ -47,13 +47,13 @@ class InvariantViolation(MinipagedError, AssertionError):
 
 
 class WorkerFailed(MinipagedError, RuntimeError):
-    """A worker of a batch over Ray died or raised, or Ray did: the answers written so far stay. Or another process of
-    a tensor-parallel group ended before the work did."""
+    """A worker of a batch over Ray, or Ray itself, died or raised; the answers written so far are kept. Or another
+    process of a tensor-parallel group ended too early."""
 
 
 class StepFailed(MinipagedError, RuntimeError):
     """A step raised (out of memory, a kernel error). Its requests were aborted and their blocks freed; the engine
-    goes on with the others. ``outputs`` holds what the aborted requests had so far."""
+    continues with the others. ``outputs`` holds what the aborted requests had generated."""
 
     def __init__(self, message: str, outputs: list) -> None:  # of `RequestOutput`; errors import nothing
         super().__init__(message)
@@ -62,7 +62,7 @@ class StepFailed(MinipagedError, RuntimeError):
 
 def whole_number(value: Any, name: str, least: int, error: type[ValueError]) -> None:
     """Raises ``error`` unless ``value`` is a whole number of at least ``least``."""
-    # bool is an Integral in Python; `n=True` is a slip, not a number.
+    # bool is an Integral in Python; `n=True` is a mistake, not a number.
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise error(f"{name} must be a whole number of at least {least}, not {value!r}")
 

@@ -1,4 +1,4 @@
-"""LLM: the front door. Loads a model, sizes its KV cache, and drives the engine for you."""
+"""LLM: the main entry point. Loads a model, sizes its KV cache, and drives the engine for you."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Messages = list[dict[str, str]]
 
 
 class LLM:
-    """A model and an engine that serves it. Threads may share it: what they ask for is batched together.
+    """A model and an engine that serves it. Threads may share it: their requests are batched together.
 
-    Takes the fields of `EngineConfig` as keywords. Raises `InvalidConfig` or `ModelError` before anything is loaded
-    in vain. ``shard`` is for `features.tensor_parallel.launch.run`, which makes one LLM of several processes.
+    Takes the fields of `EngineConfig` as keywords. Raises `InvalidConfig` or `ModelError`, if possible before it loads
+    any weights. ``shard`` is for `features.tensor_parallel.launch.run`, which runs one LLM on several processes.
 
     >>> llm = LLM("tiny")
     >>> print(llm.generate("Once upon a time", SamplingParams(seed=1))[0].outputs[0].text)
@@ -38,7 +38,7 @@ class LLM:
         try:
             config = EngineConfig(model=model, **settings)
         except TypeError as error:
-            raise InvalidConfig(f"{error}; see EngineConfig for what there is") from None
+            raise InvalidConfig(f"{error}; see EngineConfig for the settings") from None
         loaded = load(config, shard)
         self.tokenizer = loaded.tokenizer
         self._loaded, self._drafts = loaded, dict[str, LoadedModel]()
@@ -46,16 +46,16 @@ class LLM:
         self._ids = count()
         self._lock = threading.RLock()
         self._in_engine = False
-        self._dropped: list[str] = []  # streams that the garbage collector found in the midst of a step
+        self._dropped: list[str] = []  # streams that the garbage collector closed during a step
         self._inboxes: dict[str, deque[RequestOutput]] = {}
 
     def build_engine(self, config: EngineConfig) -> Engine:
-        """Another engine on the same weights, with a KV cache of its own. ``self.engine`` stays what it is.
+        """Builds another engine on the same weights, with its own KV cache. ``self.engine`` does not change.
 
-        ``config`` may differ in everything but model, device and dtype. Raises `InvalidConfig`.
+        ``config`` may differ in everything except model, device and dtype. Raises `InvalidConfig`.
         """
         if self._loaded.shard is not None:
-            raise InvalidConfig("tensor parallelism goes with one engine: the other processes work for that alone")
+            raise InvalidConfig("with tensor parallelism an LLM has only one engine; launch another LLM instead")
         parts = {"make_memory": self.engine.make_memory, "make_scheduler": self.engine.make_scheduler}
         return build_engine(config, self._loaded, self._draft(config), **parts)
 
@@ -68,11 +68,11 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes one prompt or many, batched together; results come in the order of the prompts.
 
-        A prompt is text or token ids. ``params`` is one for all prompts, or a list with one for each. Work that takes
-        long shows a progress bar on a terminal. ``schedule``: ``"fcfs"`` begins the prompts in their order,
-        ``"batchllm"`` in groups of those that begin alike, each of which computes that once; the answers are the same.
-        Raises `InvalidRequest` if any prompt cannot be served (then none is), `InvalidConfig` if the engine cannot
-        follow the schedule, `StepFailed` if a step fails.
+        A prompt is text or token ids. ``params`` is one for all prompts, or a list with one for each. On a terminal,
+        long runs show a progress bar. ``schedule``: ``"fcfs"`` starts the prompts in their order; ``"batchllm"`` groups
+        prompts that share a prefix and computes each shared prefix once. The outputs are the same.
+        Raises `InvalidRequest` if any prompt cannot be served (then none is), `InvalidConfig` if the engine does not
+        support the schedule, `StepFailed` if a step fails.
         """
         self.engine.config.check_schedule(schedule)
         prompt_list = _as_list(prompts)
@@ -101,20 +101,20 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Completes one prompt and yields what each step adds, for each of its n sequences.
 
-        Closing the iterator early aborts the request and frees its blocks. A beam search knows no text before its end
-        and is refused.
+        Closing the iterator early aborts the request and frees its blocks. Raises `InvalidRequest` for a beam search,
+        which has no text before it ends.
         """
         deltas = self._deltas(self._submit_stream(prompt, params))
         next(deltas)  # enters its try block: a generator that never ran would not clean up when dropped
         return deltas
 
     async def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Delta]:
-        """`stream` for asyncio. Steps run in a thread while the event loop goes on; concurrent streams are batched."""
+        """`stream` for asyncio. Steps run in a thread, beside the event loop; concurrent streams are batched."""
         submission = asyncio.ensure_future(asyncio.to_thread(self._submit_stream, prompt, params))
         try:
             request_id = await asyncio.shield(submission)
         except asyncio.CancelledError:
-            # The thread cannot be called back, so what it submits is closed when it is done.
+            # The thread cannot be cancelled, so the request is closed once the thread has submitted it.
             submission.add_done_callback(lambda done: None if done.exception() else self._close(done.result()))
             raise
         inbox = self._inboxes[request_id]
@@ -136,20 +136,20 @@ class LLM:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the beginning-of-text token if the model's tokenizer adds one."""
         if self.tokenizer is None:
-            raise InvalidRequest("this model came without a tokenizer; give token ids instead of text")
+            raise InvalidRequest("this model has no tokenizer; give token ids instead of text")
         return list(self.tokenizer(text)["input_ids"])
 
     def render_chat(self, messages: Messages) -> list[int]:
-        """Token ids of a conversation in the model's own chat template, ready for the answer."""
+        """Token ids of a conversation, formatted by the model's chat template and ready for the assistant's answer."""
         from minipaged.text import render_chat  # transformers is slow to import; only chats need it
 
         return render_chat(self.tokenizer, messages)
 
     # --- driving the engine -----------------------------------------------------------------------------------
-    # Whoever waits for output steps the engine, for everybody; a lock lets several threads take turns.
+    # A thread that waits for output runs engine steps, which serve all threads' requests; a lock lets them take turns.
 
     def _draft(self, config: EngineConfig) -> LoadedModel | None:
-        """The draft model that ``config`` asks for, loaded once."""
+        """The draft model that ``config`` names, loaded once. Raises `InvalidConfig` if it does not fit the model."""
         if config.speculate is None or not config.drafts_with_model:
             return None
         if config.speculate not in self._drafts:
@@ -159,12 +159,12 @@ class LLM:
         if spec.vocab_size != own.vocab_size or (len(vocabularies) == 2 and vocabularies[0] != vocabularies[1]):
             sizes = f"{spec.vocab_size} tokens and {own.vocab_size}"
             raise InvalidConfig(
-                f"a draft model must have the model's own vocabulary, but those of {config.speculate} and "
-                f"{config.model} differ ({sizes}); take a smaller one of the same family"
+                f"a draft model must have the same vocabulary as the model, but those of {config.speculate} and "
+                f"{config.model} differ ({sizes}); choose a smaller model of the same family"
             )
         if spec.max_model_len < (config.max_model_len or own.max_model_len):
             raise InvalidConfig(
-                f"the draft model {config.speculate} was made for {spec.max_model_len} tokens at most; "
+                f"the draft model {config.speculate} supports at most {spec.max_model_len} tokens; "
                 "set max_model_len to that or less"
             )
         return draft
@@ -174,11 +174,11 @@ class LLM:
         with self._engine_alone():
             request_id = f"llm-{next(self._ids)}"
             self.engine.add_request(request_id, tokens, params, prompt=text)
-            self._inboxes[request_id] = deque(maxlen=1)  # an output says all that came before it, too
+            self._inboxes[request_id] = deque(maxlen=1)  # the newest output contains all earlier ones
         return request_id
 
     def _submit_batch(self, prompts: list[Prompt], params: Seq[SamplingParams]) -> list[str]:
-        """All of them, or none."""
+        """Adds all prompts to the engine as one batch, or none if one of them is invalid."""
         batch = [
             BatchItem(f"llm-{next(self._ids)}", self._tokens(prompt), one, prompt if isinstance(prompt, str) else None)
             for prompt, one in zip(prompts, params, strict=True)
@@ -199,14 +199,14 @@ class LLM:
         params = params or SamplingParams()
         if isinstance(params, SamplingParams):
             if params.beam_width:
-                raise InvalidRequest("a beam search has no text before its end, so nothing to stream; use generate")
+                raise InvalidRequest("a beam search has no text before it ends and cannot be streamed; use generate")
             if params.prompt_logprobs is not None:
-                raise InvalidRequest("a stream yields what is new; for prompt_logprobs use generate")
+                raise InvalidRequest("a stream does not return prompt_logprobs; use generate")
         return self._submit(prompt, params)
 
     @contextmanager
     def _engine_alone(self) -> Iterator[None]:
-        """Nobody else is in the engine meanwhile, not even a finalizer in this same thread."""
+        """Gives exclusive access to the engine, also against a generator's finalizer in the same thread."""
         with self._lock:
             self._in_engine = True
             try:
@@ -217,9 +217,9 @@ class LLM:
                     self._close(self._dropped.pop())
 
     def _close(self, request_id: str) -> None:
-        """Ends the request, if it has not ended, and whoever still waits for it."""
+        """Aborts the request, if it has not finished, and wakes a thread that still waits for it."""
         with self._lock:
-            if self._in_engine:  # the garbage collector dropped a stream while this thread was busy in there
+            if self._in_engine:  # the garbage collector closed a stream while this thread was inside the engine
                 self._dropped.append(request_id)
                 return
             inbox, output = self._inboxes.pop(request_id), self.engine.abort(request_id)
@@ -227,16 +227,16 @@ class LLM:
                 inbox.append(output)
 
     def _step(self, inboxes: dict[str, deque[RequestOutput]]) -> None:
-        """One step for everybody, unless another thread's has just brought something for these inboxes.
+        """Runs one engine step, unless another thread's step has just delivered output to one of these inboxes.
 
-        Raises `StepFailed` only if it was one of these requests that failed; the others go on.
+        Raises `StepFailed` only if one of these requests failed; the others continue.
         """
         with self._engine_alone():
             if any(inboxes.values()):
                 return
             for request_id in inboxes:
                 if not self.engine.is_unfinished(request_id):
-                    raise RuntimeError(f"{request_id} was ended or stepped through llm.engine; its output went there")
+                    raise RuntimeError(f"{request_id} was ended through llm.engine, whose caller got its output")
             try:
                 outputs = self.engine.step()
             except BaseException as error:
@@ -257,7 +257,7 @@ class LLM:
         return inbox.popleft()
 
     def _finish(self, ids: list[str]) -> list[RequestOutput]:
-        """Steps until all of these are done."""
+        """Steps the engine until all these requests are finished; returns their last outputs in order."""
         open_: dict[str, deque[RequestOutput]] = {request_id: self._inboxes[request_id] for request_id in ids}
         last: dict[str, RequestOutput] = {}
         with _Progress(len(ids)) as progress:
@@ -300,7 +300,7 @@ def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
 
 
 class _Progress:
-    """A bar on stderr, once the work has lasted two seconds and if a person may be looking."""
+    """A progress bar on stderr. It appears after two seconds, and only on a terminal."""
 
     def __init__(self, total: int) -> None:
         self._total, self._started = total, time.monotonic()

@@ -1,9 +1,9 @@
-"""Files of requests, answered offline: OpenAI's batch format, without a server.
+"""Offline batch inference: answers a file of requests in OpenAI's batch format, without a server.
 
 A line of the input is ``{"custom_id": …, "method": "POST", "url": "/v1/chat/completions", "body": {…}}``, a line of
 the output ``{"id": …, "custom_id": …, "response": {"status_code": …, "request_id": …, "body": {…}}, "error": null}``.
-Answers are appended as they come, in no order. So a run that was killed can go on: what the output holds is not asked
-again, and half a line at its end is cut off.
+Answers are appended as they finish, in no fixed order. So a run that was killed can be resumed: requests that the
+output already answers are skipped, and an incomplete line at its end is cut off.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ KINDS: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
 }
-ANSWER = 1000  # writing an answer counts as much as reading so many characters: a guess, only shares depend on it
+ANSWER = 1000  # work per answer, in prompt characters: an estimate, only the sizes of the parts depend on it
 
 
 @dataclass(frozen=True)
 class Task:
-    """A line of the input."""
+    """One request of the batch: a line of the input."""
 
     custom_id: str
     url: str
@@ -46,13 +46,13 @@ class Task:
 
     @property
     def beginning(self) -> str:
-        """What it shares with others whose prompts begin alike: sorted by this, they are neighbours."""
+        """The prompt as a sort key: it puts requests that share a prefix next to each other."""
         return json.dumps(self.body.get("messages", self.body.get("prompt")), ensure_ascii=False)
 
 
 @dataclass
 class _Open:
-    """A task that the engine computes: one request for each prompt."""
+    """A task in the engine: one request for each of its prompts."""
 
     task: Task
     answer: Answer
@@ -60,30 +60,30 @@ class _Open:
 
 
 def open_batch(path: Path, out: Path) -> list[Task]:
-    """What is left to do of the file at ``path``, prompts that begin alike beside each other.
+    """The tasks of the file at ``path`` that ``out`` does not answer yet, sorted so that shared prefixes are adjacent.
 
-    Cuts an incomplete line off the end of ``out``. Raises `InvalidRequest`, naming the line, for a file that is no
-    batch, and before anything is computed.
+    Cuts an incomplete line off the end of ``out``. Raises `InvalidRequest`, naming the line, for a file that is not a
+    batch, before it computes anything.
     """
     tasks = _read(path)
     done = _repair(out)
     if strangers := done - set(tasks):
-        raise InvalidRequest(f"{out} answers {min(strangers)!r}, which {path} does not ask; give another --out")
+        raise InvalidRequest(f"{out} answers {min(strangers)!r}, which is not in {path}; give another --out")
     return sorted((task for key, task in tasks.items() if key not in done), key=lambda task: task.beginning)
 
 
 def partition(tasks: list[Task], parts: int) -> list[list[Task]]:
-    """Up to ``parts`` contiguous pieces of about the same work, none empty, for workers that share no prefix cache.
+    """Splits tasks into at most ``parts`` contiguous, non-empty parts of about equal work, one for each worker.
 
-    ``tasks`` are sorted, as `open_batch` leaves them. Around each point where an even share ends, a quarter of a share
-    to either side, the cut goes where two neighbours have the least in common.
+    Workers share no prefix cache, so a cut should not separate a shared prefix. ``tasks`` are sorted, as `open_batch`
+    returns them; each cut lies within a quarter of a share of the even split, where the shared prefix is shortest.
     """
     starts = [0, *accumulate(len(task.beginning) + ANSWER for task in tasks)]  # the work before each task
     share = starts[-1] / parts
     cuts = [0]
     for even in (share * part for part in range(1, parts)):
         near = range(bisect_left(starts, even - share / 4), bisect_right(starts, even + share / 4))
-        # A task longer than that may lie across all of it: then the cut is behind it.
+        # A long task may cover this whole range: then the cut comes after it.
         places = [at for at in near or (bisect_left(starts, even),) if cuts[-1] < at < len(tasks)]
         if places:
             cuts.append(min(places, key=lambda at: (_common(tasks[at - 1], tasks[at]), abs(starts[at] - even))))
@@ -91,7 +91,7 @@ def partition(tasks: list[Task], parts: int) -> list[list[Task]]:
 
 
 def _common(one: Task, other: Task) -> int:
-    """The characters that their prompts have in common before they part."""
+    """The length in characters of the two prompts' common prefix."""
     return len(commonprefix([one.beginning, other.beginning]))
 
 
@@ -102,17 +102,17 @@ def run(
     progress: Callable[[int], None] = lambda done: None,
     schedule: str = "fcfs",
 ) -> None:
-    """Answers the tasks, as many at once as the engine takes, and appends the answers to ``out``.
+    """Answers the tasks, batched by the engine, and appends the answers to ``out``.
 
-    ``progress`` is told how many are done; ``schedule`` is that of `LLM.generate`. Raises `InvalidRequest` if another
-    process writes to ``out``, `InvalidConfig` if the engine cannot follow the schedule.
+    Calls ``progress`` with the number of finished tasks; ``schedule`` is that of `LLM.generate`. Raises
+    `InvalidRequest` if another process writes to ``out``, `InvalidConfig` if the engine does not support the schedule.
     """
     llm.engine.config.check_schedule(schedule)
     write(answers(llm, tasks, schedule), out, progress)
 
 
 def write(answers: Iterable[list[bytes]], out: Path, progress: Callable[[int], None]) -> None:
-    """Appends what comes to ``out``; nothing is computed before ``out`` is this process's alone. Raises as `run`."""
+    """Appends the answers to ``out``, once it holds a lock on it; nothing is computed before. Raises as `run`."""
     done = 0
     with open(out, "ab") as file:
         _lock(file, out)
@@ -123,7 +123,7 @@ def write(answers: Iterable[list[bytes]], out: Path, progress: Callable[[int], N
 
 
 def answers(llm: Any, tasks: list[Task], schedule: str = "fcfs") -> Iterator[list[bytes]]:
-    """Lines of the output, as they come: after each step those that it ended."""
+    """Yields lines of the output as tasks finish: after each step those of the tasks that it finished."""
     engine, model = llm.engine, model_name(llm.engine.config.model)
     todo = deque(tasks)
     running: dict[str, _Open] = {}
@@ -147,7 +147,7 @@ def answers(llm: Any, tasks: list[Task], schedule: str = "fcfs") -> Iterator[lis
 
 
 def _prepare(llm: Any, model: str, task: Task) -> tuple[_Open, list[BatchItem]]:
-    """What to ask the engine for it. Raises `ApiError` for what the engine would refuse."""
+    """Converts a task into requests for the engine. Raises `ApiError` for a task that the engine would refuse."""
     request = parse(KINDS[task.url], task.body)
     if request.stream:
         raise ApiError(400, "a batch cannot be streamed", param="stream")
@@ -171,7 +171,7 @@ def _submit(engine: Any, batch: list[BatchItem], schedule: str) -> None:
 
 
 def _step(engine: Any, running: dict[str, _Open]) -> list[bytes]:
-    """One step; the lines of the tasks that it ended. A step that fails ends those that it was computing."""
+    """Runs one step and returns the lines of the tasks that it finished. A failed step ends the tasks it computed."""
     try:
         outputs = engine.step()
     except StepFailed as error:
@@ -186,7 +186,7 @@ def _step(engine: Any, running: dict[str, _Open]) -> list[bytes]:
         if not aborted and None in open_.outputs.values():
             continue
         for request_id in open_.outputs:
-            engine.abort(request_id)  # the other prompts of one that failed
+            engine.abort(request_id)  # does something only if the task failed: the requests of its other prompts
             running.pop(request_id, None)
         if aborted:
             lines.append(_line(open_.task, 500, ApiError(500, "a step of the engine failed").body()))
@@ -204,11 +204,11 @@ def _line(task: Task, status: int, body: dict[str, Any]) -> bytes:
 def _append(file: BinaryIO, lines: list[bytes]) -> None:
     file.write(b"".join(lines))
     file.flush()
-    os.fsync(file.fileno())  # what is reported as done survives whatever comes
+    os.fsync(file.fileno())  # answers that are reported as done survive a crash
 
 
 def _lock(file: BinaryIO, out: Path) -> None:
-    """One process at a time, where the system can say so."""
+    """Locks the file for this process, on systems that have file locks. Raises `InvalidRequest` if it is locked."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -227,7 +227,7 @@ def _read(path: Path) -> dict[str, Task]:
                 if line.strip():
                     task = _task(line, f"{path}, line {number}")
                     if task.custom_id in tasks:
-                        raise InvalidRequest(f"{path}, line {number}: custom_id {task.custom_id!r} was there before")
+                        raise InvalidRequest(f"{path}, line {number}: custom_id {task.custom_id!r} is used twice")
                     tasks[task.custom_id] = task
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None
@@ -238,12 +238,12 @@ def _task(line: bytes, where: str) -> Task:
     try:
         data = from_json(line, allow_inf_nan=False)
     except ValueError as error:
-        raise InvalidRequest(f"{where}: this is no JSON: {error}") from None
+        raise InvalidRequest(f"{where}: this is not valid JSON: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("body"), dict):
         raise InvalidRequest(f"{where}: a request is an object with custom_id, method, url and body")
     custom_id, url = data.get("custom_id"), data.get("url")
     if not isinstance(custom_id, str) or not custom_id:
-        raise InvalidRequest(f"{where}: custom_id must be text that is not empty")
+        raise InvalidRequest(f"{where}: custom_id must be a non-empty string")
     if data.get("method") != "POST" or url not in KINDS:
         raise InvalidRequest(f"{where}: method must be POST and url one of {', '.join(KINDS)}")
     if unknown := set(data) - {"custom_id", "method", "url", "body"}:
@@ -252,7 +252,7 @@ def _task(line: bytes, where: str) -> Task:
 
 
 def _repair(out: Path) -> set[str]:
-    """The ids that ``out`` holds answers to. What stands after its last line break was cut short, and goes."""
+    """The ids of the tasks that ``out`` answers. Truncates an incomplete last line, left by a killed run."""
     if not out.exists():
         return set()
     with open(out, "r+b") as file:
@@ -263,7 +263,7 @@ def _repair(out: Path) -> set[str]:
             try:
                 done.add(json.loads(line)["custom_id"])
             except (ValueError, TypeError, KeyError):
-                raise InvalidRequest(f"{out}, line {number}: no answer of a batch; give another --out") from None
+                raise InvalidRequest(f"{out}, line {number}: not an answer of a batch; give another --out") from None
             whole += len(line)
         file.truncate(whole)
     return done

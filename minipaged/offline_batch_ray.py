@@ -1,7 +1,7 @@
-"""The same offline work on several workers or machines, over Ray Data.
+"""Offline batch inference on several workers or machines, with Ray Data.
 
-Each worker is an actor with an LLM of its own, which answers one part of the tasks (`offline_batch.partition`) in one
-run of its engine. The driver alone writes the output, as without Ray: a run that was killed goes on in the same way.
+Each worker is an actor with its own LLM, which answers one part of the tasks (`offline_batch.partition`) in one
+run of its engine. Only the driver writes the output, as without Ray: a killed run is resumed in the same way.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from minipaged.errors import WorkerFailed
 
 
 class _Worker:
-    """Ray Data makes one in each actor and calls it with its part: a table of one row.
+    """A worker: Ray Data creates one in each actor and calls it with its part of the tasks, a table of one row.
 
-    What a lost worker had not answered waits for the next run. Ray would do its part again and drop as many lines as it
-    had of it before, but those may be others now: that is refused.
+    The tasks that a lost worker had not answered are left to the next run. Ray itself would repeat the whole part and
+    drop as many lines as it had already received, but lines come in no fixed order, so a worker refuses to repeat one.
     """
 
     def __init__(self, load: Callable[[], Any], schedule: str) -> None:
@@ -52,10 +52,10 @@ def answers(
     workers: int | None = None,
     schedule: str = "fcfs",
 ) -> Iterator[list[bytes]]:
-    """Lines of the output, as they come from the workers. ``load`` makes a worker's LLM, which follows ``schedule``.
+    """Yields lines of the output as the workers finish tasks. ``load`` makes a worker's LLM, which uses ``schedule``.
 
     Uses the cluster that ``RAY_ADDRESS`` or ``ray start`` names, or else starts one on this machine. Raises
-    `WorkerFailed`; what did not come by then is to be asked again.
+    `WorkerFailed`; the tasks not answered by then need another run.
     """
     if not tasks:
         return
@@ -67,18 +67,18 @@ def answers(
             yield block["line"].to_pylist()
     except (RayError, ConnectionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise WorkerFailed(f"a worker or Ray failed: {reason}; the same command goes on where this one was") from error
+        raise WorkerFailed(f"a worker or Ray failed: {reason}; run the same command again to continue") from error
 
 
 def _start() -> None:
     if not ray.is_initialized():
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage reports to Ray's developers
         ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # the last line of what it would tell is in WorkerFailed
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # WorkerFailed has its last line
 
 
 def _resources(device: str, workers: int | None) -> tuple[int, dict[str, float]]:
-    """How many workers there are, and what each of them reserves: a GPU or its share of a machine's cores."""
+    """The number of workers, and what each of them reserves: a GPU or its share of a machine's cores."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     gpus = int(sum(machine.get("GPU", 0) for machine in machines))
     if device != "cpu" and gpus:
@@ -94,7 +94,7 @@ def _dataset(
     rows = [{"tasks": json.dumps([asdict(task) for task in part])} for part in parts]
     parts_ = ray.data.from_items(rows, override_num_blocks=len(rows))
     parts_.context.enable_progress_bars = False
-    parts_.context.target_max_block_size = 1  # bytes: whatever a worker yields comes at once
+    parts_.context.target_max_block_size = 1  # bytes: so small that each line is sent at once
     return parts_.map_batches(
         _Worker,
         fn_constructor_kwargs=worker,

@@ -1,4 +1,4 @@
-"""What callers get back."""
+"""What callers get back from the engine: `RequestOutput`, `CompletionOutput` and, for streams, `Delta`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 
 class _Output:
-    """Base of what each step returns: values that are compared and printed by ``fields``.
+    """Base class of a step's outputs, which are compared and printed by ``fields``.
 
-    The engine goes on appending to its lists of tokens, so an output needs a copy. It is made when it is first read:
-    the next step's outputs replace most of these unread, and to copy all tokens in every step would cost a long
-    sequence the square of its length.
+    The engine keeps appending to its lists of tokens, so an output needs a copy. The copy is made at the first read:
+    most outputs are replaced by the next step's before they are read, and copying all tokens in every step would make
+    the cost of a sequence quadratic in its length.
     """
 
     fields: ClassVar[tuple[str, ...]]
@@ -31,9 +31,9 @@ class _Output:
 class CompletionOutput(_Output):
     """One generated sequence, as of the step that returned it.
 
-    ``logprobs[i]`` maps token ids to log-probabilities at output position i (``None`` unless asked for); the sampled
-    token is always among them. ``cumulative_logprob`` is the sum over the sampled ones. ``finish_reason`` is
-    ``"stop"``, ``"length"``, ``"abort"``, or ``None`` while it runs. Of a beam search they come best first.
+    ``logprobs[i]`` maps token ids to log-probabilities at output position i (``None`` unless requested); the sampled
+    token is always among them. ``cumulative_logprob`` is the sum over the sampled tokens. ``finish_reason`` is
+    ``"stop"``, ``"length"``, ``"abort"``, or ``None`` while it runs. A beam search lists its best sequence first.
     """
 
     fields = ("index", "text", "token_ids", "logprobs", "cumulative_logprob", "finish_reason")
@@ -49,7 +49,7 @@ class CompletionOutput(_Output):
         start: int = 0,
         end: int | None = None,
     ) -> None:
-        """``token_ids`` may grow later: the output's are those from ``start`` to ``end``."""
+        """``token_ids`` may grow later; the output's own tokens are those from ``start`` to ``end``."""
         self.index = index
         self.text = text
         self.logprobs = logprobs
@@ -67,8 +67,8 @@ class CompletionOutput(_Output):
 class RequestOutput(_Output):
     """A request and its sequences so far; ``finished`` once all of them have ended.
 
-    A beam search has no outputs until it is finished. ``prompt_logprobs`` has an entry per prompt token (``None`` for
-    the first, which nothing precedes), if asked for.
+    A beam search has no outputs until it is finished. ``prompt_logprobs``, if requested, has an entry per prompt token
+    (``None`` for the first token, which has no predecessor).
     """
 
     fields = ("request_id", "prompt", "prompt_token_ids", "outputs", "finished", "prompt_logprobs")
@@ -95,7 +95,7 @@ class RequestOutput(_Output):
 
 
 def output_of(request: Any) -> RequestOutput:
-    """What the caller gets of a `core.request.Request`: it and its sequences as they are now."""
+    """The `RequestOutput` of a `core.request.Request`: the request and its sequences as they are now."""
     finished, with_logprobs = not request.live, request.params.logprobs is not None
     outputs = [
         CompletionOutput(
@@ -117,17 +117,17 @@ def output_of(request: Any) -> RequestOutput:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added to sequence ``index``: new text (may be empty), new tokens, and the end, if it was that."""
+    """What one step added to sequence ``index``: new text (may be empty), new tokens, and why it ended, if it did."""
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str | None
-    logprobs: list[dict[int, float]] | None = None  # of the new tokens, if asked for
+    logprobs: list[dict[int, float]] | None = None  # of the new tokens, if requested
 
 
 def differences(output: RequestOutput, seen: dict[int, CompletionOutput]) -> Iterator[Delta]:
-    """What is new in each sequence since it was last ``seen``, which is brought up to date."""
+    """Yields what is new in each sequence since it was last ``seen``, and updates ``seen``."""
     for out in output.outputs:
         old = seen.get(out.index)
         if old is not None and (old.finish_reason or old == out):

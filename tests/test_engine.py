@@ -382,7 +382,7 @@ def test_a_subscriber_that_raises_is_left_out_and_told_of_and_the_step_is_whole(
     stop = engine.events.subscribe(broken)
     engine.events.subscribe(state.apply)
     engine.add_request("a", [1, 2, 3], PARAMS)
-    with pytest.warns(RuntimeWarning, match="(?s)a subscriber of events raised.*broken.*my dashboard is down"):
+    with pytest.warns(RuntimeWarning, match="(?s)an event subscriber raised.*broken.*my dashboard is down"):
         (output,) = engine.step()
     assert len(output.outputs[0].token_ids) == 1, "the step's results are not lost"
     engine.check()
@@ -409,7 +409,7 @@ def test_a_subscriber_that_raises_between_steps_harms_nobody_either(kind):
             raise ValueError("oh")
 
     engine.events.subscribe(broken)
-    with pytest.warns(RuntimeWarning, match="a subscriber of events raised"):
+    with pytest.warns(RuntimeWarning, match="an event subscriber raised"):
         act()
     engine.check()
     run(engine)

@@ -378,7 +378,7 @@ def test_threads_may_share_an_llm(checkpoint, prompts, truth):
 
 
 def test_a_beam_search_cannot_be_streamed(checkpoint):
-    with pytest.raises(InvalidRequest, match="nothing to stream"):
+    with pytest.raises(InvalidRequest, match="cannot be streamed"):
         small(checkpoint).stream([1], SamplingParams(temperature=0, beam_width=2))
 
 

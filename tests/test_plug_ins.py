@@ -125,7 +125,7 @@ def test_a_model_family_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     "settings, says",
     [
-        ({"admission_policy": FCFS()}, "give the class"),
+        ({"admission_policy": FCFS()}, "not an instance"),
         ({"admission_policy": FCFS, "batching": "static"}, "leave admission_policy out"),
         ({"stages": Counter}, "a list of callables"),
         ({"stages": [Counter()]}, "a list of callables"),

@@ -1,8 +1,8 @@
-"""What happened, as typed deltas: the one stream that the visualizer, metrics, recordings and tests all read.
+"""Typed events for every change of the engine's state: the visualizer, metrics, recordings and tests all read them.
 
-The engine emits an event at every change of state, ordered within a step as the changes happened. `State` rebuilds
-the whole picture from them: live view and replay share this one reducer (its twin in JavaScript is
-``visualizer/static/reducer.js``; both are tested on the same recordings). An engine without listener pays one
+The engine emits an event at every change of state, in the order in which the changes happen. `State` rebuilds the
+engine's state from them: the live view and replays share this reducer (its JavaScript version is
+``visualizer/static/reducer.js``; both are tested on the same recordings). An engine without subscribers pays one
 attribute test per event.
 """
 

@@ -1,4 +1,4 @@
-"""Where the engine tells what happens."""
+"""The event log: delivers the engine's events to subscribers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from minipaged.events.types import Event
 
 
 class EventLog:
-    """Where the engine tells what happens. Subscribers are called in order, in the engine's thread.
+    """Delivers the engine's events to subscribers, which are called in order, in the engine's thread.
 
-    They watch: what they want of the engine has to wait until the step is over. One that raises is called no more, and
-    a warning says so once the engine is done with what it was doing: its books must not suffer from who reads them.
+    Subscribers only watch: they must not change the engine during a step. A subscriber that raises is unsubscribed, so
+    that it cannot corrupt the engine's bookkeeping; a warning follows once the engine's current operation is complete.
     """
 
     def __init__(self) -> None:
@@ -22,20 +22,20 @@ class EventLog:
         self._failures: list[tuple[Callable[[Event], None], Exception]] = []
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
-        """Calls ``callback(event)`` for every event from now on. Returns a function that ends it."""
+        """Calls ``callback(event)`` for every event from now on. Returns a function that unsubscribes it."""
         self._subscribers.append(callback)
         return lambda: self._unsubscribe(callback)
 
     @property
     def active(self) -> bool:
-        """Whether anybody listens. Emitters ask first when making an event costs something."""
+        """Whether there are subscribers. Emitters check it first when the event's arguments are costly to compute."""
         return bool(self._subscribers)
 
     def emit(self, cls: type[Event], *args: Any) -> None:
-        """Makes the event only if somebody listens, so that a silent engine does not pay for it."""
+        """Delivers an event. Creates it only if there are subscribers, so that other engines do not pay for it."""
         if self._subscribers:
             event = cls(*args)
-            for subscriber in tuple(self._subscribers):  # one may unsubscribe
+            for subscriber in tuple(self._subscribers):  # a copy, because a subscriber may unsubscribe
                 try:
                     subscriber(event)
                 except Exception as error:
@@ -43,11 +43,11 @@ class EventLog:
                     self._failures.append((subscriber, error))
 
     def warn_of_failures(self) -> None:
-        """Tells of subscribers that raised since the last time. To be called when nothing is half done."""
+        """Warns of subscribers that raised since the last call. Call it only when no operation is half done."""
         while self._failures:
             subscriber, error = self._failures.pop(0)
             trace = "".join(traceback.format_exception(error))
-            message = f"a subscriber of events raised and is called no more: {subscriber!r}\n{trace}"
+            message = f"an event subscriber raised an exception and was unsubscribed: {subscriber!r}\n{trace}"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def _unsubscribe(self, callback: Callable[[Event], None]) -> None:

@@ -1,4 +1,4 @@
-"""Numbers from events: how well memory is used, and how long users wait.
+"""Metrics computed from events: memory usage, throughput, time to first token (TTFT), inter-token latency.
 
 metrics = Metrics(engine.started_event())
 engine.events.subscribe(metrics)
@@ -30,12 +30,12 @@ from minipaged.events import (
 
 @dataclass(frozen=True)
 class Usage:
-    """What the pool's slots hold at one moment (a slot is room for one token's KV).
+    """The usage of the pool's slots at one moment (a slot holds one token's KV).
 
-    ``tokens``: slots with KV that a live sequence reads, shared ones counted once. ``empty``: slots of used blocks not
-    yet filled; with paging the only waste, and below one block per sequence. ``cached``: slots of blocks without
-    owner that the prefix cache keeps findable. ``free``: the rest. ``logical_blocks``: entries of all block tables, so
-    that ``1 - used_blocks / logical_blocks`` is what sharing saves (paper §6.3).
+    ``tokens``: slots with KV that a running sequence reads, shared ones counted once. ``empty``: slots of used blocks
+    not yet filled; with paging the only waste, and below one block per sequence. ``cached``: slots of blocks with
+    reference count 0 that stay in the prefix cache. ``free``: the rest. ``logical_blocks``: entries of all block
+    tables, so that ``1 - used_blocks / logical_blocks`` is what sharing saves (paper §6.3).
     """
 
     tokens: int
@@ -52,7 +52,7 @@ class Usage:
 
 
 def usage(state: State) -> Usage:
-    """Accounts for every slot of the pool; the four classes sum to its size."""
+    """Counts every slot of the pool in one of four classes, which sum to the pool's size."""
     size = state.config["block_size"]
     filled: dict[int, int] = {}
     running = [state.seqs[seq_id] for request in state.running for seq_id in state.requests[request]]
@@ -75,9 +75,9 @@ def usage(state: State) -> Usage:
 
 
 class Metrics:
-    """Subscribes to an engine and keeps the numbers people ask for. Times are seconds on ``clock``.
+    """Subscribes to an engine and computes metrics. Times are seconds on ``clock``.
 
-    It keeps one entry per step and request, so it is for runs that end, not for a server's lifetime.
+    It stores one entry per step and request, so it is for short runs, not for a server that runs for weeks.
     """
 
     def __init__(self, started: EngineStarted, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -94,7 +94,7 @@ class Metrics:
         self.usage: list[Usage] = []  # after each step
         self.batch_tokens: list[int] = []  # computed in each step
         self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
-        self.proposed_tokens = self.accepted_tokens = 0  # of speculation
+        self.proposed_tokens = self.accepted_tokens = 0  # of drafts
 
     def __call__(self, event: Event) -> None:
         self.state.apply(event)
@@ -127,16 +127,16 @@ class Metrics:
 
     @property
     def hit_rate(self) -> float:
-        """Fraction of the tokens of admitted requests that the prefix cache had."""
+        """Prefix cache hit rate: the fraction of the tokens of admitted requests that were cached."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     @property
     def acceptance_rate(self) -> float:
-        """Fraction of the speculated tokens that the sequences took."""
+        """Fraction of the draft tokens that were accepted."""
         return self.accepted_tokens / self.proposed_tokens if self.proposed_tokens else 0.0
 
     def summary(self) -> dict[str, Any]:
-        """One flat dict, ready for printing or JSON. Means over steps weigh every step alike."""
+        """All metrics as one flat dict, for printing or JSON. Means over steps give every step the same weight."""
         busy = [u for u in self.usage if u.used_blocks]
         held = sum(u.tokens + u.empty for u in busy)
         return {

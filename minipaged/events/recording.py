@@ -34,7 +34,7 @@ class Recorder:
 
 
 def load_recording(path: str | Path) -> list[Event]:
-    """Reads what `Recorder` wrote. ``ValueError`` names the line that is not of this format."""
+    """Reads a recording that `Recorder` wrote. Raises ``ValueError``, naming the line, for any other format."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     events: list[Event] = []
     for number, line in enumerate(lines, start=1):

@@ -1,4 +1,4 @@
-"""The engine's state, rebuilt from its events. Its twin in JavaScript is ``visualizer/static/reducer.js``."""
+"""Rebuilds the engine's state from its events. The JavaScript version is ``visualizer/static/reducer.js``."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from minipaged.events.types import (
     SwappedOut,
 )
 
-KEPT = 12  # requests that have ended and stay in a `State`
+KEPT = 12  # finished requests that a `State` keeps
 
 
 @dataclass
 class SeqState:
-    """A sequence as the events tell it."""
+    """A sequence's state, rebuilt from events."""
 
     request_id: str
     num_prompt: int
@@ -51,19 +51,19 @@ class SeqState:
     pieces: list[str]
     logprobs: list[float | None]
     num_computed: int = 0
-    num_cached: int = 0  # of these, found in the prefix cache when it last joined the batch
+    num_cached: int = 0  # of these, hits in the prefix cache when it was last admitted
     table: list[int] = field(default_factory=list)
     swap_table: list[int] = field(default_factory=list)
     parent: int | None = None
     finish_reason: str | None = None
-    limit: int = 0  # tokens it has when it ends, unless it ends earlier
-    proposed: list[str] = field(default_factory=list)  # texts of the tokens that it speculates on
-    taken_back: list[str] = field(default_factory=list)  # of those that were wrong, until the next step
+    limit: int = 0  # maximum number of its tokens, prompt included
+    proposed: list[str] = field(default_factory=list)  # texts of its draft tokens
+    taken_back: list[str] = field(default_factory=list)  # texts of rejected draft tokens, until the next step
 
 
 @dataclass
 class GroupState:
-    """A group of a batch: who is in it, how many blocks they share, and those that it keeps."""
+    """A group of requests with a shared prefix: its requests, how many blocks they share, and the blocks it keeps."""
 
     request_ids: list[str]
     num_blocks: int
@@ -72,16 +72,16 @@ class GroupState:
 
 @dataclass
 class State:
-    """The engine's state rebuilt from its events: ``state.apply(event)`` for each, in order.
+    """The engine's state, rebuilt from its events: call ``state.apply(event)`` for each, in order.
 
-    Events that contradict those before them raise ``ValueError`` or ``LookupError``.
+    Events that contradict earlier ones raise ``ValueError`` or ``LookupError``.
 
     ``waiting``, ``running`` and ``swapped`` hold request ids in queue order. ``ref_counts[b]`` is how many block tables
-    and groups name block b, ``swap_ref_counts`` the same on the CPU; ``cached[b]`` the prefix cache's name for it, and
-    ``predicted[b]`` whether a prediction says that it will not be needed; ``groups`` those of a batch that have not
-    ended. ``scheduled`` is this step's token budget, as spent so far. Of requests that have ended only the last `KEPT`
-    stay, so that a state does not grow with the time that an engine runs; ``forgotten`` counts the sequences of the
-    others.
+    and groups refer to block b, ``swap_ref_counts`` the same for CPU blocks; ``cached[b]`` is the block's name in the
+    prefix cache, ``predicted[b]`` whether it is predicted not to be needed again; ``groups`` holds the unfinished
+    groups. ``scheduled`` lists what this step's token budget has been spent on so far. Only the last `KEPT` finished
+    requests are kept, so that a state does not grow with the engine's running time; ``forgotten`` counts the sequences
+    of the others.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class State:
         getattr(self, "_" + event.type)(event)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `from_dict` undoes it. Used as the keyframe from which a replay can start."""
+        """The state as JSON-compatible data; the inverse of `from_dict`. A replay can start from it (a keyframe)."""
         return asdict(self)
 
     @classmethod
@@ -122,13 +122,13 @@ class State:
     # One method per event type, named after it.
 
     def _engine_started(self, e: EngineStarted) -> None:
-        vars(self).update(vars(State()))  # a run starts from nothing
+        vars(self).update(vars(State()))  # a run starts from an empty state
         self.config = {f.name: getattr(e, f.name) for f in fields(e)}
         self.ref_counts = [0] * e.num_blocks
         self.swap_ref_counts = [0] * e.swap_blocks
 
     def _request_added(self, e: RequestAdded) -> None:
-        if e.request_id in self.finished:  # an id that is used again
+        if e.request_id in self.finished:  # the id is reused
             self._forget(e.request_id)
         self.requests[e.request_id] = list(e.seq_ids)
         if e.rank is not None:
@@ -199,7 +199,7 @@ class State:
         self._queue(self.running, e.request_id)
 
     def _queue(self, queue: list[str], request_id: str) -> None:
-        queue.append(request_id)  # by rank, then by first sequence id: in order of arrival
+        queue.append(request_id)  # by rank, then by first sequence id, which is the order of arrival
         queue.sort(key=lambda r: (self.ranks.get(r, 0), self.requests[r][0]))
 
     def _filled(self, e: Filled) -> None:
@@ -222,7 +222,7 @@ class State:
                 e.request_id, parent.num_prompt, list(parent.tokens), list(parent.pieces), list(parent.logprobs),
                 limit=parent.limit,
             )  # fmt: skip
-            if all(self.seqs[s].finish_reason for s in self.requests.get(e.request_id, [])):  # a request of its own
+            if all(self.seqs[s].finish_reason for s in self.requests.get(e.request_id, [])):  # now a new request
                 self.requests[e.request_id] = [e.child]
                 if parent.request_id in self.ranks:
                     self.ranks[e.request_id] = self.ranks[parent.request_id]
@@ -292,14 +292,14 @@ class State:
             self.forgotten += 1
 
     def _step_finished(self, e: StepFinished) -> None:
-        pass  # its numbers are for charts; no state changes
+        pass  # its numbers are for charts; the state does not change
 
     def _engine_error(self, e: EngineError) -> None:
         self.error = e.message
 
 
 def replay(events: Iterable[Event]) -> Iterator[State]:
-    """Yields the (one, changing) `State` after each event."""
+    """Yields the `State` after each event: always the same object, which changes."""
     state = State()
     for event in events:
         state.apply(event)

@@ -1,4 +1,4 @@
-"""The events: one class for each thing that happens in the engine.
+"""The event types: one class for each kind of change in the engine.
 
 Ids: ``request_id`` is the caller's string, ``seq_id`` the engine's own number (a request with n samples has n
 sequences), ``block`` a physical block, ``logical`` an index into a block table.
@@ -14,7 +14,7 @@ FORMAT = "minipaged-recording/1"
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Base of all events. ``type`` is the name used in JSON."""
+    """Base class of all events. ``type`` is the name used in JSON."""
 
     type: ClassVar[str] = "event"
 
@@ -24,7 +24,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class EngineStarted(Event):
-    """First event of a run: the sizes everything else is drawn with."""
+    """The first event of a run: the engine's settings, such as block size and pool size."""
 
     type: ClassVar[str] = "engine_started"
     model: str
@@ -37,12 +37,12 @@ class EngineStarted(Event):
     preemption: str
     swap_blocks: int
     bytes_per_block: int
-    memory: str = "paged"  # recordings from before there were others do not say
+    memory: str = "paged"  # old recordings do not have this field
     batching: str = "continuous"
 
     @classmethod
     def of(cls, config: Any, bytes_per_block: int) -> EngineStarted:
-        """The header for an engine's settings: those of the heart, and what they may say beyond them."""
+        """Makes the event from an engine's settings: `CoreConfig`'s, and those that only `EngineConfig` has."""
         names = ("model", "block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
         swaps = getattr(config, "preemption", "recompute") == "swap"
         return cls(
@@ -77,7 +77,7 @@ class StepStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class Admitted(Event):
-    """Waiting → running. ``num_cached`` tokens of ``seq_id`` came from the prefix cache."""
+    """Waiting → running. ``num_cached`` tokens of ``seq_id`` were hits in the prefix cache."""
 
     type: ClassVar[str] = "admitted"
     request_id: str
@@ -97,7 +97,7 @@ class Allocated(Event):
 
 @dataclass(frozen=True, slots=True)
 class Shared(Event):
-    """As `Allocated`, but the block has other owners too (or waited in the prefix cache)."""
+    """As `Allocated`, but the block was in use already (``reason`` "fork") or in the prefix cache ("prefix")."""
 
     type: ClassVar[str] = "shared"
     seq_id: int
@@ -121,7 +121,7 @@ class Copied(Event):
 class Scheduled(Event):
     """This step computes tokens [start, start + num_tokens) of the sequence: a decode (1) or a prefill chunk.
 
-    The last ``num_draft`` of them are guesses (see `Proposed`).
+    The last ``num_draft`` of them are draft tokens (see `Proposed`).
     """
 
     type: ClassVar[str] = "scheduled"
@@ -156,7 +156,7 @@ class SwappedOut(Event):
 
 @dataclass(frozen=True, slots=True)
 class SwappedIn(Event):
-    """And back again: ``swap_blocks[i]`` to ``blocks[i]``."""
+    """The sequence's block table moved back to the device: ``swap_blocks[i]`` to ``blocks[i]``."""
 
     type: ClassVar[str] = "swapped_in"
     seq_id: int
@@ -184,7 +184,7 @@ class Filled(Event):
 
 @dataclass(frozen=True, slots=True)
 class Cached(Event):
-    """A full block entered the prefix cache under the name ``prefix``, which stands for all tokens up to its end."""
+    """A full block entered the prefix cache under the name ``prefix``, which identifies all tokens up to its end."""
 
     type: ClassVar[str] = "cached"
     block: int
@@ -194,17 +194,17 @@ class Cached(Event):
 
 @dataclass(frozen=True, slots=True)
 class Evicted(Event):
-    """A block that nobody used left the prefix cache, to be handed out anew. ``reason``: the policy's, in words."""
+    """An unused block left the prefix cache, to be allocated again. ``reason``: the eviction policy's, in words."""
 
     type: ClassVar[str] = "evicted"
     block: int
-    reason: str = ""  # recordings from before policies gave any do not say
+    reason: str = ""  # old recordings do not have this field
 
 
 @dataclass(frozen=True, slots=True)
 class Predicted(Event):
-    """These cached blocks were used by a request of which was predicted: 1 (``discard``), they will not be needed
-    again in time, or 0, they will. An eviction policy goes by it."""
+    """A prediction for the cached blocks that a request used: ``discard`` is true if they will not be needed again
+    soon, false if they will. Eviction policies use it."""
 
     type: ClassVar[str] = "predicted"
     blocks: list[int]
@@ -226,10 +226,10 @@ class Forked(Event):
 
 @dataclass(frozen=True, slots=True)
 class Sampled(Event):
-    """A token was appended. ``text`` is what became readable with it (may be empty: half a character).
+    """A token was appended. ``text`` is the text that it completed (may be empty: half a character).
 
-    ``top`` lists the likeliest tokens as [token id, text, log-probability], if the request asked for them. `State`
-    does not keep it: five alternatives for every token would make keyframes many times as large.
+    ``top`` lists the most likely tokens as [token id, text, log-probability], if the request asked for them. `State`
+    does not keep it: five alternatives for every token would make keyframes many times larger.
     """
 
     type: ClassVar[str] = "sampled"
@@ -242,7 +242,7 @@ class Sampled(Event):
 
 @dataclass(frozen=True, slots=True)
 class Proposed(Event):
-    """The step also computed a draft of what comes next: these tokens, which the sequence may turn out not to have."""
+    """The step also computed these draft tokens, which the sequence may reject (see `Speculated`)."""
 
     type: ClassVar[str] = "proposed"
     seq_id: int
@@ -252,9 +252,9 @@ class Proposed(Event):
 
 @dataclass(frozen=True, slots=True)
 class Speculated(Event):
-    """Of ``proposed`` tokens the first ``accepted`` were what the sequence says; the others are taken back.
+    """The first ``accepted`` of ``proposed`` draft tokens were accepted; the others are rejected.
 
-    ``blocks``, which hold none but those, are given back, tail first. A sequence that has ended gave up all before.
+    ``blocks``, which hold only rejected tokens, are freed, tail first; none if the sequence has finished before.
     """
 
     type: ClassVar[str] = "speculated"
@@ -266,9 +266,9 @@ class Speculated(Event):
 
 @dataclass(frozen=True, slots=True)
 class Freed(Event):
-    """The sequence gave up its whole block table, listed in the order the references were dropped (tail first).
+    """The sequence freed its whole block table, listed in the order in which it dropped the references (tail first).
 
-    The blocks are the CPU's if it was swapped out.
+    If the sequence was swapped out, these are CPU blocks.
     """
 
     type: ClassVar[str] = "freed"
@@ -278,7 +278,7 @@ class Freed(Event):
 
 @dataclass(frozen=True, slots=True)
 class GroupStarted(Event):
-    """Requests of a batch, added just now, make a group: their first ``num_blocks`` blocks shall be computed once."""
+    """Requests of a new batch form a group: the ``num_blocks`` blocks of their shared prefix are computed only once."""
 
     type: ClassVar[str] = "group_started"
     group: int
@@ -288,7 +288,7 @@ class GroupStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class PrefixKept(Event):
-    """The group's common beginning has been computed: it is one more owner of these blocks, in logical order."""
+    """The group's shared prefix has been computed: the group holds a reference to these blocks, in logical order."""
 
     type: ClassVar[str] = "prefix_kept"
     group: int
@@ -297,7 +297,7 @@ class PrefixKept(Event):
 
 @dataclass(frozen=True, slots=True)
 class PrefixReleased(Event):
-    """The group gave these blocks up (tail first): it has ended, or somebody needed the room."""
+    """The group released these blocks (tail first): it has ended, or a request needed the memory."""
 
     type: ClassVar[str] = "prefix_released"
     group: int
@@ -306,7 +306,7 @@ class PrefixReleased(Event):
 
 @dataclass(frozen=True, slots=True)
 class GroupEnded(Event):
-    """All requests of the group have ended."""
+    """All requests of the group have finished."""
 
     type: ClassVar[str] = "group_ended"
     group: int
@@ -314,7 +314,7 @@ class GroupEnded(Event):
 
 @dataclass(frozen=True, slots=True)
 class Finished(Event):
-    """A sequence ended: ``"stop"``, ``"length"``, ``"abort"`` or, for a beam that was given up, ``"pruned"``."""
+    """A sequence finished: ``"stop"``, ``"length"``, ``"abort"``, or ``"pruned"`` for a beam that was dropped."""
 
     type: ClassVar[str] = "finished"
     seq_id: int
@@ -331,8 +331,8 @@ class StepFinished(Event):
 
 @dataclass(frozen=True, slots=True)
 class EngineError(Event):
-    """Something went wrong. If a step failed, ``message`` begins with "step": the requests that it was computing were
-    aborted, and the engine goes on."""
+    """An error occurred. If a step failed, ``message`` begins with "step": the requests that it was computing were
+    aborted, and the engine continues."""
 
     type: ClassVar[str] = "engine_error"
     message: str

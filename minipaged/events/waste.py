@@ -1,19 +1,18 @@
-"""The paper's waste taxonomy, and what other memory managers would hold for the same sequences, as pure accounting.
+"""Memory waste by the paper's classes, and what other memory managers would reserve for the same sequences.
 
-Every slot that a manager sets aside for a sequence belongs to one class (paper §3.1, Fig. 2 and 3):
+Every slot that a manager reserves for a sequence belongs to one class (paper §3.1, Fig. 2 and 3):
 
     token      holds the KV of a token
-    reserved   will hold one later, and is blocked until then
-    internal   will never hold one: the sequence ends before; known only when it has ended
-    external   lost between what was asked for and what the allocator could give
+    reserved   will hold one later, and is unavailable until then
+    internal   never holds one, because the sequence ends before; known only when it has ended
+    external   the difference between the requested size and the size of the allocated chunk
 
-Contiguous managers must set aside a sequence's final length when it starts, which nobody knows then: *Max* takes the
-longest possible, *Pow2* the output rounded up to a power of two, *Oracle* is told the truth. Their chunks are whole
-blocks from a buddy allocator, so Pow2 and Oracle lose the rest of a power of two to *external*. FasterTransformer sets
-aside what Max does. vAttention maps page-groups as a sequence grows. None of these shares a prompt between sequences.
+Contiguous managers must reserve a sequence's final length when it starts, but it is not known yet: *Max* reserves the
+longest possible, *Pow2* rounds the output up to a power of two, *Oracle* is given the true length. Their chunks are
+whole blocks from a buddy allocator, which rounds up to a power of two: Pow2 and Oracle lose the rest to *external*.
+FasterTransformer reserves as Max. vAttention maps page-groups as a sequence grows. None of them shares prompts.
 
-`features.contiguous` and `features.vattention` are these managers for real; `Engine.held` measures the one that runs,
-by the same classes.
+`features.contiguous` and `features.vattention` implement these managers; `Engine.held` measures the running one.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from typing import Any, NamedTuple
 from minipaged.events.reducer import State
 from minipaged.events.types import Event, Finished, StepFinished
 
-AHEAD = ("orca-max", "orca-pow2", "orca-oracle")  # those that reserve ahead
+AHEAD = ("orca-max", "orca-pow2", "orca-oracle")  # managers that reserve ahead
 MANAGERS = (*AHEAD, "vattention", "paged")
 
 
 class Held(NamedTuple):
-    """Slots set aside, by class."""
+    """Numbers of reserved slots, by class."""
 
     token: int = 0
     reserved: int = 0
@@ -47,7 +46,7 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class Moment:
-    """A sequence at one step: tokens of prompt and output so far in the cache, and the length it will reach."""
+    """A sequence at one step: prompt tokens, tokens with KV in the cache, and how many of those it will reach."""
 
     seq_id: int
     num_prompt: int
@@ -56,12 +55,12 @@ class Moment:
 
 
 def moment_of(seq: Any, max_output: int) -> Moment:
-    """A `core.request.Sequence` now, taken to generate ``max_output`` tokens. The last one's KV is never computed."""
+    """A sequence now, assuming that it generates ``max_output`` tokens. The KV of the last one is never computed."""
     return Moment(seq.seq_id, seq.num_prompt, seq.num_computed, seq.num_prompt + max_output - 1)
 
 
 def held_now(engine: Any) -> Held:
-    """The slots of a `core.engine.Engine`'s pool by class. Each sequence is taken to generate all that it may."""
+    """The slots of an engine's pool by class, assuming that each sequence generates as many tokens as it may."""
     scheduler = engine.scheduler
     moments = [moment_of(seq, request.max_output) for request in scheduler.running for seq in scheduler.active(request)]
     return engine.memory.held(moments, scheduler.demand(scheduler.waiting[0]) if scheduler.waiting else None)
@@ -70,9 +69,9 @@ def held_now(engine: Any) -> Held:
 def held_in_blocks(
     tables: Mapping[int, list[int]], pinned: Iterable[int], block_size: int, moments: Iterable[Moment]
 ) -> Held:
-    """The slots of the blocks that these sequences' tables name, by class; shared blocks count once.
+    """The slots of the blocks in these sequences' block tables, by class; shared blocks count once.
 
-    ``pinned`` blocks are full, and used whoever else names them.
+    ``pinned`` blocks are full, and count as used even if no table has them.
     """
     filled = dict.fromkeys(pinned, block_size)
     coming = dict(filled)
@@ -92,14 +91,14 @@ def next_power_of_two(n: int) -> int:
 
 
 def longest_reservation(max_model_len: int, num_blocks: int, block_size: int) -> int:
-    """Slots that *Max* sets aside: nobody would promise more than the whole pool."""
+    """Slots that *Max* reserves for a sequence: ``max_model_len``, but not more than the whole pool."""
     return min(max_model_len, num_blocks * block_size)
 
 
 def reservation(manager: str, num_prompt: int, num_output: int, longest: int) -> int:
-    """Slots that a contiguous manager asks for when a sequence starts that will generate ``num_output`` tokens.
+    """Slots that a contiguous manager reserves when a sequence starts that will generate ``num_output`` tokens.
 
-    Never less than it needs, which is one less than its tokens: the last one's KV is never computed.
+    At least what it needs, which is its number of tokens minus one: the KV of the last token is never computed.
     """
     needed = num_prompt + num_output - 1
     if manager == "orca-max":
@@ -112,9 +111,9 @@ def reservation(manager: str, num_prompt: int, num_output: int, longest: int) ->
 
 
 def held(manager: str, moment: Moment, longest: int, page_tokens: int, block_size: int = 1) -> Held:
-    """What ``manager`` sets aside for one sequence, in chunks of blocks of ``block_size`` slots.
+    """The slots that ``manager`` reserves for one sequence, in chunks of blocks of ``block_size`` slots.
 
-    ``longest``: what Max asks for. ``page_tokens``: tokens of a vAttention page-group.
+    ``longest``: slots that Max reserves. ``page_tokens``: tokens per vAttention page-group.
     """
     token = moment.num_computed
     if manager == "vattention":
@@ -127,12 +126,12 @@ def held(manager: str, moment: Moment, longest: int, page_tokens: int, block_siz
 
 
 def _num_output(num_prompt: int, final: int) -> int:
-    """Tokens that a sequence has generated when it ends with the KV of ``final`` in the cache."""
+    """Tokens that a sequence has generated when it ends with the KV of ``final`` tokens in the cache."""
     return max(0, final + 1 - num_prompt)
 
 
 def _chunk(manager: str, asked: int, block_size: int) -> int:
-    """What the allocator gives. Max asks for the same size every time, so its pool is cut into exact pieces."""
+    """Slots of the allocated chunk. Max always reserves the same size, so its pool is cut into exact pieces."""
     blocks = -(-asked // block_size)
     return block_size * (blocks if manager == "orca-max" else next_power_of_two(blocks))
 
@@ -142,8 +141,8 @@ def fitting(
 ) -> int:
     """How many of these sequences, in order, an empty pool of ``slots`` could serve at once.
 
-    Adding up is enough for a buddy allocator too: until something is freed, no two of its free pieces have the same
-    length, so those shorter than a chunk add up to less than one.
+    A sum is exact for a buddy allocator, too: until a chunk is freed, no two of its free pieces have the same
+    length, so the pieces that are shorter than a chunk add up to less than one chunk.
     """
     return _count_fitting((held(manager, moment, longest, page_tokens, block_size).total for moment in moments), slots)
 
@@ -170,7 +169,7 @@ class Row:
 
 
 class _Terms(NamedTuple):
-    """What a sequence means to contiguous managers, which decide once: slots asked for and slots given, by manager."""
+    """A sequence's reservation by each contiguous manager, decided once: slots requested and slots allocated."""
 
     final: int
     asked: tuple[int, ...]
@@ -178,21 +177,21 @@ class _Terms(NamedTuple):
 
 
 class _Shot(NamedTuple):
-    """What a row is computed from, again and again, as final lengths become known."""
+    """The data from which a row is computed, and computed again when final lengths become known."""
 
     step: int
-    running: list[tuple[int, int]]  # sequence, its tokens in the cache
-    filled: dict[int, int]  # slots of each block of the pool that is not full
-    num_full: int  # blocks
-    open: list[tuple[int, int, int]]  # block that is not full, a sequence that reads it, where it begins there
+    running: list[tuple[int, int]]  # (sequence, its tokens in the cache)
+    filled: dict[int, int]  # block that is not full → its filled slots
+    num_full: int  # number of full blocks
+    open: list[tuple[int, int, int]]  # (block that is not full, a sequence that reads it, its first position there)
 
 
 class Accounts:
-    """Keeps the books of a run while it happens.
+    """Computes the `timeline` of a run while it is running.
 
-    Apply every event, `close` a row whenever one is wanted, and take the ``rows`` by number after an `update`. A
-    sequence that still runs is taken to run to its limit; when it ends earlier, the rows it was running in change.
-    So that this stays cheap, a row is a sum over sequences of numbers that were worked out once.
+    `apply` every event, `close` a row whenever you want one, and read the ``rows`` by number after an `update`. An
+    unfinished sequence is assumed to run to its limit; if it ends earlier, the rows in which it was running change.
+    To keep this cheap, a row is a sum over sequences of numbers that are computed once.
     """
 
     def __init__(self, state: State | None = None, first: int = 0, page_tokens: int = 64) -> None:
@@ -202,21 +201,21 @@ class Accounts:
         self.page_tokens = page_tokens
         self._shots: dict[int, _Shot] = {}
         self._terms: dict[int, _Terms] = {}
-        self._since: dict[int, int] = {}  # the first row that a sequence is running in
+        self._since: dict[int, int] = {}  # the first row in which a sequence is running
         self._stale: set[int] = set()
 
     def apply(self, event: Event) -> None:
         self.state.apply(event)
         if isinstance(event, Finished) and event.seq_id in self._terms:
             seq = self.state.seqs[event.seq_id]
-            # The last token's KV is never computed: nothing follows that would read it.
+            # The last token's KV is never computed: no later token attends to it.
             terms = self._agree(seq.num_prompt, max(len(seq.tokens) - 1, seq.num_computed))
             if terms != self._terms[event.seq_id]:
                 self._stale.update(range(self._since[event.seq_id], self.next))
             self._terms[event.seq_id] = terms
 
     def close(self) -> None:
-        """Ends a row: what is held now."""
+        """Adds a row: the slots that are reserved now."""
         shot = self._shot()
         for seq_id, _ in shot.running:
             if seq_id not in self._terms:
@@ -230,7 +229,7 @@ class Accounts:
         self.next += 1
 
     def update(self) -> list[int]:
-        """Computes what is new or has changed since the last time; returns the numbers of these rows."""
+        """Computes the rows that are new or changed since the last call; returns their numbers."""
         changed = sorted(self._stale & self._shots.keys())
         self._stale.clear()
         for number in changed:
@@ -238,7 +237,7 @@ class Accounts:
         return changed
 
     def forget(self, before: int) -> None:
-        """Drops the rows below a number."""
+        """Drops the rows with numbers below ``before``."""
         for number in [number for number in self._shots if number < before]:
             del self._shots[number]
             self.rows.pop(number, None)
@@ -266,13 +265,13 @@ class Accounts:
             running.append((seq_id, seq.num_computed))
             num_full = seq.num_computed // size
             full.update(seq.table[:num_full])
-            # Of a chunk that is there from the start, paging would hold what is in use.
+            # A manager that reserves ahead has the whole chunk in the table; paging would hold only the used blocks.
             end = -(-seq.num_computed // size) if ahead else None
             for logical, block in enumerate(seq.table[num_full:end], start=num_full):
                 start = logical * size
                 filled[block] = max(filled.get(block, 0), seq.num_computed - start)
                 open_blocks.append((block, seq_id, start))
-        for block in full & filled.keys():  # one of its readers has filled it, for all of them
+        for block in full & filled.keys():  # one of the sequences that share it has filled it
             del filled[block]
         return _Shot(self.state.step, running, filled, len(full), [o for o in open_blocks if o[0] in filled])
 
@@ -298,7 +297,7 @@ class Accounts:
         return Row(shot.step, len(shot.running), totals, fit)
 
     def _paged(self, shot: _Shot) -> Held:
-        """What block tables hold, the engine's own if it is a paged one: shared blocks count once."""
+        """The slots that block tables hold: the engine's own tables if it is paged. Shared blocks count once."""
         size = self.state.config["block_size"]
         coming: dict[int, int] = {}
         for block, seq_id, start in shot.open:
@@ -309,7 +308,7 @@ class Accounts:
 
 
 def timeline(events: Iterable[Event], page_tokens: int = 64) -> list[Row]:
-    """Per step, what each manager would hold for the sequences that the engine was running."""
+    """One row per step: the slots that each manager would reserve for the sequences that were running."""
     accounts = Accounts(page_tokens=page_tokens)
     for event in events:
         accounts.apply(event)

@@ -1,1 +1,1 @@
-"""The plan, on tensors: batch, KV cache, runner, sampler."""
+"""Executes a step's plan on tensors: batch, KV cache, runner, sampler."""

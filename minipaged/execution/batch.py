@@ -1,4 +1,4 @@
-"""StepPlan → tensors. Everything the model needs to know about a step is in one `Batch`, passed as an argument."""
+"""Converts a `StepPlan` into tensors. Everything the model needs to know about a step is in one `Batch`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minipaged.core.plan import StepPlan
 class Batch:
     """One step as tensors. T tokens of B sequences, flattened: no padding between sequences.
 
-    The first ``num_decodes`` sequences bring one token each; prompts and chunks of prompts follow.
+    The first ``num_decodes`` sequences have one token each (decodes); prefill chunks follow.
     """
 
     token_ids: Tensor  # [T] int64
@@ -24,15 +24,15 @@ class Batch:
     slot_mapping: Tensor  # [T] int64, block · block_size + offset: where each token's KV goes
     block_tables: Tensor  # [B, M] int64, padded with 0 at the end
     context_lens: Tensor  # [B] int64, tokens with KV once this step is done
-    logit_rows: Tensor  # [R] int64, rows of the T whose logits are wanted: usually the last of each sampling chunk
+    logit_rows: Tensor  # [R] int64, rows of the T that need logits: usually the last of each sampling chunk
     query_lens: list[int]  # [B], tokens of this step; sums to T
-    context_lens_list: list[int]  # context_lens again, for host code that must not wait for the device
+    context_lens_list: list[int]  # context_lens on the host, so that host code need not wait for the device
     num_decodes: int
-    virtual_slots: list[int] | None = None  # [B], only under features.vattention: where each context lies in one piece
+    virtual_slots: list[int] | None = None  # [B], only with features.vattention: each sequence's contiguous region
 
 
 def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
-    """Lays the plan's chunks one after the other."""
+    """Concatenates the plan's chunks into one `Batch` on ``device``."""
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -49,8 +49,8 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
     tables = [chunk.block_table + [0] * (width - len(chunk.block_table)) for chunk in plan.chunks]
     num_decodes = next((i for i, count in enumerate(query_lens) if count > 1), len(query_lens))
 
-    # Everything travels in one piece: six small transfers to a GPU would cost six times the latency of one. From
-    # pinned memory it need not even be waited for. An array takes a list four times as fast as a tensor does.
+    # One transfer for everything: six small transfers to a GPU would cost six times the latency of one. From pinned
+    # memory the transfer is asynchronous. An array is built from a list four times as fast as a tensor.
     columns = [token_ids, positions, slots, *tables, context_lens, logit_rows]
     sizes = [len(token_ids)] * 3 + [len(tables) * width, len(tables), len(logit_rows)]
     staged = torch.frombuffer(array("q", list(chain.from_iterable(columns))), dtype=torch.int64)

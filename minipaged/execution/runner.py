@@ -1,4 +1,4 @@
-"""Runs a plan with a model."""
+"""The model runner: executes a step's plan with a model and its KV cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Forward = Callable[[Batch, KVCache], Tensor]
 
 
 class ModelRunner:
-    """Owns the model and its KV cache; turns plans into logits.
+    """Owns the model and its KV cache; computes a plan's logits.
 
     ``forward`` may compute a step in place of the model, on the same weights: `features.cpu_step` does it in C++,
     `features.cuda_graphs` by replaying recorded kernels.
@@ -29,9 +29,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor:
-        """Copies blocks, then computes the chunks: a copied block may be written to in the same step.
+        """Copies blocks, then computes the chunks, which may write to a copied block in the same step.
 
-        Returns logits [R, vocab], ``num_rows`` rows for each chunk; no row if there is no chunk.
+        Returns logits [R, vocab], ``num_rows`` rows for each chunk; no rows if there is no chunk.
         """
         self.kv_cache.copy(plan.copies)
         if not plan.chunks:
@@ -40,7 +40,7 @@ class ModelRunner:
 
 
 class WrappedRunner:
-    """Base of the runners of features: each does its part of a plan, then lets ``inner`` do the rest."""
+    """Base class of the features' runners: each executes its part of a plan, then calls ``inner`` for the rest."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -49,7 +49,7 @@ class WrappedRunner:
         return self.inner.execute(plan)
 
     def __getattr__(self, name: str) -> Any:
-        """``model``, ``kv_cache``, ``device``, ``forward``: those of the runner within."""
+        """Forwards ``model``, ``kv_cache``, ``device`` and ``forward`` to the inner runner."""
         return getattr(object.__getattribute__(self, "inner"), name)
 
 

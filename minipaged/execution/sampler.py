@@ -1,4 +1,4 @@
-"""From logits to tokens: greedy or at random with a temperature. `features.full_sampler` knows the other parameters."""
+"""Samples tokens from logits: greedy or with a temperature. `features.full_sampler` supports the other parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minipaged.errors import InvalidRequest  # typed errors
 
 
 class Sampler:
-    """The heart's sampler: the next token of every sequence in ``plan.samples``, in that order."""
+    """The core's sampler: the next token of every sequence in ``plan.samples``, in that order."""
 
     @staticmethod
     def check(params: SamplingParams) -> None:
@@ -24,11 +24,11 @@ class Sampler:
         asked = [name for name in names if getattr(params, name) != getattr(known, name)]
         if asked or params.changes_logits:
             more = ", ".join(asked) or "penalties, logit_bias and min_tokens"
-            raise InvalidRequest(f"{more}: this engine samples greedily or with a temperature, and knows nothing else")
+            raise InvalidRequest(f"{more}: this engine supports only greedy sampling and temperature; leave these out")
 
     @torch.inference_mode()
     def __call__(self, logits: Tensor, plan: StepPlan) -> list[SampledToken]:
-        """logits: [R, vocab], a row for each chunk that samples. If n sequences sample from one row, it is repeated."""
+        """Samples from logits [R, vocab], a row per sampling chunk; a row that n sequences share is sampled n times."""
         sampling = [chunk for chunk in plan.chunks if chunk.samples]
         rows = [row for row, chunk in enumerate(sampling) for _ in chunk.samples]
         if not rows:
@@ -41,12 +41,12 @@ class Sampler:
         if random:
             scaled = scale(logits[random], [params[i] for i in random])
             tokens[random] = draw(scaled, [seqs[i] for i in random])
-        return [SampledToken(token) for token in tokens.tolist()]  # here the host waits for the device
+        return [SampledToken(token) for token in tokens.tolist()]  # tolist: the host waits for the device
 
 
 def likeliest(logits: Tensor) -> Any:
-    """The largest entry of each row, the first of equal ones: [rows], a tensor, or on a CPU an array of numpy's, which
-    finds it in a third of torch's time."""
+    """The index of each row's largest entry, the first of equal ones: [rows], a tensor, or on a CPU a numpy array,
+    since numpy needs a third of torch's time."""
     if logits.device.type == "cpu":
         return logits.detach().numpy().argmax(axis=-1)
     return logits.argmax(dim=-1)
@@ -55,22 +55,22 @@ def likeliest(logits: Tensor) -> Any:
 def scale(logits: Tensor, params: list[SamplingParams]) -> Tensor:
     """Divides each row by its temperature. [rows, vocab] → [rows, vocab]."""
     temperatures = torch.tensor([p.temperature for p in params], device=logits.device, dtype=torch.float32)[:, None]
-    # The likeliest logit becomes 0, so that dividing by the tiniest temperature cannot overflow to infinity there.
+    # The largest logit becomes 0, so that dividing it by a tiny temperature cannot overflow to infinity.
     return (logits - logits.amax(dim=-1, keepdim=True)) / temperatures.clamp_min(1e-30)
 
 
 def draw(scaled: Tensor, seqs: list[Sequence]) -> Tensor:
-    """One random column per row, by inverting the cumulative distribution at a number from the sequence's generator.
+    """Samples one column per row, by inverting the cumulative distribution at a number from the sequence's generator.
 
-    One number per token, drawn on the host: what a sequence draws depends on no neighbour and on no device.
+    One number per token, drawn on the host: a sequence's samples do not depend on the rest of the batch or the device.
     scaled: [rows, vocab], logits → [rows].
     """
-    # In double precision where there is any. A GPU adds up in another order for every entry: rounding may make the sum
-    # grow at a token of probability 0, and in single precision it would do so often enough for one to be drawn.
+    # In double precision where supported. A GPU sums each entry in a different order, so rounding may make the sum grow
+    # at a token of probability 0, and in single precision this is frequent enough for such a token to be sampled.
     dtype = torch.float32 if scaled.device.type == "mps" else torch.float64
     cumulative = scaled.softmax(dim=-1).cumsum(dim=-1, dtype=dtype)
     total = cumulative[:, -1:].contiguous()
     uniform = torch.tensor([[seq.rng.random()] for seq in seqs], device=scaled.device, dtype=dtype)
-    # The first entry whose cumulative probability exceeds the number; rounding must not lead past the last possible.
+    # The first entry whose cumulative probability exceeds the number, but at most the last one of probability > 0.
     rank = torch.searchsorted(cumulative, uniform * total, right=True)
     return rank.minimum(torch.searchsorted(cumulative, total))[:, 0]

@@ -1,5 +1,5 @@
-"""Attention over paged KV. `reference` is plain torch: readable, correct on any device, and the oracle of the others.
+"""Kernels for attention over paged KV. `reference` is plain torch: readable, correct on any device, and their oracle.
 
-Of the Triton kernels, read `store_kv`, `tiles`, `paged_decode`, `paged_prefill` in this order; `backend` chooses among
-the implementations, and `report` shows what the compiler makes of the kernels.
+Read the Triton kernels in the order `store_kv`, `tiles`, `paged_decode`, `paged_prefill`. `backend` chooses among
+the implementations, and `report` shows how the Triton kernels were compiled.
 """

@@ -1,19 +1,19 @@
-// Attention over pages: it follows the block table and reads every key and value where it lies, once, for all the
-// query rows that look at it. Plain torch has to gather them first.
+// Attention over KV blocks: it follows the block table and reads every key and value in place, once for all the
+// query rows that attend to it. Plain torch has to gather them first.
 #pragma once
 #include <cmath>
 
 #include "numbers.h"
 
-// One sequence as attention meets it: its block table, and how far back a token looks (0: all the way).
+// A sequence's keys and values for one key/value head: the caches and the block table.
 template <typename T>
 struct Pages {
-    const T *keys, *values;  // [num_blocks, S, KH, D], moved to one key/value head
+    const T *keys, *values;  // [num_blocks, S, KH, D], starting at one key/value head
     const int64_t *table;
-    int64_t S, row;  // slots of a block; numbers from one slot to the next (KH · D)
+    int64_t S, row;  // slots per block; stride from one slot to the next (KH · D)
 };
 
-// The slots of a sequence one after the other, by its block table. To divide by S for each would take longer than the
+// Iterates over a sequence's slots by its block table. Dividing by S for each slot would take longer than the dot
 // products.
 struct Walk {
     const int64_t *table;
@@ -26,9 +26,9 @@ struct Walk {
     }
 };
 
-// Softmax of row[0 … count), in place; zero from there up to `size`, whole registers.
+// Softmax of row[0 … count), in place; zeros from there up to `size`, a multiple of LANES.
 static inline void soften(float *row, int64_t count, int64_t size, float scale) {
-    scale *= LOG2_E;  // from here on in powers of two
+    scale *= LOG2_E;  // exponentials are computed in base 2
     for (int64_t t = count; t < size; t++) row[t] = -INFINITY;
     vec most = load(row), total = {};
     for (int64_t t = LANES; t < size; t += LANES) most = larger(load(row + t), most);
@@ -44,7 +44,7 @@ static inline void soften(float *row, int64_t count, int64_t size, float scale) 
     for (int64_t t = 0; t < size; t += LANES) store(row + t, load(row + t) * factor);
 }
 
-// sums [COUNT, D] += weights [COUNT, some] · values [some, D], where a row of weights is `wide` long. FIXED is D.
+// sums [COUNT, D] += weights [COUNT, some] · values [some, D]; rows of weights have stride `wide`. FIXED is D.
 template <int COUNT, int FIXED>
 static inline void add_weighted(const float *weights, int64_t wide, const float *values, int64_t some, float *sums) {
     vec registers[COUNT][FIXED / LANES];
@@ -59,18 +59,18 @@ static inline void add_weighted(const float *weights, int64_t wide, const float 
         for (int d = 0; d < FIXED / LANES; d++) store(sums + r * FIXED + d * LANES, registers[r][d]);
 }
 
-// The queries of some neighbouring tokens of one sequence, and of the G heads that share a key/value head.
+// The queries of `count` consecutive tokens of one sequence, for the G heads that share a key/value head.
 template <typename T>
 struct Queries {
-    const T *q;      // [count, G, D], rows of tokens `row` apart
+    const T *q;      // [count, G, D], tokens with stride `row`
     int64_t row, G, count;
-    int64_t start, end;  // the first token sees the slots before `end`; nobody sees any before `start`
+    int64_t start, end;  // the first token sees the slots before `end`; no token sees a slot before `start`
 
     int64_t rows() const { return count * G; }
     int64_t last() const { return end + count - 1; }
 };
 
-// scores [G, wide]: one token's queries against each key from start to end, LANES keys at a time side by side.
+// scores [G, wide]: one token's queries times each key from start to end, LANES keys at a time in a vector.
 template <typename T, int FIXED>
 static void score(const Queries<T> &queries, const Pages<T> &pages, int64_t D, float *scores, int64_t wide,
                   T *columns) {
@@ -78,7 +78,7 @@ static void score(const Queries<T> &queries, const Pages<T> &pages, int64_t D, f
     const int64_t last = queries.end;
     int64_t here[LANES], next[LANES];
     Walk walk(pages.table, pages.S, queries.start);
-    const auto find = [&](int64_t t) {  // and ask for the keys, in time: they come from far
+    const auto find = [&](int64_t t) {  // and prefetch the keys, because they are in main memory
         for (int64_t i = 0; i < LANES; i++) {
             next[i] = (t + i < last ? walk.next() : walk.slot) * pages.row;
             for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(pages.keys + next[i] + d);
@@ -88,7 +88,7 @@ static void score(const Queries<T> &queries, const Pages<T> &pages, int64_t D, f
     for (int64_t t = queries.start; t < last; t += LANES) {
         std::memcpy(here, next, sizeof here);
         if (t + LANES < last) find(t + LANES);
-        for (int64_t i = 0; i < LANES; i++)  // the values will be wanted soon
+        for (int64_t i = 0; i < LANES; i++)  // the values will be needed soon
             for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(pages.values + here[i] + d);
         int64_t d = 0;
         for (; d + LANES * UNIT<T> <= D; d += LANES * UNIT<T>)
@@ -98,7 +98,7 @@ static void score(const Queries<T> &queries, const Pages<T> &pages, int64_t D, f
                 std::memcpy(columns + d * LANES + i * UNIT<T>, pages.keys + here[i] + d, 4);
         for (int64_t r = 0; r < queries.G; r++) {
             const T *query = queries.q + r * D;
-            vec some = {}, others = {};  // two sums, so that one need not wait for the other
+            vec some = {}, others = {};  // two independent sums, to hide the latency of the additions
             for (d = 0; d + UNIT<T> < D; d += 2 * UNIT<T>) {
                 multiply_by(some, query + d, columns + d * LANES);
                 multiply_by(others, query + d + UNIT<T>, columns + (d + UNIT<T>) * LANES);
@@ -109,7 +109,7 @@ static void score(const Queries<T> &queries, const Pages<T> &pages, int64_t D, f
     }
 }
 
-// sums [G, D] += weights [G, wide] · the values from start to end.
+// sums [G, D] += weights [G, wide] · values from start to end.
 template <typename T, int FIXED>
 static void add_values(const Queries<T> &queries, const Pages<T> &pages, int64_t D, const float *weights, int64_t wide,
                        float *values, float *sums) {
@@ -133,14 +133,14 @@ static void add_values(const Queries<T> &queries, const Pages<T> &pages, int64_t
     }
 }
 
-// A thread's numbers on the way, kept from one call to the next.
+// A thread's buffers for intermediate results, reused from call to call.
 template <typename T>
 struct Scratch {
     std::vector<float> wide;
     std::vector<T> narrow;
 };
 
-// One token's attention: out [G, D]. FIXED is D where the compiler knows it.
+// One token's attention: out [G, D]. FIXED is D if it is known at compile time, else 0.
 template <typename T, int FIXED>
 static void attend(const Queries<T> &queries, const Pages<T> &pages, T *out, int64_t D, float scale,
                    Scratch<T> &scratch) {
@@ -154,7 +154,7 @@ static void attend(const Queries<T> &queries, const Pages<T> &pages, T *out, int
     for (int64_t i = 0; i < G * D; i++) out[i] = T(sums[i]);
 }
 
-// Where a token that sees the slots before `end` begins to look.
+// The first slot that a token sees, if it sees the slots before `end`.
 static inline int64_t first_seen(int64_t end, int64_t window) { return window && end > window ? end - window : 0; }
 
 template <typename T>
@@ -162,7 +162,7 @@ static auto attention_of(int64_t D) {
     return D == 32 ? attend<T, 32> : D == 64 ? attend<T, 64> : D == 128 ? attend<T, 128> : attend<T, 0>;
 }
 
-// One query each of B sequences: q [B, H, D] with rows q_row apart → out [B, H, D].
+// Decode attention, one query for each of B sequences: q [B, H, D] with row stride q_row → out [B, H, D].
 template <typename T>
 static void paged_decode(const T *q, int64_t q_row, const T *k_cache, const T *v_cache, const int64_t *tables,
                          int64_t table_row, const int64_t *lens, T *out, int64_t B, int64_t H, int64_t KH, int64_t D,

@@ -1,4 +1,4 @@
-"""Which implementation of the kernels an engine runs, and why. Chosen once per engine, carried by its KV cache."""
+"""Chooses an engine's attention backend: which implementation of the kernels its KV cache uses, and why."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minipaged.kernels import reference
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions that touch KV, each of the signature and meaning that it has in `reference`."""
+    """The functions that read or write KV, each with the signature and meaning of its version in `reference`."""
 
     name: str
     store_kv: Callable[..., None] = reference.store_kv
@@ -32,9 +32,9 @@ TORCH = Kernels("torch")
 
 
 def choose(attention: str, device: torch.device) -> tuple[str, str]:
-    """What ``EngineConfig.attention`` means on a device: the name of a backend, and the reason in words.
+    """Resolves ``EngineConfig.attention`` for a device: the name of a backend, and the reason in words.
 
-    Raises `InvalidConfig`, saying what to do, for a backend that cannot run there.
+    Raises `InvalidConfig`, which says what to do, for a backend that cannot run on the device.
     """
     if attention == "auto":
         if device.type == "cpu":
@@ -43,7 +43,7 @@ def choose(attention: str, device: torch.device) -> tuple[str, str]:
         if device.type != "cuda":
             return "torch", f"Triton's kernels need CUDA, and this is {device.type}"
         missing = _no_triton()
-        return ("torch", missing) if missing else ("triton", "there is CUDA, and Triton is installed")
+        return ("torch", missing) if missing else ("triton", "CUDA is available, and Triton is installed")
     if attention == "triton":
         if missing := _no_triton():
             raise InvalidConfig(f'attention="triton": {missing}; choose "torch" or "auto"')
@@ -79,7 +79,7 @@ def require_compiler() -> None:
 
 
 def _triton() -> Kernels:
-    # Nobody else pays for importing triton, or needs to have it.
+    # Imported here, so that the other backends need neither Triton nor the time to import it.
     from minipaged.kernels import copy_blocks, fused, paged_decode, paged_prefill, store_kv, swap
 
     return Kernels(
@@ -107,7 +107,7 @@ def _native() -> Kernels:
 
 
 def _no_native() -> str:
-    """Why the C++ kernels cannot be used; empty if they can, and are compiled then."""
+    """Why the C++ kernels cannot be used; empty if they can. Compiles them if necessary."""
     from minipaged.kernels import native
 
     return native.missing()
@@ -118,5 +118,5 @@ def _interpreted() -> bool:
 
 
 def _no_triton() -> str:
-    """Why triton cannot be used; empty if it can."""
-    return "" if find_spec("triton") else "Triton is not installed (pip install triton; there is none but for Linux)"
+    """Why Triton cannot be used; empty if it can."""
+    return "" if find_spec("triton") else "Triton is not installed (pip install triton; it exists only for Linux)"

@@ -1,14 +1,14 @@
-"""Copying whole blocks, in all layers at once: copy-on-write (PagedAttention paper §4.4), and swapping (`swap.py`).
+"""Copies whole KV blocks in all layers at once: copy-on-write (PagedAttention paper §4.4), and swapping (`swap.py`).
 
-A model of 32 layers has 64 caches (keys and values), each a tensor of its own. Their addresses are given to the kernel
-as a table of numbers, so that one launch serves all of them.
+A model with 32 layers has 64 caches (keys and values), each a separate tensor. The kernel gets a table of their
+addresses, so that one launch serves all of them.
 
     pairs      (7 → 2)   (4 → 9)                       grid: pairs × chunks × caches
     cache 0    ░░░▓░░░░░ chunk 0 │ chunk 1 │ chunk 2     a program: one chunk of one block of one cache
     cache 1    ░░░░░░░░░ chunk 0 │ chunk 1 │ chunk 2
     …                    └─ WORDS words ─┘
 
-Blocks are copied as words of bytes, whatever numbers they hold: the widest that divides a block and its address.
+Blocks are copied as integer words, for any dtype: the widest word that divides the block's size and address.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WORDS = 1024  # copied by one program
 @triton.jit(do_not_specialize_on_alignment=["dst_ptr"])
 def _copy_kernel(
     source_ptr,  # [caches] int64: addresses of the caches to read
-    target_ptr,  # [caches] int64: and of those to write
+    target_ptr,  # [caches] int64: addresses of the caches to write
     src_ptr,  # [pairs] int64: blocks
     dst_ptr,  # [pairs] int64
     source_block,  # words from one block to the next
@@ -49,17 +49,17 @@ def _copy_kernel(
 
 
 def copy_blocks(caches: list[Tensor], src: Tensor, dst: Tensor) -> None:
-    """`reference.copy_blocks` in one launch. src, dst: [pairs] int64 on the CPU, where it is known what overlaps."""
+    """`reference.copy_blocks` in one launch. src, dst: [pairs] int64 on the CPU, so that it can check for overlaps."""
     if set(src.tolist()) & set(dst.tolist()):
-        # The programs of a launch have no order: where a block is read and written, torch's two steps are right.
+        # A launch's programs run in no fixed order: if a block is both read and written, torch's two steps are needed.
         return reference.copy_blocks(caches, src, dst)
     launch_copies(caches, caches, src, dst, caches[0].device)
 
 
 def launch_copies(sources: list[Tensor], targets: list[Tensor], src: Tensor, dst: Tensor, device: torch.device) -> None:
-    """Copies block src[i] of every source to block dst[i] of its target. ``device`` can reach all of them.
+    """Copies block src[i] of every source to block dst[i] of its target. ``device`` can access all of them.
 
-    Within a block, caches are contiguous; they are all of one shape, dtype and stride but for the number of blocks.
+    Within a block, caches are contiguous; they have the same shape (except the number of blocks), dtype and strides.
     """
     block_bytes = sources[0][0].nbytes
     strides = [caches[0].stride(0) * caches[0].itemsize for caches in (sources, targets)]
@@ -75,6 +75,6 @@ def launch_copies(sources: list[Tensor], targets: list[Tensor], src: Tensor, dst
     )  # fmt: skip
 
 
-@lru_cache(maxsize=16)  # a cache stays where it is as long as its engine lives
+@lru_cache(maxsize=16)  # a cache's address does not change while its engine exists
 def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device=device)

@@ -1,13 +1,13 @@
-"""Paged attention in words of PyTorch's FlexAttention: who may see what is said in torch, and torch makes the kernel.
+"""Paged attention with PyTorch's FlexAttention: the mask is written in torch, and torch generates the kernel.
 
-Keys and values stay where they are: the caches are taken as one long sequence of N · S tokens that belongs to
-everybody. A block mask tells each sequence its blocks (the block table, as it is), and `mask_mod` finds for a slot of
-the cache the position that it has in a sequence:
+Keys and values are not copied: each cache is treated as one long sequence of N · S tokens that all sequences
+share. A block mask selects each sequence's blocks (its block table, unchanged), and `mask_mod` maps a slot of
+the cache to its position in the sequence:
 
     table of a sequence   [7   2   5]                logical   block 2 → 1, block 5 → 2, block 7 → 0, others → -1
     slot 5 · S + 1        block 5, offset 1    ──▶   position  2 · S + 1
 
-What is masked counts as 0 times its value, so dead slots must hold numbers: true of caches that start as zeros.
+A masked slot counts as 0 times its value, so dead slots must not hold NaN: they do not, as caches start as zeros.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ def _attend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lens: Tensor, starts: Tensor, scale: float,
     window: int | None,
 ) -> Tensor:  # fmt: skip
-    """q: [B, Q, H, D], the queries from position starts[b] on of lens[b] tokens. Returns the same shape."""
+    """q: [B, Q, H, D]: sequence b's queries start at position starts[b] of lens[b] tokens. Returns the same shape."""
     S = k_cache.shape[1]
     k, v = (cache.flatten(0, 1).transpose(0, 1)[None] for cache in (k_cache, v_cache))  # [1, KH, N · S, D], views
     mask = _block_mask(tables, lens, starts, k_cache.shape[0], S, q.shape[1], window)
-    options = {"BLOCK_N": gcd(S, 64)}  # a tile of keys must not reach into the next block, which is somewhere else
+    options = {"BLOCK_N": gcd(S, 64)}  # a tile of keys must not cross a block's end: the next block is elsewhere
     out = _kernel(q.is_cuda)(
         q.transpose(1, 2), k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options
     )
@@ -79,7 +79,7 @@ def _block_mask(
     (B, M), device = tables.shape, tables.device
     used = (lens + S - 1) // S  # [B] blocks
     column = torch.arange(M, device=device).expand(B, M)
-    owned = torch.where(column < used[:, None], tables, num_blocks)  # the padding goes to a column of its own
+    owned = torch.where(column < used[:, None], tables, num_blocks)  # padding goes to an extra column
     logical = torch.full((B, num_blocks + 1), -1, device=device).scatter_(1, owned, column)
 
     def visible(b: Tensor, h: Tensor, query: Tensor, slot: Tensor) -> Tensor:
@@ -97,11 +97,11 @@ def _block_mask(
         BLOCK_SIZE=(QUERY_BLOCK, S),
         mask_mod=visible,
         seq_lengths=(num_queries, num_blocks * S),
-        compute_q_blocks=False,  # only gradients need them
+        compute_q_blocks=False,  # needed only for gradients
     )
 
 
 @lru_cache
 def _kernel(compiled: bool) -> Any:
-    # Not compiled, it computes the scores of every query with the whole pool: for tests.
+    # Without compilation it computes every query's scores with the whole pool: for tests.
     return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention

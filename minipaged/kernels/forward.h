@@ -1,13 +1,13 @@
-// A step of a whole model in one call: token ids in, logits out. What each part means is said by models/llama.py and
-// models/gpt2.py, which this follows line by line, rounding where they round.
+// The forward pass of a whole model in one call: token ids in, logits out. It follows models/llama.py and
+// models/gpt2.py, which explain each part, line by line, and rounds where they round.
 //
-// A step of a small model is some hundred operations that each take less time than Python and torch need to start them.
-// Here all threads enter once, and meet at the end of every loop.
+// A step of a small model is a few hundred operations, each shorter than the overhead of Python and torch to start it.
+// Here all threads start once per step, and synchronize at the end of every loop.
 #pragma once
 #include "matmul.h"
 #include "prefill.h"
 
-// features/cpu_step.py fills these in, member by member. Pointers are null where a model has no such part.
+// features/cpu_step.py fills in these structs, member by member. Pointers are null if a model has no such part.
 struct Layer {
     const void *norm, *norm_bias, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias;
     const void *mlp_norm, *mlp_norm_bias, *up, *up_bias, *down, *down_bias;
@@ -17,7 +17,7 @@ struct Layer {
 
 struct Model {
     int64_t num_layers, C, H, KH, D, F, V, S;
-    int64_t gated, centered;  // the MLP's kind: SwiGLU or GELU; the norms' kind: LayerNorm or RMSNorm
+    int64_t gated, centered;  // gated: SwiGLU, else GELU; centered: LayerNorm, else RMSNorm
     double eps, scale;
     const void *embedding, *positions, *frequencies, *norm, *norm_bias, *head;
     const Layer *layers;
@@ -29,7 +29,7 @@ struct Step {
     float *logits;  // [R, V]
 };
 
-// out = the norm of x, where x += delta first if there is one. [C], a multiple of 16
+// out = norm of x, after x += delta if delta is not null. [C]; C is a multiple of 16.
 template <typename T>
 static void norm_row(T *x, const T *delta, const void *weight, const void *bias, T *out, int64_t C, const Model &m) {
     const T *w = (const T *)weight, *b = (const T *)bias;
@@ -47,7 +47,7 @@ static void norm_row(T *x, const T *delta, const void *weight, const void *bias,
     }
 }
 
-// SwiGLU and GELU (by its approximation with a hyperbolic tangent), for a register of numbers of type T.
+// SwiGLU and GELU (its tanh approximation), for a vector of numbers of type T.
 template <typename T>
 static inline vec swiglu(vec gate, vec up) {
     return rounded<T>(gate * sigmoid(gate)) * up;
@@ -57,7 +57,7 @@ static inline vec gelu(vec x) {
     return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));  // (1 + tanh y) / 2 = 1 / (1 + e^-2y)
 }
 
-// A head's channels i and i + D/2 turn as a pair.
+// Rotary positions: rotates a head's channels i and i + D/2 as a pair.
 template <typename T>
 static inline void turn(const T *x, const T *cos, const T *sin, T *out, int64_t D) {
     for (int64_t i = 0; i < D / 2; i++) {
@@ -67,19 +67,19 @@ static inline void turn(const T *x, const T *cos, const T *sin, T *out, int64_t 
     }
 }
 
-// Where a step's numbers lie on their way. One for each thread that runs models, for ever.
+// Buffers for a step's intermediate results. Each thread that runs models has one, and keeps it.
 template <typename T>
 struct Space {
     std::vector<T> numbers;
-    std::vector<int64_t> items;  // of attention: sequence, first token, count, its end
+    std::vector<int64_t> items;  // work items of attention: sequence, first token, count, end for the first token
 
     T *x, *normed, *qkv, *q, *heads, *delta, *up, *act, *columns, *cos, *sin;
-    int64_t widest;  // numbers of a token that lie in columns
+    int64_t widest;  // maximum channels of a token in columns
 
     void fit(const Model &m, const Step &s) {
         const int64_t T_ = s.T, padded = (T_ + 31) / 32 * 32;
         widest = m.C > m.H * m.D ? m.C : m.H * m.D;
-        const int64_t wide = (T_ < MOST_ROWS ? T_ : MOST_ROWS) * m.F * (1 + m.gated);  // only rows need it
+        const int64_t wide = (T_ < MOST_ROWS ? T_ : MOST_ROWS) * m.F * (1 + m.gated);  // used only with rows
         const int64_t sizes[] = {T_ * m.C, T_ * m.C, T_ * (m.H + 2 * m.KH) * m.D, T_ * m.H * m.D, T_ * m.H * m.D,
                                  T_ * m.C, wide, padded * m.F, padded * widest, T_ * m.D, T_ * m.D};
         T **parts[] = {&x, &normed, &qkv, &q, &heads, &delta, &up, &act, &columns, &cos, &sin};
@@ -90,9 +90,9 @@ struct Space {
     }
 };
 
-constexpr int64_t APART = 128;  // tokens for each thread, from which on each takes its own
+constexpr int64_t APART = 128;  // tokens per thread, from which on each thread computes its own tokens
 
-// Q and K of one token turned, K and V stored. qkv: [(H + 2·KH) · D] → q [H, D] and the caches.
+// Rotates one token's Q and K and stores K and V. qkv: [(H + 2·KH) · D] → q [H, D] and the caches.
 template <typename T>
 static void place_row(const Model &m, const Layer &l, T *qkv, const T *cos, const T *sin, int64_t slot, T *q) {
     T *k = qkv + m.H * m.D, *v = k + m.KH * m.D;
@@ -109,7 +109,7 @@ static void place_row(const Model &m, const Layer &l, T *qkv, const T *cos, cons
     std::memcpy(v_to, v, m.KH * m.D * sizeof(T));
 }
 
-// act = the MLP's inner numbers from x [M, C]; both in rows, or both in columns, where sums become them at once.
+// act = the MLP's hidden activations of x [M, C]; both in rows, or both in columns, computed directly from the sums.
 template <typename T>
 static void widen(const Model &m, const Layer &l, const T *x, T *up, T *act, int64_t M) {
     const T *w = (const T *)l.up, *bias = (const T *)l.up_bias;
@@ -139,7 +139,7 @@ static void widen(const Model &m, const Layer &l, const T *x, T *up, T *act, int
     }
 }
 
-// x in rows or in columns, as `linear` wants M tokens.
+// x in rows or in columns, whichever `linear` uses for M tokens.
 template <typename T>
 static const T *arranged(const T *x, T *columns, int64_t M, int64_t K) {
     if (in_rows<T>(M)) return x;
@@ -147,7 +147,7 @@ static const T *arranged(const T *x, T *columns, int64_t M, int64_t K) {
     return columns;
 }
 
-// A layer's part before attention, for M tokens from the `from`th on: norm, Q, K and V.
+// The part of a layer before attention, for M tokens starting at `from`: norm, Q, K and V.
 template <typename T>
 static void before(const Model &m, const Layer &l, const Step &s, Space<T> &a, int64_t from, int64_t M) {
     const int64_t C = m.C, D = m.D, qkv_size = (m.H + 2 * m.KH) * D;
@@ -162,7 +162,7 @@ static void before(const Model &m, const Layer &l, const Step &s, Space<T> &a, i
         place_row(m, l, a.qkv + t * qkv_size, a.cos + t * D, a.sin + t * D, s.slots[t], a.q + t * m.H * D);
 }
 
-// And its part behind: the heads together, norm, MLP.
+// The part of a layer after attention: output projection, norm, MLP.
 template <typename T>
 static void behind(const Model &m, const Layer &l, Space<T> &a, int64_t from, int64_t M) {
     const int64_t C = m.C, H = m.H * m.D;
@@ -178,7 +178,7 @@ static void behind(const Model &m, const Layer &l, Space<T> &a, int64_t from, in
 
 template <typename T>
 static void forward(const Model &m, const Step &s) {
-    static thread_local Space<T> space;  // the team below shares that of the thread which called
+    static thread_local Space<T> space;  // the threads below share the calling thread's
     Space<T> &a = space;
     a.fit(m, s);
     a.items.clear();
@@ -189,10 +189,10 @@ static void forward(const Model &m, const Step &s) {
             a.items.insert(a.items.end(), {b, t + i, left < most ? left : most, end});
         }
     const int64_t items = a.items.size() / 4;
-    // A token's heads lie side by side: one thread should take all of them, where there are enough for all threads.
+    // A token's heads are adjacent in memory: one thread should process all of them, if there are enough work items.
     [[maybe_unused]] const int64_t chunk = items >= 2 * s.threads ? m.KH : 1;
-    // Of few tokens all threads do a share of every operation, and a weight is read once. Of many each thread takes
-    // some through all operations: it reads all weights, but no numbers that another thread has just written.
+    // Few tokens: all threads share every operation, and a weight is read once. Many tokens: each thread computes all
+    // operations for its own tokens; it reads all weights, but no results that another thread has just written.
     const int64_t share = s.T < APART * s.threads ? s.T : (s.T + 32 * s.threads - 1) / (32 * s.threads) * 32;
     const auto in_shares = [&](auto work) {
         if (share == s.T) return work(0, s.T);

@@ -1,19 +1,19 @@
-"""Two steps in one launch, where each alone would read and write memory for little work.
+"""Fused Triton kernels for memory-bound operations: each combines two operations in one launch.
 
-`add_norm`: the residual sum and the norm that reads it. Apart, the sum is written, read and read again.
+`add_norm`: the residual sum and the norm that reads it. Unfused, the sum is written once and read twice.
 
     x      ─┐                                   a program: one row of C numbers, which it holds
     delta  ─┴─▶ + ─┬─▶ sum, stored               while it adds, squares, sums and scales
                    └─▶ RMS ─▶ · weight, stored
 
-`rope_store`: rotary positions, and the store of what they turned. Apart, turned keys are written to memory only to be
-read and written again into their slots.
+`rope_store`: rotary positions, and the store into the KV cache. Unfused, rotated keys are written to memory, then read
+and written again into their slots.
 
-    q [H, D]   ─▶ turn ─▶ q, stored              a program: HEADS heads of one token; the first programs take the
-    k [KH, D]  ─▶ turn ─▶ its slot in k_cache    query heads, the last those of keys and values
+    q [H, D]   ─▶ turn ─▶ q, stored              a program: HEADS heads of one token; the first programs process the
+    k [KH, D]  ─▶ turn ─▶ its slot in k_cache    query heads, the others the key/value heads
     v [KH, D]  ─────────▶ its slot in v_cache
 
-Their oracles in plain torch are `reference.add_norm` and `reference.rope_store`.
+The reference versions in plain torch are `reference.add_norm` and `reference.rope_store`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from minipaged.kernels.store_kv import dense_rows, quantize
 
 @triton.jit
 def _add_norm_kernel(
-    x_ptr,  # [T, C], as delta, sum and norm; one row after the other
+    x_ptr,  # [T, C], as delta, sum and norm; all contiguous
     delta_ptr,
     weight_ptr,  # [C]
     sum_ptr,
@@ -42,7 +42,7 @@ def _add_norm_kernel(
     total = tl.load(x_ptr + row + channel, mask=live, other=0.0)
     total += tl.load(delta_ptr + row + channel, mask=live, other=0.0)
     tl.store(sum_ptr + row + channel, total, mask=live)
-    wide = total.to(tl.float32)  # as it was rounded: the next layer reads the same
+    wide = total.to(tl.float32)  # after rounding: the next layer reads the same numbers
     normed = (wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / SIZE + eps)).to(total.dtype)
     weight = tl.load(weight_ptr + channel, mask=live, other=0.0)
     tl.store(norm_ptr + row + channel, weight * normed, mask=live)
@@ -121,7 +121,7 @@ def _rope_store_kernel(
 
 @triton.jit
 def turn(row_ptr, dim, cos, sin, live, HEAD_DIM: tl.constexpr):
-    """Loads a tile of heads and turns channels i and i + D/2 as a pair, as `reference.rotate` does."""
+    """Loads a tile of heads and rotates channels i and i + D/2 as a pair, as `reference.rotate` does."""
     x = tl.load(row_ptr + dim, mask=live, other=0.0)
     first = dim < HEAD_DIM // 2
     partner = tl.load(row_ptr + tl.where(first, dim + HEAD_DIM // 2, dim - HEAD_DIM // 2), mask=live, other=0.0)

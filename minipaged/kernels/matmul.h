@@ -1,12 +1,12 @@
-// Linear layers for a step of few tokens: out[m][n] = Σ_k x[m][k] · w[n][k] + bias[n], with the weights as they lie in
-// the checkpoint. Nothing is packed beforehand, so no weight exists twice and nothing has to be prepared at start.
+// Linear layers for a step of few tokens: out[m][n] = Σ_k x[m][k] · w[n][k] + bias[n], with the weights in the
+// checkpoint's layout. Weights are not repacked, so none is in memory twice, and the start needs no preparation.
 //
-// There are two ways through, by the number of tokens M:
+// There are two methods, depending on the number of tokens M:
 //
-//   rows       few tokens: dot products of rows of x with rows of weights. Memory is the limit: a weight is read once.
-//   columns    tokens are laid side by side in columns as wide as a register has LANES (sixteen in AVX512), so that as
-//              many outputs fill a register, or sixteen times as many a tile of AMX. A weight that was read is used
-//              for all of them.
+//   rows       few tokens: dot products of rows of x with rows of weights. Memory-bound: each weight is read once.
+//   columns    x is transposed into columns of LANES tokens (16 with AVX512), so that a register holds the outputs of
+//              LANES tokens, and an AMX tile 16 times as many. Each weight that is read is used for all of these
+//              tokens.
 #pragma once
 #include "numbers.h"
 
@@ -15,25 +15,25 @@
 #include <unistd.h>
 #endif
 
-// Sums in registers; tokens that are few enough for rows; and for columns rows of weights, and tiles of LANES tokens,
-// at a time: each has its sum in a register.
+// FIT: sums that fit in registers. MOST_ROWS: maximum number of tokens for the method of rows. For columns: rows of
+// weights (WEIGHTS) and tiles of LANES tokens (TILES) at a time; each pair has its sum in a register.
 #ifdef __AVX512F__
 constexpr int FIT = 16, MOST_ROWS = 8, WEIGHTS = 8, TILES = 3;
 #else
 constexpr int FIT = 8, MOST_ROWS = 4, WEIGHTS = 4, TILES = 3;
 #endif
-constexpr int64_t PANEL = 2 * LANES;  // rows of weights, at a time
-constexpr int64_t CACHED = 1 << 20;  // bytes of columns at a time, which stay near while all weights pass by
-constexpr int64_t CHANNELS = 288;  // of AMX at a time, so that a panel's weights stay nearer still
+constexpr int64_t PANEL = 2 * LANES;  // rows of weights at a time
+constexpr int64_t CACHED = 1 << 20;  // bytes of columns at a time: they stay in the L2 cache for all weights
+constexpr int64_t CHANNELS = 288;  // channels at a time with AMX: a panel's weights stay in the L1 cache
 
 // --- rows ------------------------------------------------------------------------------------------------------
 
-// COUNT rows of weights against TOKENS rows of x.
+// Dot products of COUNT rows of weights with TOKENS rows of x.
 template <typename T, int COUNT, int TOKENS, typename Put>
 static inline void dots(const T *x, const T *w, int64_t K, Put put) {
     vec sums[COUNT][TOKENS] = {};
     for (int64_t k = 0; k < K; k += LANES * UNIT<T>) {
-        for (int i = 0; i < COUNT; i++) __builtin_prefetch(w + (i + COUNT) * K + k);  // foresight ends with a row
+        for (int i = 0; i < COUNT; i++) __builtin_prefetch(w + (i + COUNT) * K + k);  // hardware prefetching ends here
         for (int j = 0; j < TOKENS; j++)
             for (int i = 0; i < COUNT; i++) multiply(sums[i][j], w + i * K + k, x + j * K + k);
     }
@@ -41,7 +41,7 @@ static inline void dots(const T *x, const T *w, int64_t K, Put put) {
         for (int j = 0; j < TOKENS; j++) put(j, i, sum(sums[i][j]));
 }
 
-// All of `rows` rows of weights against TOKENS tokens from m on, as long as there are so many.
+// Dot products of `rows` rows of weights with the tokens from m on, TOKENS at a time; fewer remaining ones are left.
 template <typename T, int TOKENS, typename Put>
 static inline void dots_of(const T *x, const T *w, int64_t &m, int64_t M, int64_t rows, int64_t K, Put put) {
     constexpr int COUNT = FIT / TOKENS < 8 ? FIT / TOKENS : 8;
@@ -56,7 +56,7 @@ static inline void dots_of(const T *x, const T *w, int64_t &m, int64_t M, int64_
 
 // --- columns ---------------------------------------------------------------------------------------------------
 
-// x [M, K] → columns [M/LANES, K/UNIT, LANES] of units; what is beyond M is whatever. Shared among a team's threads.
+// x [M, K] → columns [M/LANES, K/UNIT, LANES] of units; lanes beyond M hold any number. Shared among a team's threads.
 template <typename T>
 static void lay_in_columns(const T *x, T *columns, int64_t M, int64_t K) {
     const int64_t step = LANES * UNIT<T>;
@@ -68,8 +68,8 @@ static void lay_in_columns(const T *x, T *columns, int64_t M, int64_t K) {
         }
 }
 
-// LANES rows of weights against C tiles, from channel `from` to `to`: sums [C, LANES, LANES], where those of the tiles
-// lie PANEL rows apart. They are added to what is there, but for the first channels.
+// Products of LANES rows of weights with C tiles of tokens, for channels `from` to `to`: sums [C, LANES, LANES], with a
+// stride of PANEL rows between tiles. They are added to the existing sums, except for the first channels.
 template <typename T, int C>
 static void block(const T *w, int64_t K, int64_t from, int64_t to, const T *columns, float *sums) {
     for (int64_t n = 0; n < LANES; n += WEIGHTS, w += WEIGHTS * K, sums += WEIGHTS * LANES) {
@@ -77,8 +77,8 @@ static void block(const T *w, int64_t K, int64_t from, int64_t to, const T *colu
         for (int i = 0; from && i < WEIGHTS; i++)
             for (int c = 0; c < C; c++) registers[i][c] = load(sums + (c * PANEL + i) * LANES);
         for (int64_t k = from; k < to; k += LANES * UNIT<T>) {
-            for (int i = 0; i < WEIGHTS; i++) __builtin_prefetch(w + (i + WEIGHTS) * K + k, 0, 2);  // not too near
-#pragma GCC unroll 16  // the branch of each round costs a seventh of all time
+            for (int i = 0; i < WEIGHTS; i++) __builtin_prefetch(w + (i + WEIGHTS) * K + k, 0, 2);  // into L2, not L1
+#pragma GCC unroll 16  // the loop's branch would cost a seventh of the time
             for (int64_t u = k; u < k + LANES * UNIT<T>; u += UNIT<T>)
                 for (int i = 0; i < WEIGHTS; i++)
                     for (int c = 0; c < C; c++)
@@ -90,16 +90,16 @@ static void block(const T *w, int64_t K, int64_t from, int64_t to, const T *colu
 }
 
 #if defined(__AMX_BF16__) && defined(__linux__)
-// Whether Linux lets this process use AMX, which has to be asked for once.
+// Whether Linux allows this process to use AMX; a process must request it once.
 static bool has_tiles() {
     static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
     return granted;
 }
 
-// The same in AMX, for twice sixteen rows: a tile of 16 weight rows times a tile of 16 tokens, 32 channels at once.
+// `block` with AMX, for 2 · 16 rows of weights: a tile of 16 rows times a tile of 16 tokens, 32 channels at a time.
 static void block_of_tiles(const bf16 *w, const bf16 *w2, int64_t K, int64_t from, int64_t to, int64_t ahead,
                            const bf16 *columns, bool two, float *sums) {
-    asm volatile("" ::: "memory");  // GCC does not know that tiles are loaded from what was written just before
+    asm volatile("" ::: "memory");  // GCC does not know that tile loads read memory that was written just before
     if (from) {
         _tile_loadd(0, sums, 64);
         _tile_loadd(1, sums + 16 * LANES, 64);
@@ -118,7 +118,7 @@ static void block_of_tiles(const bf16 *w, const bf16 *w2, int64_t K, int64_t fro
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
         if (two) {
-            for (int64_t i = 0; i < 16; i++) {  // of few tokens memory is the limit, and rows come from far
+            for (int64_t i = 0; i < 16; i++) {  // memory-bound with few tokens: prefetch the next rows
                 __builtin_prefetch(w + (ahead + i) * K + k, 0, 2);
                 __builtin_prefetch(w2 + (ahead + i) * K + k, 0, 2);
             }
@@ -135,13 +135,13 @@ static void block_of_tiles(const bf16 *w, const bf16 *w2, int64_t K, int64_t fro
     }
 }
 
-// Tiles are shaped once a thread and step, for torch shapes them otherwise.
+// Configures the tiles, once per thread and step, because torch uses another configuration.
 static void begin_tiles() {
     static const struct {
         uint8_t palette = 1, start = 0, reserved[14] = {};
         uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } shape;  // static: compilers overlook that the instruction reads more of it than its first words
+    } shape;  // static: compilers do not know that the instruction reads all of it
     if (has_tiles()) _tile_loadconfig(&shape);
 }
 static void end_tiles() {
@@ -155,20 +155,20 @@ static void begin_tiles() {}
 static void end_tiles() {}
 #endif
 
-// Whether M tokens go through in rows, by measurement.
+// Whether `linear` uses rows for M tokens; the limits were measured.
 template <typename T>
 static bool in_rows(int64_t M) {
     return M <= (UNIT<T> == 2 && has_tiles() ? 1 : MOST_ROWS);
 }
 
-// How many of the tiles that are left go together: as many as can, but rather two and two than three and one.
+// How many of the remaining tiles to compute together: at most `most`, but 2 + 2 rather than 3 + 1.
 static int64_t tiles_at_once(int64_t left, int64_t most) {
     return left == most + 1 ? (left + 1) / 2 : left < most ? left : most;
 }
 
-// Columns of M tokens against weights w [N, K]: take(m, n, rows, sums) gets the products of LANES tokens from m on
-// and PANEL rows of weights, [PANEL, LANES], of which `rows` exist. They are the rows from n on; with an `apart` above
-// 0 LANES of them, and as many that lie `apart` rows behind, and N counts the first ones. Shared among all threads.
+// Products of M tokens in columns with weights w [N, K]: calls take(m, n, rows, sums) with the products of LANES tokens
+// from m on and PANEL rows of weights, [PANEL, LANES], of which `rows` exist. These are the rows from n on; if `apart`
+// > 0: LANES rows from n on and LANES from n + apart on, and N counts only the former. Shared among all threads.
 template <typename T, typename Take>
 static void multiply_columns(const T *columns, const T *w, int64_t M, int64_t N, int64_t K, int64_t apart, Take take) {
     const bool tiles = UNIT<T> == 2 && has_tiles();
@@ -183,7 +183,7 @@ static void multiply_columns(const T *columns, const T *w, int64_t M, int64_t N,
         for (int64_t n = 0; n < N; n += step) {
             const int64_t rows = apart || n + PANEL <= N ? PANEL : N - n;
             const T *first = w + n * K, *second = first + (apart ? apart : LANES) * K;
-            if (rows < PANEL) {  // the last ones, and rows of zeros
+            if (rows < PANEL) {  // the last rows, padded with zeros
                 spare.assign(PANEL * K, T(0.f));
                 std::memcpy(spare.data(), first, rows * K * sizeof(T));
                 first = spare.data(), second = first + LANES * K;
@@ -213,7 +213,7 @@ static void multiply_columns(const T *columns, const T *w, int64_t M, int64_t N,
 // --- both ------------------------------------------------------------------------------------------------------
 
 // x [M, K], in rows or in columns, w [N, K], bias [N] or null → out [M, N], rounded to T first. K must be a multiple of
-// 16 units. Called by all threads of a team, which leave it together.
+// 16 units. Must be called by all threads of a team; it ends with a barrier.
 template <typename T, typename O>
 static void linear(const T *x, const T *w, const T *bias, O *out, int64_t M, int64_t N, int64_t K) {
     const auto put = [&](int64_t m, int64_t n, float value) {

@@ -2,7 +2,7 @@
 #include "attention.h"
 #include "forward.h"
 
-// For ctypes: each function twice, by the type of its numbers.
+// For ctypes: each function exists twice, once per dtype.
 #define P const void *
 #define N int64_t
 #define EXPORT(suffix, T)                                                                                              \

@@ -1,9 +1,9 @@
-"""The kernels of native.cpp, compiled for this CPU at their first use, as Triton compiles its own for a GPU.
+"""The C++ kernels of native.cpp for CPUs, compiled at first use, as Triton compiles its kernels for a GPU.
 
-``paged_decode`` is one of the functions that a model calls; ``forward`` is a whole step
-(`minipaged.features.cpu_step`). They need a C++ compiler (``c++``, or what ``CXX`` names), and serve float32 and
-bfloat16 tensors on a CPU; everything else goes to `reference`, whose functions say what each means. The library is kept
-in ``~/.cache/minipaged`` (or ``XDG_CACHE_HOME``) under a name that tells source, compiler and processor apart.
+``paged_decode`` is one of the functions that a model calls; ``forward`` computes a whole step
+(`minipaged.features.cpu_step`). They need a C++ compiler (``c++``, or the one that ``CXX`` names), and support float32
+and bfloat16 tensors on a CPU; other calls go to `reference`, which documents the functions. The library is cached
+in ``~/.cache/minipaged`` (or ``XDG_CACHE_HOME``) under a name that depends on source, compiler and processor.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ARGUMENTS = {
 
 @lru_cache(maxsize=1)
 def missing() -> str:
-    """Why there are no such kernels here; empty if there are. Compiles them if nobody has yet."""
+    """Why the C++ kernels cannot be used on this machine; empty if they can. Compiles them if necessary."""
     if platform.system() not in ("Linux", "Darwin"):
         return f"the C++ kernels are not built on {platform.system()}"
     try:
@@ -48,12 +48,12 @@ def missing() -> str:
 
 @lru_cache(maxsize=1)
 def _library() -> dict[tuple[str, torch.dtype], ctypes._NamedFuncPointer]:
-    """Functions by name and type of numbers. Raises OSError where there is no compiler, or none that can do it."""
+    """The compiled functions by name and dtype. Raises OSError if there is no compiler, or compilation fails."""
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:
         raise OSError("no C++ compiler was found (c++, or CXX)")
     openmp = _loaded_openmp()
-    # Threads of torch's own pool: a second one would fight it for the cores.
+    # Use torch's own thread pool: a second pool would compete with it for the cores.
     attempts: list[tuple[str, ...]] = [("-march=native", "-fopenmp", openmp)] if openmp else []
     attempts += [("-march=native", "-Wno-unknown-pragmas"), ("-Wno-unknown-pragmas",)]
     reason: Exception = OSError("no flags to try")
@@ -66,7 +66,7 @@ def _library() -> dict[tuple[str, torch.dtype], ctypes._NamedFuncPointer]:
 
 
 def _built(compiler: str, flags: tuple[str, ...]) -> dict[tuple[str, torch.dtype], ctypes._NamedFuncPointer]:
-    """The functions, compiled with these flags. Raises OSError or SubprocessError if that cannot be."""
+    """The functions, compiled with these flags. Raises OSError or SubprocessError if compilation fails."""
     library = ctypes.CDLL(str(_compiled(compiler, flags)))
     functions = {}
     for name, arguments in ARGUMENTS.items():
@@ -78,7 +78,7 @@ def _built(compiler: str, flags: tuple[str, ...]) -> dict[tuple[str, torch.dtype
 
 
 def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
-    """The library built with these flags, from the cache or new."""
+    """The path of the library built with these flags, from the cache or newly compiled."""
     about = (*(path.read_text() for path in [SOURCE, *HEADERS]), compiler, *flags, platform.machine(), _processor())
     name = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minipaged"
@@ -88,7 +88,7 @@ def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             options = [flag for flag in flags if flag.startswith("-")]
             libraries = [flag for flag in flags if not flag.startswith("-")]
-            # In two steps: told of OpenMP, the linker would add a library of its own.
+            # In two steps: given -fopenmp, the linker would add its own OpenMP library.
             steps = [
                 [compiler, "-c", *FLAGS, *options, str(SOURCE), "-o", f"{scratch}/native.o"],
                 [compiler, "-shared", f"{scratch}/native.o", *libraries, "-o", f"{scratch}/native.so"],
@@ -97,12 +97,12 @@ def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
                 done = subprocess.run(step, capture_output=True, text=True, timeout=120)
                 if done.returncode:
                     raise OSError(f"{compiler} fails: {(done.stderr.strip() or 'no reason given').splitlines()[0]}")
-            os.replace(f"{scratch}/native.so", target)  # whole or not at all, whoever else builds it now
+            os.replace(f"{scratch}/native.so", target)  # atomic: another process may build it, too
     return target
 
 
 def _processor() -> str:
-    """What tells processors apart to which a home directory may travel; only Linux says it without extra tools."""
+    """Identifies the processor, since machines may share a home directory; precise only on Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -111,7 +111,7 @@ def _processor() -> str:
 
 
 def _loaded_openmp() -> str:
-    """The GNU OpenMP library that torch runs on; empty where it runs on another, or cannot be found out."""
+    """The path of the GNU OpenMP library that torch uses; empty if torch uses another one, or if it is unknown."""
     try:
         maps = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -120,7 +120,7 @@ def _loaded_openmp() -> str:
 
 
 def function(name: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
-    """A kernel for this type of numbers. Only where nothing is `missing`."""
+    """A kernel for this dtype. Call it only if `missing` returns an empty string."""
     return _library()[name, dtype]
 
 
@@ -159,5 +159,5 @@ def paged_decode(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[T, H, D] as it is, if each row of H · D numbers lies in one piece; else a copy of which that is true."""
+    """``x`` [T, H, D] itself, if each row of H · D numbers is contiguous; otherwise a contiguous copy."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

@@ -1,4 +1,4 @@
-// bfloat16, and as many numbers at a time as a register of this CPU holds.
+// bfloat16, and SIMD vectors: as many numbers as a register of this CPU holds.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-// bfloat16 is the upper half of a float32; the lower half is rounded to the nearest, ties to even.
+// bfloat16 is the upper half of a float32; numbers are rounded to the nearest, ties to even.
 struct bf16 {
     uint16_t bits;
     bf16() = default;
@@ -25,7 +25,7 @@ struct bf16 {
     }
 };
 
-// Room for `size` numbers, and where it begins: at a cache line, for a register filled from two takes twice as long.
+// Reserves memory for `size` numbers, aligned to a cache line: a load across two lines takes twice as long.
 constexpr size_t LINE = 64;
 template <typename T>
 static T *reserve(std::vector<T> &numbers, size_t size) {
@@ -33,15 +33,15 @@ static T *reserve(std::vector<T> &numbers, size_t size) {
     return (T *)(((uintptr_t)numbers.data() + LINE - 1) / LINE * LINE);
 }
 
-// As many numbers rounded up to whole lines.
+// `size` numbers, rounded up to whole cache lines.
 template <typename T>
 static size_t lines(size_t size) {
     return (size * sizeof(T) + LINE - 1) / LINE * LINE / sizeof(T);
 }
 
-// --- a register of them ----------------------------------------------------------------------------------------
+// --- vectors: one register of numbers ----------------------------------------------------------------------------
 
-// Not sixteen everywhere: of vectors wider than its registers GCC makes programs that go through memory.
+// Not 16 everywhere: for vectors that are wider than a register, GCC generates code that goes through memory.
 #if defined(__AVX512F__)
 constexpr int64_t LANES = 16;
 #elif defined(__AVX__)
@@ -54,7 +54,7 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
-// From and to memory, wherever it begins; pointers to registers would have to be aligned.
+// Loads and stores at any address; dereferencing a pointer to a vector would require alignment.
 template <typename V>
 static inline V read(const void *from) {
     V v;
@@ -74,9 +74,9 @@ static inline vec larger(vec a, vec b) {
 #endif
 }
 
-// 2^x for x <= 127, zero from 2^-127 on: 2^n · 2^f, f in [-1/2, 1/2] by a polynomial with an error below 3e-7.
+// 2^x for x <= 127, zero from 2^-127 down: 2^n · 2^f, with f in [-1/2, 1/2] by a polynomial (error below 3e-7).
 static inline vec exp2_(vec x) {
-    const vec y = larger(vec{} - 127.f, x), n = y + 12582912.f;  // 1.5 · 2^23: no room for what is behind the point
+    const vec y = larger(vec{} - 127.f, x), n = y + 12582912.f;  // 1.5 · 2^23: float32 has no bits left for a fraction
     const vec f = y - (n - 12582912.f);
     vec p = f * 1.32764720e-3f + 9.67554133e-3f;
     p = p * f + 5.55071327e-2f;
@@ -93,13 +93,13 @@ static inline vec sigmoid(vec x) {
     return 1 / (1 + exp2_(y > 126 ? vec{} + 126 : y));
 }
 
-// A *unit* is what a lane of 32 bits holds: one float32, or two bfloat16 that lie next to each other.
+// A *unit* is the content of a 32-bit lane: one float32, or two adjacent bfloat16.
 template <typename T>
 constexpr int64_t UNIT = 4 / sizeof(T);
 
 static inline bits wide(halves v) {
 #ifdef __AVX512F__
-    return (bits)_mm512_cvtepu16_epi32((__m256i)v);  // what compilers make of the other one takes four instructions
+    return (bits)_mm512_cvtepu16_epi32((__m256i)v);  // compilers need four instructions for the version below
 #else
     return __builtin_convertvector(v, bits);
 #endif
@@ -119,7 +119,7 @@ static inline vec load(const bf16 *from) { return (vec)(wide(read<halves>(from))
 static inline void store(float *to, vec v) { write(to, v); }
 static inline void store(bf16 *to, vec v) { write(to, narrow(v)); }
 
-// What is left of v in numbers of type T.
+// v rounded to type T.
 template <typename T>
 static inline vec rounded(vec v) {
     return UNIT<T> == 1 ? v : (vec)(wide(narrow(v)) << 16);
@@ -131,14 +131,14 @@ static inline float sum(vec v) {
     return total;
 }
 
-// Units of two bfloat16.
+// Packs two vectors into units of two bfloat16.
 static inline bits pair(vec first, vec second) { return wide(narrow(first)) | wide(narrow(second)) << 16; }
 
-// Two numbers of each token, as a column has them.
+// Stores two channels of LANES tokens in the layout of columns (see matmul.h).
 static inline void store_in_column(float *to, vec first, vec second) { store(to, first), store(to + LANES, second); }
 static inline void store_in_column(bf16 *to, vec first, vec second) { write(to, pair(first, second)); }
 
-// sums += the products of a register of units with another
+// sums += the products of two vectors of units
 static inline void multiply(vec &sums, const float *a, const float *b) { sums += load(a) * load(b); }
 
 static inline void multiply(vec &sums, const bf16 *a, const bf16 *b) {
@@ -149,7 +149,7 @@ static inline void multiply(vec &sums, const bf16 *a, const bf16 *b) {
 #endif
 }
 
-// sums += one unit, the same for all, times a register of them
+// sums += one unit, broadcast to all lanes, times a vector of units
 static inline void multiply_by(vec &sums, const float *one, const float *b) { sums += *one * load(b); }
 
 static inline void multiply_by(vec &sums, const bf16 *one, const bf16 *b) {
@@ -164,13 +164,13 @@ static inline void multiply_by(vec &sums, const bf16 *one, const bf16 *b) {
 #endif
 }
 
-// Two bfloat16 in each unit: the lower halves of the lanes of a and b, or the upper ones.
+// Units of two bfloat16: the lower halves of the lanes of a and b, or the upper halves.
 static inline ints lower_halves(ints a, ints b) { return (a & 0xffff) | (b << 16); }
 static inline ints upper_halves(ints a, ints b) { return ((a >> 16) & 0xffff) | (b & ~0xffff); }
 
-// --- as many registers of them -----------------------------------------------------------------------------------
+// --- LANES vectors ---------------------------------------------------------------------------------------------
 
-// Swaps the blocks of S x S lanes that lie off the diagonal of rows i and i + S.
+// One step of a transposition: swaps the off-diagonal blocks of S x S lanes of rows i and i + S.
 #define UPPER(j) ((j) & S ? LANES + (j) - S : (j))
 #define LOWER(j) ((j) & S ? LANES + (j) : (j) + S)
 #if defined(__AVX512F__)
@@ -195,7 +195,7 @@ static inline void swap_blocks(ints *rows) {
         }
 }
 
-// to[j][i] = from[i][j], of units; `row(i)` is where a register of them begins.
+// Transposes LANES x LANES units: to[j][i] = from[i][j]; `row(i)` is the address of row i.
 template <typename Row>
 static inline void transpose(Row row, void *to, int64_t stride = LANES) {
     ints rows[LANES];

@@ -1,9 +1,9 @@
-"""Attention of one query per sequence over its paged context: the kernel of decoding (PagedAttention paper §4.1).
+"""The decode kernel: attention of one query per sequence over its paged context (PagedAttention paper §4.1).
 
-Decoding reads every key and value once and computes little with each: what counts is to keep the memory busy. A program
-instance takes one sequence, one key/value head and one *split* of the context (flash-decoding): the H/KH query heads
-that share the key/value head are the rows of one small matrix, so that keys and values are read once for all of them,
-and tensor cores multiply. They want 16 rows at least; the rest are padding.
+Decoding reads every key and value once and computes little with each: it is memory-bound. A program instance
+processes one sequence, one key/value head and one *split* of the context (flash-decoding): the H/KH query heads that
+share the key/value head are the rows of one small matrix, so that keys and values are read once for all of them, and
+tensor cores compute the products. Tensor cores need at least 16 rows; the missing ones are padding.
 
                       context of the sequence, through its block table
                       ┌─ split 0 ──────┬─ split 1 ──────┬─ split 2 ───┐
@@ -16,10 +16,10 @@ and tensor cores multiply. They want 16 rows at least; the rest are padding.
                               └────────────────┼───────────────┘
                                      merge kernel: one program per query head
 
-One long sequence alone would leave most of a GPU idle; its splits fill it. With many sequences there is one split, and
-the result is written at once. The host fixes how many splits there are; how long they are, each sequence finds by its
-own length, which only the GPU has to know. So a CUDA graph recorded for the longest context serves short ones too:
-splits for which nothing is left end at once.
+Without splits, a single long sequence would leave most of a GPU idle. With many sequences there is one split, and the
+result is written directly. The host fixes the number of splits; the kernel computes their length from each sequence's
+length, so that the host need not know it. So a CUDA graph recorded for the longest context serves short ones, too:
+splits without any tokens end at once.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from torch import Tensor
 from minipaged.kernels.tiles import EMPTY, LOG2_E, attend, offsets_of, tile_of
 
 MAX_SPLITS = 128
-LEAST_TILES = 4  # of a split: its result has to be written and read again
-EVERYTHING = 2**31 - 1  # a sliding window that no context outgrows
+LEAST_TILES = 4  # per split, because each split's result must be written and read again
+EVERYTHING = 2**31 - 1  # a sliding window that is longer than any context
 
 
-# What differs from step to step is not specialized: else a multiple of 16, a 1 or an address would compile it anew.
+# Arguments that change from step to step are not specialized: a 1, a multiple of 16 or an alignment would recompile.
 @triton.jit(
     do_not_specialize=["table_stride", "window"],
-    do_not_specialize_on_alignment=["table_ptr", "len_ptr"],  # rows of a step's tables: their first may be anywhere
+    do_not_specialize_on_alignment=["table_ptr", "len_ptr"],  # views of a step's tensors, with any alignment
 )
 def _decode_kernel(
     q_ptr,  # [B, H, D]
@@ -51,9 +51,9 @@ def _decode_kernel(
     v_scale_ptr,
     table_ptr,  # [B, M] int64
     len_ptr,  # [B] int64
-    out_ptr,  # [B, H, splits, D]: the result, or parts of it in float32
-    lse_ptr,  # [B, H, splits] float32: log2 of the parts' sums; None if there is one split
-    scale,  # of the scores, log2 e included
+    out_ptr,  # [B, H, splits, D]: the result, or each split's result in float32
+    lse_ptr,  # [B, H, splits] float32: log2 of the splits' sums of exponentials; None if there is one split
+    scale,  # factor of the scores, log2 e included
     q_seq,  # strides, in elements; the last dimension of everything has stride 1
     q_head,
     kv_block,
@@ -70,7 +70,7 @@ def _decode_kernel(
     DIMS: tl.constexpr,
     LEAST_TILES: tl.constexpr,
 ):
-    # Neighbouring programs take neighbouring heads, which lie side by side in memory.
+    # Neighbouring programs process neighbouring heads, which are adjacent in memory.
     seq = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     head = tl.program_id(0) % KV_HEADS
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -93,7 +93,7 @@ def _decode_kernel(
     for start in range(begin, end, KEYS):
         position = start + tl.arange(0, KEYS)
         alive = position < end
-        # Dead slots are never loaded: whatever lies there, NaN too, cannot reach the result.
+        # Dead slots are never loaded: what they hold, even NaN, cannot affect the result.
         at = offsets_of(position, alive, table_ptr + seq * table_stride, kv_block, kv_token, BLOCK_SIZE)
         at += head * kv_head
         k = tl.load(k_ptr + at[None, :] + dim[:, None], mask=alive[None, :] & live_dim[:, None], other=0.0)
@@ -106,11 +106,11 @@ def _decode_kernel(
             q, k.to(q.dtype), v.to(q.dtype), k_scale, v_scale, alive[None, :], scale, peak, total, acc
         )
 
-    out = acc / tl.where(total > 0, total, 1.0)[:, None]  # a context of no tokens gives zeros
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]  # an empty context gives zeros
     part = (seq * KV_HEADS * GROUP + query_head) * splits + split  # [ROWS]
     tl.store(out_ptr + part[:, None] * HEAD_DIM + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=live)
     if lse_ptr is not None:
-        tl.store(lse_ptr + part, peak + tl.log2(total), mask=live_row)  # of an empty split: -inf
+        tl.store(lse_ptr + part, peak + tl.log2(total), mask=live_row)  # an empty split: -inf
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -123,7 +123,7 @@ def _merge_kernel(
     DIMS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
 ):
-    """One query head: the mean of its parts, weighted by the sums of exponentials they stand for."""
+    """Merges the splits of one query head: the mean of their results, weighted by their sums of exponentials."""
     row = tl.program_id(0).to(tl.int64)
     split, dim = tl.arange(0, MAX_SPLITS), tl.arange(0, DIMS)
     lse = tl.load(lse_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
@@ -156,7 +156,7 @@ def paged_decode(
     B, H, D = q.shape
     S, KH = k_cache.shape[1:3]
     keys, dims = tile_of(D, q.itemsize)
-    longest = block_tables.shape[1] * S  # a bound that is known without asking the GPU for context_lens
+    longest = block_tables.shape[1] * S  # an upper bound that does not need context_lens from the GPU
     splits = splits_of(min(longest, sliding_window or longest), keys, B * KH, _num_processors(q.device))
     out = q.new_empty(B, H, D)
     parts, lse = out, None
@@ -177,9 +177,9 @@ def paged_decode(
 
 
 def splits_of(longest: int, keys: int, programs: int, processors: int) -> int:
-    """How many splits a batch gets whose contexts have ``longest`` tokens at most. ``programs``: what one split has.
+    """The number of splits for contexts of at most ``longest`` tokens. ``programs``: program instances per split.
 
-    As many as give each multiprocessor four programs to switch between, if there is work for so many.
+    Enough to give each multiprocessor four programs to switch between, if there are enough tiles for that.
     """
     return max(1, min(4 * processors // programs, longest // (LEAST_TILES * keys), MAX_SPLITS))
 

@@ -1,7 +1,7 @@
-"""Causal attention of many queries per sequence over its paged context: prompts, and chunks of prompts.
+"""The prefill kernel: causal attention of many queries per sequence over its paged context (chunked prefill).
 
-Several sequences come in one launch, each with its own number of queries: the host cuts their queries into tiles and
-writes a list of them, one row for each tile. A program instance takes one tile and one key/value head. Its rows are
+One launch processes several sequences, each with its own number of queries: the host divides their queries into tiles
+and lists them, one row per tile. A program instance processes one tile and one key/value head. Its rows are
 QUERIES neighbouring queries times the GROUP query heads that share the key/value head.
 
                        keys of the sequence, through its block table
@@ -13,8 +13,8 @@ QUERIES neighbouring queries times the GROUP query heads that share the key/valu
     …                  └──────────────┴───────────┘        from the first key that its first query sees
                         tile → tile → tile →  end
 
-Earlier context is read from the cache, as are the chunk's own keys: they were stored before. So a first chunk, a later
-one, one behind a prefix found in the cache and a decode are all the same (Sarathi-Serve's chunked prefill, for one).
+Earlier context is read from the cache, and so are the chunk's own keys, which were stored before. So a first chunk, a
+later chunk (Sarathi-Serve's chunked prefill), a chunk after a prefix cache hit and a decode are all the same case.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _prefill_kernel(
     table_ptr,  # [B, M] int64
     tile_ptr,  # [tiles, 4] int64: sequence, first row of q, queries, position of the first
     out_ptr,
-    scale,  # of the scores, log2 e included
+    scale,  # factor of the scores, log2 e included
     q_token,  # strides, in elements; the last dimension of everything has stride 1
     q_head,
     kv_block,
@@ -92,7 +92,7 @@ def _prefill_kernel(
             visible &= position[None, :] > here - window
         peak, total, acc = attend(q, k.to(q.dtype), v.to(q.dtype), k_scale, v_scale, visible, scale, peak, total, acc)
 
-    # Every query sees itself; only padding rows may have seen nothing, and they are not stored.
+    # Every query sees itself; only padding rows may see no key, and they are not stored.
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
     there = (q_row * KV_HEADS * GROUP + query_head[:, None]) * HEAD_DIM + dim[None, :]
     tl.store(out_ptr + there, out.to(out_ptr.dtype.element_ty), mask=live)
@@ -132,20 +132,20 @@ def paged_prefill(
 
 
 def rows_of(dims: int, itemsize: int, quantized: bool) -> int:
-    """Rows of a tile of queries: as many as the registers of eight warps hold without spilling.
+    """The number of rows in a tile of queries: as many as the registers of eight warps hold without spilling.
 
-    Quantized keys and values go through registers on their way to the tensor cores; for float32 see ``tile_of``.
+    Quantized keys and values pass through registers to the tensor cores, so they need more; for float32 see `tile_of`.
     """
     return min(64 if quantized else 128, max(16, 16384 // dims)) if itemsize == 2 else 16
 
 
-@lru_cache(maxsize=8)  # the layers of a step ask with the same lengths: one copy to the GPU serves them all
+@lru_cache(maxsize=8)  # all layers of a step have the same lengths: they share one copy to the GPU
 def _tiles(context_lens: tuple[int, ...], query_lens: tuple[int, ...], size: int, device: torch.device) -> Tensor:
-    """The work: [tiles, 4] int64 of sequence, first row of q, number of queries, position of the first."""
+    """The list of tiles: [tiles, 4] int64: sequence, first row of q, number of queries, position of the first."""
     tiles, row = [], 0
     for b, (length, count) in enumerate(zip(context_lens, query_lens, strict=True)):
         for i in range(0, count, size):
             tiles.append((b, row + i, min(size, count - i), length - count + i))
         row += count
-    tiles.sort(key=lambda tile: -tile[3])  # most keys first, so that no long tile is left to run alone at the end
+    tiles.sort(key=lambda tile: -tile[3])  # most keys first, so that no long tile runs alone at the end
     return torch.tensor(tiles, dtype=torch.int64).to(device, non_blocking=True)

@@ -1,18 +1,18 @@
-// Attention of several neighbouring tokens of one sequence, a part of a prompt. Queries lie side by side, LANES to a
-// register or a tile of AMX, and so do their scores. A softmax then runs down the keys, lane by lane, and a key that is
-// read serves all the queries. Keys come some at a time, with the softmax of FlashAttention (Dao et al. 2022, section
-// 3.1): when the maximum grows, what was summed up shrinks.
+// Prefill attention: several consecutive tokens of one sequence. Queries are laid out in columns, LANES to a register
+// or AMX tile, and so are their scores. So each lane computes the softmax of its own query over the keys, and a key
+// that is read serves all queries. KEYS keys are processed at a time, with the online softmax of FlashAttention (Dao et
+// al. 2022, section 3.1): when the maximum grows, earlier sums are scaled down.
 #pragma once
 #include "attention.h"
 #include "matmul.h"
 
-constexpr int64_t KEYS = 64;                 // at a time: all that is made of them stays in the nearest cache
-constexpr int64_t TOGETHER = TILES * LANES;  // queries of one key/value head that attend together
+constexpr int64_t KEYS = 64;                 // at a time: all intermediate results stay in the L1 cache
+constexpr int64_t TOGETHER = TILES * LANES;  // queries of one key/value head that are processed together
 
 // --- products --------------------------------------------------------------------------------------------------
 
-// sums [LANES, W] = a [LANES, K] · b [K, W], added to what was there if `add`; W = LANES · COUNT. Rows of a are
-// `stride` apart, and b's numbers lie in units: [K/UNIT, W, UNIT].
+// sums [LANES, W] = a [LANES, K] · b [K, W], plus the old sums if `add`; W = LANES · COUNT. Rows of a have stride
+// `stride`, and b is stored in units: [K/UNIT, W, UNIT].
 template <int COUNT, typename T>
 static inline void multiply_rows(const T *a, int64_t stride, const T *b, int64_t K, bool add, float *sums) {
     constexpr int64_t W = COUNT * LANES;
@@ -31,11 +31,11 @@ static inline void multiply_rows(const T *a, int64_t stride, const T *b, int64_t
 }
 
 #if defined(__AMX_BF16__) && defined(__linux__)
-// The same in AMX, 32 numbers of K at once.
+// The same with AMX, 32 numbers of K at a time.
 template <int COUNT>
 static inline void multiply_tiles(const bf16 *a, int64_t stride, const bf16 *b, int64_t K, bool add, float *sums) {
     constexpr int64_t W = COUNT * LANES, ROW = W * 4;
-    asm volatile("" ::: "memory");  // GCC does not know that tiles are loaded from what was written just before
+    asm volatile("" ::: "memory");  // GCC does not know that tile loads read memory that was written just before
     if (add) {
         _tile_loadd(0, sums, ROW);
         if (COUNT > 1) _tile_loadd(1, sums + LANES, ROW);
@@ -76,7 +76,7 @@ static inline void multiply_any(const T *a, int64_t stride, const T *b, int64_t 
 
 // --- keys and values -------------------------------------------------------------------------------------------
 
-// rows [count, wide]: the D numbers of each slot that `row(i)` points to, and zeros up to `wide`.
+// Gathers rows [count, wide]: the D numbers that `row(i)` points to, and zeros up to `wide`.
 template <typename T, typename Row>
 static inline void gather(Row row, int64_t count, int64_t D, int64_t wide, T *rows) {
     for (int64_t i = 0; i < count; i++, rows += wide) {
@@ -90,13 +90,13 @@ static inline void gather(Row row, int64_t count, int64_t D, int64_t wide, T *ro
     }
 }
 
-// One function for all that follows, not a copy in each: of sixteen registers it is a long one.
+// Not inlined, because the code of a transposition is long.
 __attribute__((noinline)) static void transpose_units(const void *from, int64_t stride, void *to, int64_t to_stride) {
     transpose([&](int64_t i) { return (const int32_t *)from + i * stride; }, to, to_stride);
 }
 
-// Values turned: rows [LANES · UNIT, wide] → turned [wide, KEYS]. Two bfloat16 that share a unit come from keys which
-// are LANES apart, as those of weights do, for that needs no shuffle.
+// Transposes values: rows [LANES · UNIT, wide] → turned [wide, KEYS]. The two bfloat16 of a unit come from keys at a
+// distance of LANES, as in `soften`'s weights, because that needs no shuffle.
 template <typename T>
 static void turn_values(const T *rows, int64_t wide, T *turned) {
     for (int64_t d = 0; d < wide; d += LANES * UNIT<T>) {
@@ -116,13 +116,13 @@ static void turn_values(const T *rows, int64_t wide, T *turned) {
 
 // --- softmax ---------------------------------------------------------------------------------------------------
 
-// What LANES queries have seen so far, and which keys each may see: those from `from` up to `to`.
+// The softmax state of LANES queries (maximum and sum), and the keys that each sees: from `from`, up to but not `to`.
 struct Seen {
     vec most, total;
     ints from, to;
 };
 
-// scores [size, W] of the keys from t on: what a query does not see weighs nothing.
+// Masks scores [size, W] of the keys from t on: -inf if the query does not see the key.
 template <int COUNT>
 static inline void hide(float *scores, int64_t t, int64_t size, const Seen *seen) {
     for (int64_t i = 0; i < size; i++)
@@ -133,11 +133,11 @@ static inline void hide(float *scores, int64_t t, int64_t size, const Seen *seen
         }
 }
 
-// scores [size, W] → weights in their place, units of T: [size/UNIT, W]. What was summed up before has to `shrink`.
+// Replaces scores [size, W] by weights, in units of T: [size/UNIT, W]. Earlier sums must be multiplied by `shrink`.
 template <int COUNT, typename T>
 static inline void soften(float *scores, int64_t size, float scale, Seen *seen, vec *shrink) {
     constexpr int64_t W = COUNT * LANES;
-    scale *= LOG2_E;  // from here on in powers of two
+    scale *= LOG2_E;  // exponentials are computed in base 2
     vec most[COUNT], total[COUNT] = {};
     for (int c = 0; c < COUNT; c++) most[c] = seen[c].most;
     for (int64_t i = 0; i < size; i++)
@@ -164,9 +164,9 @@ static inline void soften(float *scores, int64_t size, float scale, Seen *seen, 
     for (int c = 0; c < COUNT; c++) seen[c].total = seen[c].total * shrink[c] + total[c];
 }
 
-// --- all of it -------------------------------------------------------------------------------------------------
+// --- attention -------------------------------------------------------------------------------------------------
 
-// LANES queries' sums [wide, LANES], rows W apart, to where the first `count` of the queries have their outputs.
+// Writes the sums of LANES queries, [wide, LANES] with row stride W, to the outputs of the first `count` queries.
 template <typename T>
 static void put_out(const float *sums, int64_t W, vec factor, const int64_t *places, int64_t count, int64_t D,
                     T *out) {
@@ -188,7 +188,7 @@ static void put_out(const float *sums, int64_t W, vec factor, const int64_t *pla
     }
 }
 
-// Several tokens' attention, at most LANES · COUNT queries. out: [count, G, D], rows as far apart as the queries'.
+// Attention of several tokens, at most LANES · COUNT queries. out: [count, G, D], with the same strides as the queries.
 template <typename T, int COUNT>
 static void attend_together(const Queries<T> &queries, const Pages<T> &pages, int64_t window, T *out, int64_t D,
                             float scale, Scratch<T> &scratch) {
@@ -198,7 +198,7 @@ static void attend_together(const Queries<T> &queries, const Pages<T> &pages, in
     T *columns = reserve(scratch.narrow, wide * W + 2 * wide * KEYS);
     T *rows = columns + wide * W, *turned = rows + wide * KEYS;
     Seen seen[COUNT];
-    int64_t places[W];  // of queries; beyond R the last one, again and again
+    int64_t places[W];  // offsets of the queries; beyond R repeats of the last one
     for (int64_t i = 0, token = 0, head = 0; i < W; i++) {
         const int64_t to = queries.end + token;
         places[i] = token * queries.row + head * D;
@@ -239,10 +239,10 @@ static void attend_together(const Queries<T> &queries, const Pages<T> &pages, in
         put_out<T>(sums + c, W, 1 / seen[c / LANES].total, places + c, R - c, D, out);
 }
 
-// As many tokens as may attend together, where G heads share a key/value head.
+// The number of tokens that are processed together, if G heads share a key/value head.
 static inline int64_t together(int64_t G) { return G < TOGETHER ? TOGETHER / G : 1; }
 
-// Attention of one token or several.
+// Attention of one or several tokens.
 template <typename T>
 static void attend_any(const Queries<T> &queries, const Pages<T> &pages, int64_t window, T *out, int64_t D, float scale,
                        Scratch<T> &scratch) {

@@ -1,19 +1,19 @@
-"""Paged attention in plain torch: what every faster kernel must equal.
+"""Paged attention in plain torch: the reference implementation that every faster kernel must match.
 
 Letters used in shapes:
 
-    T  tokens computed in this step, all sequences one after the other
+    T  tokens computed in this step, all sequences concatenated
     B  sequences in this step            M   blocks in the longest block table
     H  query heads                       KH  key/value heads (KH divides H: grouped-query attention)
     D  head dimension                    N   physical blocks         S  block size
 
-Dead slots (the unfilled tail of a last block, and the padding of short block tables) may hold anything, NaN too, left
-there by an earlier owner. No function here lets them reach a result.
+Dead slots (the unfilled tail of a last block, and the padding of short block tables) may hold any number, even NaN,
+from an earlier sequence. No function here lets them affect a result.
 
-A quantized cache is int8, with a float32 scale for each slot and key/value head beside it: ``k_scale`` and ``v_scale``,
-[N, S, KH]; they are ``None`` for a cache that is not. A scale of its own for each slot is what lets a block be filled
-token by token: one for a whole block would have to grow with a later token, and all that is in the block be rounded
-anew. It costs 4 bytes for D.
+A quantized cache is int8, with a float32 scale per slot and key/value head: ``k_scale`` and ``v_scale``, [N, S, KH];
+they are ``None`` for a cache that is not quantized. With one scale per slot, a block can be filled token by token: a
+scale for a whole block might have to grow with a later token, and all numbers in the block would have to be rounded
+again. A scale costs 4 bytes per D numbers.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def store_kv(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns channels i and i + D/2 as a pair: the layout of Hugging Face checkpoints.
+    """Rotary positions: rotates channels i and i + D/2 as a pair, the layout of Hugging Face checkpoints.
 
-    x: [T, H, D]; cos, sin: [T, 1, D], of angles that both channels of a pair share.
+    x: [T, H, D]; cos, sin: [T, 1, D], of the angles; both channels of a pair have the same angle.
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
@@ -64,16 +64,16 @@ def rope_store(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Turns queries and keys by their positions and stores keys and values: `rotate`, then `store_kv`.
+    """Rotates queries and keys by their positions and stores keys and values: `rotate`, then `store_kv`.
 
-    Keys are cached turned: a token's position never changes, so its block can be shared. Returns the turned queries.
+    The cache holds rotated keys: a token's position never changes, so blocks can be shared. Returns rotated queries.
     """
     store_kv(rotate(k, cos, sin), v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     return rotate(q, cos, sin)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Scales vectors to a root mean square of one, then channels by a learned weight. [..., C] → [..., C]."""
+    """RMSNorm: scales vectors to a root mean square of 1, then channels by a learned weight. [..., C] → [..., C]."""
     # In float32: squares overflow float16, and bfloat16 drops the small terms of a long sum.
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
@@ -81,19 +81,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """A residual sum and the norm that reads it: x + delta, `rms_norm` of that. x, delta: [T, C]; weight: [C]."""
+    """A residual sum and its norm: returns x + delta and the `rms_norm` of that. x, delta: [T, C]; weight: [C]."""
     x = x + delta
     return x, rms_norm(x, weight, eps)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """SwiGLU's bend: silu(gate) · up, the two side by side. [T, 2·F] → [T, F]."""
+    """SwiGLU's activation: silu(gate) · up, where gate and up are the halves of each row. [T, 2·F] → [T, F]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers → int8 and scales, such that number ≈ int8 · scale: [..., D] → [..., D] and [...] float32."""
+    """Quantizes to int8 with scales, such that number ≈ int8 · scale: [..., D] → [..., D] and [...] float32."""
     x = x.float()
     scale = x.abs().amax(dim=-1) / 127
     divisor = scale.where(scale != 0, 1)  # a vector of zeros has scale 0
@@ -101,7 +101,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The numbers again, of ``dtype``; ``x`` itself if it is not quantized. x: [..., D]; scale: [...]."""
+    """Converts back to ``dtype``; returns ``x`` itself if it is not quantized. x: [..., D]; scale: [...]."""
     return x if scale is None else (x.float() * scale[..., None]).to(dtype)
 
 
@@ -118,8 +118,8 @@ def paged_decode(
 ) -> Tensor:
     """Attention of one query per sequence over its blocks, the whole batch at once (paper §4.1, equation 4).
 
-    Blocks are gathered into a padded [B, M · S] context and masked by length: the gather is the price of paging in
-    plain torch, which a kernel that follows the block table itself does not pay.
+    Blocks are gathered into a padded [B, M · S] context and masked by length: the gather is the cost of paging in
+    plain torch; a kernel that follows the block table itself does not need it.
 
     q: [B, H, D]; caches: [N, S, KH, D]; block_tables: [B, M]; context_lens: [B], the query's own token included.
     Returns [B, H, D].
@@ -134,10 +134,10 @@ def paged_decode(
     def gather(cache: Tensor, cache_scale: Tensor | None) -> Tensor:
         block_scale = None if cache_scale is None else cache_scale[block_tables]
         context = dequantize(cache[block_tables], block_scale, q.dtype).view(B, length, KH, D)
-        # 0 · NaN is NaN: masking the scores alone would let a dead value through the weighted sum.
+        # 0 · NaN is NaN: if only the scores were masked, a dead value could still make the weighted sum NaN.
         return context.masked_fill_(~alive[:, :, None, None], 0).transpose(1, 2)  # [B, KH, M · S, D]
 
-    # The H/KH query heads that share a key/value head become rows of one small matrix: no key is ever repeated.
+    # The H/KH query heads that share a key/value head become rows of one small matrix, so keys are not repeated.
     out = F.scaled_dot_product_attention(
         q.reshape(B, KH, H // KH, D),
         gather(k_cache, k_scale),
@@ -157,7 +157,7 @@ def attention_weights(
     sliding_window: int | None = None,
     k_scale: Tensor | None = None,
 ) -> Tensor:
-    """What one query makes of its context: the softmax inside `paged_decode`, one row per query head.
+    """The attention weights of one query over its context: the softmax inside `paged_decode`, a row per query head.
 
     q: [H, D]; k_cache: [N, S, KH, D]; block_table: [M], at least as many blocks as the context fills.
     Returns [H, context_len] in float32; each row sums to 1.
@@ -166,7 +166,7 @@ def attention_weights(
     blocks = block_table[: -(-context_len // S)]
     k = dequantize(k_cache[blocks], None if k_scale is None else k_scale[blocks], torch.float32)
     k = k.flatten(0, 1)[:context_len].float()  # [context_len, KH, D]
-    k = k.repeat_interleave(q.shape[0] // KH, dim=1)  # a key head serves H / KH query heads
+    k = k.repeat_interleave(q.shape[0] // KH, dim=1)  # H / KH query heads share a key head
     scores = scale * torch.einsum("hd,lhd->hl", q.float(), k)
     if sliding_window is not None:
         scores[:, : max(0, context_len - sliding_window)] = -torch.inf
@@ -185,9 +185,9 @@ def paged_prefill(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of several queries per sequence: prompts, and chunks of prompts with earlier context.
+    """Causal attention of several queries per sequence: prefill of whole prompts, or of chunks with earlier context.
 
-    q: [sum(query_lens), H, D], sequences one after the other; caches: [N, S, KH, D]; block_tables: [B, M].
+    q: [sum(query_lens), H, D], sequences concatenated; caches: [N, S, KH, D]; block_tables: [B, M].
     Sequence b's queries are its last query_lens[b] of context_lens[b] tokens. Returns the shape of q.
     """
     S = k_cache.shape[1]
@@ -199,7 +199,7 @@ def paged_prefill(
         v = dequantize(v_cache[blocks], None if v_scale is None else v_scale[blocks], q.dtype)
         k, v = k.flatten(0, 1)[:length], v.flatten(0, 1)[:length]  # [length, KH, D]
         q_, k_, v_ = queries.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-        whole = count == length and sliding_window is None  # torch knows this mask, and computes the half of it
+        whole = count == length and sliding_window is None  # for is_causal, torch skips the masked half
         visible = None if whole else _visible(count, length, sliding_window, q.device)
         out = F.scaled_dot_product_attention(
             q_, k_, v_, attn_mask=visible, is_causal=whole, scale=scale, enable_gqa=True
@@ -221,8 +221,8 @@ def _visible(count: int, length: int, sliding_window: int | None, device: torch.
 def copy_blocks(caches: list[Tensor], src: Tensor, dst: Tensor) -> None:
     """Copies whole blocks src[i] → dst[i] in every cache (copy-on-write, paper §4.4).
 
-    All reads happen before any write, so a block that is freed and handed out again as a target within the same step
-    still serves as a source. caches: each [N, S, KH, D]; src, dst: [number of copies].
+    All reads happen before any write, so a source block may be freed and allocated again as a target in the same
+    step. caches: each [N, S, KH, D]; src, dst: [number of copies].
     """
     swap_blocks(caches, caches, src, dst)
 

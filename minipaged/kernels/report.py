@@ -1,7 +1,7 @@
-"""Compiling every kernel for GPUs that need not be there, and what came of it: registers, spills, shared memory.
+"""Compiles every Triton kernel ahead of time, without a GPU, and reports registers, spills and shared memory.
 
-Triton compiles for any target ahead of time. To compile exactly what the engine would run, the launchers themselves are
-called, with small tensors on the CPU, while a `Recorder` stands where the kernel is: it notes what it is launched with.
+Triton can compile for any target. To compile exactly what the engine would run, the report calls the launchers
+themselves, with small tensors on the CPU, and replaces each kernel by a `Recorder`, which records its arguments.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 
 from minipaged.kernels import copy_blocks, fused, paged_decode, paged_prefill, store_kv
 
-TARGETS = (80, 90)  # A100 and its kin; H100
+TARGETS = (80, 90)  # compute capabilities of A100 and H100
 KERNELS: dict[str, ModuleType] = {
     "_store_kernel": store_kv,
     "_decode_kernel": paged_decode,
@@ -48,7 +48,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A launcher called in a certain way. ``main``: one that models are served with, so it must not spill."""
+    """One way of calling a launcher. ``main``: a common one for serving models, so it must not spill registers."""
 
     name: str
     launch: Callable[[], object]
@@ -57,7 +57,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with the arguments of a launch, as far as they decide how it is compiled."""
+    """A kernel launch: the properties of its arguments that determine how the kernel is compiled."""
 
     source: ASTSource
     options: dict[str, int]
@@ -65,16 +65,16 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one kernel in one variant."""
+    """The result of compiling one kernel in one variant."""
 
     variant: str
     kernel: str
     capability: int  # 80: sm_80
-    registers: int  # of a thread; 255 at most
-    spilled: int  # bytes of a thread's stack: registers that did not fit
-    shared: int  # bytes of shared memory of a program
+    registers: int  # per thread, at most 255
+    spilled: int  # bytes of stack per thread, for registers that did not fit
+    shared: int  # bytes of shared memory per program
     tensor_cores: int  # matrix instructions in the machine code
-    async_copies: int  # loads that go past the registers into shared memory while the program computes
+    async_copies: int  # loads that bypass registers into shared memory while the program computes
     main: bool
     ptx: str
     sass: str
@@ -85,7 +85,7 @@ class Compiled:
 
 
 class Recorder:
-    """Stands in for a kernel and keeps what it is launched with."""
+    """Replaces a kernel and records its launches."""
 
     def __init__(self, kernel: Any, launches: list[Launch]) -> None:
         self.kernel, self.launches = kernel, launches
@@ -119,7 +119,7 @@ def _type_of(value: Any, param: Any) -> tuple[str, bool]:
 
 
 def variants() -> Iterator[Variant]:
-    """Every kind of launch there is: dtypes, grouping, head dimensions, windows, splits, quantized caches."""
+    """Yields every kind of launch: dtypes, grouping, head dimensions, windows, splits, quantized caches."""
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
         for what, launch in ATTENTION.items():
             for shape, (heads, kv_heads, dim) in SHAPES.items():
@@ -201,7 +201,7 @@ ATTENTION: dict[str, Callable[..., None]] = {
 
 
 def launches(variant: Variant) -> list[Launch]:
-    """What the variant's launcher would launch."""
+    """The launches that the variant's launcher makes."""
     found: list[Launch] = []
     with ExitStack() as stack:
         for name, module in KERNELS.items():
@@ -211,13 +211,13 @@ def launches(variant: Variant) -> list[Launch]:
 
 
 def compile_all(chosen: Iterable[Variant], targets: Iterable[int] = TARGETS) -> Iterator[Compiled]:
-    """Compiles each variant for each target, 80 meaning sm_80: half a second a kernel, less if Triton has cached it."""
+    """Compiles each variant for each target (80: sm_80). Takes half a second per kernel, less if Triton cached it."""
     done = set()
     for variant in chosen:
         for launch in launches(variant):
             for capability in targets:
                 key = (launch.source.hash(), tuple(launch.options.items()), capability)
-                if key not in done:  # a window, say, changes how a kernel is called, but perhaps not the kernel
+                if key not in done:  # variants with different arguments may compile to the same kernel
                     done.add(key)
                     yield _compile(variant, launch, capability)
 
@@ -246,7 +246,7 @@ def _compile(variant: Variant, launch: Launch, capability: int) -> Compiled:
 
 
 def _tool(option: str, file: Path) -> str:
-    """The output of cuobjdump, which Triton's package brings along."""
+    """The output of cuobjdump, which is part of Triton's package."""
     path = triton.knobs.nvidia.cuobjdump.path
     return subprocess.run([path, option, str(file)], check=True, capture_output=True, text=True).stdout
 

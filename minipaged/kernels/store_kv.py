@@ -1,4 +1,4 @@
-"""Writing this step's keys and values into their slots (PagedAttention paper §4.3: "fused reshape and block write").
+"""Writes this step's keys and values to their slots (PagedAttention paper §4.3, "fused reshape and block write").
 
 k, v of this step                 slot_mapping              k_cache, v_cache
 token 0  [KH, D] ───────────────▶ slot 37  ───────────────▶ block 2, offset 5   (block size 16)
@@ -70,7 +70,7 @@ def quantize(x):
     x = x.to(tl.float32)
     scale = tl.max(tl.abs(x), axis=1, keep_dims=True) / 127.0
     divisor = tl.where(scale == 0.0, 1.0, scale)
-    # tl.div_rn: the plain division of CUDA may be off in the last bit, and then another int8 than the oracle's results.
+    # tl.div_rn: CUDA's plain division may be wrong in the last bit and give another int8 than `reference.quantize`.
     return tl.floor(tl.div_rn(x, divisor) + 0.5).to(tl.int8), scale
 
 
@@ -100,5 +100,5 @@ def store_kv(
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """``x`` with stride 1 in its last dimension: itself, as a rule."""
+    """``x`` with stride 1 in its last dimension: usually ``x`` itself, otherwise a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()

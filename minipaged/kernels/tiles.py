@@ -1,11 +1,11 @@
-"""What the attention kernels share: following a block table, and softmax over keys that come in tiles.
+"""Functions that the attention kernels share: following a block table, and online softmax over tiles of keys.
 
     logical    0 1 2 3 │ 4 5 6 7 │ 8 9            positions of a sequence, block size 4
     table         [7        2         5]            its block table
     physical   ……│8 9……│…│ 4 5 6 7 │…│ 0 1 2 3 │…    blocks 5, 2 and 7 of the cache
 
-A tile of keys is a range of *positions*, of any length: each position looks up its own block, so that tiles and
-blocks need not match and a block may hold any number of tokens.
+A tile of keys is a range of *positions*, of any length: the kernel looks up the block of each position, so tiles and
+blocks need not match, and the block size may be any number.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Softmax is computed in base 2, since that is the exponential that GPUs have: e^x = 2^(x · log2 e).
+# Softmax is computed in base 2, because GPUs have an instruction for 2^x only: e^x = 2^(x · log2 e).
 LOG2_E = 1.4426950408889634
 
-# An empty maximum. Finite, because -inf - -inf is NaN, and below any score that can occur.
+# The initial maximum. Finite, because -inf - -inf is NaN, and below any score that can occur.
 EMPTY = tl.constexpr(-3.0e38)
 
 
 @triton.jit
 def offsets_of(positions, alive, table_ptr, block_stride, token_stride, BLOCK_SIZE: tl.constexpr):
-    """Where the tokens at ``positions`` of a sequence lie in a cache, in elements; 0 for those not ``alive``.
+    """Offsets in a cache, in elements, of the tokens at ``positions`` of a sequence; in block 0 if not ``alive``.
 
-    int64, because a cache of more than 2^31 numbers is an everyday one: 4 GB in float16.
+    int64, because caches of more than 2^31 numbers are common: 4 GB in float16.
     """
     block = tl.load(table_ptr + positions // BLOCK_SIZE, mask=alive, other=0).to(tl.int64)
     return block * block_stride + (positions % BLOCK_SIZE).to(tl.int64) * token_stride
@@ -32,20 +32,20 @@ def offsets_of(positions, alive, table_ptr, block_stride, token_stride, BLOCK_SI
 
 @triton.jit
 def attend(q, k, v, k_scale, v_scale, visible, scale, peak, total, acc):
-    """Online softmax (Milakov & Gimelshein 2018; FlashAttention, algorithm 1): takes in one more tile of keys.
+    """Online softmax (Milakov & Gimelshein 2018; FlashAttention, algorithm 1): adds one more tile of keys.
 
     q: [rows, dims]; k: [dims, keys]; v: [keys, dims]; k_scale, v_scale: [keys], or None for caches that are not
-    quantized; visible: [rows, keys] or [1, keys]. So far, each row has seen a largest score ``peak``, the sum
-    ``total`` of 2^(score - peak), and the values ``acc`` weighted by the same. Returns the three, renewed.
+    quantized; visible: [rows, keys] or [1, keys]. Each row's state is its largest score so far, ``peak``, the sum
+    ``total`` of 2^(score - peak), and ``acc``, the sum of values with the same weights. Returns the new state.
     """
-    # "ieee": float32 stays float32 instead of being rounded to tf32's 10 bits. It says nothing about 16-bit types.
+    # "ieee": float32 stays float32 instead of being rounded to tf32's 10 bits. It does not affect 16-bit types.
     scores = tl.dot(q, k, input_precision="ieee") * scale
     if k_scale is not None:
-        scores *= k_scale[None, :]  # one factor per key, so it can wait until after the product
+        scores *= k_scale[None, :]  # one factor per key, so it can be applied after the product
     scores = tl.where(visible, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, axis=1))
     weights = tl.exp2(scores - new_peak[:, None])
-    shrink = tl.exp2(peak - new_peak)  # what was summed under the old peak counts less under a higher one
+    shrink = tl.exp2(peak - new_peak)  # a higher peak reduces the weight of what was summed before
     total = total * shrink + tl.sum(weights, axis=1)
     if v_scale is not None:
         weights *= v_scale[None, :]
@@ -54,11 +54,11 @@ def attend(q, k, v, k_scale, v_scale, visible, scale, peak, total, acc):
 
 
 def tile_of(head_dim: int, itemsize: int) -> tuple[int, int]:
-    """(keys, dims) of a tile, both powers of two, for queries of ``itemsize`` bytes.
+    """The size of a tile, (keys, dims), both powers of two, for queries of ``itemsize`` bytes.
 
-    16 KiB of 16-bit numbers, so that several tiles fit into shared memory and are on their way at once. float32 is not
-    for tensor cores, and products by hand take registers: a quarter of it. ``tl.dot`` wants at least 16 in each
-    direction; what is beyond ``head_dim`` is masked.
+    16 KiB of 16-bit numbers, so that several tiles fit into shared memory and can be loaded at the same time. float32
+    products do not use tensor cores and need more registers: a quarter of that many numbers. ``tl.dot`` needs at least
+    16 in each dimension; dims beyond ``head_dim`` are masked.
     """
     dims = max(16, triton.next_power_of_2(head_dim))
     return min(128, max(16, (8192 if itemsize == 2 else 2048) // dims)), dims

@@ -1,1 +1,1 @@
-"""The models: each a file that reads from top to bottom, and the loader that fills them from a checkpoint."""
+"""The model implementations, one file per family, and the loader that reads their weights from a checkpoint."""

@@ -1,7 +1,7 @@
-"""GPT-2. Read ``llama.py`` first; this one is older and plainer.
+"""GPT-2. Read ``llama.py`` first; this model is older and simpler.
 
-Positions are learned vectors added to the tokens, not rotations; norms subtract the mean and have biases, as
-has every projection; the MLP has no gate; and every query head has keys and values of its own, so that its
+Positions are learned vectors added to the token embeddings, not rotations; norms subtract the mean and have biases,
+as does every projection; the MLP has no gate; and every query head has its own keys and values, so that its
 KV cache is several times that of a Llama of the same width. Shapes use the letters of ``layers.py``.
 """
 
@@ -22,7 +22,7 @@ from minipaged.models.layers import embedding, need, paged_attention, require_pl
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """What ``config.json`` says, in minipaged's names."""
+    """The contents of ``config.json``, under minipaged's names."""
 
     vocab_size: int
     hidden_size: int
@@ -33,13 +33,13 @@ class GPT2Config:
     head_dim: int
     max_model_len: int
     norm_eps: float
-    windows: tuple[int | None, ...]  # always all None: every layer looks all the way back
+    windows: tuple[int | None, ...]  # always all None: no layer has a sliding window
     tied: bool  # the output head is the token embedding
 
     @classmethod
     def from_config(cls, config: dict[str, Any], architecture: str) -> GPT2Config:
-        """Reads a parsed ``config.json``. Raises ModelError for what is missing or not supported."""
-        if config.get("activation_function") != "gelu_pytorch_tanh":  # gelu_new by another name
+        """Reads a parsed ``config.json``. Raises ModelError for missing or unsupported values."""
+        if config.get("activation_function") != "gelu_pytorch_tanh":  # another name of gelu_new
             require_plain(config, activation_function="gelu_new")
         require_plain(
             config,
@@ -51,7 +51,7 @@ class GPT2Config:
         num_layers, num_heads = need(config, "n_layer"), need(config, "n_head")
         hidden_size = need(config, "n_embd")
         if hidden_size % num_heads:
-            raise ModelError(f"config.json: n_embd = {hidden_size} does not divide among {num_heads} heads")
+            raise ModelError(f"config.json: n_embd = {hidden_size} is not a multiple of n_head = {num_heads}")
         return cls(
             vocab_size=need(config, "vocab_size"),
             hidden_size=hidden_size,
@@ -68,12 +68,12 @@ class GPT2Config:
 
 
 class Attention(nn.Module):
-    """Multi-head attention over pages. [T, C] → [T, C]."""
+    """Multi-head attention over KV blocks. [T, C] → [T, C]."""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim, self.scale = layer, config.head_dim, config.head_dim**-0.5
-        width = config.num_heads * config.head_dim  # that of the residual stream, but on one of several ranks
+        width = config.num_heads * config.head_dim  # hidden_size, or this rank's share of it
         self.c_attn = nn.Linear(config.hidden_size, 3 * width)
         self.c_proj = nn.Linear(width, config.hidden_size)
 
@@ -85,7 +85,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Wider, bent, narrower. [T, C] → [T, C]."""
+    """Two linear layers with GELU between them. [T, C] → [T, F] → [T, C]."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -93,12 +93,12 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The tanh approximation is not a shortcut here: it is what GPT-2 was trained with.
+        # GPT-2 was trained with the tanh approximation, so the exact GELU would be wrong.
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to a residual stream that it reads through a norm. [T, C] → [T, C]."""
+    """One layer: attention, then MLP; each reads the residual stream through a norm and adds to it. [T, C] → [T, C]."""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
@@ -113,9 +113,9 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The whole model. Its parts are named as in Hugging Face checkpoints, so loading needs no dictionary."""
+    """The whole model. Its modules have the names of Hugging Face checkpoints, so loading needs no mapping of names."""
 
-    PREFIX = "transformer."  # before every name but the head's; the oldest checkpoints have none
+    PREFIX = "transformer."  # before every name except the head's; the oldest checkpoints have none
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class GPT2(nn.Module):
         self.wpe = embedding(config.max_model_len, config.hidden_size)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        # Only the head's weight is used, and an embedding's has its shape: a tied head is just a second name.
+        # Only the head's weight is used, and the embedding's has the same shape: a tied head is just a second name.
         head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head = self.wte if config.tied else head
 
@@ -133,11 +133,11 @@ class GPT2(nn.Module):
         x = self.wte(batch.token_ids) + self.wpe(batch.positions)  # [T, C]
         for block in self.h:
             x = block(x, batch, kv_cache)
-        x = self.ln_f(x[batch.logit_rows])  # [R, C]: only the rows that are sampled from meet the vocabulary
+        x = self.ln_f(x[batch.logit_rows])  # [R, C]: logits only for rows that are sampled from
         return F.linear(x, self.lm_head.weight).float()  # [R, V]
 
     def checkpoint_views(self) -> Iterator[tuple[str, Tensor]]:
-        """The checkpoint's names (without PREFIX) and the memory each tensor is to be copied into.
+        """Yields each checkpoint tensor's name (without PREFIX) and the view of a parameter to copy it into.
 
         GPT-2's projections are stored as [in, out], a Linear's as [out, in]: the view is the transpose.
         """

@@ -1,10 +1,10 @@
-"""What the models share: norm, rotary positions, attention over pages, and reading ``config.json``.
+"""Layers that the models share: norm, rotary positions, attention over KV blocks; and reading ``config.json``.
 
-Letters used in shapes, beside those of ``kernels/reference.py`` (T tokens, H heads, KH key/value heads,
+Letters used in shapes, in addition to those of ``kernels/reference.py`` (T tokens, H heads, KH key/value heads,
 D head dimension):
 
     C  hidden size (width of the residual stream)     F  width inside the MLP
-    R  rows whose logits are wanted                   V  vocabulary
+    R  rows that need logits                          V  vocabulary size
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ def paged_attention(
     sliding_window: int | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Caches this step's keys and values, then lets every token attend to the blocks of its own sequence.
+    """Stores this step's keys and values; then every token attends to the blocks of its own sequence.
 
     q: [T, H, D]; k, v: [T, KH, D]. Returns [T, H, D]. ``sliding_window``: a token sees itself and the
     ``sliding_window - 1`` tokens before it; ``None`` means all of them. ``rope``: cosines and sines, [T, 1, D] each,
-    that queries and keys are turned by first.
+    by which queries and keys are rotated first.
     """
-    # Store first: now a token finds itself, its chunk and its past in one place, and no case is special.
+    # Store first: then a token finds itself, its chunk and earlier tokens in the cache, without special cases.
     q = kv_cache.store(q, k, v, batch, layer, rope)
     return kv_cache.attend(q, batch, layer, scale, sliding_window)
 
 
 def embedding(rows: int, size: int) -> nn.Embedding:
-    """A table [rows, size], not initialised: the random start of nn.Embedding costs a second of imports."""
+    """An uninitialised embedding table [rows, size]: nn.Embedding's random initialisation costs a second of imports."""
     return nn.Embedding.from_pretrained(torch.empty(rows, size))
 
 
 class RMSNorm(nn.Module):
-    """Scales vectors to a root mean square of one, then channels by a learned weight. [..., C] → [..., C]."""
+    """RMSNorm: scales vectors to a root mean square of 1, then channels by a learned weight. [..., C] → [..., C]."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -63,11 +63,11 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Rope:
-    """How fast each pair of channels turns with position (RoFormer), and how long contexts stretch that.
+    """Parameters of rotary positions (RoFormer): how fast each channel pair rotates, and its scaling for long contexts.
 
     ``linear`` slows every pair down by ``factor``. ``llama3`` slows only the pairs that turn less than
-    ``low_freq_factor`` times within ``original_max_len`` tokens, leaves those alone that turn more than
-    ``high_freq_factor`` times, and blends in between.
+    ``low_freq_factor`` times within ``original_max_len`` tokens, does not change those that turn more than
+    ``high_freq_factor`` times, and interpolates between them.
     """
 
     theta: float = 10_000.0
@@ -79,9 +79,9 @@ class Rope:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Rope:
-        """Reads ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta`` (before it).
+        """Reads ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta`` (older versions).
 
-        Raises ModelError for a kind of scaling that is not supported.
+        Raises ModelError for an unsupported kind of scaling.
         """
         params = config.get("rope_scaling") or config.get("rope_parameters") or {}
         if not isinstance(params, dict) or any(isinstance(value, dict) for value in params.values()):
@@ -113,30 +113,30 @@ class Rope:
         if self.kind == "llama3":
             turns = self.original_max_len * freq / (2 * math.pi)
             keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-            keep = keep.clamp(0, 1)  # 0: slowed down by the factor; 1: as it was
+            keep = keep.clamp(0, 1)  # 0: slowed down by the factor; 1: unchanged
             return keep * freq + (1 - keep) * freq / self.factor
         return freq
 
 
 class RotaryEmbedding(nn.Module):
-    """Positions → the cosines and sines that `reference.rotate` turns queries and keys by, once for all layers."""
+    """Positions → the cosines and sines by which `reference.rotate` rotates queries and keys, once for all layers."""
 
     frequencies: Tensor
 
     def __init__(self, rope: Rope, head_dim: int) -> None:
         super().__init__()
-        # float32 whatever the weights are: at position 10,000 bfloat16 can be off by tens of radians.
+        # float32 for any dtype of the weights: at position 10,000 bfloat16 can be wrong by tens of radians.
         self.register_buffer("frequencies", rope.frequencies(head_dim), persistent=False)  # [D/2]
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions: [T]. Returns cos and sin, each [T, 1, D]: the 1 stretches over the heads."""
+        """positions: [T]. Returns cos and sin, each [T, 1, D]: the 1 broadcasts over the heads."""
         angles = positions.float()[:, None] * self.frequencies  # [T, D/2]
         angles = torch.cat((angles, angles), dim=-1)[:, None]  # [T, 1, D]
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def need(config: dict[str, Any], key: str, kind: type[int] | type[float] = int, default: float | None = None) -> Any:
-    """A positive number from ``config.json``. Raises ModelError if it is anything else, or has no default."""
+    """Reads a positive number from ``config.json``. Raises ModelError if it is not one, or missing without default."""
     value = default if config.get(key) is None else config[key]
     allowed = (int, float) if kind is float else int
     if isinstance(value, bool) or not isinstance(value, allowed) or value <= 0:
@@ -145,9 +145,9 @@ def need(config: dict[str, Any], key: str, kind: type[int] | type[float] = int, 
 
 
 def require_plain(config: dict[str, Any], **plain: Any) -> None:
-    """Refuses options that would change results. ``plain``: option → its default, the only value supported.
+    """Rejects options that would change results. ``plain``: option → its default, the only supported value.
 
-    An option ignored in silence is a wrong answer that looks right. Raises ModelError with the option's name.
+    A silently ignored option gives wrong results that look right. Raises ModelError with the option's name.
     """
     for key, value in plain.items():
         given = config.get(key)

@@ -1,10 +1,10 @@
-"""Llama and its relatives: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3. One scroll, from config to logits.
+"""Llama and models of the same architecture: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3. From config to logits.
 
 They are one model with small differences, each a field of `LlamaConfig`: Qwen2 adds biases to the query, key
-and value projections, Qwen3 norms queries and keys, Mistral (and Qwen, if asked) looks back only a window.
+and value projections, Qwen3 norms queries and keys, Mistral (and optionally Qwen) has a sliding window.
 
-Tokens arrive flattened, without padding: [T, C], whatever sequences they belong to. Only attention knows that
-there are sequences at all, and it learns of them from the batch. Shapes use the letters of ``layers.py``.
+The tokens of all sequences are flattened, without padding: [T, C]. Only attention distinguishes sequences, with
+the block tables and lengths in the batch. Shapes use the letters of ``layers.py``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from minipaged.models.layers import (
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """What ``config.json`` says, in minipaged's names."""
+    """The contents of ``config.json``, under minipaged's names."""
 
     vocab_size: int
     hidden_size: int
@@ -45,17 +45,17 @@ class LlamaConfig:
     max_model_len: int
     norm_eps: float
     rope: Rope
-    windows: tuple[int | None, ...]  # per layer: tokens it looks back, its own included; None: all of them
+    windows: tuple[int | None, ...]  # per layer: tokens that a token sees, itself included; None: all
     qkv_bias: bool
     qk_norm: bool
     tied: bool  # the output head is the token embedding
 
     @classmethod
     def from_config(cls, config: dict[str, Any], architecture: str) -> LlamaConfig:
-        """Reads a parsed ``config.json``. Raises ModelError for what is missing or not supported."""
+        """Reads a parsed ``config.json``. Raises ModelError for missing or unsupported values."""
         require_plain(config, hidden_act="silu", mlp_bias=False, rope_interleaved=False)
         require_plain(config, num_experts=0, num_local_experts=0)
-        if architecture != "Qwen2ForCausalLM":  # whose biases are not an option
+        if architecture != "Qwen2ForCausalLM":  # which always has these biases
             require_plain(config, attention_bias=False)
         num_heads, hidden_size = need(config, "num_attention_heads"), need(config, "hidden_size")
         num_layers = need(config, "num_hidden_layers")
@@ -81,20 +81,20 @@ class LlamaConfig:
             shared = f"{self.num_kv_heads} key/value heads"
             raise ModelError(f"config.json: {self.num_heads} heads cannot share {shared} evenly")
         if self.head_dim % 2:
-            raise ModelError(f"config.json: rotation needs pairs of channels, but head_dim is {self.head_dim}")
+            raise ModelError(f"config.json: head_dim must be even for rotary positions, but is {self.head_dim}")
 
 
 def _windows(config: dict[str, Any], architecture: str, num_layers: int) -> tuple[int | None, ...]:
-    """How far each layer looks back. The families share the words of config.json, but not their meaning."""
+    """Each layer's sliding window. The families use the same keys in config.json, but with different meanings."""
     if architecture == "LlamaForCausalLM":
         require_plain(config, sliding_window=None, use_sliding_window=False)
     slides = architecture == "MistralForCausalLM" or bool(config.get("use_sliding_window"))
-    # Left out means 4096, but null means none: a default that transformers set, and checkpoints rely on.
+    # A missing key means 4096, but null means no window: this is transformers' default, and checkpoints rely on it.
     window = config.get("sliding_window", 4096) if slides else None
     if window is not None:
         window = need({"sliding_window": window}, "sliding_window")
 
-    # Qwen: the first layers look all the way back, unless the layers are named one by one.
+    # Qwen: the first layers have no window, unless layer_types lists every layer.
     first = config.get("max_window_layers", 28) if architecture.startswith("Qwen") else 0
     windows = tuple(window if layer >= first else None for layer in range(num_layers))
     named = config.get("layer_types")
@@ -102,24 +102,24 @@ def _windows(config: dict[str, Any], architecture: str, num_layers: int) -> tupl
         return windows
     meaning = {"full_attention": None, "sliding_attention": window}
     if len(named) != num_layers or not set(named) <= set(meaning):
-        raise ModelError(f"config.json: layer_types must have {num_layers} times {' or '.join(meaning)}")
+        raise ModelError(f"config.json: layer_types must list {num_layers} layers, each {' or '.join(meaning)}")
     if window is None and "sliding_attention" in named:
         raise ModelError("config.json: layer_types asks for sliding attention, but sliding_window is off")
     return tuple(meaning[name] for name in named)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over pages: H query heads share KH key/value heads. [T, C] → [T, C]."""
+    """Grouped-query attention over KV blocks: H query heads share KH key/value heads. [T, C] → [T, C]."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.window = layer, config.windows[layer]
         self.head_dim, self.scale = config.head_dim, config.head_dim**-0.5
         self.q_size, self.kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        # One wide product keeps a device busier than three narrow ones.
+        # One wide matrix product uses a device better than three narrow ones.
         self.qkv_proj = nn.Linear(config.hidden_size, self.q_size + 2 * self.kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(self.q_size, config.hidden_size, bias=False)
-        if config.qk_norm:  # each head on its own, hence the size
+        if config.qk_norm:  # one norm per head, hence the size
             self.q_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
         else:
@@ -148,7 +148,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to a residual stream that it reads through a norm. [T, C] → [T, C]."""
+    """One layer: attention, then MLP; each reads the residual stream through a norm and adds to it. [T, C] → [T, C]."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
@@ -165,9 +165,9 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model. Its parts are named as in Hugging Face checkpoints, so loading needs no dictionary."""
+    """The whole model. Its modules have the names of Hugging Face checkpoints, so loading needs almost no mapping."""
 
-    PREFIX = "model."  # checkpoints put it before every name but the head's
+    PREFIX = "model."  # checkpoints put it before every name except the head's
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class Llama(nn.Module):
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        # Only the head's weight is used, and an embedding's has its shape: a tied head is just a second name.
+        # Only the head's weight is used, and the embedding's has the same shape: a tied head is just a second name.
         head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head = self.embed_tokens if config.tied else head
 
@@ -186,14 +186,14 @@ class Llama(nn.Module):
         cos, sin = self.rotary(batch.positions, x.dtype)  # [T, 1, D] each
         for layer in self.layers:
             x = layer(x, cos, sin, batch, kv_cache)
-        # A prompt of 1,000 tokens needs one row of logits: picking it spares 999 trips to the vocabulary.
+        # A prompt of 1,000 tokens needs one row of logits: selecting it first saves 999 products with the vocabulary.
         x = self.norm(x[batch.logit_rows])  # [R, C]
         return F.linear(x, self.lm_head.weight).float()  # [R, V]
 
     def checkpoint_views(self) -> Iterator[tuple[str, Tensor]]:
-        """The checkpoint's names (without PREFIX) and the memory each tensor is to be copied into.
+        """Yields each checkpoint tensor's name (without PREFIX) and the view of a parameter to copy it into.
 
-        The parts of a fused projection are rows of it: copying them into place is all the fusing there is.
+        The parts of a fused projection are rows of it, so copying them there fuses them.
         """
         c = self.config
         qkv = [heads * c.head_dim for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]

@@ -1,4 +1,4 @@
-"""A name → a model ready to run: find the directory, read ``config.json``, fill and check every tensor."""
+"""Loads a model by name: finds its directory, reads ``config.json``, loads and checks every tensor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from minipaged.models.layers import require_plain
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Architecture → its module, network class and configuration class. A family is imported when it is loaded.
+# Architecture → module, network class and configuration class. The module is imported when a model is loaded.
 ARCHITECTURES: dict[str, tuple[str, str, str]] = {
     "GPT2LMHeadModel": ("minipaged.models.gpt2", "GPT2", "GPT2Config"),
     "LlamaForCausalLM": ("minipaged.models.llama", "Llama", "LlamaConfig"),
@@ -32,28 +32,28 @@ ARCHITECTURES: dict[str, tuple[str, str, str]] = {
 }
 Families = Mapping[str, tuple[type, type]]  # architecture → (network class, configuration class)
 
-# Only what is read: many repositories hold the same weights several times, in other formats.
+# Only the files that are read: many repositories hold the same weights several times, in other formats.
 DOWNLOADED = ["*.json", "model*.safetensors", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
 
-# Masks and tables that old checkpoints saved along with the weights, and that the models compute themselves.
+# Masks and tables that old checkpoints contain besides the weights; the models compute them, so they are skipped.
 COMPUTED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
-LARGE = 50_000_000  # parameters; below it a CPU is as fast in float32, one request at a time
+LARGE = 50_000_000  # parameters; for smaller models a CPU is as fast in float32, one request at a time
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What the engine must know of a model without looking inside; of a shard, its own heads.
+    """The properties of a model that the engine needs; for a shard, the numbers of heads are its own.
 
     Attributes:
-        max_model_len: tokens a sequence may reach, prompt included.
-        eos_token_ids: every token that ends a text; may be empty.
-        sliding_window: tokens that *all* layers look back, so that KV before them is dead; ``None`` when any
-            layer looks back all the way.
+        max_model_len: maximum number of tokens in a sequence, prompt included.
+        eos_token_ids: every token that ends a sequence; may be empty.
+        sliding_window: the window if *all* layers have one, the largest of them: older KV is never read again.
+            ``None`` if any layer has none.
     """
 
     architecture: str
@@ -69,7 +69,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, or one rank's shard of it, with its weights, and its tokenizer where the directory holds one."""
+    """A model, or one rank's shard of it, with its weights, and its tokenizer if the directory holds one."""
 
     model: nn.Module  # (batch, kv_cache) → logits [R, V] float32
     spec: ModelSpec
@@ -77,7 +77,7 @@ class LoadedModel:
     directory: Path
     device: torch.device
     dtype: torch.dtype
-    shard: Any = None  # a features.tensor_parallel Shard; None: all of it
+    shard: Any = None  # a features.tensor_parallel Shard; None: the whole model
 
 
 def load_model(
@@ -87,19 +87,19 @@ def load_model(
 
     Args:
         model: ``"tiny"``, a directory in Hugging Face format, or a hub id.
-        device: ``"auto"`` takes CUDA where there is one, else the CPU.
-        dtype: one of `DTYPES`, or ``"auto"``: what ``config.json`` states; on a CPU float32, but for `LARGE` models
-            stored in bfloat16 where the CPU computes with that in hardware.
-        shard: read only this part of it, one of several processes'; ``None``: all.
-        families: more architectures than `ARCHITECTURES`.
+        device: ``"auto"`` uses CUDA if there is a CUDA device, else the CPU.
+        dtype: one of `DTYPES`, or ``"auto"``: the dtype in ``config.json``; on a CPU float32, except for `LARGE` models
+            stored in bfloat16 if the CPU computes bfloat16 in hardware.
+        shard: read only this process's part of the model; ``None``: all of it.
+        families: further architectures, besides `ARCHITECTURES`.
 
-    Raises ModelError, with what to do about it, for whatever cannot be found, read or supported.
+    Raises ModelError, which says what to do, if the model cannot be found or read or is not supported.
     """
     where = device_of(device)
     directory = resolve(model)
     config = _read_json(directory / "config.json")
     architecture, network_class, config_class = _architecture(config, directory, families or {})
-    with torch.device("meta"):  # shapes without memory: no minutes lost on random weights
+    with torch.device("meta"):  # shapes without memory: initialising random weights would take minutes
         whole = network_class(config_class.from_config(config, architecture))
         network = whole if shard is None else network_class(shard.config(whole.config))
     shapes = {name: place.shape for name, place in whole.checkpoint_views()}
@@ -108,7 +108,7 @@ def load_model(
     _load_weights(network, directory, shapes, shard)
     if shard is not None:
         shard.join(network)
-    tokenizer = None if shard and shard.rank else _load_tokenizer(directory)  # workers see no text
+    tokenizer = None if shard and shard.rank else _load_tokenizer(directory)  # other ranks handle no text
     spec = _spec(architecture, network.config, _eos_token_ids(directory, config, tokenizer))
     return LoadedModel(network.eval(), spec, tokenizer, directory, where, what, shard)
 
@@ -119,7 +119,7 @@ def load_model(
 def resolve(model: str) -> Path:
     """The directory of a model. For a hub id (``owner/name``) it is downloaded, or found in the hub's cache.
 
-    Anything that looks like a path is one: a misspelt directory must not become a question to the internet.
+    Anything that looks like a path is treated as one: a misspelt directory must not cause a request to the internet.
     Raises ModelError.
     """
     if model == "tiny":
@@ -140,16 +140,16 @@ def resolve(model: str) -> Path:
 
     try:
         return Path(snapshot_download(model, allow_patterns=DOWNLOADED))
-    except Exception as error:  # the hub's client raises a dozen types that share no base
+    except Exception as error:  # the hub's client raises a dozen types without a common base
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ModelError(
-            f"there is no directory {model!r}, and the Hugging Face hub gave none of that name ({reason}). "
+            f"there is no directory {model!r}, and no model of that name from the Hugging Face hub ({reason}). "
             "Check the spelling and the network, run `hf auth login` for a gated model, or give a directory"
         ) from error
 
 
 def device_of(name: str) -> torch.device:
-    """The device meant by ``EngineConfig.device``. Raises ModelError if it is not there."""
+    """The torch device for ``EngineConfig.device``. Raises ModelError if this machine does not have it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -162,7 +162,7 @@ def device_of(name: str) -> torch.device:
         "mps": int(torch.backends.mps.is_available()),
     }.get(device.type, 0)
     if (device.index or 0) >= present:
-        raise ModelError(f"device {name!r} is not present on this machine; device='auto' takes what there is")
+        raise ModelError(f"device {name!r} is not present on this machine; use device='auto'")
     return device
 
 
@@ -177,7 +177,7 @@ def _dtype(name: str, device: torch.device, config: dict[str, Any], num_paramete
     if name == "auto":
         name = config.get("dtype") or config.get("torch_dtype") or "float32"
         if device.type == "cpu":
-            # Most CPUs compute bfloat16 slowly, and a small model may as well have the better numbers.
+            # Most CPUs compute bfloat16 slowly, and for a small model float32 costs little and is more precise.
             fast = name == "bfloat16" and num_parameters >= LARGE and computes_bfloat16()
             name = "bfloat16" if fast else "float32"
             logging.getLogger(__name__).info("dtype='auto' is %s on this CPU", name)
@@ -229,7 +229,7 @@ def _spec(architecture: str, config: Any, eos_token_ids: frozenset[int]) -> Mode
 
 
 def _eos_token_ids(directory: Path, config: dict[str, Any], tokenizer: Any) -> frozenset[int]:
-    # A chat model ends a turn with another token than a document; often only generation_config.json has both.
+    # A chat model ends a turn and a document with different tokens; often only generation_config.json lists both.
     path = directory / "generation_config.json"
     stated = _read_json(path).get("eos_token_id") if path.exists() else None
     stated = config.get("eos_token_id") if stated is None else stated
@@ -240,21 +240,21 @@ def _eos_token_ids(directory: Path, config: dict[str, Any], tokenizer: Any) -> f
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     if not any((directory / name).exists() for name in TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer  # takes seconds to import, and is wanted only here
+    from transformers import AutoTokenizer  # takes seconds to import, and is needed only here
 
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a damaged tokenizer file makes its parser raise
+    except Exception as error:  # a damaged tokenizer file can make its parser raise anything
         raise ModelError(f"the tokenizer in {directory} cannot be read: {error}") from error
 
 
 # --- weights ------------------------------------------------------------------------------------------------
 
-LARGE_PAGE = 2 << 20  # bytes, on most CPUs
+LARGE_PAGE = 2 << 20  # bytes in a huge page, on most CPUs
 
 
 def _allocate(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives memory to parameters made on the meta device. Buffers keep their dtype and are only moved."""
+    """Allocates memory for parameters on the meta device. Buffers keep their dtype and are only moved."""
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty_like(parameter, device=device, dtype=dtype)
@@ -265,9 +265,9 @@ def _allocate(network: nn.Module, device: torch.device, dtype: torch.dtype) -> N
 
 
 def _ask_for_large_pages(tensor: Tensor) -> None:
-    """For memory that nobody has touched yet: every step reads all weights, and has to find each page.
+    """Asks Linux for huge pages for newly allocated memory: every step reads all weights and looks up each page.
 
-    Linux may refuse; then a step takes some percent longer.
+    Linux may refuse; then a step takes a few percent longer.
     """
     if advice := getattr(mmap, "MADV_HUGEPAGE", None):
         start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
@@ -276,20 +276,20 @@ def _ask_for_large_pages(tensor: Tensor) -> None:
 
 
 def _load_weights(network: Any, directory: Path, shapes: dict[str, torch.Size], shard: Any) -> None:
-    """Copies each tensor of the checkpoint to its place, one by one: the weights never exist twice.
+    """Copies the checkpoint's tensors into the parameters, one by one, so that the weights are never in memory twice.
 
-    ``shapes``: what the tensors must have, whatever part of them the shard wants.
+    ``shapes``: the shapes of the whole tensors, even if a shard takes only a part of them.
     """
     places = dict(network.checkpoint_views())
     head = None
     for file, name, tensor in _tensors(directory):
         name = name.removeprefix(network.PREFIX)
         if name == "lm_head.weight" and network.config.tied:
-            head = tensor  # some save it nevertheless
+            head = tensor  # some checkpoints contain it nevertheless
         elif not name.endswith(COMPUTED):
             place, what = places.pop(name, None), f"{file}: tensor {name!r}"
             if place is None:
-                raise ModelError(f"{what} is not part of this architecture, or is there twice")
+                raise ModelError(f"{what} is not part of this architecture, or occurs twice")
             if tensor.shape != shapes[name]:
                 raise ModelError(f"{what} has shape {list(tensor.shape)}, but config.json implies {list(shapes[name])}")
             place.copy_(tensor if shard is None else shard.part(name, tensor, place.shape))
@@ -305,14 +305,14 @@ def _load_weights(network: Any, directory: Path, shapes: dict[str, torch.Size], 
 
 
 def _tensors(directory: Path) -> Iterator[tuple[Path, str, Tensor]]:
-    """Every tensor of the checkpoint, with its file and name, read only when its turn comes."""
+    """Yields (file, name, tensor) for every tensor of the checkpoint, and reads one tensor at a time."""
     for file in _weight_files(directory):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
                     yield file, name, tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} is damaged, or not safetensors; fetch it again ({error})") from None
+            raise ModelError(f"{file} is damaged, or not a safetensors file; download it again ({error})") from None
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -328,7 +328,7 @@ def _weight_files(directory: Path) -> list[Path]:
         )
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise ModelError(f"{index} has no weight_map, so the shards are not known")
+        raise ModelError(f"{index} has no weight_map, so the files of the weights are unknown; download it again")
     files = [directory / name for name in sorted(set(weight_map.values()))]
     for file in files:
         if not file.exists():

@@ -1,4 +1,4 @@
-"""Tokenizer glue: incremental detokenizer, stop strings, chat templates."""
+"""Text handling around the tokenizer: incremental detokenizer, stop strings, chat templates."""
 
 from minipaged.text.chat import render_chat
 from minipaged.text.stream import TextStream

@@ -1,4 +1,4 @@
-"""From a list of chat messages to the prompt tokens that the model was trained on."""
+"""Chat templates: converts a list of chat messages into prompt tokens in the format the model was trained on."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ ROLES = ("system", "user", "assistant")
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Prompt tokens for the assistant's next turn, laid out by the model's own chat template.
+    """Prompt tokens for the assistant's next turn, formatted by the model's own chat template.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         messages: ``[{"role": "system" | "user" | "assistant", "content": "…"}, …]``, oldest first.
 
     Raises:
-        InvalidRequest: for messages of another shape, or that the template refuses; also when the model has
-            no chat template, that is, was not trained to chat.
+        InvalidRequest: if messages have another shape or the template refuses them; also if the model has no
+            chat template, that is, was not trained to chat.
     """
     _validate(messages)
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidRequest("this model has no chat template; give it a plain prompt, or load a chat model")
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates are programs of their own and raise what they like
+    except Exception as error:  # templates are programs and can raise any error
         raise InvalidRequest(f"the model's chat template refused these messages: {error}") from error
-    # The template has written all special tokens already; the tokenizer must not add a second first one.
+    # The template already contains all special tokens; the tokenizer must not add a second beginning-of-text token.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

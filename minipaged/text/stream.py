@@ -1,7 +1,7 @@
-"""From tokens to text, one token at a time.
+"""Incremental detokenization: converts tokens to text, one token at a time.
 
 Decoding each token on its own is wrong in three ways: a character may be split over tokens (``"é"`` is
-two bytes), SentencePiece drops the space before the first word of whatever it decodes, and a stop string may
+two bytes), SentencePiece drops the space before the first word that it decodes, and a stop string may
 begin in one token and end in another. `TextStream` handles all three, at the same cost for every token.
 """
 
@@ -12,34 +12,34 @@ from copy import copy
 from functools import lru_cache
 from typing import Any
 
-REPLACEMENT = "\ufffd"  # what decoders put in place of bytes that are no character, or not one yet
+REPLACEMENT = "\ufffd"  # decoders show it for bytes that are not a (complete) character
 
 # An unfinished character is at most 3 bytes long. Byte-level decoders show it as one U+FFFD, decoders with
-# byte fallback as one per byte; either way no more than three of them can still turn into something else.
+# byte fallback as one per byte; either way at most three of them can still become part of a character.
 MAX_UNFINISHED = 3
 
-# Tokens decoded anew at each push. A character is at most 4 tokens long, so this leaves plenty of context.
+# Tokens decoded again at each push. A character is at most 4 tokens long, so this leaves enough context.
 MAX_WINDOW = 16
 
 
 class TextStream:
     """Incremental detokenizer of one sequence, with stop strings.
 
-    The pieces returned by `push` and `finish`, joined, equal the tokenizer's own decoding of all tokens but
-    the special ones, cut before the first stop string to be completed (of two completed by one character, the
-    longer counts).
+    The pieces returned by `push` and `finish`, joined, equal the tokenizer's own decoding of all tokens without
+    the special ones, cut before the stop string that is completed first (if one character completes two of them,
+    before the longer one).
 
-    It decodes a short window of tokens anew and compares with what that window gave before. The window starts
-    at a *clean point*, a token border where no character was unfinished, and holds some tokens of context so
-    that the tokenizer treats the newest one as the middle of a text (the prompt lends it for the first).
+    Each push decodes a short window of tokens again and compares the text with the previous one. The window starts
+    at a *clean point*, a token boundary where no character is unfinished, and contains some tokens of context so
+    that the tokenizer treats the newest token as the middle of a text (for the first token, the end of the prompt).
 
     Args:
         tokenizer: a Hugging Face tokenizer, byte-level or SentencePiece-like.
-        prompt_token_ids: read for context only; none of their text is returned.
+        prompt_token_ids: used only as context; their text is not returned.
         stop: strings that end the sequence.
 
     Attributes:
-        stopped: the stop string that was met, or ``None``.
+        stopped: the stop string that ended the text, or ``None``.
     """
 
     def __init__(self, tokenizer: Any, prompt_token_ids: list[int], stop: Sequence[str] = ()) -> None:
@@ -49,16 +49,16 @@ class TextStream:
         self.stopped: str | None = None
         self._finished = False
         self._pieces: list[str] = []  # returned so far
-        self._held = ""  # decoded, but perhaps the beginning of a stop string
+        self._held = ""  # decoded, but may be the start of a stop string
         self._window = self._context(prompt_token_ids)
-        self._shown = self._decode()  # the part of the window's text that is done with
-        self._clean = len(self._window)  # the text of window[:clean] is done with, to the last byte
+        self._shown = self._decode()  # the part of the window's text that has been processed
+        self._clean = len(self._window)  # all bytes of window[:clean] have been processed
 
     def push(self, token_id: int) -> str:
-        """Takes the next token and returns the text that became safe to show, often none.
+        """Takes the next token and returns the text that is now final, often none.
 
         Raises:
-            RuntimeError: after a stop string was met or `finish` was called.
+            RuntimeError: after a stop string ended the text or `finish` was called.
         """
         if self.stopped is not None or self._finished:
             raise RuntimeError("this text has ended; no token can follow")
@@ -67,8 +67,8 @@ class TextStream:
         self._window.append(token_id)
         text = self._decode()
         if not text.startswith(self._shown):
-            # With byte fallback, an unfinished character spoils the whole run of bytes it stands in, also
-            # characters shown long ago. Start over after those.
+            # With byte fallback, an unfinished character changes the decoding of the whole run of bytes around it,
+            # including characters that were already returned. Restart the window after those.
             del self._window[: self._clean]
             self._clean, self._shown, text = 0, "", self._decode()
         new = text[len(self._shown) :]
@@ -79,9 +79,9 @@ class TextStream:
         return self._emit(ready)
 
     def finish(self) -> str:
-        """Returns what was held back: an unfinished character as U+FFFD, a stop string not completed.
+        """Returns the text that was held back: an unfinished character as U+FFFD, an incomplete stop string.
 
-        Call it when the sequence ends. A second call, or one after a stop string was met, returns ``""``.
+        Call it when the sequence ends. A second call, or one after a stop string ended the text, returns ``""``.
         """
         if self._finished or self.stopped is not None:
             return ""
@@ -95,11 +95,11 @@ class TextStream:
         return self._pieces[0]
 
     def piece(self, token_id: int) -> str:
-        """The text of one token by itself, whether or not it came up; changes nothing."""
+        """The text of any single token, decoded on its own; does not change the stream."""
         return self._tokenizer.decode([token_id])
 
     def fork(self) -> TextStream:
-        """A copy that goes its own way, for a forked sequence."""
+        """An independent copy, for a forked sequence."""
         other = copy(self)
         other._pieces, other._window = list(self._pieces), list(self._window)
         return other
@@ -108,7 +108,7 @@ class TextStream:
         return decode(self._tokenizer, self._window)
 
     def _context(self, prompt_token_ids: list[int]) -> list[int]:
-        """The shortest end of the prompt that makes readable text; starting inside a character garbles it."""
+        """The shortest suffix of the prompt that decodes to valid text: it must not start inside a character."""
         tail = [token for token in prompt_token_ids[-MAX_WINDOW:] if token not in self._special]
         for start in range(len(tail) - 1, -1, -1):
             text = decode(self._tokenizer, tail[start:])
@@ -117,14 +117,14 @@ class TextStream:
         return []
 
     def _slide(self, unfinished: int) -> None:
-        """Keeps the window short. Its last ``unfinished`` characters are not shown yet."""
+        """Keeps the window short. Its last ``unfinished`` characters have not been returned yet."""
         full = len(self._window) >= MAX_WINDOW
         if full and unfinished == 0:
             del self._window[: self._clean]  # the newest token stays, as context
             self._shown = self._decode()
         elif full:
-            # No clean point for this long: tokens that straddle characters, or bytes that are no text.
-            # Cut between two characters if possible; if not, the front is garbled, but that part was shown.
+            # No clean point in the whole window: tokens that end inside characters, or bytes that are not text.
+            # Cut between two characters if possible; otherwise the start is garbled, but it was returned before.
             text = self._decode()
             cuts = (cut for cut in (1, 2, 3, 4) if text.endswith(decode(self._tokenizer, self._window[cut:])))
             del self._window[: next(cuts, 4)]
@@ -134,7 +134,7 @@ class TextStream:
             self._clean = len(self._window)
 
     def _emit(self, ready: str) -> str:
-        """Adds decoded text, looks for stop strings, and returns what can be shown."""
+        """Adds decoded text, looks for stop strings, and returns the text that is now final."""
         text = self._held + ready
         hits = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
         if hits:
@@ -148,7 +148,7 @@ class TextStream:
         return text
 
     def _stop_overlap(self, text: str) -> int:
-        """Length of the longest end of ``text`` that could be the beginning of a stop string."""
+        """Length of the longest suffix of ``text`` that is a prefix of a stop string."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):
@@ -157,12 +157,12 @@ class TextStream:
 
 
 def decode(tokenizer: Any, token_ids: list[int]) -> str:
-    """The tokenizer's own text for these tokens, special ones left out and nothing tidied up."""
+    """The tokenizer's text for these tokens, without special tokens and without clean-up of spaces."""
     return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 @lru_cache(maxsize=8)
 def special_token_ids(tokenizer: Any) -> frozenset[int]:
-    """Tokens that are instructions, not text: end of text, turn markers, padding."""
+    """Ids of the special tokens, which are not text: end of text, turn markers, padding."""
     added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(added.union(tokenizer.all_special_ids))

@@ -200,7 +200,7 @@ def test_drafts_that_cannot_be_are_refused(model, draft, tmp_path):
     short = str(save_llama(tmp_path / "short", max_position_embeddings=64, num_hidden_layers=1))
     with pytest.raises(InvalidConfig, match="vocabulary.*301 tokens and 300"):
         engine(model, speculate=other)
-    with pytest.raises(InvalidConfig, match="made for 64 tokens at most; set max_model_len"):
+    with pytest.raises(InvalidConfig, match="supports at most 64 tokens; set max_model_len"):
         engine(model, speculate=short)
     assert engine(model, speculate=short, max_model_len=64).engine.max_model_len == 64
     for settings, words in (

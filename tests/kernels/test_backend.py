@@ -58,7 +58,7 @@ def test_flex_is_refused_where_it_would_crawl_and_for_what_it_cannot_read():
     with pytest.raises(InvalidConfig, match='needs CUDA.*choose "torch" or "auto"'):
         choose("flex", CPU)
     for wrong in ({"block_size": 24}, {"kv_dtype": "int8"}):
-        with pytest.raises(InvalidConfig, match="16 divides, and kv_dtype"):
+        with pytest.raises(InvalidConfig, match="a multiple of 16, and kv_dtype"):
             EngineConfig(attention="flex", **wrong)
     assert EngineConfig(attention="flex", block_size=48).attention == "flex"
 

@@ -246,7 +246,7 @@ def test_devices_and_dtypes(checkpoint):
         ("llama2", {"sliding_window": 4}, "sliding_window"),
         ("llama2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama2", {"num_key_value_heads": 3}, "4 heads cannot share 3"),
-        ("llama2", {"head_dim": 11}, "head_dim is 11"),
+        ("llama2", {"head_dim": 11}, "head_dim must be even for rotary positions, but is 11"),
         ("llama2", {"hidden_size": "large"}, "hidden_size.*'large'"),
         ("llama2", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
         ("llama2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),

@@ -223,11 +223,11 @@ def test_a_failed_step_fails_its_requests_only(files) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "line 2: this is no JSON"),
+        ("{", "line 2: this is not valid JSON"),
         ("[]", "line 2: a request is an object"),
         ('{"custom_id": "x", "method": "POST", "url": "/v1/completions"}', "custom_id, method, url and body"),
-        (json.dumps(line("")), "must be text that is not empty"),
-        (json.dumps(line("r0")), "'r0' was there before"),
+        (json.dumps(line("")), "must be a non-empty string"),
+        (json.dumps(line("r0")), "'r0' is used twice"),
         (json.dumps(line("x") | {"method": "GET"}), "method must be POST"),
         (json.dumps(line("x") | {"url": "/v1/embeddings"}), "url one of /v1/chat/completions"),
         (json.dumps(line("x") | {"priority": 1}), "unknown keys: priority"),
@@ -244,7 +244,7 @@ def test_a_file_that_is_no_batch_is_refused_before_anything_runs(tmp_path, text,
 def test_an_output_of_something_else_is_left_alone(files) -> None:
     path, out = files
     out.write_text("my diary\n")
-    with pytest.raises(InvalidRequest, match="line 1: no answer of a batch"):
+    with pytest.raises(InvalidRequest, match="line 1: not an answer of a batch"):
         open_batch(path, out)
     out.write_text('{"custom_id": "stranger"}\nhalf')
     with pytest.raises(InvalidRequest, match="'stranger'"):

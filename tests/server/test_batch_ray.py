@@ -92,7 +92,7 @@ def test_two_workers_answer_everything_and_prompts_that_begin_alike_go_to_one(fi
 
 def test_a_worker_dies_and_the_same_command_goes_on(files, tmp_path) -> None:  # noqa: F811
     path, out = files
-    with pytest.raises(WorkerFailed, match="the same command goes on"):
+    with pytest.raises(WorkerFailed, match="run the same command again"):
         run(partial(dying_llm, out, tmp_path / "died"), open_batch(path, out), out)
     left = open_batch(path, out)
     assert 0 < len(left) < 50
