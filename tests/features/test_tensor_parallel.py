@@ -229,7 +229,7 @@ def test_the_worker_dies(worker, checkpoint):
 
 
 def test_a_worker_is_told_all_that_a_plan_does():
-    """A plan's fields except vAttention's maps, which are rejected earlier, and preemptions, which the scheduler uses."""
+    """A plan without vAttention's maps, which are rejected earlier, and preemptions, which only the scheduler uses."""
     sent = {"step", "chunks", "swap_outs", "swap_ins", "copies"}
     assert {field.name for field in fields(StepPlan)} == sent | {"maps", "preempted", "outgrown"}
     plan = StepPlan(7, [], [(1, 2)], [(3, 4)], [(5, 6)])
