@@ -1,4 +1,4 @@
-"""Coroutines in tests: in a thread of their own, for playwright's loop may already run in this one."""
+"""Runs coroutines in tests: in a separate thread, because playwright's event loop may run in this one."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -7,6 +7,6 @@ from typing import Any
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Its result; what it raises is raised here."""
+    """Returns the coroutine's result, or raises its exception."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()

@@ -1,4 +1,4 @@
-"""Small random checkpoints in Hugging Face format, and what transformers itself makes of them."""
+"""Small random checkpoints in Hugging Face format, and the tokens that transformers generates with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VOCAB = 300
 
 
 def save_llama(directory: Path, **overrides: object) -> Path:
-    """A random Llama of 3 layers with grouped queries, its weights large enough that no two tokens tie."""
+    """Saves a random Llama of 3 layers with grouped-query attention, with weights so large that logits never tie."""
     torch.manual_seed(0)
     settings = {
         "vocab_size": VOCAB,
@@ -32,7 +32,7 @@ def save_llama(directory: Path, **overrides: object) -> Path:
 
 
 def transformers_greedy(directory: Path, prompt: list[int], max_tokens: int) -> list[int]:
-    """Greedy continuation by transformers, end-of-text included where it comes."""
+    """Tokens that transformers generates greedily, including the end-of-text token."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.inference_mode():
         out = model.generate(

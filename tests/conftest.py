@@ -1,4 +1,4 @@
-"""What all tests share: one thread, a random order, and random numbers that do not depend on it."""
+"""Configuration of all tests: one thread, random order, and random numbers that do not depend on the order."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def same_for_every_test():
-    """torch's own random numbers, whichever tests ran before; and the hook that typer and torch.distributed replace."""
+    """Seeds torch before each test, and then restores the exception hook, which typer and torch.distributed replace."""
     hook = sys.excepthook
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)

@@ -1,4 +1,4 @@
-"""A model without torch, for fuzzing everything between the front door and the tensors.
+"""A fake model without torch, for fuzzing the engine from its API down to the plan of a step.
 
 KV is (position, token). The next token is a hash of the context *as read through the block table*, so one wrong, stale
 or missing slot changes every token after it.
@@ -31,18 +31,18 @@ def next_token(context: Iterable[int], branch: int) -> int:
 
 
 def next_logprobs(context: Iterable[int]) -> dict[int, float]:
-    """Distinct log-probabilities of the ten likeliest tokens, for beam searches (of up to five beams)."""
+    """Distinct log-probabilities of the ten most likely tokens, for beam searches with up to five beams."""
     return _next_logprobs(bytes(context))
 
 
-@lru_cache(maxsize=10_000)  # the engine and the truth ask for the same contexts
+@lru_cache(maxsize=10_000)  # the engine and the expected result compute the same contexts
 def _next_logprobs(context: bytes) -> dict[int, float]:
     random = Random(crc32(context))
     return {token: -rank / 3 - random.random() for rank, token in enumerate(random.sample(range(VOCAB), 10))}
 
 
 def unbatched(prompt: list[int], params: SamplingParams, branch: int, max_len: int, output: tuple = ()) -> list[int]:
-    """What a loop over one sequence gives: the truth that every schedule must reproduce."""
+    """The output of a loop over one sequence, which every schedule must reproduce."""
     tokens = [*prompt, *output]
     while True:
         tokens.append(next_token(tokens, branch))
@@ -52,7 +52,7 @@ def unbatched(prompt: list[int], params: SamplingParams, branch: int, max_len: i
 
 
 def unbatched_beams(prompt: list[int], params: SamplingParams, max_len: int) -> list[list[int]]:
-    """A beam search over plain lists: no blocks, no forks, every context read from scratch."""
+    """A beam search over plain lists, without blocks and forks; it reads each whole context again."""
     search = BeamSearch(params, frozenset() if params.ignore_eos else frozenset({EOS}))
     room = max_len - len(prompt)
     max_output = min(params.max_tokens or room, room)
@@ -81,7 +81,7 @@ def _top(logprobs: dict[int, float], number: int) -> SampledToken:
 
 
 class FakeRunner:
-    """Executes plans on lists, in the order the real runner has: swap-out, swap-in, copy, write, read."""
+    """Executes plans on lists, in the order of the real runner: swap-out, swap-in, copy, write, read."""
 
     def __init__(self, block_size: int, num_blocks: int, swap_blocks: int) -> None:
         self.block_size = block_size
@@ -125,7 +125,7 @@ def fake_sampler(contexts: list[tuple[int, ...]], plan: StepPlan) -> list[Sample
 
 
 def _checked(context: tuple[int, ...], chunk: Chunk) -> list[SampledToken | None]:
-    """The next token after each part of the draft, up to the first that is not what was guessed."""
+    """The next token after each accepted part of the draft, up to its first mismatch; then ``None``."""
     branch, known = chunk.request.seqs.index(chunk.seq), len(context) - len(chunk.draft)
     said: list[SampledToken | None] = []
     for i in range(len(chunk.samples)):
@@ -136,7 +136,7 @@ def _checked(context: tuple[int, ...], chunk: Chunk) -> list[SampledToken | None
 
 
 def fake_engine(**settings: object) -> Engine:
-    """An engine on the fake model. Takes the fields of EngineConfig."""
+    """An engine on the fake model. ``settings`` are fields of EngineConfig."""
     defaults: dict = {"num_blocks": 32, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32}
     config = EngineConfig(model="fake", **(defaults | {"max_model_len": 200} | settings))
     swap_blocks = (config.swap_blocks or config.num_blocks) if config.preemption == "swap" else 0
@@ -150,7 +150,7 @@ def fake_engine(**settings: object) -> Engine:
 
 
 def guess_at_random(engine: Engine, random: Random, right: float) -> None:
-    """Lets an engine that speculates guess each token with the probability ``right``; no prompt tells this model's."""
+    """Makes a speculating engine draft tokens that are right with probability ``right``; prompt lookup finds none."""
 
     def propose(seq: Sequence, count: int) -> list[int]:
         requests = engine.scheduler.running
@@ -164,13 +164,13 @@ def guess_at_random(engine: Engine, random: Random, right: float) -> None:
 
 
 def random_prompt(random: Random, longest: int) -> list[int]:
-    """Prompts that often begin alike, so that the prefix cache has something to find."""
+    """A random prompt, often with the same prefix as others, so that the prefix cache has hits."""
     stem = [random.choice((1, 2)) for _ in range(random.choice((0, 4, 12)))]
     return (stem + [random.randrange(VOCAB) for _ in range(random.randint(1, longest))])[:longest]
 
 
 def swap_of(engine: Engine) -> Swap:
-    """The stage that swaps; an empty one for an engine that does not."""
+    """The engine's swap stage; an empty one if it does not swap."""
     for stage in engine.scheduler.stages:
         if isinstance(stage, Swap):
             return stage
@@ -180,7 +180,7 @@ def swap_of(engine: Engine) -> Swap:
 
 
 def running_groups(engine: Engine) -> Groups:
-    """The groups of batches; none before the first batch."""
+    """The engine's prefix groups; an empty stage before the first batch."""
     for stage in engine.scheduler.stages:
         if isinstance(stage, Groups):
             return stage

@@ -1,7 +1,7 @@
-"""Bugs that published engines have had, each put back by changing one place of one method.
+"""Mutants of the engine: bugs that published engines have had, each inserted by changing one place of one method.
 
-A test suite is worth what it notices. `tests/test_mutants.py` brings these bugs in one at a time and asks that the
-checks named beside each fail. A change to the engine that moves such a place is told here by `Mutant.applied`.
+A test suite is only as good as the bugs it detects. `tests/test_mutants.py` inserts these bugs one at a time, and the
+checks listed with each must fail. If a change to the engine moves such a place, `Mutant.applied` reports it.
 """
 
 from __future__ import annotations
@@ -64,23 +64,23 @@ Check = Callable[[], object]
 
 
 def fuzz() -> None:
-    """A few hundred of the fuzz's traces. A right engine needs 200 steps at most for one."""
+    """Runs 500 traces of the fuzz test. A correct engine needs at most 200 steps for one."""
     for seed in range(500):
         Trace(seed).run(max_steps=500)
 
 
 def machine() -> None:
-    """A part of the state machine's examples, not simplified when they fail."""
+    """Runs a part of the memory state machine's examples, without shrinking failures."""
     some_examples(MemoryMachine, 120)
 
 
 def chunks() -> None:
-    """The same of the buddy allocator's."""
+    """Runs a part of the buddy allocator's examples."""
     some_examples(BuddyMachine, 40)
 
 
 def contiguous_machine() -> None:
-    """And of the contiguous managers' on top of it."""
+    """Runs a part of the contiguous managers' examples."""
     some_examples(contiguous.ContiguousMachine, 80)
 
 
@@ -103,7 +103,7 @@ class Mutant:
         original = inspect.getattr_static(self.owner, self.method)
         function = original.fget if isinstance(original, property) else original
         source = dedent(inspect.getsource(function))
-        assert source.count(self.right) == 1, f"{self.method} changed: put the bug {self.bug!r} into it anew"
+        assert source.count(self.right) == 1, f"{self.method} changed: adapt the mutant {self.bug!r}"
         module = self.owner if isinstance(self.owner, ModuleType) else importlib.import_module(self.owner.__module__)
         scope: dict = {}
         exec(source.replace(self.right, self.wrong), vars(module), scope)
@@ -125,7 +125,7 @@ MUTANTS = [
         (tables.test_a_block_freed_twice_is_an_error_at_the_call,),
     ),
     Mutant(
-        "block -1, counted from the end, is shared",
+        "block -1 is accepted and counts from the end of the pool",
         BlockPool,
         "share",
         "self._check_known(block)",
@@ -141,7 +141,7 @@ MUTANTS = [
         (fuzz, machine, tables.test_a_fork_shares_every_block_and_the_first_writer_copies_the_partial_one),
     ),
     Mutant(
-        "copy-on-write is forgotten",
+        "a write into a shared block does not copy it",
         BlockTables,
         "reserve",
         "self.pool.ref_counts[src] > 1",
@@ -149,7 +149,7 @@ MUTANTS = [
         (fuzz, machine, partial(scheduler.test_n_samples_compute_the_prompt_once, 2)),
     ),
     Mutant(
-        "the last owner copies too, though alone",
+        "the last owner copies, too, although its reference count is 1",
         BlockTables,
         "reserve",
         "self.pool.ref_counts[src] > 1",
@@ -169,7 +169,7 @@ MUTANTS = [
         (machine, tables.test_a_fork_on_a_block_boundary_copies_nothing),
     ),
     Mutant(
-        "copies are not counted among the blocks a step needs",
+        "a step's needed blocks do not include its copies",
         BlockTables,
         "count_blocks",
         "grown += sum(min(count, pool.ref_counts[block] - 1) for block, count in writers.items())",
@@ -177,7 +177,7 @@ MUTANTS = [
         (fuzz, machine, tables.test_blocks_needed_counts_one_copy_less_than_owners_when_all_write),
     ),
     Mutant(
-        "a copy is counted for every writer, the last owner included",
+        "a copy is counted for every writer, including the last owner",
         BlockTables,
         "count_blocks",
         "min(count, pool.ref_counts[block] - 1)",
@@ -185,7 +185,7 @@ MUTANTS = [
         (machine, tables.test_blocks_needed_counts_one_copy_less_than_owners_when_all_write),
     ),
     Mutant(
-        "one copy of a step overwrites what another one still has to read",
+        "one copy of a step overwrites a block that another copy has yet to read",
         reference,
         "swap_blocks",
         "target[dst.to(target.device)] = source[src.to(source.device)].to(target.device)",
@@ -202,7 +202,7 @@ MUTANTS = [
         (engine.test_what_a_failing_step_would_have_computed_is_never_found,),
     ),
     Mutant(
-        "a block is found by its own tokens, whatever came before them",
+        "a block is found by its own tokens, without its prefix",
         PrefixCache,
         "lookup",
         "(parent, tokens)",
@@ -210,7 +210,7 @@ MUTANTS = [
         (fuzz, machine, tables.test_the_same_tokens_after_another_prefix_are_another_block),
     ),
     Mutant(
-        "hashes are compared instead of what they stand for",
+        "hashes are compared instead of tokens",
         PrefixCache,
         "lookup",
         "(parent, tokens)",
@@ -218,7 +218,7 @@ MUTANTS = [
         (tables.test_prefixes_whose_hashes_collide_are_told_apart,),
     ),
     Mutant(
-        "a prompt that is cached to its end leaves nothing to compute",
+        "a fully cached prompt leaves no token to compute",
         BlockTables,
         "match",
         "len(tokens), self.block_size",
@@ -234,7 +234,7 @@ MUTANTS = [
         (fuzz, machine, tables.test_an_evicted_block_leaves_the_index_and_its_twin_stays_valid),
     ),
     Mutant(
-        "a block that was hit can still be evicted",
+        "a block that was hit remains evictable",
         BlockPool,
         "share",
         "self._cache.revive(block)",
@@ -242,7 +242,7 @@ MUTANTS = [
         (fuzz, machine, tables.test_a_hit_on_a_block_without_owner_takes_it_from_the_free_count),
     ),
     Mutant(
-        "a beginning is evicted before those that continue it, who can never be found again then",
+        "a prefix block is evicted before its children, which can then never be hit again",
         LRU,
         "leaves",
         " if self._cache.is_leaf(block)",
@@ -250,7 +250,7 @@ MUTANTS = [
         (eviction.test_a_beginning_outlives_a_copy_of_it_that_others_go_on_from,),
     ),
     Mutant(
-        "a block that is used for something else keeps the prediction of what it held before",
+        "a reused block keeps the prediction for its previous content",
         LeafFirst,
         "evict",
         "self.bits.pop(block, None)",
@@ -258,7 +258,7 @@ MUTANTS = [
         (eviction.test_a_block_that_is_evicted_loses_its_bit,),
     ),
     Mutant(
-        "only blocks that were computed anew get the bit of a request, not those it found",
+        "only computed blocks get a request's prediction bit, not those that it hit",
         LeafFirst,
         "note",
         "if block in self._cache]",
@@ -266,7 +266,7 @@ MUTANTS = [
         (eviction.test_a_block_has_the_bit_of_its_latest_request,),
     ),
     Mutant(
-        "a flush gives up what came after it, too",
+        "a flush also evicts blocks that were cached after it",
         FlushWhenAll0,
         "remove",
         "self._flushed.discard(block)",
@@ -282,7 +282,7 @@ MUTANTS = [
         (tables.test_tails_are_evicted_before_heads,),
     ),
     Mutant(
-        "hits on blocks that nobody uses are taken to be for nothing",
+        "hits on blocks without owners are not subtracted from the free blocks",
         BlockTables,
         "fits",
         "sum(self.pool.ref_counts[hit.block] > 0 for hit in hits)",
@@ -294,7 +294,7 @@ MUTANTS = [
     ),
     # --- batches in groups ---
     Mutant(
-        "an open beginning costs nothing",
+        "an open prefix costs nothing",
         batchllm,
         "best",
         "(len(node.requests) - 1) * node.depth",
@@ -302,7 +302,7 @@ MUTANTS = [
         (groups.test_the_plan_is_the_best_there_is_for_random_prompts_in_whole_blocks,),
     ),
     Mutant(
-        "two of a group compute the same beginning side by side",
+        "two requests of a group compute the same prefix concurrently",
         Groups,
         "eligible",
         "busy.add(group)",
@@ -310,7 +310,7 @@ MUTANTS = [
         (groups.test_a_group_shares_its_blocks_while_it_lives_and_they_are_free_when_it_ends,),
     ),
     Mutant(
-        "who ends at once leaves nothing to the group",
+        "a leader that ends in its first step does not keep the prefix for its group",
         Groups,
         "releasing",
         "self.keep(request, seq)",
@@ -318,7 +318,7 @@ MUTANTS = [
         (groups.test_the_first_may_end_before_the_others_begin,),
     ),
     Mutant(
-        "what a group has kept is never free again",
+        "a group's kept blocks are never freed",
         Groups,
         "finished",
         "self.release(group)",
@@ -326,7 +326,7 @@ MUTANTS = [
         (groups.test_a_group_shares_its_blocks_while_it_lives_and_they_are_free_when_it_ends,),
     ),
     Mutant(
-        "a text ends early because of blocks that are kept for others",
+        "a sequence ends early because blocks are kept for a group",
         Scheduler,
         "outgrow",
         "if not any(stage.reclaim(request, plan) for stage in self.stages):",
@@ -334,7 +334,7 @@ MUTANTS = [
         (groups.test_what_is_kept_gives_way_before_somebody_ends_early,),
     ),
     Mutant(
-        "a group takes whatever the cache holds of its prompts: more is saved than was predicted",
+        "a group uses accidental cache hits and saves more than predicted",
         Groups,
         "hits",
         "if group else",
@@ -343,7 +343,7 @@ MUTANTS = [
     ),
     # --- admission and preemption ---
     Mutant(
-        "admission forgets the next token",
+        "admission ignores the next token",
         BlockTables,
         "blocks_to_hold",
         "length + 1",
@@ -351,7 +351,7 @@ MUTANTS = [
         (partial(scheduler.test_nobody_is_admitted_without_a_block_for_the_next_token, 0),),
     ),
     Mutant(
-        "admission gives away what running prompts have yet to take",
+        "admission gives away blocks that running prefills still need",
         BlockTables,
         "fits",
         "self.pool.num_free - owed",
@@ -367,7 +367,7 @@ MUTANTS = [
         (scheduler.test_never_more_sequences_than_max_num_seqs,),
     ),
     Mutant(
-        "prompts go before decodes and starve them",
+        "prefills go before decodes and starve them",
         Scheduler,
         "_spend",
         "item[1] > 1",
@@ -391,7 +391,7 @@ MUTANTS = [
         (fuzz,),
     ),
     Mutant(
-        "recomputation forgets the tokens that were generated",
+        "recomputation drops generated tokens",
         Scheduler,
         "preempt",
         "seq.num_computed = 0",
@@ -399,7 +399,7 @@ MUTANTS = [
         (fuzz,),
     ),
     Mutant(
-        "after its first chunk a prompt is taken to be computed",
+        "after its first chunk, a prompt counts as computed",
         Scheduler,
         "commit",
         "seq.num_computed += known",
@@ -407,7 +407,7 @@ MUTANTS = [
         (fuzz, scheduler.test_a_long_prompt_is_computed_in_chunks_under_the_budget),
     ),
     Mutant(
-        "preemption seeds a sequence's generator anew",
+        "preemption resets a sequence's random generator",
         Scheduler,
         "preempt",
         "seq.num_computed = 0",
@@ -423,7 +423,7 @@ MUTANTS = [
         (partial(scheduler.test_draws_depend_on_neither_preemption_nor_neighbours_and_branches_differ, "recompute"),),
     ),
     Mutant(
-        "beams compete before all of them are computed again",
+        "beams compete before all of them are recomputed",
         BeamSearch,
         "target",
         "if len(live) > 1",
@@ -432,7 +432,7 @@ MUTANTS = [
     ),
     # --- swapping ---
     Mutant(
-        "a shared block is swapped once for each of its owners",
+        "a shared block is swapped once per owner",
         swap_tables,
         "_move",
         "if block in moves:",
@@ -448,7 +448,7 @@ MUTANTS = [
         (fuzz, machine, tables.test_a_shared_block_is_swapped_once_and_is_shared_there_too),
     ),
     Mutant(
-        "the swap space is taken to be endless",
+        "the swap space is assumed to be unlimited",
         SwapTables,
         "can_swap_out",
         "<= self.pool.num_free",
@@ -456,7 +456,7 @@ MUTANTS = [
         (fuzz, machine, tables.test_what_does_not_fit_into_the_swap_space_is_known_before),
     ),
     Mutant(
-        "swapping in forgets the next token",
+        "swapping in ignores the next token",
         SwapTables,
         "blocks_needed_to_swap_in",
         " + self.memory.count_blocks(writes, self.tables, self.pool)",
@@ -472,7 +472,7 @@ MUTANTS = [
         (scheduler.test_nobody_is_admitted_while_a_swapped_request_waits,),
     ),
     Mutant(
-        "a swapped request's blocks are given back to the wrong pool",
+        "a swapped request's blocks are freed in the wrong pool",
         SwapTables,
         "free",
         "self.pool.free(block)",
@@ -480,7 +480,7 @@ MUTANTS = [
         (fuzz, machine),
     ),
     Mutant(
-        "blocks are swapped out after others were copied over them",
+        "blocks are swapped out after copies have overwritten them",
         SwapRunner,
         "execute",
         "self.space.swap_out(plan.swap_outs)",
@@ -488,7 +488,7 @@ MUTANTS = [
         (test_runner.test_a_block_may_be_swapped_out_swapped_in_and_copied_in_one_step,),
     ),
     Mutant(
-        "blocks are swapped in over what is yet to be swapped out",
+        "blocks are swapped in before swap-outs have read their targets",
         SwapRunner,
         "execute",
         "self.space.swap_out(plan.swap_outs)",
@@ -496,7 +496,7 @@ MUTANTS = [
         (test_runner.test_a_block_may_be_swapped_out_swapped_in_and_copied_in_one_step,),
     ),
     Mutant(
-        "a step with nothing to compute is not executed, its swaps neither",
+        "a step without tokens to compute is not executed, so its swaps are lost",
         Engine,
         "step",
         "logits = self.runner.execute(plan)",
@@ -505,7 +505,7 @@ MUTANTS = [
     ),
     # --- contiguous memory and static batches ---
     Mutant(
-        "free buddies are not joined",
+        "free buddies are not merged",
         BuddyPool,
         "free",
         "while start ^ length in self._free.get(length, ()):",
@@ -513,7 +513,7 @@ MUTANTS = [
         (fuzz, chunks, buddy.test_a_chunk_is_cut_in_halves_and_joined_again),
     ),
     Mutant(
-        "a chunk is cut, and its other half lost",
+        "a chunk is split and its other half is lost",
         BuddyPool,
         "allocate",
         "self._free[found].add(start + found)",
@@ -521,7 +521,7 @@ MUTANTS = [
         (fuzz, chunks, buddy.test_a_chunk_is_cut_in_halves_and_joined_again),
     ),
     Mutant(
-        "a fork takes a chunk of its own and forgets to copy",
+        "a fork takes a new chunk without copying",
         ContiguousTables,
         "reserve",
         "copies = self._move(seq_id)",
@@ -529,7 +529,7 @@ MUTANTS = [
         (fuzz, contiguous_machine, partial(contiguous.test_beams_are_the_same_and_copy_more, "orca-max")),
     ),
     Mutant(
-        "a fork writes into the chunk of its parent",
+        "a fork writes into its parent's chunk",
         ContiguousTables,
         "reserve",
         "self._chunks[seq_id].owner not in (None, seq_id)",
@@ -537,7 +537,7 @@ MUTANTS = [
         (fuzz, contiguous_machine, contiguous.test_an_owner_writes_in_place_behind_what_others_read),
     ),
     Mutant(
-        "a request is admitted with a chunk for the first of its sequences only",
+        "a request is admitted with a chunk for only its first sequence",
         ContiguousTables,
         "fits",
         ">= len(demand.lengths)",
@@ -545,7 +545,7 @@ MUTANTS = [
         (fuzz, contiguous_machine),
     ),
     Mutant(
-        "samples that have ended keep their chunks from others",
+        "ended samples keep their chunks",
         ContiguousTables,
         "free",
         "max(0, len(group.chunks) - len(group.members))",
@@ -553,7 +553,7 @@ MUTANTS = [
         (contiguous.test_samples_that_end_give_their_chunks_back_and_beams_keep_theirs,),
     ),
     Mutant(
-        "a fork by hand counts on a chunk that others may take",
+        "a manual fork does not reserve its chunk",
         ContiguousTables,
         "prepare_fork",
         "self._grow(group)",
@@ -561,7 +561,7 @@ MUTANTS = [
         (contiguous_machine, partial(contiguous.test_a_fork_by_hand_takes_a_chunk_or_is_refused, "orca-max")),
     ),
     Mutant(
-        "a static batch takes in whoever comes",
+        "a static batch admits requests while it runs",
         StaticBatching,
         "eligible",
         "[] if self.scheduler.running else waiting",
@@ -569,7 +569,7 @@ MUTANTS = [
         (fuzz, partial(scheduler.test_a_static_batch_ends_with_its_longest_request_before_anybody_joins, "paged")),
     ),
     Mutant(
-        "a static batch ends with its prompts' token budget",
+        "the token budget limits the size of a static batch",
         StaticBatching,
         "limits",
         "super().limits(request)._replace(needs_tokens=False)",
@@ -578,7 +578,7 @@ MUTANTS = [
     ),
     # --- endings ---
     Mutant(
-        "a subscriber that raises breaks off the step",
+        "a subscriber that raises aborts the step",
         EventLog,
         "emit",
         "except Exception as error:",
@@ -586,7 +586,7 @@ MUTANTS = [
         (engine.test_a_subscriber_that_raises_is_left_out_and_told_of_and_the_step_is_whole,),
     ),
     Mutant(
-        "an abort forgets to free",
+        "an abort does not free blocks",
         Scheduler,
         "abort",
         'request.decoding.end(request, list(request.live), "abort", self)',
@@ -594,7 +594,7 @@ MUTANTS = [
         (fuzz, partial(engine.test_an_abort_in_any_state_gives_every_block_back_and_twice_is_fine, 3)),
     ),
     Mutant(
-        "a failed step loses the blocks it had reserved",
+        "a failed step loses its reserved blocks",
         Engine,
         "_give_up",
         "self.scheduler.abort(request)",
@@ -602,7 +602,7 @@ MUTANTS = [
         (partial(engine.test_a_failing_step_is_reported_and_the_engine_goes_on, "runner"),),
     ),
     Mutant(
-        "who was swapped out by a failed step goes on without having been copied",
+        "a request that a failed step swapped out continues without its copied blocks",
         Swap,
         "failed",
         "[request for request in plan.preempted if request.status is Status.SWAPPED]",
@@ -635,7 +635,7 @@ MUTANTS = [
         (fuzz,),
     ),
     Mutant(
-        "the prefix cache hears of tokens before they are accepted",
+        "draft tokens enter the prefix cache before they are accepted",
         Scheduler,
         "commit",
         "known = chunk.num_tokens - len(chunk.draft)",
@@ -643,7 +643,7 @@ MUTANTS = [
         (fuzz, drafts.test_wrong_guesses_give_their_blocks_back_and_are_never_found_in_the_cache),
     ),
     Mutant(
-        "what follows an end within a right guess is said too",
+        "draft tokens after the end of a sequence are output, too",
         Sampling,
         "advance",
         "if seq.finish_reason is not None:",
@@ -651,7 +651,7 @@ MUTANTS = [
         (fuzz, partial(drafts.test_what_ends_a_text_in_the_midst_of_a_right_guess_ends_it_there, 2)),
     ),
     Mutant(
-        "everybody guesses with the whole of what is left of the budget",
+        "each sequence drafts with the whole remaining token budget",
         Speculation,
         "planned",
         "budget -= len(chunk.draft)",
@@ -659,7 +659,7 @@ MUTANTS = [
         (drafts.test_guesses_take_only_what_is_left_of_budget_and_blocks,),
     ),
     Mutant(
-        "a guess is longer than the blocks that are free",
+        "a draft needs more than the free blocks",
         Speculation,
         "_place",
         "> memory.pool.num_free",
@@ -667,7 +667,7 @@ MUTANTS = [
         (fuzz, drafts.test_nobody_is_preempted_for_a_guess),
     ),
     Mutant(
-        "others fork off a sequence together with the blocks of its guess",
+        "a sequence drafts before its siblings fork from it, so they share the draft's blocks",
         Speculation,
         "planned",
         "not scheduler.forking(request)",
@@ -675,7 +675,7 @@ MUTANTS = [
         (drafts.test_who_computes_for_others_too_does_not_guess,),
     ),
     Mutant(
-        "in place of a rejected token any is drawn, likely to have been guessed or not",
+        "a rejected token is resampled from the target instead of the residual distribution",
         sampler,
         "rejection_sample",
         "(target[i] - guess[i]).clamp_min(0)",
@@ -683,7 +683,7 @@ MUTANTS = [
         (partial(sampled_drafts.test_rejection_sampling_follows_the_model_whatever_was_guessed, "close"),),
     ),
     Mutant(
-        "guesses are accepted as often as the model would say them, however likely they were guessed",
+        "draft tokens are accepted with the target's probability, not its ratio to the draft's",
         sampler,
         "rejection_sample",
         "rng.random() * guess[i, token]",
@@ -692,7 +692,7 @@ MUTANTS = [
     ),
     # --- virtual memory ---
     Mutant(
-        "a slot goes on showing the page that was copied on write",
+        "after copy-on-write, a slot still maps the old page",
         VirtualTables,
         "map_slots",
         "self.mapped[slot][: len(table)] != table",
@@ -700,7 +700,7 @@ MUTANTS = [
         (partial(virtual.test_mapping_decides_nothing, 3),),
     ),
     Mutant(
-        "a page is taken away from a slot that is read",
+        "a page is unmapped from a slot that the step reads",
         VirtualTables,
         "_map",
         "not self._is_read(*other)",
@@ -708,7 +708,7 @@ MUTANTS = [
         (virtual.test_a_prefix_hit_and_a_fork_show_one_page_in_two_slots,),
     ),
     Mutant(
-        "books are believed although a mapping failed",
+        "recorded maps are trusted after a mapping has failed",
         VirtualTables,
         "map_slots",
         "not all(maps.done for maps in self._plans)",
@@ -716,7 +716,7 @@ MUTANTS = [
         (partial(virtual.test_after_a_failed_mapping_nobody_reads_what_was_not_mapped, "sync", 3),),
     ),
     Mutant(
-        "of the fitting slots the largest is reused",
+        "the largest fitting slot is reused, not the smallest",
         VirtualTables,
         "_settle",
         "-len(mapped), -slot",
@@ -724,7 +724,7 @@ MUTANTS = [
         (virtual.test_of_the_idle_slots_the_best_fit_is_reused,),
     ),
     Mutant(
-        "a step does not wait for what the last began to map",
+        "a step does not wait for the last step's background maps",
         VirtualKVCache,
         "remap",
         "self.wait()",
@@ -735,7 +735,7 @@ MUTANTS = [
         ),
     ),
     Mutant(
-        "a step is called done while its background may yet fail",
+        "a step's maps count as done before its background maps are",
         VirtualKVCache,
         "_apply_ahead",
         "maps.done = False",
@@ -751,7 +751,7 @@ MUTANTS = [
         (partial(virtual_memory.test_attention_on_slots_equals_attention_on_blocks, False, 5, 1),),
     ),
     Mutant(
-        "a prompt over slots sees what comes after it",
+        "a prompt over slots attends to later tokens",
         contiguous_kernel,
         "_prefill",
         "is_causal=visible is None",
@@ -760,7 +760,7 @@ MUTANTS = [
     ),
     # --- tensor parallelism ---
     Mutant(
-        "a bias counts once for every rank",
+        "a bias is added once per rank",
         Shard,
         "join",
         "linear.bias.zero_()",
@@ -768,7 +768,7 @@ MUTANTS = [
         (shards.test_only_one_summand_has_the_bias,),
     ),
     Mutant(
-        "of queries, keys and values side by side the first rank gets the queries",
+        "a fused projection is split as a whole, so the first rank gets no values",
         Shard,
         "part",
         '3 if "c_attn" in name else 1',

@@ -1,4 +1,4 @@
-"""Beam search on the paged engine: the same hypotheses as transformers, whatever the memory."""
+"""Beam search on the paged engine: the same hypotheses as transformers, with any block size and preemption."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ PROMPTS = [[5, 6, 7], [9] * 16, list(range(20, 41))]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    # Flatter distributions than elsewhere, and many ends of text: beams then compete, end and fork often.
+    # Flatter distributions than elsewhere, and three end-of-text tokens, so that beams compete, end and fork often.
     return save_llama(tmp_path_factory.mktemp("llama"), initializer_range=0.08, vocab_size=60, eos_token_id=[2, 17, 31])
 
 

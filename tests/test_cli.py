@@ -1,4 +1,4 @@
-"""The command line: in this process where that will do, else (signals, imports) in one of its own."""
+"""The command line, in this process if possible, otherwise (for signals and imports) in a subprocess."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from visualizer.scenarios import DEMO_SETTINGS
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A random model that babbles, with a tokenizer and a chat template."""
+    """A random model, with a tokenizer and a chat template."""
     tokenizer = byte_level()
     directory = tmp_path_factory.mktemp("babbler")
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
@@ -57,8 +57,8 @@ def run(monkeypatch, capsys):
 
 
 def run_without(package: str, *args: str) -> tuple[int, str]:
-    """Exit code and stderr where ``package`` cannot be imported. In a process of its own: modules imported anew in this
-    one would replace those that other tests hold and patch."""
+    """Exit code and stderr when ``package`` cannot be imported. Runs in a subprocess, because modules that are imported
+    again in this process would replace those that other tests hold and patch."""
     code = f"import sys; sys.modules[{package!r}] = None; from minipaged.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
     return done.returncode, done.stderr
@@ -79,7 +79,7 @@ def read_until(process: subprocess.Popen, text: bytes) -> bytes:
 
 
 def interrupt(process: subprocess.Popen) -> None:
-    """Ctrl-C; checks that the command leaves as it should."""
+    """Sends Ctrl-C; checks the exit code and that no traceback is printed."""
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
@@ -155,7 +155,7 @@ def test_wrong_usage_is_exit_code_2(run, args):
 
 @pytest.mark.parametrize("args", [["serve"], [], ["generate", "x", "--no-such-option"]])
 def test_of_torchruns_processes_the_first_alone_complains(monkeypatch, capsys, run, args):
-    """And the others end well: torchrun would end the first for them, before it has said what is wrong."""
+    """The other ranks exit with 0; otherwise torchrun would kill rank 0 before it has printed the error."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
@@ -255,7 +255,7 @@ def test_ctrl_c_while_generating(checkpoint, tmp_path):
     endless = shutil.copytree(checkpoint, tmp_path / "endless")
     weights = load_file(endless / "model.safetensors")
     end = json.loads((endless / "config.json").read_text())["eos_token_id"]
-    weights["lm_head.weight"][end] = 0  # greedily another token is always the likelier one
+    weights["lm_head.weight"][end] = 0  # greedy decoding always chooses another token
     save_file(weights, endless / "model.safetensors", {"format": "pt"})
     process = start("generate", "The", "--model", str(endless), "--max-tokens", "8000", "--temperature", "0")
     assert process.stdout.read(1)
@@ -266,7 +266,7 @@ def test_ctrl_c_while_generating(checkpoint, tmp_path):
 
 
 class Parrot:
-    """Stands in for the LLM; remembers what it was asked."""
+    """A stand-in for the LLM that repeats the user's message and records the conversations."""
 
     def __init__(self):
         self.asked = []
@@ -282,7 +282,7 @@ class Parrot:
 
 @pytest.fixture
 def type_lines(monkeypatch):
-    """``type_lines("a", "b")``: what the user will type before the input ends."""
+    """``type_lines("a", "b")`` sets the lines that the user types before the input ends."""
 
     def type_lines(*lines: str):
         todo = iter(lines)
@@ -300,7 +300,7 @@ def type_lines(monkeypatch):
 
 @pytest.fixture
 def say(monkeypatch, run, type_lines):
-    """``say(*lines, args=())`` -> (exit code, stdout, stderr, what the model was asked)."""
+    """``say(*lines, args=())`` -> (exit code, stdout, stderr, the conversations sent to the model)."""
 
     def say(*lines: str, args: tuple[str, ...] = ()):
         parrot = Parrot()
@@ -350,7 +350,7 @@ def test_a_system_prompt_can_be_given_and_changed(say):
     _, out, _, asked = say("one", "/system Be kind.", "/system", "two", args=("--system", "Be brief."))
     assert out.count("System prompt: Be kind.") == 2
     assert [messages[0]["content"] for messages in asked] == ["Be brief.", "Be kind."]
-    assert [m["content"] for m in asked[1]][1:] == ["one", "You said one", "two"], "the conversation goes on"
+    assert [m["content"] for m in asked[1]][1:] == ["one", "You said one", "two"], "the conversation continues"
 
 
 def test_a_conversation_is_saved_and_goes_on_elsewhere(say, tmp_path):
@@ -381,7 +381,7 @@ def test_texts_of_several_lines(say):
 
 
 class Terminal:
-    """A command in a pseudo-terminal: what a person sees and types."""
+    """A command in a pseudo-terminal, with the text that a user sees and types."""
 
     def __init__(self, *args, **options):
         self._file, follower = os.openpty()
@@ -396,7 +396,7 @@ class Terminal:
         os.write(self._file, text.encode())
 
     def until(self, text):
-        """Reads until ``text`` comes; what came before it is forgotten."""
+        """Reads until ``text`` appears, returns the output before it, and drops both."""
         while text not in self.seen:
             assert select.select([self._file], [], [], 120)[0], self.seen
             try:
@@ -419,7 +419,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_chat(checkpoint, tmp_
         terminal.until("> ")
         terminal.type("hello\n")
         terminal.until("hello\r\n")
-        while not terminal.seen:  # the answer has begun
+        while not terminal.seen:  # until the answer starts
             terminal.seen += os.read(terminal._file, 1).decode(errors="replace")
         terminal.type("\x03")
         told = terminal.until("> ")
@@ -446,7 +446,7 @@ def test_without_its_packages_the_server_says_what_to_install(package):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What the visualizer was launched with; ``model`` and ``settings`` are the LLM's."""
+    """The arguments that the visualizer was launched with; ``model`` and ``settings`` are the LLM's."""
     seen: dict = {}
 
     def launch(make_llm, **options):
@@ -473,7 +473,7 @@ def test_sharing_is_asked_for(run, launched):
 
 def test_visualize_hands_on_what_was_given(run, launched):
     code, _, _ = run(*"visualize --model m --port 8000 --block-size 4 --num-blocks 32 --eviction mark-0".split())
-    assert code == 130  # as launch returns on Ctrl-C only
+    assert code == 130  # because launch returns only on Ctrl-C
     assert (launched["model"], launched["port"]) == ("m", 8000)
     assert launched["settings"] == DEMO_SETTINGS | {
         "device": "auto",

@@ -1,4 +1,4 @@
-"""The engine as a caller meets it, on the fake model: bad input, aborts, and steps that fail."""
+"""The engine's API on the fake model: invalid input, aborts, and steps that fail."""
 
 import math
 import warnings
@@ -87,7 +87,7 @@ def test_settings_that_make_no_sense_are_refused_by_name(settings):
 def test_an_abort_in_any_state_gives_every_block_back_and_twice_is_fine(steps):
     engine = fake_engine(max_num_batched_tokens=8)
     engine.add_request("a", [1] * 20, SamplingParams(n=3, max_tokens=30, ignore_eos=True))
-    for _ in range(steps):  # waiting, mid-prompt, mid-prompt, running as three
+    for _ in range(steps):  # waiting, in prefill, in prefill, decoding three sequences
         engine.step()
     output = engine.abort("a")
     assert output.finished and {out.finish_reason for out in output.outputs} == {"abort"}
@@ -135,7 +135,7 @@ def test_a_failing_step_is_reported_and_the_engine_goes_on(where):
     engine.events.subscribe(lambda e: errors.append(e.message) if isinstance(e, EngineError) else None)
     engine.add_request("a", [1] * 9, PARAMS)
     engine.add_request("b", [1] * 9, PARAMS)
-    engine.add_request("c", [2] * 9, PARAMS)  # waits: it was not part of the failing step
+    engine.add_request("c", [2] * 9, PARAMS)  # waiting, so not part of the failing step
     engine.step()
     healthy = engine.runner.execute, engine.sampler
 
@@ -161,7 +161,7 @@ def test_a_failing_step_is_reported_and_the_engine_goes_on(where):
 
 
 def crowded_by_beams():
-    """Three beams (4 blocks, and at their next block's edge 3 more) beside a short request, in a pool of 6."""
+    """Three beams (4 blocks, and 3 more at the next block boundary) and a short request, in a pool of 6 blocks."""
     engine = fake_engine(num_blocks=6, block_size=4, preemption="swap", enable_prefix_caching=False)
     beams = SamplingParams(temperature=0, beam_width=3, max_tokens=20, ignore_eos=True)
     engine.add_request("beams", [1] * 4, beams)
@@ -174,7 +174,7 @@ def test_a_step_that_only_swaps_out_is_executed_too():
     execute = engine.runner.execute
     engine.runner.execute = lambda plan: (plans.append(plan), execute(plan))[1]
     done = run(engine)
-    # Not even the other's block was enough, so the search ended: nobody was left to compute anything in that step.
+    # The preempted request's block was not enough, so the search ended and the step had no token to compute.
     assert any(plan.swap_outs and plan.outgrown and not plan.chunks for plan in plans)
     assert done["short"].outputs[0].token_ids == unbatched([2], PARAMS, 0, 200)
 
@@ -195,7 +195,7 @@ def test_identical_prompts_in_one_step_each_get_their_tokens():
     for name in "abc":
         engine.add_request(name, [1, 2] * 5, PARAMS)
     engine.step()
-    assert len(engine.block_tables()) == 3  # admitted together, before any of them had computed a block
+    assert len(engine.block_tables()) == 3  # admitted together, before any has computed a block
     done = run(engine)
     assert all(done[name].outputs[0].token_ids == unbatched([1, 2] * 5, PARAMS, 0, 200) for name in "abc")
 
@@ -259,7 +259,7 @@ def test_an_eviction_policy_of_ones_own_decides_what_the_engine_gives_up():
             run(engine)
         return seen
 
-    assert hits() == [0, 0, 0, 4]  # least recently used: the tail of the first prompt is gone
+    assert hits() == [0, 0, 0, 4]  # LRU: the tail of the first prompt is evicted
     assert hits(eviction_policy=Newest) == [0, 0, 0, 8]
 
 
@@ -320,7 +320,7 @@ def test_subscribers_may_watch_but_not_act_in_the_midst_of_a_step():
 
 @pytest.mark.parametrize("moment", ["request_added", "forked", "freed", "finished"])
 def test_subscribers_may_not_act_in_the_midst_of_an_abort_or_a_fork_either(moment):
-    """Such a request would end twice, or a fork share blocks that are just being given up."""
+    """Otherwise a request could end twice, or a fork share blocks that are being freed."""
     engine, refused = fake_engine(), []
 
     def act(event):
@@ -331,7 +331,7 @@ def test_subscribers_may_not_act_in_the_midst_of_an_abort_or_a_fork_either(momen
                 refused.append(action)
 
     engine.events.subscribe(act)
-    with warnings.catch_warnings(action="error"):  # a subscriber that raised would be told of by a warning
+    with warnings.catch_warnings(action="error"):  # a subscriber's exception is reported as a warning
         engine.add_request("a", [1, 2, 3], SamplingParams(max_tokens=20, ignore_eos=True))
         engine.step()
         engine.fork("a", "b")
@@ -384,11 +384,11 @@ def test_a_subscriber_that_raises_is_left_out_and_told_of_and_the_step_is_whole(
     engine.add_request("a", [1, 2, 3], PARAMS)
     with pytest.warns(RuntimeWarning, match="(?s)an event subscriber raised.*broken.*my dashboard is down"):
         (output,) = engine.step()
-    assert len(output.outputs[0].token_ids) == 1, "the step's results are not lost"
+    assert len(output.outputs[0].token_ids) == 1, "the step's results are lost"
     engine.check()
     assert calls[-1] == "allocated" and calls.count("allocated") == 1
     assert run(engine)["a"].outputs[0].token_ids == unbatched([1, 2, 3], PARAMS, 0, 200)
-    assert state.finished == ["a"], "the others heard everything"
+    assert state.finished == ["a"], "another subscriber missed events"
     stop()
 
 

@@ -1,4 +1,4 @@
-"""Events, recordings and the reducer. That replay equals the engine's tables step by step is part of the fuzz."""
+"""Events, recordings and the reducer. The fuzz test compares replay with the engine's block tables in every step."""
 
 import json
 from random import Random
@@ -22,7 +22,7 @@ from tests.fake import fake_engine, guess_at_random
 
 
 def busy_engine():
-    """Forks, copies, shares, predicts, evicts, swaps, preempts and guesses within a few dozen steps."""
+    """An engine that forks, copies, shares, predicts, evicts, swaps, preempts and drafts within a few dozen steps."""
     sizes = {"num_blocks": 14, "block_size": 4, "max_num_seqs": 6, "swap_blocks": 8}
     engine = fake_engine(preemption="swap", eviction="mark-0", speculate="prompt-lookup", **sizes)
     guess_at_random(engine, Random(1), right=0.7)
@@ -50,7 +50,7 @@ def test_a_recording_reads_back_as_it_was(tmp_path):
     events = record(tmp_path / "run.jsonl")
     assert load_recording(tmp_path / "run.jsonl") == events
     kinds = {event.type for event in events}
-    assert kinds >= set(EVENT_TYPES) - {"engine_error"}, "the run above should show every kind of event"
+    assert kinds >= set(EVENT_TYPES) - {"engine_error"}, "the run above should emit every type of event"
 
 
 def test_every_event_survives_json():
@@ -89,7 +89,7 @@ def test_a_state_has_the_engines_tables_after_every_step():
         engine.step()
         expected = {seq_id: table for seq_id, table in engine.block_tables().items() if table}
         assert {seq_id: seq.table for seq_id, seq in state.seqs.items() if seq.table} == expected
-    assert taken_back, "the run above should take back blocks of wrong guesses"
+    assert taken_back, "the run above should free blocks of rejected drafts"
 
 
 def test_a_run_that_starts_anew_forgets_the_one_before():
@@ -109,7 +109,7 @@ def test_a_table_that_changes_elsewhere_than_at_its_end_is_refused(event):
 
 
 def test_asserts_in_tests_are_checked_under_python_o_too():
-    """pytest turns a test module's asserts into plain raises. Without that, `make test-optimized` would pass always."""
+    """pytest rewrites a test module's asserts into raises. Otherwise `make test-optimized` would always pass."""
     try:
         assert not EVENT_TYPES
     except AssertionError:
@@ -121,7 +121,7 @@ def test_an_engine_nobody_listens_to_makes_no_events(monkeypatch):
     engine = busy_engine()
     add_requests(engine)
     for cls in EVENT_TYPES.values():
-        monkeypatch.setattr(cls, "__init__", lambda *_: pytest.fail("an event was made for nobody"))
+        monkeypatch.setattr(cls, "__init__", lambda *_: pytest.fail("an event was created without subscribers"))
     while engine.has_unfinished():
         engine.step()
 

@@ -1,4 +1,4 @@
-"""The front door on a real (small, random) Llama: tokens equal transformers', whatever the batch and the memory."""
+"""The `LLM` class on a small, random Llama: its tokens are those of transformers, for any batch and memory manager."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +34,7 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def truth(checkpoint, prompts):
-    """Greedy continuations by transformers, one prompt at a time, past end-of-text."""
+    """Tokens that transformers generates greedily, one prompt at a time, past end-of-text."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -60,7 +60,7 @@ def small(checkpoint, **settings):
 def test_greedy_tokens_equal_transformers(checkpoint, prompts, truth, block_size, caching):
     llm = small(checkpoint, block_size=block_size, num_blocks=512 // block_size, enable_prefix_caching=caching)
     assert tokens(llm.generate(prompts, GREEDY)) == truth
-    assert tokens(llm.generate(prompts, GREEDY)) == truth  # now from the prefix cache, where it is on
+    assert tokens(llm.generate(prompts, GREEDY)) == truth  # now with prefix cache hits, if it is enabled
     assert llm.engine.memory.pool.num_free == llm.engine.num_blocks
 
 
@@ -80,7 +80,7 @@ def test_a_batch_in_groups_has_the_same_tokens_in_the_order_of_the_prompts(check
             prompts * 2, SamplingParams(n=2, max_tokens=5, ignore_eos=True), schedule=schedule
         )
     ]
-    assert sampled[:12] == sampled[12:]  # without a seed, too
+    assert sampled[:12] == sampled[12:]  # also without a seed
     with pytest.raises(InvalidRequest, match="schedule must be one of fcfs, batchllm"):
         llm.generate(prompts, schedule="lifo")
     with pytest.raises(InvalidRequest, match="empty"):
@@ -101,7 +101,7 @@ def test_tokens_survive_preemption_and_chunked_prefill(checkpoint, prompts, trut
 @pytest.mark.parametrize("batching", ["continuous", "static"])
 @pytest.mark.parametrize("memory", MANAGERS)
 def test_tokens_are_the_same_under_every_memory_manager(checkpoint, prompts, truth, memory, batching):
-    block_size = None if memory == "vattention" else 4  # must fill whole pages
+    block_size = None if memory == "vattention" else 4  # blocks must fill whole pages
     llm = small(checkpoint, memory=memory, batching=batching, block_size=block_size, max_model_len=64)
     assert tokens(llm.generate(prompts, GREEDY)) == truth
     assert llm.engine.memory.pool.num_free == 64
@@ -142,7 +142,7 @@ def test_the_engine_seed_makes_unseeded_requests_repeat(checkpoint, prompts):
 
 
 def test_end_of_text_ends_as_in_transformers(tmp_path, prompts):
-    # The token that greedy decoding reaches fourth becomes the end of text.
+    # The fourth token of greedy decoding becomes an end-of-text token.
     path = save_llama(tmp_path / "a")
     fourth = transformers_greedy(path, prompts[2], 4)[3]
     path = save_llama(tmp_path / "b", eos_token_id=[2, fourth])
@@ -227,7 +227,7 @@ def test_a_running_request_can_be_forked_by_hand(checkpoint, prompts, truth):
         for output in engine.step():
             done[output.request_id] = output.outputs[0].token_ids
         engine.check()
-    assert done == {"a": truth[2], child: truth[2]}  # greedy: both continue alike, each in blocks of its own
+    assert done == {"a": truth[2], child: truth[2]}  # greedy: both generate the same tokens, in separate blocks
     with pytest.raises(InvalidRequest):
         engine.fork("a")
 
@@ -291,7 +291,7 @@ def test_a_swap_space_counts_where_it_takes_memory_from_the_pool(monkeypatch, sw
     def fit(wanted=None):
         return blocks_that_fit(10, torch.device(device), wanted=wanted, useful=99, swap_blocks=swap_blocks)
 
-    assert fit() == pool  # half of a CPU's hundred, nine tenths of a GPU's
+    assert fit() == pool  # half of 100 on a CPU, 90 % on a GPU
     most = {"cuda": 100, "cpu": 100 // 2 if swap_blocks is None else 100 - swap_blocks}[device]
     assert fit(most) == most
     with pytest.raises(InvalidConfig, match=f"{most} blocks at most"):
@@ -315,7 +315,7 @@ def test_an_llm_counts_its_swap_space(checkpoint, monkeypatch):
 
 def test_num_blocks_is_chosen_when_not_given(checkpoint):
     llm = LLM(str(checkpoint), max_num_seqs=4)
-    assert llm.engine.num_blocks == 4 * -(-256 // EngineConfig().block_size)  # four sequences of full length
+    assert llm.engine.num_blocks == 4 * -(-256 // EngineConfig().block_size)  # four sequences of maximum length
 
 
 def test_a_stream_yields_every_token_once_and_closing_it_frees_its_blocks(checkpoint, prompts, truth):
@@ -366,7 +366,7 @@ def test_async_streams_are_batched_together_and_closing_one_frees_it(checkpoint,
 
     *got, _ = run(everything())
     assert got == truth
-    assert max(sizes[6:]) >= 4, "decodes of several streams share steps"
+    assert max(sizes[6:]) >= 4, "decodes of several streams should share steps"
     assert not llm.engine.has_unfinished() and llm.engine.memory.pool.num_free == llm.engine.num_blocks
 
 
@@ -395,7 +395,7 @@ def test_a_failed_step_reaches_whoever_waits_and_the_next_request_works(checkpoi
     with pytest.raises(StepFailed, match="no room"):
         llm.generate(prompts, GREEDY)
     llm.engine.runner.execute = execute
-    rest = list(stream)  # it was in the failed batch, and is told so rather than left waiting
+    rest = list(stream)  # it was in the failed batch, so it ends instead of waiting forever
     assert rest[-1].finish_reason == "abort"
     assert tokens(llm.generate(prompts, GREEDY)) == truth
 
@@ -412,7 +412,7 @@ def test_a_queued_stream_that_is_cancelled_ends_its_thread(checkpoint):
         await asyncio.gather(waiting, return_exceptions=True)
         await first.aclose()
 
-    run(cancelled())  # would wait for the thread for ever
+    run(cancelled())  # must not wait for the thread forever
     assert not llm.engine.has_unfinished()
 
 

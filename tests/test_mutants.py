@@ -1,4 +1,4 @@
-"""Are the tests any good? Each bug of `tests.mutants` must make every check named beside it fail."""
+"""Mutation tests: each bug of `tests.mutants` must make every check listed with it fail."""
 
 import pytest
 
@@ -13,10 +13,10 @@ def test_the_bug_is_noticed(mutant):
         for check in mutant.killed_by:
             try:
                 check()
-            # A pytest.raises that sees nothing raised fails with an exception that is no Exception.
+            # If nothing is raised, pytest.raises fails with an exception that is not a subclass of Exception.
             except (Exception, pytest.fail.Exception):
                 continue
-            pytest.fail(f"{getattr(check, '__name__', check)} passes in spite of: {mutant.bug}")
+            pytest.fail(f"{getattr(check, '__name__', check)} passes despite the bug: {mutant.bug}")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: getattr(check, "func", check).__name__)

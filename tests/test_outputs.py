@@ -1,4 +1,4 @@
-"""What callers get back: values of one moment, although the engine's lists go on growing."""
+"""Outputs that callers get are snapshots: they do not change when the engine's lists grow."""
 
 import ast
 from pathlib import Path

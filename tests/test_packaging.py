@@ -1,4 +1,4 @@
-"""What gets installed, what it needs, and which room may import what."""
+"""Packaging: installed files, dependencies, and which packages may import which."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ sys.meta_path.insert(0, Blocker())
 
 
 def python(code: str) -> str:
-    """What ``code`` prints in an interpreter of its own."""
+    """The output of ``code`` in a new interpreter."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -55,13 +55,13 @@ print(len(out[0].outputs[0].token_ids))
 
 
 def module_file(name: str) -> Path | None:
-    """The file of a module of this package; None for what is none (an attribute, say)."""
+    """The file of a module of this package; None if ``name`` is not a module, for example an attribute."""
     path = ROOT.joinpath(*name.split("."))
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
 def imports_at_import_time(file: Path) -> set[str]:
-    """Dotted names that importing ``file`` imports: not those inside functions or under TYPE_CHECKING."""
+    """Dotted names that ``file`` imports when it is imported: not those inside functions or under TYPE_CHECKING."""
     found: set[str] = set()
     todo: list[ast.AST] = list(ast.parse(file.read_text(encoding="utf-8")).body)
     while todo:
@@ -80,14 +80,14 @@ def imports_at_import_time(file: Path) -> set[str]:
 
 
 def reachable(start: Path) -> dict[str, Path]:
-    """Everything that importing ``start`` imports, directly or not, with the file that does."""
+    """All modules that importing ``start`` imports, directly or indirectly, with the importing file."""
     seen: dict[str, Path] = {}
     todo = [start]
     while todo:
         file = todo.pop()
         for name in imports_at_import_time(file):
             parts = name.split(".")
-            for length in range(1, len(parts) + 1):  # importing a.b.c runs a and a.b as well
+            for length in range(1, len(parts) + 1):  # importing a.b.c also runs a and a.b
                 prefix = ".".join(parts[:length])
                 if prefix not in seen:
                     seen[prefix] = file
@@ -103,15 +103,15 @@ def torch_free_files() -> list[Path]:
 
 @pytest.mark.parametrize("file", torch_free_files(), ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_torch_in_memory_scheduling_and_events(file):
-    """This is what keeps the scheduler fuzzable at thousands of traces a second."""
+    """Without torch, the scheduler can be fuzzed at thousands of traces per second."""
     culprits = {name: by for name, by in reachable(file).items() if name in ("torch", "numpy", "transformers")}
     assert not culprits
     everywhere = {name for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) for name in names(node)}
-    assert "torch" not in everywhere, "not inside a function either"
+    assert "torch" not in everywhere, "torch is imported inside a function"
 
 
 def names(node: ast.AST) -> set[str]:
-    """First parts of what an import statement imports."""
+    """Top-level names of the modules that an import statement imports."""
     if isinstance(node, ast.Import):
         return {alias.name.split(".")[0] for alias in node.names}
     return {(node.module or "").split(".")[0]} if isinstance(node, ast.ImportFrom) else set()
@@ -124,7 +124,7 @@ def test_the_import_walk_sees_torch_where_there_is_some():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[set[str], set[str]]:
-    """Names of the files in the wheel and in the sdist, built from a copy because building leaves traces."""
+    """Names of the files in the wheel and in the sdist, built from a copy because building leaves files behind."""
     pytest.importorskip("setuptools", minversion="77")
     copy = tmp_path_factory.mktemp("source")
     for name in ("minipaged", "visualizer"):
@@ -141,7 +141,7 @@ def built(tmp_path_factory) -> tuple[set[str], set[str]]:
 
 
 def test_wheel_and_sdist_hold_every_file_of_the_packages(built):
-    """Weights, tokenizer, JavaScript, style sheets: what is left out is missed only once installed."""
+    """Both contain weights, tokenizer, JavaScript and style sheets; a missing file is noticed only after installing."""
     on_disk = {
         str(file.relative_to(ROOT))
         for package in ("minipaged", "visualizer")
@@ -161,7 +161,7 @@ def test_the_embedded_model_is_part_of_the_package(built):
 def pins() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     split = [line.split("==") for line in lines if line and not line.startswith("#")]
-    assert len({name for name, _ in split}) == len(split), "something is pinned twice"
+    assert len({name for name, _ in split}) == len(split), "a package is pinned twice"
     return {canonicalize_name(name): version for name, version in split}
 
 
@@ -173,7 +173,7 @@ REQUIREMENTS = list(dict.fromkeys(PYPROJECT["dependencies"] + EXTRAS["dev"] + EX
 def test_each_dependency_has_a_range_and_a_pin_inside_it(text):
     requirement = Requirement(text)
     operators = {specifier.operator for specifier in requirement.specifier}
-    assert operators == {">=", "<"}, "both a lower and an upper bound"
+    assert operators == {">=", "<"}, "a dependency needs a lower and an upper bound"
     assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
 
 

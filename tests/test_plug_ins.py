@@ -1,4 +1,4 @@
-"""What a user plugs in by a public argument: an admission policy, a stage, a subscriber, a model family."""
+"""Plug-ins by public arguments: an admission policy, a stage, a subscriber, a model family."""
 
 import pytest
 
@@ -13,21 +13,21 @@ LONG = SamplingParams(max_tokens=12, ignore_eos=True)
 
 
 class ShortestPromptFirst(FCFS):
-    """Of those that wait, the shortest prompt starts first."""
+    """Admits the waiting request with the shortest prompt first."""
 
     def eligible(self, waiting):
         return sorted(waiting, key=lambda request: len(request.prompt_token_ids))
 
 
 class Counter(Stage):
-    """Counts what the scheduler asks of it."""
+    """A stage that records the scheduler's calls."""
 
     def __init__(self):
         self.calls = []
 
     def before_admission(self, plan):
         self.calls.append("before_admission")
-        return len(plan.chunks) < 2  # at most two sequences run, and one more
+        return len(plan.chunks) < 2  # admits none if two sequences run
 
     def planned(self, plan):
         self.calls.append("planned")
@@ -100,7 +100,7 @@ def test_subscribers_hear_all_from_the_first_request_on_and_after_a_restart():
 
 
 class Loud(Llama):
-    """A family of its own: a Llama whose logits are doubled."""
+    """A user's model family: a Llama whose logits are doubled."""
 
     def forward(self, batch, kv_cache):
         return 2 * super().forward(batch, kv_cache)

@@ -1,4 +1,4 @@
-"""The front door with the embedded model: text in, text out."""
+"""The `LLM` class with the embedded model: text in, text out."""
 
 from minipaged import LLM, SamplingParams
 

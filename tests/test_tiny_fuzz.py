@@ -1,4 +1,4 @@
-"""The fuzz once more with real models: whatever the memory does, the tokens are transformers' own."""
+"""The fuzz test with real models: with any memory settings, the tokens are those of transformers."""
 
 from collections import Counter
 from importlib.resources import files
@@ -21,7 +21,7 @@ LONGEST = 20  # output tokens
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several only get in one another's way on models so small
+    torch.set_num_threads(1)  # on such small models, more threads are slower
     yield
     torch.set_num_threads(threads)
 
@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory):
 
 
 def some_prompts():
-    """Twelve, of which eight begin alike."""
+    """Twelve prompts; eight share a prefix."""
     random = Random(0)
     stem = [random.randrange(3, 100) for _ in range(13)]
     lengths = (1, 3, 4, 8, 11, 16)
@@ -45,28 +45,28 @@ def some_prompts():
 
 @torch.inference_mode()
 def greedy(directory: str, prompts: list[list[int]]) -> list[list[int]]:
-    """Each prompt with its continuation by transformers; it goes on after an end of text."""
+    """Each prompt with the tokens that transformers generates greedily, past end-of-text."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     rows = []
     for prompt in prompts:
         tokens = list(prompt)
         for _ in range(LONGEST):
             (best, second), (token, _) = model(torch.tensor([tokens])).logits[0, -1].topk(2)
-            assert best - second > 1e-4, "too close to call: rounding would decide this token"
+            assert best - second > 1e-4, "the two largest logits nearly tie, so rounding would decide this token"
             tokens.append(int(token))
         rows.append(tokens)
     return rows
 
 
 class Trace:
-    """A random engine on a real model, and requests for beginnings of what transformers said."""
+    """A random engine on a real model, and requests for prefixes of the sequences that transformers generated."""
 
     def __init__(self, seed, loaded, prompts, truth):
         self.random = random = Random(seed)
         self.prompts, self.truth = prompts, truth
         block_size = random.choice((1, 3, 4, 5, 8, 16, 24))
         max_num_seqs = random.randint(2, 5)
-        if random.random() < 0.2:  # contiguous memory; two of the longest fit at least
+        if random.random() < 0.2:  # contiguous memory; at least two of the longest fit
             memory, slots = {"memory": random.choice(AHEAD)}, random.randint(260, 400)
         else:
             memory, slots = {"enable_prefix_caching": random.random() < 0.7}, random.randint(48, 130)

@@ -1,4 +1,4 @@
-"""Engines side by side: the conversation with their processes, what is refused, and what is made of the numbers."""
+"""The comparison of engines: the protocol with their processes, rejected options, and derived numbers."""
 
 import sys
 from dataclasses import replace
@@ -24,7 +24,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
-    """Drivers that generate nothing: their file is replaced, their process and the conversation are real."""
+    """Installs a driver that generates no tokens; its process and the protocol are real."""
 
     def install(lengths="work['outputs']", seconds="2.0 if sys.argv[1] == 'minipaged' else 5.0"):
         path = tmp_path / "stub.py"
@@ -84,7 +84,7 @@ def test_requests_repeat_with_their_seed_and_fit_the_models():
 
 
 class Writer:
-    """What the gguf package's writer is told."""
+    """A stand-in for the gguf package's writer that records its calls."""
 
     made: dict = {}
 

@@ -1,4 +1,4 @@
-"""The measurement of the scheduler's cost: that it measures decoding, and nothing but it."""
+"""The measurement of the scheduler's cost times decode steps only."""
 
 import gc
 

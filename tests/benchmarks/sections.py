@@ -1,4 +1,4 @@
-"""Sections that go well, badly and very badly. Nothing here takes long to import."""
+"""Sections that succeed, fail and crash, for tests of the GPU check. They import only fast modules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def disappoints(job):
 
 def dies(job):
     job.note(answer=39)
-    ctypes.string_at(0)  # as a process does that is killed for its memory, or whose driver crashes
+    ctypes.string_at(0)  # a crash, like that of a driver or for lack of memory
 
 
 def hangs(job):

@@ -1,4 +1,4 @@
-"""`make gpu-check` without a GPU: the same program on tiny shapes, and what it does when a section goes wrong."""
+"""`make gpu-check` without a GPU: the same program on tiny shapes, and its behaviour when a section fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.gpu.targets import LARGE, judge
 from benchmarks.gpu_check import Section, main, run_sections
 from tests.benchmarks.sections import dies, disappoints, exits, fine, hangs, raises
 
-# --- a smoke run of everything ---
+# --- a smoke run of all sections ---
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_its_numbers_are_finite_and_consistent(smoke):
     assert all(case["equal"] for case in sections["parity"]["cases"])
 
 
-# --- sections that go wrong ---
+# --- sections that fail ---
 
 
 def section(function, seconds=30.0, needs=0.0) -> Section:
@@ -83,7 +83,7 @@ def test_whatever_happens_in_a_section_is_recorded_and_the_others_go_on():
     assert "signal 11" in done["dies"]["failures"][0] and "exit code 3" in done["exits"]["failures"][0]
     assert done["hangs"]["failures"] == ["killed after its 4 s"]
     found = [done[name]["results"]["answer"] for name in ("fine", "raises", "disappoints", "dies", "hangs")]
-    assert found == [42, 41, 40, 39, 38]  # what they had found until then
+    assert found == [42, 41, 40, 39, 38]  # their results up to the failure
 
 
 def test_without_time_left_a_section_is_skipped_and_says_why(capsys):
@@ -102,7 +102,7 @@ def test_the_exit_code_tells_whether_something_failed(monkeypatch, tmp_path, fun
     assert written[0] == written[1] and written[0]["sections"][function.__name__]["results"]["answer"] > 40
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this is what happens without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the behaviour without a GPU")
 def test_without_a_gpu_it_says_so_and_writes_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_check, "RESULT", tmp_path / "gpu.json")
     monkeypatch.delenv("OUT", raising=False)
@@ -136,7 +136,7 @@ def test_a_way_that_raises_does_not_end_the_comparison():
 
 
 class FakeGPU:
-    """As much of torch.cuda as timing needs. Calls take a millisecond each, and none is made while a graph replays."""
+    """The part of torch.cuda that timing needs. Each call takes a millisecond; replaying a graph makes no new calls."""
 
     def __init__(self, monkeypatch, refuses=()):
         self.made, self.recorded, self.now, self.refuses = [], None, 0.0, refuses
@@ -186,7 +186,7 @@ def test_on_a_gpu_calls_are_timed_by_events_as_a_graph_if_they_can_be_one(monkey
     assert found["ours"] == {"median": 1e-3, "min": 1e-3, "max": 1e-3, "runs": 25, "launched": "CUDA graph"}
     assert found["waits"] == found["ours"] | {"launched": "one by one"}
     turns = gpu.made[-8:]
-    assert turns == ["replayed ours"] * 4 + ["waits"] * 4, "the ways take turns"
+    assert turns == ["replayed ours"] * 4 + ["waits"] * 4, "the candidates take turns"
 
 
 def test_the_run_under_the_sanitizer_calls_every_kernel():

@@ -1,4 +1,4 @@
-"""Who runs next, one rule at a time. The fuzz covers their combinations."""
+"""The scheduler's rules, one at a time. The fuzz test covers their combinations."""
 
 import pytest
 
@@ -46,7 +46,7 @@ def test_running_sequences_get_their_token_in_every_step_while_prompts_keep_arri
         engine.step()
     assert all(counts(plan).get("first") == 1 for plan in seen[1:])
     assert all(plan.num_tokens <= 10 for plan in seen)
-    assert any(count > 1 for plan in seen[1:] for count in counts(plan).values())  # prompts did get the rest
+    assert any(count > 1 for plan in seen[1:] for count in counts(plan).values())  # prefills got the rest of the budget
 
 
 def test_decodes_come_first_in_the_plan():
@@ -122,7 +122,7 @@ def test_a_victim_comes_back_only_when_the_others_have_a_block_each_to_grow_into
     engine = fake_engine(num_blocks=12, block_size=4, preemption=mode, enable_prefix_caching=False)
     scheduler, back = engine.scheduler, []
 
-    def listen(event):  # when it is about to take its blocks
+    def listen(event):  # runs just before the request takes its blocks
         if event.type in ("resumed", "admitted") and scheduler.step > 5:
             (request,) = [r for r in scheduler.running if r.request_id == event.request_id]
             left = engine.memory.pool.num_free - engine.memory.blocks_to_hold(scheduler.demand(request))
@@ -172,7 +172,7 @@ def test_beams_that_are_computed_again_in_chunks_wait_for_one_another():
         seen = plans(engine)
         found = [out.token_ids for out in run(engine)["a"].outputs]
         assert found == unbatched_beams([token] * 5, params, 200)
-        assert all(len(plan.samples) in (0, 3) for plan in seen)  # they compete for the next token, so all or none
+        assert all(len(plan.samples) in (0, 3) for plan in seen)  # beams compete, so all of them sample or none
         in_parts |= any(0 < len(plan.chunks) < 3 for plan in seen[2:])
     assert in_parts
 
@@ -248,7 +248,7 @@ def test_preemption_takes_only_references_from_blocks_that_others_share(preempti
 def test_nobody_is_admitted_without_a_block_for_the_next_token(spare):
     engine = fake_engine(num_blocks=4 + spare, block_size=4, enable_prefix_caching=False)
     engine.add_request("a", [1] * 5, LONG)
-    engine.add_request("b", [2] * 8, LONG)  # fills two blocks exactly and would be thrown out one step later
+    engine.add_request("b", [2] * 8, LONG)  # fills two blocks exactly and would be preempted one step later
     engine.step()
     assert [r.request_id for r in engine.scheduler.running] == ["a", "b"][: 1 + spare]
 
@@ -271,7 +271,7 @@ def test_cached_blocks_that_nobody_uses_are_not_counted_twice_at_admission():
     run(engine)
     assert engine.memory.pool.num_free == 4  # two of them cached: a hit makes them unavailable
     engine.add_request("b", [2] * 7, LONG)
-    engine.add_request("c", [1] * 8, LONG)  # finds one block, which must come out of the two that b leaves
+    engine.add_request("c", [1] * 8, LONG)  # hits one block, which must come out of the two that b leaves
     engine.step()
     assert [r.request_id for r in engine.scheduler.running] == ["b"]
     run(engine)
@@ -346,7 +346,7 @@ def test_a_static_batch_is_as_large_as_memory_allows_whatever_the_token_budget()
 
 
 def test_a_victim_without_blocks_is_recomputed_where_there_is_no_swap_space():
-    """A static batch admits requests that have no tokens of the step left, and no block yet."""
+    """A static batch also admits requests for which the step has no tokens left, so they hold no block yet."""
     engine = fake_engine(num_blocks=5, block_size=4, max_num_seqs=2, max_num_batched_tokens=6, batching="static")
     modes = []
     engine.events.subscribe(lambda event: modes.append(event.mode) if event.type == "preempted" else None)

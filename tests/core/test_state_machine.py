@@ -1,8 +1,8 @@
-"""Block tables against a model of a few lists: whatever the order of calls, everyone reads back its own tokens.
+"""Block tables against a model of a few lists: in any order of calls, each sequence reads back its own tokens.
 
-Hypothesis calls the memory manager in orders of its own choosing, as a scheduler might and as no scheduler would. A
-slot's content is the whole prefix that ends there, because that is what a real key or value depends on: a block taken
-for another one with the same tokens but another past is seen at once.
+Hypothesis chooses the order of calls to the memory manager, including orders that no scheduler would produce. A
+slot's content is the whole prefix that ends there, because a real key or value depends on all of it. So a block that
+is confused with another one of the same tokens but another prefix is detected at once.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from minipaged.core.plan import Write
 from minipaged.errors import BlockError
 from minipaged.features.swap.swap_tables import SwapTables
 
-# Two different tokens, so that prompts often begin alike.
+# Two different tokens, so that prompts often share a prefix.
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=12)
-PICKS = st.lists(st.integers(0, 99), min_size=1, max_size=4)  # of sequences, modulo how many there are
+PICKS = st.lists(st.integers(0, 99), min_size=1, max_size=4)  # picks of sequences, modulo their number
 
 
 class MemoryMachine(RuleBasedStateMachine):
-    """The model: ``tokens[seq_id]`` is what a sequence has computed, ``store[block]`` what lies in a block's slots."""
+    """The model: ``tokens[seq_id]`` are a sequence's computed tokens, ``store[block]`` the contents of its slots."""
 
     @initialize(block_size=st.integers(1, 5), blocks=st.integers(4, 24), swap=st.integers(0, 16), caching=st.booleans())
     def start(self, block_size, blocks, swap, caching):
@@ -55,7 +55,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @rule(picks=PICKS, new=TOKENS, aborted=st.sampled_from((False, False, False, True)))
     def append(self, picks, new, aborted):
-        """One step of several sequences: each gets as many new tokens as it pleases."""
+        """One step of several sequences, each with 1 to 3 new tokens."""
         rows = [(s, [*new[i:], i % 2][: 1 + (p + i) % 3]) for i, (p, s) in enumerate(self._pick(picks))]
         writes = [Write(s, len(self.tokens[s]), len(self.tokens[s]) + len(row)) for s, row in rows]
         if self.tables.blocks_needed(writes) <= self.pool.num_free:
@@ -73,7 +73,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 99))
     def free(self, pick):
-        """Of a running sequence or a swapped one."""
+        """Frees a running or a swapped-out sequence."""
         if not self.tokens:
             return
         seq_id = list(self.tokens)[pick % len(self.tokens)]
@@ -97,7 +97,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 99), new=st.lists(st.integers(0, 1), max_size=3))
     def swap_in(self, pick, new):
-        """With the next tokens at once, as the scheduler does."""
+        """Swaps in and reserves the next tokens in the same step, as the scheduler does."""
         if not self.groups:
             return
         group = self.groups[pick % len(self.groups)]
@@ -110,7 +110,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self._step([(s, new) for s in group])
         assert free - self.pool.num_free == needed
 
-    # --- what always holds ------------------------------------------------------------------------------------
+    # --- invariants -------------------------------------------------------------------------------------------
 
     @invariant()
     def counts_agree(self):
@@ -133,7 +133,7 @@ class MemoryMachine(RuleBasedStateMachine):
     def whatever_the_prefix_cache_finds_is_there(self):
         for prompt in [*self.prompts, *self.tokens.values()]:
             hits = self.tables.match(prompt)
-            assert len(hits) * self.size < max(len(prompt), 1)  # one token at least is left to compute
+            assert len(hits) * self.size < max(len(prompt), 1)  # at least one token is left to compute
             slots = [slot for hit in hits for slot in self.store[hit.block]]
             assert slots == self._kv(prompt)[: len(slots)], f"stale hit for {prompt}"
 
@@ -148,7 +148,7 @@ class MemoryMachine(RuleBasedStateMachine):
         return self.next_id
 
     def _pick(self, picks):
-        """Pairs (pick, sequence), no sequence twice. Where there is none, one is opened first, if there is room."""
+        """Pairs (pick, sequence), without repeated sequences. If there is none, opens one first if it fits."""
         if not self.tables.tables:
             self.open([pick % 2 for pick in range(1 + picks[0] % 7)], aborted=False)
         seqs = list(self.tables.tables)
@@ -156,7 +156,7 @@ class MemoryMachine(RuleBasedStateMachine):
         return [(pick, seq_id) for seq_id, pick in chosen.items()]
 
     def _step(self, rows, aborted=False):
-        """Reserve for all, then copy for all, then write: as a step of the engine."""
+        """Reserves for all, then copies for all, then writes, like a step of the engine."""
         writes = [Write(s, len(self.tokens[s]), len(self.tokens[s]) + len(new)) for s, new in rows]
         needed, free = self.tables.blocks_needed(writes), self.pool.num_free
         copies = [copy for write in writes for copy in self.tables.reserve(write)]
@@ -171,7 +171,7 @@ class MemoryMachine(RuleBasedStateMachine):
             tokens += new
             for position in range(write.start, write.end):
                 block = self.tables.tables[seq_id][position // self.size]
-                assert self.pool.ref_counts[block] == 1, "nobody writes into a shared block"
+                assert self.pool.ref_counts[block] == 1, "a sequence writes into a shared block"
                 self.store[block][position % self.size] = tuple(tokens[: position + 1])
         for seq_id, _ in rows:
             self.tables.computed(seq_id, self.tokens[seq_id], len(self.tokens[seq_id]))
@@ -188,7 +188,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.groups = [rest for group in self.groups if (rest := [s for s in group if s != seq_id])]
 
 
-# The same examples in every run: a failure in CI is a failure here.
+# The same examples in every run, so a failure in CI can be reproduced.
 FIXED = settings(derandomize=True, deadline=None, database=None, max_examples=150, stateful_step_count=50)
 
 TestMemory = MemoryMachine.TestCase

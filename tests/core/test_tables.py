@@ -1,4 +1,4 @@
-"""Pool, prefix cache and block tables, one rule at a time. The fuzz covers their combinations."""
+"""Block pool, prefix cache and block tables, one rule at a time. The fuzz test covers their combinations."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from minipaged.features.swap.swap_tables import SwapTables
 
 
 def filled(tables, seq_id, tokens):
-    """Opens a table, reserves and computes all tokens."""
+    """Opens a block table, reserves and computes all tokens."""
     tables.open(seq_id, tables.match(tokens))
     tables.reserve(Write(seq_id, 0, len(tokens)))
     tables.computed(seq_id, tokens, len(tokens))
@@ -126,7 +126,7 @@ def test_blocks_needed_counts_one_copy_less_than_owners_when_all_write():
     for child in (1, 2, 3):
         tables.fork(0, child)
     assert tables.blocks_needed([Write(s, 2, 3) for s in range(4)]) == 3
-    assert tables.blocks_needed([Write(s, 2, 3) for s in range(3)]) == 3  # the silent fourth keeps the original
+    assert tables.blocks_needed([Write(s, 2, 3) for s in range(3)]) == 3  # sequence 3 keeps the original block
 
 
 # --- prefix cache ---
@@ -159,7 +159,7 @@ def test_the_same_tokens_after_another_prefix_are_another_block():
 
 
 def test_prefixes_whose_hashes_collide_are_told_apart():
-    assert hash((-1, 3)) == hash((-2, 3))  # CPython hashes -1 and -2 alike
+    assert hash((-1, 3)) == hash((-2, 3))  # CPython gives -1 and -2 the same hash
     tables = BlockTables(8, 2)
     filled(tables, 0, [-1, 3, 9])
     assert tables.match([-2, 3, 9]) == []
@@ -195,7 +195,7 @@ def test_an_evicted_block_leaves_the_index_and_its_twin_stays_valid():
 
 def test_tails_are_evicted_before_heads():
     class Oldest(list):
-        """A policy that knows nothing of trees, so that the order of freeing decides."""
+        """A policy that ignores the prefix tree, so that the order of freeing decides."""
 
         add = list.append
 
@@ -257,7 +257,7 @@ def forked_pair(**settings):
 
 
 def swapping_pair():
-    """The same, beside a swap space of two blocks."""
+    """The same two sequences, and a swap space of two blocks."""
     tables = forked_pair()
     return tables, SwapTables(tables, 2)
 
@@ -282,7 +282,7 @@ def test_a_block_that_others_still_use_is_copied_out_and_only_loses_a_reference(
     swap.swap_out([0])
     assert tables.tables[1] == kept and [tables.pool.ref_counts[block] for block in kept] == [1, 1]
     swap.swap_in([0])
-    assert not set(tables.tables[0]) & set(kept)  # what came back is its own
+    assert not set(tables.tables[0]) & set(kept)  # it shares no block after the swap-in
     tables.check()
     swap.check()
 
@@ -297,8 +297,8 @@ def test_what_does_not_fit_into_the_swap_space_is_known_before():
 def test_swapping_in_counts_the_next_token_and_its_copies():
     tables, swap = swapping_pair()
     swap.swap_out([0, 1])
-    assert swap.blocks_needed_to_swap_in([Write(0, 6, 7), Write(1, 6, 7)]) == 3  # two, and one copy
-    assert swap.blocks_needed_to_swap_in([Write(0, 6, 9), Write(1, 6, 9)]) == 5  # and two new ones
+    assert swap.blocks_needed_to_swap_in([Write(0, 6, 7), Write(1, 6, 7)]) == 3  # its two blocks and one copy
+    assert swap.blocks_needed_to_swap_in([Write(0, 6, 9), Write(1, 6, 9)]) == 5  # and two new blocks
 
 
 def test_an_aborted_sequence_gives_back_its_swap_space():

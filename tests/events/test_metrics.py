@@ -1,4 +1,4 @@
-"""Metrics against numbers worked out by hand on small runs."""
+"""Metrics against numbers computed by hand on small runs."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.fake import fake_engine, next_token
 
 
 class Clock:
-    """Shows what it is set to."""
+    """A clock that returns the time it is set to."""
 
     now = 0.0
 
@@ -79,7 +79,7 @@ def test_accepted_guesses_are_counted():
     engine.add_request("a", [1, 2, 3], params(7))
     while engine.has_unfinished():
         engine.step()
-    # The prompt's token; three times a right guess and the model's own, the last time with no room for a wrong one.
+    # The prefill gives 1 token, then 3 steps give an accepted draft token and the model's own. The third drafts one.
     assert (metrics.proposed_tokens, metrics.accepted_tokens) == (5, 3)
     assert metrics.acceptance_rate == 0.6 and metrics.summary()["speculation_accepted_percent"] == 60
 

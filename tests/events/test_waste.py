@@ -1,4 +1,4 @@
-"""The waste taxonomy on numbers that can be checked by hand, and on a real run."""
+"""Classes of wasted KV memory (reserved, internal, external) on numbers checked by hand, and on a real run."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def test_the_papers_example_of_pow2():
 @pytest.mark.parametrize(
     "manager, expected",
     [
-        # 10 prompt tokens, 5 generated, 25 to come in all: final length 35.
+        # 10 prompt tokens; 5 of 25 output tokens are generated: final length 35.
         ("orca-max", Held(token=15, reserved=20, internal=2048 - 35, external=0)),
         ("orca-pow2", Held(token=15, reserved=20, internal=7, external=64 - 42)),
         ("orca-oracle", Held(token=15, reserved=20, internal=0, external=64 - 35)),
@@ -105,7 +105,7 @@ def test_a_running_sequence_is_taken_to_run_to_its_limit_until_it_ends():
 
 
 def test_rows_are_the_sums_of_what_is_held_for_each_sequence():
-    """The quick sums against the definition, on a run whose sequences end early, share and are preempted."""
+    """Incremental sums against the definition, on a run whose sequences end early, share blocks and are preempted."""
     engine, events = run(n=2, max_num_seqs=8, stop_early=True)
     ends = {event.seq_id for event in events if event.type == "finished"}
     *_, last = replay(events)
@@ -135,11 +135,11 @@ def test_accounts_kept_live_end_up_where_the_timeline_does_and_change_only_what_
             accounts.close()
             changes.append(accounts.update())
     assert list(accounts.rows.values()) == timeline(events)
-    assert any(len(changed) > 1 for changed in changes), "a sequence that stops early changes the rows behind"
+    assert any(len(changed) > 1 for changed in changes), "a sequence that stops early changes earlier rows"
     _, events = run()
     quiet = Accounts()
     for event in events:
         quiet.apply(event)
         if isinstance(event, StepFinished):
             quiet.close()
-            assert len(quiet.update()) == 1, "one that runs to its limit was foreseen"
+            assert len(quiet.update()) == 1, "a sequence that runs to its limit changes no earlier row"

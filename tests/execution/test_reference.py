@@ -1,4 +1,4 @@
-"""Paged attention against attention over contiguous tensors, with NaN in every slot that nobody may read."""
+"""Paged attention against attention over contiguous tensors, with NaN in every slot that must not be read."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from minipaged.kernels import reference
 
 
 def dense(q, k, v, scale, window=None):
-    """Textbook causal attention in float64 of the last len(q) queries. q: [n, H, D]; k, v: [L, KH, D]."""
+    """Textbook causal attention in float64 for the last len(q) positions. q: [n, H, D]; k, v: [L, KH, D]."""
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -52,7 +52,7 @@ def test_decode_equals_dense_attention(block_size, heads, kv_heads, window):
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 @pytest.mark.parametrize("window", [None, 4])
 def test_prefill_equals_dense_attention_for_prompts_and_for_later_chunks(block_size, window):
-    lengths, counts = [7, 20, 33], [7, 5, 1]  # a whole prompt, a chunk behind 15 tokens, a decode
+    lengths, counts = [7, 20, 33], [7, 5, 1]  # a whole prompt, a chunk after 15 cached tokens, a decode
     k_cache, v_cache, tables, contexts = paged(lengths, block_size, 2, 8)
     q = torch.randn(sum(counts), 4, 8)
     out = reference.paged_prefill(q, k_cache, v_cache, tables, lengths, counts, 0.3, window)

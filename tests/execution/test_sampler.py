@@ -1,4 +1,4 @@
-"""Filters against transformers' own logits processors, distributions by chi-square, and the exact edges."""
+"""The sampler: filters against transformers' logits processors, distributions by chi-square tests, exact edge cases."""
 
 from fractions import Fraction
 from random import Random
@@ -23,7 +23,7 @@ VOCAB = 40
 
 
 def plan_for(all_params, seeds=None):
-    """A plan in which each of these parameters samples from a row of its own."""
+    """A plan with one row of logits per element of ``all_params``."""
     plan = StepPlan(0)
     for i, params in enumerate(all_params):
         seq = Sequence(i, [1], 1, Random(seeds[i] if seeds else i))
@@ -35,7 +35,7 @@ def plan_for(all_params, seeds=None):
 
 
 def draws(logits, params, count):
-    """Token counts of ``count`` draws from one distribution."""
+    """Token counts in ``count`` draws from one distribution."""
     plan = plan_for([params] * count)
     tokens = [s.token_id for s in sample(logits.expand(count, -1), plan)]
     return torch.bincount(torch.tensor(tokens), minlength=logits.numel())
@@ -76,7 +76,7 @@ def test_draws_follow_the_distribution_that_transformers_filters(settings, warpe
 
 
 class Given:
-    """In place of a sequence's generator: the one number that its draw has to be made with."""
+    """A stand-in for a sequence's random generator, which returns one given number."""
 
     def __init__(self, number):
         self.numbers = [number]
@@ -86,7 +86,7 @@ class Given:
 
 
 def drawn_at(logits, all_params, numbers):
-    """The token that each row's number leads to."""
+    """The token that is drawn from each row with the row's random number."""
     plan = plan_for(all_params)
     for (_, seq), number in zip(plan.samples, numbers, strict=True):
         seq.rng = Given(number)
@@ -98,7 +98,7 @@ ONLY = [0, 1, 5, 20, 21]  # tokens
 
 
 def only(logits, tokens=ONLY):
-    """The same logits, all other tokens being forbidden."""
+    """The same logits with all tokens except ``tokens`` forbidden (-inf)."""
     return torch.full_like(logits, -torch.inf).index_copy(0, torch.tensor(tokens), logits[tokens])
 
 
@@ -117,7 +117,7 @@ def test_a_token_is_drawn_by_the_numbers_in_its_part_of_the_cumulative_distribut
 
 
 def test_no_number_leads_to_a_forbidden_token():
-    """Not at the ends of the vocabulary, nor between, where the sums are rounded the most, nor beyond all of it."""
+    """At the ends of the vocabulary, in its middle, where rounding of the sums is largest, and beyond its end."""
     flat = torch.zeros(50_000)
     allowed = [3, *range(100, 40_000, 7)]
     rows = torch.stack([flat, only(flat, allowed), only(flat, [49_999]), only(flat, [0])]).repeat_interleave(3, dim=0)
@@ -199,7 +199,7 @@ def test_zero_logprobs_report_only_the_sampled_token():
 
 
 def adjusted(rows, all_params, tokens, num_prompt):
-    """Rows of logits after penalties, for sequences that hold these tokens."""
+    """Rows of logits after penalties, for sequences with these tokens."""
     seqs = [Sequence(i, list(tokens), num_prompt, Random(0)) for i in range(len(all_params))]
     requests = [
         Request(
@@ -239,7 +239,7 @@ def test_each_row_is_adjusted_by_its_own_request_and_all_that_it_asks_for():
         SamplingParams(presence_penalty=1.0),
     ]
     out = adjusted(rows, params, [3, 5, 5], 1)
-    assert out[0].equal(rows[0]), "a neighbour's penalties reached a row that asked for none"
+    assert out[0].equal(rows[0]), "another request's penalties changed a row that has none"
     truth = RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([[3, 5, 5]]), rows[1:2].clone())[0]
     truth[5] += 3.0 - 2 * 0.5
     truth[7] = -torch.inf
@@ -273,7 +273,7 @@ def test_the_host_waits_for_the_device_as_often_for_many_sequences_as_for_one(mo
 
 def test_penalties_bias_and_min_tokens_reach_the_choice_but_not_the_logprobs():
     logits = torch.zeros(4, VOCAB)
-    logits[:, 1] = 5.0  # the prompt's own token is the favourite
+    logits[:, 1] = 5.0  # the prompt's own token has the largest logit
     logits[:, 2] = 4.0
     params = [
         SamplingParams(temperature=0, logprobs=0),
@@ -298,7 +298,7 @@ def test_extreme_but_accepted_values_do_not_fail_the_batch(settings):
 
 
 def test_penalties_and_biases_may_be_whole_numbers_and_fractions():
-    """They are real numbers to `SamplingParams`, so they have to be to the sampler, alone in a batch too."""
+    """`SamplingParams` accepts any real number, so the sampler must too, also when the batch has no other request."""
 
     def bent(**changes):
         requests = [chunk.request for chunk in plan_for([SamplingParams(**changes)]).chunks]

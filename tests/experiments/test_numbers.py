@@ -1,4 +1,4 @@
-"""The numbers that the papers' figures must come out with. All are deterministic."""
+"""Results of the experiments against the papers' figures. All of them are deterministic."""
 
 from itertools import islice
 from statistics import fmean
@@ -26,7 +26,7 @@ def silent(done, text):
 
 @pytest.fixture(scope="module")
 def pool():
-    """The four systems with a queue that is never empty."""
+    """The four memory managers with a queue that is never empty."""
     return {system: saturated_system(system, True) for system in (*ORCAS, "paged")}
 
 
@@ -61,14 +61,14 @@ def test_waste_and_its_paper_agree_within_a_few_points():
 
 
 def saved_by_hand(lengths, n: int, count: int) -> float:
-    """Percent of blocks that n samples of equal length share, step by step through each request's life."""
+    """Percentage of blocks saved by sharing among n samples of equal length, summed over each request's steps."""
     logical = saved = 0
     for prompt, output in islice(lengths(0), count):
         for length in range(prompt + 1, prompt + output):
             blocks = -(-length // 16)
             logical += n * blocks
             saved += (n - 1) * (prompt // 16)
-        logical += -(-prompt // 16)  # in the first step the prompt is computed once, for all of them
+        logical += -(-prompt // 16)  # the prefill computes the prompt once for all samples
     return 100 * saved / logical
 
 

@@ -1,4 +1,4 @@
-"""Results, their files, the command line and the README's table."""
+"""Results of experiments, their files, the command line, and the README's table."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ RESULTS = ROOT / readme.RESULTS
 
 @pytest.fixture
 def small(monkeypatch):
-    """Makes the quickest of the experiments quicker."""
+    """Shortens the quickest experiment."""
     monkeypatch.setattr(kernel_overhead, "BATCHES", (2,))
     monkeypatch.setattr(kernel_overhead, "CONTEXTS", (16, 32))
 
@@ -66,7 +66,7 @@ def test_a_run_tells_where_it_is_and_comes_back_whole(small):
 
 
 def json_twin(result):
-    """What JSON makes of the data: keys become text, tuples lists."""
+    """The result after a round trip through JSON: keys become strings, tuples lists."""
     twin = Result(result.rows, **{k: v for k, v in vars(result).items() if k != "rows"})
     twin.data, twin.figure = (json.loads(json.dumps(part)) for part in (result.data, result.figure))
     return twin
@@ -141,7 +141,7 @@ def test_a_wrong_name_and_a_folder_that_is_a_file(command, small, tmp_path):
     assert code == 2 and "file" in errors and "Traceback" not in errors
 
 
-# --- what is committed ----------------------------------------------------------------------------------------
+# --- committed results ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("entry", catalogue(), ids=lambda entry: entry.name)

@@ -1,4 +1,4 @@
-"""The simulated clock, by hand; and that what it times is the engine."""
+"""The simulated clock against times computed by hand, and that it times the real engine's steps."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from minipaged.experiments.simulator import OPT_13B, Roofline, simulate
 from minipaged.workloads import TraceRequest, alpaca_like, at_once, chat, poisson, sharegpt_like, trace
 
 KV = 819_200
-WEIGHTS = 26e9 / 1.3e12  # seconds to read them once
+WEIGHTS = 26e9 / 1.3e12  # seconds to read the weights once
 
 
 def request(num_prompt=16, num_output=3, arrival=0.0, **fields):
@@ -57,7 +57,7 @@ def test_swapping_costs_the_link_and_each_transfer():
     settings = {"num_blocks": 40, "preemption": "swap", "max_num_seqs": 16}
     first, second = (simulate(requests, c, **settings) for c in (clock, slow))
     assert first.preemptions == second.preemptions > 0
-    assert second.seconds - first.seconds > first.preemptions * 2 * 80 * 9e-4  # a block at least, out and in
+    assert second.seconds - first.seconds > first.preemptions * 2 * 80 * 9e-4  # at least one block, out and in
     recomputed = simulate(requests, clock, num_blocks=40, max_num_seqs=16)
     assert recomputed.preemptions > 0
     assert recomputed.output_tokens == first.output_tokens == sum(r.num_output for r in requests)

@@ -1,4 +1,4 @@
-"""``cuda.bindings.driver`` made of mmap: as strict as the driver's documentation about what may be called when."""
+"""A fake ``cuda.bindings.driver`` on top of mmap, as strict about the order of calls as the driver's documentation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAP_FIXED, MAP_NORESERVE = 0x10, 0x4000
 
 
 class FakeDriver:
-    """Devices are CPUs here, handles memory files. A mapping is readable only after cuMemSetAccess."""
+    """The driver's calls, with memory files as handles. A mapping is readable only after cuMemSetAccess."""
 
     CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_MINIMUM=0)
     CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE=3)

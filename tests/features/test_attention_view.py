@@ -1,4 +1,4 @@
-"""Looking at attention: the weights are the softmax's own, and the engine does not notice."""
+"""Attention weights for display: they sum to 1, and reading them does not change the engine's state."""
 
 import math
 
@@ -36,7 +36,7 @@ def llm():
 
 
 def run(llm, look_every_step):
-    """Three samples that share blocks. Returns everything that happened."""
+    """Runs three samples that share blocks. Returns all events."""
     engine, events, looks = llm.engine, [], 0
     stop = engine.events.subscribe(lambda e: events.append(e.to_dict() | {"seconds": 0}))
     params = SamplingParams(n=3, max_tokens=12, seed=5, temperature=1.0, ignore_eos=True, logprobs=2)

@@ -1,4 +1,4 @@
-"""BatchLLM: the plan against brute force, and the engine against the plan."""
+"""BatchLLM (batches with prefix groups): the plan against brute force, and the engine against the plan."""
 
 from itertools import combinations
 from random import Random
@@ -22,7 +22,7 @@ def nodes_of(node):
 
 
 def saved_by(is_open, node, above=0):
-    """What a set of open nodes saves, by definition."""
+    """The number of prompt tokens that a set of open nodes saves, by definition."""
     if node in is_open:
         return (len(node.requests) - 1) * node.depth + sum(saved_by(is_open, c, node.depth) for c in node.children)
     return len(node.requests) * above + sum(saved_by(is_open, child, above) for child in node.children)
@@ -57,7 +57,7 @@ def test_the_dynamic_program_equals_brute_force_on_random_trees():
 
 
 def alike(random, count, longest=14):
-    """Prompts that share beginnings of many lengths."""
+    """Prompts that share prefixes of many lengths."""
     stems = [[random.randrange(VOCAB) for _ in range(longest)] for _ in range(3)]
     return [
         (random.choice(stems)[: random.randrange(longest)] + [random.randrange(3) for _ in range(random.randint(0, 5))])
@@ -96,7 +96,7 @@ def test_the_plan_is_the_best_there_is_for_random_prompts_in_whole_blocks():
 def test_neither_all_instructions_nor_all_documents_is_right():
     shared, rare, often = list(range(100, 132)), list(range(8)), list(range(50, 90))
     prompts = [shared + rare + [200 + i] for i in range(2)] + [shared + [400 + i] * 9 for i in range(6)]
-    assert plan(prompts, [1] * 8, 8).saved_tokens == 7 * 32  # two questions do not pay for their own document
+    assert plan(prompts, [1] * 8, 8).saved_tokens == 7 * 32  # a document of only two questions saves too little
     prompts += [shared + often + [300 + i] for i in range(10)]
     assert plan(prompts, [1] * 18, 8).saved_tokens == 7 * 32 + 9 * 72
 
@@ -126,11 +126,11 @@ def test_thousands_of_levels_are_no_problem():
 
 
 class Batch:
-    """A batch on an engine, with everything checked after each step."""
+    """A batch on an engine, with all invariants checked after each step."""
 
     def __init__(self, engine, items):
         self.engine, self.items, self.events, self.state, self.done = engine, items, [], State(), {}
-        self.cut = set()  # outgrew the pool
+        self.cut = set()  # ids of requests that outgrew the pool
         self.state.apply(engine.started_event())
         engine.events.subscribe(self.listen)
         outgrow = engine.scheduler.outgrow
@@ -167,7 +167,7 @@ class Batch:
             if not self.engine.has_unfinished():
                 break
             self.step()
-        assert not self.engine.has_unfinished(), "it hangs"
+        assert not self.engine.has_unfinished(), "the engine does not finish"
         groups = running_groups(self.engine)
         assert not groups.kept and not self.state.groups and not groups.group_of
         assert self.engine.memory.pool.num_free == self.engine.num_blocks
@@ -182,7 +182,7 @@ class Batch:
 
     @property
     def gave_way(self):
-        """Whether a beginning was given up before its group had ended."""
+        """Whether a group's prefix was released before the group ended."""
         pairs = zip(self.events, self.events[1:], strict=False)
         return any(isinstance(one, PrefixReleased) and not isinstance(then, GroupEnded) for one, then in pairs)
 
@@ -205,7 +205,7 @@ def random_params(random):
 
 
 def test_random_batches_in_pools_that_are_too_small():
-    """Tokens as if alone, and savings as predicted unless somebody needed the pool for himself."""
+    """Tokens are those of single runs, and savings those predicted unless a request needs a whole group's memory."""
     seen = {"exact": 0, "saved": 0, "gave way": 0, "preempted": 0, "cut": 0}
     for seed in range(100):
         random = Random(seed)
@@ -219,7 +219,7 @@ def test_random_batches_in_pools_that_are_too_small():
         items = [BatchItem(str(i), prompt, random_params(random)) for i, prompt in enumerate(prompts)]
         try:
             batch = Batch(engine, items)
-        except InvalidRequest:  # larger than the pool: nothing has begun
+        except InvalidRequest:  # larger than the pool: no request has started
             assert not engine.has_unfinished()
             continue
         batch.step()
@@ -267,7 +267,7 @@ def test_the_first_may_end_before_the_others_begin():
     batch.step()
     assert batch.done.keys() == {"30-0"} and not batch.state.running
     assert batch.engine.memory.pool.num_free == 64 - 3
-    assert batch.engine.held().token == 12  # nobody's table names them, and they are in use
+    assert batch.engine.held().token == 12  # in use, though no block table contains them
     assert batch.run().saved == batch.predicted == 5 * 12
 
 
@@ -305,7 +305,7 @@ def test_others_are_counted_as_ever():
 
 
 def test_what_is_kept_gives_way_before_somebody_ends_early():
-    """A stranger needs the whole pool: it gets it, and the group computes its beginning a second time."""
+    """A request outside the group needs the whole pool and gets it; the group recomputes its prefix."""
     engine = fake_engine(num_blocks=10, block_size=4, max_num_batched_tokens=64)
     long = SamplingParams(max_tokens=18, ignore_eos=True)
     batch = Batch(engine, family(count=3, shared=12, max_tokens=1))
@@ -355,14 +355,14 @@ def test_all_logits_of_a_prompt_need_all_of_it():
         return fake_sampler([c for c, chunk in zip(contexts, plan.chunks, strict=True) if chunk.samples], plan)
 
     engine.sampler = sampler
-    assert engine.add_batch(items) == 12  # the other two share
+    assert engine.add_batch(items) == 12  # only the other two share their prefix
     while engine.has_unfinished():
         engine.step()
         engine.check()
 
 
 def test_nothing_but_the_group_s_beginning_is_taken_from_the_cache():
-    """So that what is saved is what was planned, whatever was served before."""
+    """So the savings are those planned, independent of earlier requests."""
     engine = fake_engine(num_blocks=64)
     assert Batch(engine, family()).run().saved == 5 * 12
     again = Batch(engine, [item._replace(request_id=f"again-{item.request_id}") for item in family()])
@@ -390,7 +390,7 @@ def test_seeds_that_nobody_gave_are_those_of_one_request_after_the_other():
     assert draws[0] == draws[1]
 
 
-# --- what is refused ------------------------------------------------------------------------------------------
+# --- rejected requests and settings ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ def test_an_engine_that_cannot_share_says_so(settings):
 
 def test_a_scheduler_without_groups_says_so():
     engine = fake_engine(num_blocks=64)
-    engine.scheduler = SimpleNamespace(running=[], waiting=[])  # another one, with no admission policy
+    engine.scheduler = SimpleNamespace(running=[], waiting=[])  # another scheduler, without an admission policy
     with pytest.raises(InvalidConfig, match="SimpleNamespace"):
         engine.add_batch(family())
 

@@ -1,4 +1,4 @@
-"""The buddy allocator, in orders of calls that hypothesis chooses, and on numbers that can be checked by hand."""
+"""The buddy allocator, with orders of calls that hypothesis chooses, and on numbers checked by hand."""
 
 import pytest
 from hypothesis import settings
@@ -10,7 +10,7 @@ from minipaged.features.contiguous.buddy import BuddyPool
 
 
 def pieces(num_units):
-    """The powers of two that add up to the pool, as (start, length), largest first."""
+    """The power-of-two chunks that make up the pool, as (start, length), largest first."""
     found, start = [], 0
     for bit in reversed(range(num_units.bit_length())):
         if num_units >> bit & 1:
@@ -20,7 +20,7 @@ def pieces(num_units):
 
 
 class BuddyMachine(RuleBasedStateMachine):
-    """The model: the chunks handed out, as ranges. Everything asked of the allocator follows from them alone."""
+    """The model: the allocated chunks, as ranges. They determine every answer of the allocator."""
 
     @initialize(blocks=st.integers(1, 120), unit=st.integers(1, 7))
     def start(self, blocks, unit):
@@ -28,7 +28,7 @@ class BuddyMachine(RuleBasedStateMachine):
         self.chunks: list[range] = []
 
     def free_places(self, length):
-        """Aligned places for a chunk of ``length`` units that lie in one piece of the pool and meet no other chunk."""
+        """Aligned starts for a chunk of ``length`` units inside one piece of the pool that overlap no other chunk."""
         taken = {block // self.unit for chunk in self.chunks for block in chunk}
         return [
             place
@@ -61,7 +61,7 @@ class BuddyMachine(RuleBasedStateMachine):
 
     @rule()
     def free_all(self):
-        """Everything is joined again: the largest piece of the pool can be had at once."""
+        """Frees all chunks: they merge, so the largest piece of the pool can be allocated again."""
         for chunk in self.chunks:
             self.pool.free(chunk)
         self.chunks = []

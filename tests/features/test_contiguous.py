@@ -1,4 +1,4 @@
-"""Contiguous memory on the engine: what is set aside and when, what forks cost, and what the paper counted."""
+"""Contiguous KV memory in the engine: when it reserves which slots, what forks cost, and the paper's numbers."""
 
 from collections import Counter
 from random import Random
@@ -72,7 +72,7 @@ def test_what_is_free_is_external_only_while_somebody_waits_for_it():
 @pytest.mark.parametrize(
     "memory, blocks, held",
     [
-        # 10 tokens of prompt, 25 to generate, the last of which needs no slot: 34. Blocks of 4.
+        # 10 prompt tokens and 25 output tokens, the last of which needs no slot: 34 slots. Blocks of 4.
         ("orca-max", 50, Held(10, 24, 200 - 34, 0)),
         ("orca-pow2", 16, Held(10, 24, 42 - 34, 64 - 42)),
         ("orca-oracle", 16, Held(10, 24, 0, 64 - 34)),
@@ -96,7 +96,7 @@ def test_what_one_request_holds(memory, blocks, held):
 @pytest.mark.parametrize("block_size", [1, 5, 16])
 @pytest.mark.parametrize("memory", EVERY)
 def test_the_prediction_from_events_is_what_the_engine_holds(memory, block_size):
-    """In every step, in every class; with a queue, what is free besides is no use to anybody."""
+    """The counts agree in every step and class of waste; while requests wait, free slots count as external waste."""
     caching = {"enable_prefix_caching": False} if memory == "paged" else {}
     blocks = 560 // block_size
     engine = fake_engine(memory=memory, block_size=block_size, num_blocks=blocks, max_model_len=150, **caching)
@@ -110,12 +110,12 @@ def test_the_prediction_from_events_is_what_the_engine_holds(memory, block_size)
         free = engine.memory.pool.num_free * block_size
         held = engine.held()
         assert held.total + free == blocks * block_size or held.total == blocks * block_size
-        if held.total + free > blocks * block_size:  # what is free was counted as external
+        if held.total + free > blocks * block_size:  # free slots were counted as external waste
             held, waited = held._replace(external=held.external - free), waited + 1
         measured.append(held)
     rows = timeline(recorder.events)
     assert [row.held[memory] for row in rows] == measured
-    assert memory == "paged" or waited, "the pool should have been too small"
+    assert memory == "paged" or waited, "the pool was meant to be too small"
 
 
 def test_the_prediction_does_not_depend_on_the_manager_that_ran():
@@ -204,7 +204,7 @@ def test_max_promises_no_more_than_the_pool_and_refuses_what_would_outgrow_it():
 )
 @pytest.mark.parametrize("memory", AHEAD)
 def test_what_contiguous_memory_cannot_do_is_refused(memory, settings):
-    with pytest.raises(InvalidConfig, match="as they are by default"):  # and not: set enable_prefix_caching=True
+    with pytest.raises(InvalidConfig, match="as they are by default"):  # not "set enable_prefix_caching=True"
         EngineConfig(memory=memory, **settings)
 
 
@@ -231,12 +231,12 @@ def test_a_fork_copies_the_whole_sequence_where_paging_copies_a_block(memory):
         state.apply(engine.started_event())
         engine.events.subscribe(lambda event: (state.apply(event), seen.update([event.type])))
         engine.add_request("a", [1] * 18, params(6, n=3))
-        outputs = run(engine, lambda: state.ref_counts == engine.memory.pool.ref_counts or pytest.fail("told wrong"))
+        outputs = run(engine, lambda: state.ref_counts == engine.memory.pool.ref_counts or pytest.fail("wrong events"))
         outputs = outputs["a"].outputs
         assert [out.token_ids for out in outputs] == [unbatched([1] * 18, params(6), n, 64) for n in range(3)]
         return seen["copied"]
 
-    assert copies("paged") == 2  # the last block of the prompt, twice: the third writer is alone with it
+    assert copies("paged") == 2  # the prompt's last block, twice: the third writer is its only owner
     assert copies(memory) == 2 * 5  # all blocks of the prompt
 
 
@@ -261,7 +261,7 @@ def test_samples_that_end_give_their_chunks_back_and_beams_keep_theirs():
     engine.add_request("a", [1] * 8, params(9, n=3))
     engine.step()
     chunk = 4
-    assert engine.memory.pool.num_free == 64 - 3 * chunk, "also for those that have not forked yet"
+    assert engine.memory.pool.num_free == 64 - 3 * chunk, "chunks are reserved before samples fork"
     engine.step()
     (request,) = engine.scheduler.running
     engine.scheduler.finish(request, request.seqs[1], "stop")
@@ -312,7 +312,7 @@ def test_whoever_was_forked_goes_on_where_its_parent_was_when_that_is_gone():
     assert done[child].outputs[0].token_ids == unbatched([1] * 10, params(9), 0, 200)
 
 
-# --- the tables by themselves -----------------------------------------------------------------------------------
+# --- the block tables without an engine -------------------------------------------------------------------------
 
 
 def test_an_owner_writes_in_place_behind_what_others_read():
@@ -321,7 +321,7 @@ def test_an_owner_writes_in_place_behind_what_others_read():
     assert tables.reserve(Write(0, 0, 3)) == [] and tables.tables[0] == [0, 1, 2, 3]
     tables.computed(0, [], 3)
     tables.fork(0, 1)
-    assert tables.tables[1] == [0, 1], "what has been computed, no more"
+    assert tables.tables[1] == [0, 1], "only blocks with computed tokens"
     assert tables.reserve(Write(0, 3, 4)) == []
     assert tables.reserve(Write(1, 3, 4)) == [(0, 4), (1, 5)] and tables.tables[1] == [4, 5, 6, 7]
     tables.check()
@@ -349,13 +349,13 @@ def test_misuse_is_an_error_at_the_call():
     tables.check()
 
 
-# --- whatever the order of calls --------------------------------------------------------------------------------
+# --- any order of calls -----------------------------------------------------------------------------------------
 
 
 class ContiguousMachine(RuleBasedStateMachine):
-    """The model: ``tokens[seq_id]`` is what a sequence has computed, ``store[block]`` what lies in a block's slots.
+    """The model: ``tokens[seq_id]`` are a sequence's computed tokens, ``store[block]`` the content of a block's slots.
 
-    A slot's content is the whole prefix that ends there, so that another sequence's is seen at once.
+    A slot's content is the whole prefix that ends there, so that another sequence's content is detected at once.
     """
 
     @initialize(policy=st.sampled_from(AHEAD), block_size=st.integers(1, 5), blocks=st.integers(8, 60))
@@ -365,7 +365,7 @@ class ContiguousMachine(RuleBasedStateMachine):
         self.store = [[None] * block_size for _ in range(blocks)]
         self.tokens: dict[int, list[int]] = {}
         self.limits: dict[int, int] = {}
-        self.missing: dict[int, int] = {}  # by lead: forks that were counted at admission and have not been made
+        self.missing: dict[int, int] = {}  # lead → number of forks that were reserved at admission and are not made yet
         self.next_id = 0
 
     @rule(prompt=st.integers(1, 9), output=st.integers(1, 9), width=st.integers(1, 3), filled=st.booleans())
@@ -393,7 +393,7 @@ class ContiguousMachine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 99))
     def fork(self, pick):
         parent = list(self.tokens)[pick % len(self.tokens)]
-        count = self.missing.pop(parent, 0)  # all those that admission knew of, or else one more
+        count = self.missing.pop(parent, 0)  # all forks reserved at admission, or one more
         if not count and not self.tables.prepare_fork(parent):
             return
         free = self.tables.pool.num_free
@@ -407,7 +407,7 @@ class ContiguousMachine(RuleBasedStateMachine):
     def free(self, pick):
         seq_id = list(self.tokens)[pick % len(self.tokens)]
         if self.missing.get(seq_id):
-            return  # the scheduler ends all of a request whose others are still to be forked
+            return  # before its forks are made, a scheduler can only end the whole request
         self.tables.free(seq_id)
         del self.tokens[seq_id], self.limits[seq_id]
 
@@ -433,11 +433,11 @@ class ContiguousMachine(RuleBasedStateMachine):
         return self.next_id
 
     def _step(self, rows):
-        """Reserve for all, then copy for all, then write: as a step of the engine."""
+        """Reserves for all, then copies for all, then writes, like a step of the engine."""
         writes = [(s, Write(s, len(self.tokens[s]), len(self.tokens[s]) + len(new)), new) for s, new in rows if new]
         free = self.tables.pool.num_free
         copies = [copy for _, write, _ in writes for copy in self.tables.reserve(write)]
-        assert self.tables.pool.num_free == free, "nobody takes anything after admission"
+        assert self.tables.pool.num_free == free, "no block is taken after admission"
         moved = [(copy.dst, list(self.store[copy.src])) for copy in copies]
         assert len(dict(moved)) == len(moved), "two copies into one block"
         for block, content in moved:

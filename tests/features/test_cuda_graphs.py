@@ -1,4 +1,4 @@
-"""Decode by graphs, on any machine: what is replayed here is a closure that reads the same memory as a graph would."""
+"""Decoding with CUDA graphs, without a GPU: a closure that reads the same memory stands in for each graph."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ def test_some_graph_covers_every_batch_and_little_of_it_is_padding(max_num_seqs)
 
 
 def replaying(recorded):
-    """Like a graph: it computes into one output, from whatever its inputs hold by then."""
+    """A stand-in for recording: like a graph, each replay reads its inputs' current contents and writes one output."""
 
     def record(forward):
         recorded.append(forward)
@@ -38,12 +38,12 @@ def replaying(recorded):
 
 
 def with_graphs(llm, recorded):
-    """The engine's runner, made anew with graphs and one block more."""
+    """Replaces the engine's runner by one with graphs and one more KV block."""
     engine, old = llm.engine, llm.engine.runner.kv_cache
     layers, shape = len(old.k), old.k[0].shape
     kv_cache = KVCache(layers, shape[0] + 1, *shape[1:], old.k[0].dtype, old.k[0].device)
     for tensor in kv_cache.k + kv_cache.v:
-        tensor.fill_(torch.nan)  # so that a row of padding that reads what nobody wrote is noticed
+        tensor.fill_(torch.nan)  # so that a padding row that reads an unwritten slot is detected
     device = torch.device("cpu")
     graphs = DecodeGraphs(
         llm.engine.runner.model,
@@ -62,7 +62,7 @@ def with_graphs(llm, recorded):
 def test_tokens_are_the_same_with_graphs_and_each_size_is_recorded_once(block_size):
     params = [SamplingParams(temperature=0, max_tokens=6 + 5 * i, ignore_eos=True) for i in range(len(PROMPTS))]
     params[1] = SamplingParams(n=3, seed=4, max_tokens=20, ignore_eos=True)
-    # 7 is no power of two, and the pool so small that sequences are preempted.
+    # 7 is not a power of two, and the pool is small enough to cause preemptions.
     settings = {"max_num_seqs": 7, "num_blocks": 1 + 150 // block_size, "block_size": block_size, "max_model_len": 100}
     plain, graphed, recorded = LLM("tiny", **settings), LLM("tiny", **settings), []
     graphs = with_graphs(graphed, recorded)
@@ -75,7 +75,7 @@ def test_padding_touches_no_block_of_a_sequence():
     llm = LLM("tiny", max_num_seqs=7, num_blocks=20, max_model_len=100)
     with_graphs(llm, [])
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    llm.generate(PROMPTS[:3], params)  # three rows and one of padding
+    llm.generate(PROMPTS[:3], params)  # three rows and one padding row
     kv_cache = llm.engine.runner.kv_cache
     written = [block for block in range(20) if not kv_cache.k[0][block].isnan().all()]
     expected = sum(llm.engine.memory.blocks_for(len(llm.encode(p)) + 3) for p in PROMPTS[:3])
@@ -103,10 +103,10 @@ def test_only_plain_decode_steps_are_replayed():
 
     covers = partial(DecodeGraphs.covers, SimpleNamespace(sizes=[1, 2]))
     assert covers(batch([1, 1], 2))
-    assert not covers(batch([1, 1, 1], 3))  # more than the largest graph
-    assert not covers(batch([1, 4], 2))  # a prompt among them
+    assert not covers(batch([1, 1, 1], 3))  # larger than the largest graph
+    assert not covers(batch([1, 4], 2))  # one of them is a prefill
     assert not covers(batch([1, 1], 1))  # a chunk of one prompt token that samples nothing
-    assert not covers(batch([1, 1], 2, virtual_slots=[0, 1]))  # contexts change their addresses with every step
+    assert not covers(batch([1, 1], 2, virtual_slots=[0, 1]))  # the contexts' addresses change in every step
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -142,7 +142,7 @@ def test_an_engine_with_graphs_has_a_block_more_than_its_tables_know_of(monkeypa
     monkeypatch.setattr(cuda_graphs, "recorder", lambda: replaying(recorded))
     graphed = LLM("tiny", **settings)
     graphed.engine.events.subscribe(lambda event: kinds.add(event.type))
-    for _ in range(2):  # the second time prompts are found in the prefix cache
+    for _ in range(2):  # in the second run, the prompts hit the prefix cache
         texts = [[out.outputs[0].token_ids for out in llm.generate(PROMPTS, params)] for llm in (plain, graphed)]
         assert texts[0] == texts[1]
     kv_cache = graphed.engine.runner.kv_cache

@@ -1,4 +1,4 @@
-"""Speculation changes how fast tokens come, and neither which nor how likely: on real models, seed for seed."""
+"""Speculation changes the speed, but neither tokens nor probabilities: on real models, with equal seeds."""
 
 from collections import Counter
 from random import Random
@@ -22,7 +22,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def draft(tmp_path_factory):
-    """A smaller model that is right now and then."""
+    """A smaller draft model, some of whose tokens are accepted."""
     return str(save_llama(tmp_path_factory.mktemp("draft"), num_hidden_layers=2))
 
 
@@ -46,9 +46,9 @@ def assert_same(outputs, truth):
 
 
 def chi_square(seen, expected):
-    """Whether counts follow probabilities: no further off than by four standard deviations of chi-square."""
+    """Asserts that counts follow probabilities: chi-square is at most four standard deviations above its mean."""
     total, freedom = sum(seen.values()), sum(p > 0 for p in expected.values()) - 1
-    assert not [key for key in seen if not expected.get(key)], "what is impossible happened"
+    assert not [key for key in seen if not expected.get(key)], "an outcome of probability 0 occurred"
     chi2 = sum((seen[key] - total * p) ** 2 / (total * p) for key, p in expected.items() if p > 0)
     assert chi2 < freedom + 4 * (2 * freedom) ** 0.5 + 4, f"chi-square {chi2:.1f} at {freedom} degrees of freedom"
 
@@ -70,10 +70,10 @@ def test_rejection_sampling_follows_the_model_whatever_was_guessed(name):
         draft = [rng.choices(range(5), row)[0] for row in GUESSES[name]]
         for place, token in zip(at, sampler.rejection_sample(TARGET, guess, draft, rng), strict=False):
             place[token] += 1
-    for place, row in zip(at, TARGET.tolist(), strict=True):  # what comes before is independent of it here
+    for place, row in zip(at, TARGET.tolist(), strict=True):  # here, positions are independent
         if place:
             chi_square(place, dict(enumerate(row)))
-    accepted = sum(at[1].values()) / sum(at[0].values())  # as many as there can be: what both distributions share
+    accepted = sum(at[1].values()) / sum(at[0].values())  # the optimal rate: the overlap of both distributions
     assert accepted == pytest.approx(float(torch.minimum(TARGET[0], guess[0]).sum()), abs=0.05)
 
 
@@ -85,7 +85,7 @@ def test_with_a_draft_model_whole_texts_are_as_likely_as_without(tmp_path):
     plain = engine(model, max_num_seqs=32)
 
     def next_probs(text):
-        """Worked out from the model's own log-probabilities, as the documentation says."""
+        """The next token's distribution, computed from the model's log-probabilities by the documented formulas."""
         row = SamplingParams(max_tokens=1, logprobs=11, ignore_eos=True)
         (logprobs,) = plain.generate([3, 4, *text], row)[0].outputs[0].logprobs
         scores = {token: (value - 2.0 * text.count(token)) / 1.5 for token, value in logprobs.items()}
@@ -111,7 +111,7 @@ def test_with_a_draft_model_whole_texts_are_as_likely_as_without(tmp_path):
 
 
 def knowing(llm, truth, params, right=0.8):
-    """Lets the engine guess from the texts that come out without guessing, some tokens wrong. Returns how many."""
+    """Drafts from the sequences generated without speculation, a fraction of tokens wrong. Returns the stage."""
     random, texts = Random(11), {}
     for index, out in enumerate(truth):
         texts[tuple(PROMPTS[index // params.n]), index % params.n] = out.token_ids
@@ -167,18 +167,18 @@ def test_prompt_lookup_guesses_by_itself(model, truths):
     repeating = SamplingParams(temperature=0, max_tokens=24, logprobs=2, logit_bias={7: 1000.0})
     assert_same(results(llm, repeating), results(engine(model), repeating))
     speculation = speculation_of(llm.engine)
-    assert speculation.num_accepted > 40, "sevens follow sevens"
+    assert speculation.num_accepted > 40, "the drafts should repeat 7"
     assert_same(results(llm, KINDS["greedy"]), truths["greedy"])
 
 
 @pytest.mark.parametrize("kind", ["greedy", "samples"])
 @pytest.mark.parametrize("settings", ["roomy", "recompute", "swap"])
 def test_a_model_that_drafts_for_itself_is_always_right(model, truths, kind, settings):
-    """Its keys and values are in place after forks, hits, preemption and swapping, or it would say something else."""
+    """Its KV is right after forks, hits, preemption and swapping; otherwise its drafts would be rejected."""
     llm = engine(model, speculate=model, num_speculative_tokens=3, **ENGINES[settings])
     seen = Counter()
     llm.engine.events.subscribe(lambda event: seen.update([event.type]))
-    for _ in range(2):  # the second time, prompts are in the prefix cache
+    for _ in range(2):  # in the second run, the prompts hit the prefix cache
         outputs = results(llm, KINDS[kind])
     if kind == "greedy":
         assert_same(outputs, truths[kind])

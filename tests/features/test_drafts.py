@@ -1,4 +1,4 @@
-"""Speculation as bookkeeping: what is guessed, who may guess, and that nothing of a wrong guess is left behind."""
+"""Bookkeeping of speculation: which tokens are drafted, for which sequences, and how rejected drafts are removed."""
 
 from random import Random
 from unittest.mock import patch
@@ -21,12 +21,12 @@ def lookup(tokens, count=4):
     "tokens, guess",
     [
         ([1, 2, 3, 4, 5, 6, 1, 2], [3, 4, 5, 6]),
-        ([1, 2, 8, 1, 2, 9, 1, 2], [9, 1, 2, 9]),  # the latest time counts
-        ([7, 1, 2, 3, 8, 1, 2, 9, 7, 1, 2], [3, 8, 1, 2]),  # unless the time before had more in common
-        ([1, 2, 3, 1, 2], [3, 1, 2, 3]),  # what repeats goes on repeating
+        ([1, 2, 8, 1, 2, 9, 1, 2], [9, 1, 2, 9]),  # the latest match counts
+        ([7, 1, 2, 3, 8, 1, 2, 9, 7, 1, 2], [3, 8, 1, 2]),  # unless an earlier match is longer
+        ([1, 2, 3, 1, 2], [3, 1, 2, 3]),  # a repetition is continued
         ([5, 5, 5], [5, 5, 5, 5]),
         ([1, 2, 3, 4], []),
-        ([1, 2, 3, 1], []),  # one token is no precedent
+        ([1, 2, 3, 1], []),  # a match of one token is too short
         ([1], []),
         ([1, 1], []),
     ],
@@ -45,7 +45,7 @@ def test_prompt_lookup_on_a_growing_sequence_is_prompt_lookup_from_scratch():
 
 
 def speculating(right=1.0, **settings):
-    """An engine whose guesses come true with the probability ``right``, and the events that tell of it."""
+    """An engine whose draft tokens are right with probability ``right``, and its speculation events."""
     engine, told = fake_engine(speculate="prompt-lookup", **settings), []
     random = Random(3)
 
@@ -76,7 +76,7 @@ LONG = SamplingParams(max_tokens=21, ignore_eos=True)
 def test_right_guesses_give_five_tokens_a_step():
     engine, told = speculating()
     engine.add_request("a", [1, 2, 3], LONG)
-    engine.step()  # the prompt's own
+    engine.step()  # the prefill's token
     assert [len(engine.step()[0].outputs[0].token_ids) for _ in range(4)] == [6, 11, 16, 21]
     assert not engine.has_unfinished()
     assert [(event.proposed, event.accepted, event.blocks) for event in told] == [(4, 4, [])] * 4
@@ -92,7 +92,7 @@ def test_wrong_guesses_give_their_blocks_back_and_are_never_found_in_the_cache()
         (output,) = engine.step()
         tokens = [1, 2, 3, *output.outputs[0].token_ids]
         assert engine.block_tables()[0][: len(before)] == before
-        assert len(engine.block_tables()[0]) == len(tokens) // 2, "as many as without guesses: the newest has no KV yet"
+        assert len(engine.block_tables()[0]) == len(tokens) // 2, "as many blocks as without drafts"
         assert told[-1].accepted == 0 and len(told[-1].blocks) == 2
         cached = engine.memory.match([*tokens, tokens[-1]])
         assert len(cached) == (len(tokens) - 1) // 2
@@ -107,7 +107,7 @@ def test_guesses_take_only_what_is_left_of_budget_and_blocks():
         engine.add_request(name, [ord(name) % 50] * 3, LONG)
     engine.step()
     engine.step()
-    assert [len(chunk.draft) for chunk in plans[-1].chunks] == [4, 3], "the oldest first"
+    assert [len(chunk.draft) for chunk in plans[-1].chunks] == [4, 3], "the oldest sequence drafts first"
     engine.add_request("c", [4] * 30, LONG)
     engine.step()
     assert {chunk.request.request_id: (chunk.num_tokens, chunk.draft) for chunk in plans[-1].chunks} == {
@@ -125,7 +125,7 @@ def test_nobody_is_preempted_for_a_guess():
     engine.add_request("b", [2] * 6, SamplingParams(max_tokens=9, ignore_eos=True))
     engine.step()
     engine.step()
-    assert [(event.seq_id, event.proposed) for event in told] == [(0, 1), (1, 1)], "the last block's other slot"
+    assert [(event.seq_id, event.proposed) for event in told] == [(0, 1), (1, 1)], "drafts fill the last block only"
     assert len(finish(engine)["b"].token_ids) == 9
     assert told[-1].proposed == 4 and "preempted" not in seen
 
@@ -158,7 +158,7 @@ def test_samples_speculate_each_for_itself_and_beams_not_at_all():
 
 
 def test_who_computes_for_others_too_does_not_guess():
-    """Two samples say the same, the second faster. Preempted, the first leads and the other forks off it."""
+    """Two samples have equal tokens; only the second drafts. After preemption, the second forks from the first."""
     engine, told = speculating(block_size=1, num_blocks=60)
     guess = speculation_of(engine).propose
     speculation_of(engine).propose = lambda seq, count: guess(seq, count if seq.seq_id or len(told) > 1 else 0)
@@ -169,7 +169,7 @@ def test_who_computes_for_others_too_does_not_guess():
         (request,) = engine.scheduler.running
         assert [seq.num_output for seq in request.live] == [3, 11] and [event.seq_id for event in told] == [1, 1]
         engine.scheduler.preempt(request, StepPlan(3))
-        engine.step()  # the cache has all but the first one's newest token
+        engine.step()  # the prefix cache has all but the first one's newest token
         engine.check()
         assert [seq.num_output for seq in request.live] == [4, 11] and len(told) == 2
         finish(engine)
@@ -177,7 +177,7 @@ def test_who_computes_for_others_too_does_not_guess():
 
 
 def test_a_model_may_say_what_was_guessed_and_yet_not_accept_the_guess():
-    """Rejection sampling may, when rounding leaves nothing else to say. The newest token is yet to be computed then."""
+    """Rounding in rejection sampling can do this. The newest token's KV is then still to be computed."""
     engine, told = speculating()
     sampler = engine.sampler
     engine.sampler = lambda *step: [token if i == 0 else None for i, token in enumerate(sampler(*step))]

@@ -1,4 +1,4 @@
-"""Eviction policies on the real prefix cache, against their definitions and the bounds that were proved for them."""
+"""Eviction policies on the real prefix cache, against their definitions and proved bounds."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from minipaged.features.eviction.prediction import Given, LastTurn, closing_word
 from minipaged.features.eviction.predictions import Predictions
 from tests.fake import fake_engine, random_prompt, unbatched
 
-# --- pages without a tree: k blocks, each with a page of its own ---
+# --- paging without a prefix tree: k blocks, each with its own page ---
 
 
 def faults(requests, k, policy):
-    """For each request whether its page was missing."""
+    """Whether each request was a page fault (a miss)."""
     cache = PrefixCache(EventLog(), policy)
     pool, missing = BlockPool(k, cache), []
     for page in requests:
@@ -53,7 +53,7 @@ def belady(requests):
 
 
 def fewest(requests, k):
-    """The fewest faults of any algorithm, by trying all evictions."""
+    """The minimum number of faults of any algorithm, by trying all evictions."""
     caches = {frozenset(): 0}
     for page in requests:
         new = {}
@@ -100,7 +100,7 @@ def test_long_sequences_too():
 
 
 class EveryChoice:
-    """Instead of chance: takes one choice after the other, so that all of them can be tried."""
+    """A stand-in for a random generator that enumerates all choices."""
 
     def __init__(self, path):
         self.path, self.asked, self.probability = path, 0, 1.0
@@ -116,7 +116,7 @@ class EveryChoice:
 
 
 def expected_faults(requests, k, make):
-    """The mean over all that chance can do, exactly: no slack is needed."""
+    """The exact expected number of faults, over all random choices, so the bounds need no tolerance."""
     path, total = [], 0.0
     while True:
         policy = make()
@@ -135,7 +135,7 @@ def harmonic(k):
 
 
 def errors(bits, right):
-    """η₀ and η₁: wrong 0s and wrong 1s."""
+    """η₀ and η₁: the numbers of wrong 0s and of wrong 1s."""
     return (sum(bit == kind != truth for bit, truth in zip(bits, right, strict=True)) for kind in (False, True))
 
 
@@ -184,17 +184,17 @@ def test_the_oldest_goes_first_and_only_lru_cares_for_a_hit():
 
 def test_all_zeros_empty_the_cache():
     policy = FlushWhenAll0(lambda tokens: False)
-    # 4 finds the cache full, and 1 to 3 are given up. 2 is found before its block is needed, and counts as new.
+    # 4 finds the cache full, so 1 to 3 may be evicted. 2 is hit before its block is reused, and counts as new.
     assert faults([1, 2, 3, 4, 2, 5, 4, 2, 5], 3, policy) == [1, 1, 1, 1, 0, 1, 0, 0, 0]
     assert "all bits were 0" in policy.reason
 
 
 def test_marks_last_for_a_phase():
     for seed in range(10):
-        # 1 and 2 are used in the second phase, so 3 is the only one that can go for 5.
+        # 1 and 2 are used in the second phase, so only 3 can be evicted for 5.
         assert faults([1, 2, 3, 4], 3, Marker(seed)) == [1] * 4
         policy = MarkAndPredict(Given([0, 1, 0, 0, 0, 0]), seed)
-        assert faults([1, 2, 3, 4, 1, 3], 3, policy) == [1, 1, 1, 1, 0, 0]  # the 1 tells which
+        assert faults([1, 2, 3, 4, 1, 3], 3, policy) == [1, 1, 1, 1, 0, 0]  # the bit 1 decides which one is evicted
 
 
 def test_a_seed_repeats_and_another_differs():
@@ -225,7 +225,7 @@ def test_errors_of_the_two_kinds_are_made_apart():
 
 
 class Books:
-    """Block tables and the stage that predicts, driven by hand."""
+    """Block tables and the stage that predicts, without an engine."""
 
     def __init__(self, num_blocks, block_size, policy, events=None):
         self.tables, self.stage = BlockTables(num_blocks, block_size, events, policy=policy), Predictions()
@@ -233,7 +233,7 @@ class Books:
         self.requests = {}
 
     def use(self, seq_id, tokens):
-        """A sequence computes its prompt. Returns how many of its blocks were found."""
+        """Computes a sequence's prompt. Returns the number of blocks that hit the prefix cache."""
         tables, hits = self.tables, self.tables.match(tokens)
         start = len(hits) * tables.block_size
         tables.open(seq_id, hits, Demand([len(tokens)], len(tokens), len(tokens), 1))
@@ -246,7 +246,7 @@ class Books:
         return len(hits)
 
     def free(self, seq_id):
-        """The sequence ends."""
+        """Ends the sequence and frees its blocks."""
         self.stage.releasing(self.requests[seq_id], Sequence(seq_id, [], 0, Random()))
         self.tables.free(seq_id)
         self.requests.pop(seq_id).status = Status.FINISHED
@@ -254,7 +254,7 @@ class Books:
 
 
 def policies(requests):
-    """One of each, with bits that say anything."""
+    """One policy of each class, with random predictions."""
     rng = Random(0)
     bits = [rng.random() < 0.5 for _ in range(10_000)]
     made = [LRU(), FIFO(), Marker(), Belady(requests, 2), FlushWhenAll0(Given(bits))]
@@ -269,7 +269,7 @@ def test_no_block_goes_before_those_that_continue_it(index):
     policy = policies(requests)[index]
     books = Books(14, 2, policy, events)
     tables = books.tables
-    parents, evictions = {}, []  # prefix → the one before it, of those that are cached
+    parents, evictions = {}, []  # cached prefix → its parent
     names = {}
 
     def watch(event):
@@ -280,7 +280,7 @@ def test_no_block_goes_before_those_that_continue_it(index):
             del parents[gone]
             evictions.append(event.reason)
             below = [b for b, name in names.items() if parents[name] == gone and tables.pool.ref_counts[b] == 0]
-            assert not below, f"{type(policy).__name__} has cut off blocks {below}"
+            assert not below, f"{type(policy).__name__} evicted the parent of cached blocks {below}"
 
     events.subscribe(watch)
     for number, prompt in enumerate(requests):
@@ -288,13 +288,13 @@ def test_no_block_goes_before_those_that_continue_it(index):
             policy.admitted(str(number))
         books.use(number, prompt)
         if number:
-            books.free(number - 1)  # two live at a time, so some compute the same and keep a copy of their own
+            books.free(number - 1)  # two run at a time, so some compute the same tokens in separate blocks
             tables.check()
     assert len(evictions) > 20 and all(evictions)
 
 
 def test_a_beginning_outlives_a_copy_of_it_that_others_go_on_from():
-    """The first text ends before the second, which goes on from the first one's block without using it."""
+    """Sequence 0 ends first. In the prefix tree, sequence 1's tail follows 0's block, of which 1 has its own copy."""
     tables = BlockTables(4, 2)
     tables.open(0), tables.open(1)
     for seq_id, tokens in ((0, [1, 1]), (1, [1, 1, 2, 2])):
@@ -304,7 +304,7 @@ def test_a_beginning_outlives_a_copy_of_it_that_others_go_on_from():
     tables.free(0), tables.free(1)
     tables.open(2)
     tables.reserve(Write(2, 0, 6))  # two blocks are free; the third has to be evicted
-    assert len(tables.match([1, 1, 2, 2, 3])) == 1  # its end is gone, not its beginning, though that is older
+    assert len(tables.match([1, 1, 2, 2, 3])) == 1  # its tail is evicted, not its older head
 
 
 def test_a_block_has_the_bit_of_its_latest_request():
@@ -312,7 +312,7 @@ def test_a_block_has_the_bit_of_its_latest_request():
     books = Books(8, 2, policy)
     books.use(0, [1, 1, 2, 2, 9])
     books.use(1, [1, 1, 3, 3, 9])
-    assert policy.bits == {}  # whoever runs is not evicted
+    assert policy.bits == {}  # blocks in use cannot be evicted, so they need no bits
     books.free(0)
     assert policy.bits == {0: False, 1: False}
     books.free(1)
@@ -350,7 +350,7 @@ def test_belady_on_a_tree_keeps_what_comes_next():
         for number, prompt in enumerate(requests):
             if isinstance(policy, Belady):
                 policy.admitted(str(number))
-                policy.admitted(str(number))  # preempted and admitted again: no later than before
+                policy.admitted(str(number))  # a second admission after preemption does not advance
             hits = books.use(number, prompt)
             books.free(number)
         assert hits == found
@@ -410,7 +410,7 @@ def test_what_makes_no_sense_is_refused_by_name(settings):
 
 
 def conversation(number, turns):
-    """Prompts of one conversation: each begins with the one before it."""
+    """Prompts of one conversation: each prompt is a prefix of the next."""
     return [[number] + [7] * turn for turn in range(1, turns + 1)]
 
 

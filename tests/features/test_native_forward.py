@@ -1,4 +1,4 @@
-"""A whole step in C++ against the model's own forward: every family, every way through the kernels."""
+"""The C++ forward pass of a whole step against the model's own: every family, every path through the kernels."""
 
 import os
 import platform
@@ -23,7 +23,7 @@ from tests.checkpoints import save_llama
 from tests.models.families import FAMILIES, config_of, randomize
 
 CPU = torch.device("cpu")
-SIZE = 8  # slots of a block
+SIZE = 8  # slots in a block
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,7 +33,7 @@ def compiled():
 
 
 def load(tmp_path, family: str, dtype: str):
-    """A model whose weights all count; in bfloat16 wider, for there 32 channels at a time are multiplied."""
+    """A model in which every weight matters; wider in bfloat16, whose kernels multiply 32 channels at a time."""
     config = config_of(family)
     if dtype == "bfloat16":
         for name in ("hidden_size", "n_embd"):
@@ -52,12 +52,12 @@ def cache_for(model, dtype, blocks=96) -> KVCache:
     heads = (config.num_kv_heads, config.head_dim)
     cache = KVCache(config.num_layers, blocks, SIZE, *heads, dtype, CPU, kernels=kernels_for("native", CPU))
     for tensor in cache.k + cache.v:
-        tensor.fill_(float("nan"))  # whatever is read before it was written spoils the logits
+        tensor.fill_(float("nan"))  # a read of an unwritten slot makes the logits NaN
     return cache
 
 
 def step(tables: list[list[int]], done: list[int], counts: list[int], all_rows: bool = False) -> Batch:
-    """``counts[i]`` more tokens of sequence i, of which ``done[i]`` have been computed."""
+    """A batch with the next ``counts[i]`` tokens of sequence i, after its ``done[i]`` computed tokens."""
     generator = torch.Generator().manual_seed(sum(done) + 1)
     positions = [p for start, n in zip(done, counts, strict=True) for p in range(start, start + n)]
     owners = [i for i, n in enumerate(counts) for _ in range(n)]
@@ -82,7 +82,7 @@ def scattered(num_seqs: int, each: int) -> list[list[int]]:
 
 
 STEPS = [
-    # Tokens by sequence and step: one alone, chunks of prompts beside decodes, and past 16 and 32 tokens at once.
+    # Tokens by step and sequence: a single sequence, chunked prefills with decodes, and steps of over 16 and 32 tokens.
     [[1], [1], [4]],
     [[1, 1, 5, 20], [1, 1, 1, 9], [1, 1, 1, 1]],
     [[3] * 12, [1] * 12],
@@ -105,18 +105,18 @@ def assert_same(model, dtype, run=None, tolerance=1e-4, steps=STEPS):
             assert_close(found, expected, tolerance)
             done = [a + b for a, b in zip(done, these, strict=True)]
         for mine, theirs in zip(caches[0].k + caches[0].v, caches[1].k + caches[1].v, strict=True):
-            assert torch.equal(mine.isnan(), theirs.isnan()), "nothing but the step's own slots is written"
+            assert torch.equal(mine.isnan(), theirs.isnan()), "a slot outside the step was written"
             assert_close(mine.nan_to_num(), theirs.nan_to_num(), tolerance)
 
 
 def assert_close(found, expected, tolerance):
-    """Number by number in float32. In bfloat16 a single one may be far off: it is their size together that counts."""
+    """Compares each number in float32, and the norm of the error in both dtypes: a single bfloat16 may be far off."""
     if tolerance < 1e-3:
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
     assert (found.float() - expected.float()).norm() <= tolerance * expected.float().norm()
 
 
-UNSERVED = {"gpt2-untied", "qwen3"}  # by the widths that they have here
+UNSERVED = {"gpt2-untied", "qwen3"}  # because of their widths in these tests
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in UNSERVED])
@@ -150,10 +150,10 @@ def test_any_number_of_tokens(tmp_path, count):
 
 @pytest.mark.parametrize("level", ["", "x86-64-v3", "x86-64-v4"])
 def test_with_the_registers_of_other_cpus(tmp_path, level):
-    """Those of four numbers that any CPU has, of eight (AVX2, what most laptops have) and of sixteen (AVX-512)."""
+    """Registers of 4 numbers (any x86-64 CPU), of 8 (AVX2, most laptops) and of 16 (AVX-512)."""
     needs = {"x86-64-v3": ("AVX2", "AVX512"), "x86-64-v4": ("AVX512",)}
     if level and torch.backends.cpu.get_cpu_capability() not in needs[level]:
-        pytest.skip(f"this CPU has not the instructions of {level}")
+        pytest.skip(f"this CPU lacks the instructions of {level}")
     flags = (f"-march={level}",) if level else ()
     functions = native._built(shutil.which(os.environ.get("CXX") or "c++"), (*flags, "-Wno-unknown-pragmas"))
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.06)):
@@ -163,9 +163,9 @@ def test_with_the_registers_of_other_cpus(tmp_path, level):
 
 
 def test_what_it_does_not_serve_the_model_does(tmp_path):
-    model = load(tmp_path, "gpt2-untied", "float32")  # its MLP is 72 wide, and 16 channels go together
+    model = load(tmp_path, "gpt2-untied", "float32")  # its MLP is 72 wide, not a multiple of 16
     assert not NativeForward.serves(model, cache_for(model, torch.float32))
-    normed = load(tmp_path / "normed", "qwen3", "float32")  # heads that are 20 wide, and have norms
+    normed = load(tmp_path / "normed", "qwen3", "float32")  # heads are 20 wide and have norms
     assert not NativeForward.serves(normed, cache_for(normed, torch.float32))
     served = load(tmp_path / "served", "llama2", "float32")
     assert NativeForward.serves(served, cache_for(served, torch.float32))
@@ -173,12 +173,12 @@ def test_what_it_does_not_serve_the_model_does(tmp_path):
     heads = {"hidden_size": 160, "num_heads": 32, "num_kv_heads": 32, "head_dim": 5}
     narrow = GPT2(replace(model.config, intermediate_size=64, **heads))
     assert NativeForward.serves(narrow, cache_for(narrow, torch.float32))
-    assert not NativeForward.serves(narrow.to(torch.bfloat16), cache_for(narrow, torch.bfloat16))  # 5 is no pairs
+    assert not NativeForward.serves(narrow.to(torch.bfloat16), cache_for(narrow, torch.bfloat16))  # 5 is odd
     assert not NativeForward.serves(served.to(torch.float16), cache_for(served, torch.float16))
 
 
 class Doubled(Llama):
-    """A third family: a Llama's weights, but another ``forward``."""
+    """A class with a Llama's weights and another ``forward``."""
 
     def forward(self, *args, **named):
         return 2 * super().forward(*args, **named)
@@ -200,7 +200,7 @@ def test_a_model_of_another_class_is_not_computed_as_one_of_the_known_families(t
 
     monkeypatch.setattr("minipaged.models.loader.load_model", load_doubled)
     llm = LLM(str(tmp_path), device="cpu", dtype="float32", attention="native", num_blocks=64)
-    assert llm.engine.runner.forward is llm.engine.runner.model, "the model's own forward computes its steps"
+    assert llm.engine.runner.forward is llm.engine.runner.model, "the engine should use the model's forward"
     assert llm.generate([[1, 7, 9]], SamplingParams(temperature=0, max_tokens=2))[0].finished
 
 
@@ -211,11 +211,11 @@ def test_looking_at_attention_is_left_to_the_model(tmp_path, monkeypatch):
     engine.add_request("a", [1, 7, 9], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     engine.step()
     before = [tensor.clone() for tensor in engine.runner.kv_cache.k]
-    monkeypatch.setattr(NativeForward, "run", lambda *_: pytest.fail("the C++ step shows no attention weights"))
+    monkeypatch.setattr(NativeForward, "run", lambda *_: pytest.fail("the C++ step returns no attention weights"))
     (seq_id,) = engine.block_tables()
     assert attention_view.attention(engine, seq_id, 2).shape[-1] == 3
     after = engine.runner.kv_cache.k
-    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True)), "and nothing is written"
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True)), "the KV cache changed"
 
 
 def test_an_engine_uses_it_unless_attention_is_torchs(tmp_path):
@@ -230,9 +230,9 @@ def test_an_engine_uses_it_unless_attention_is_torchs(tmp_path):
     assert found[0] == found[1]
 
 
-@pytest.mark.skipif(platform.system() != "Linux", reason="only Linux has to be asked for AMX")
+@pytest.mark.skipif(platform.system() != "Linux", reason="only Linux requires a request for AMX")
 def test_where_the_system_does_not_let_amx_be_used_other_instructions_serve(tmp_path, monkeypatch):
-    """A sandbox may say no to what the processor could do; its instructions would then end the process."""
+    """A sandbox may refuse AMX although the CPU has it; its instructions would then kill the process."""
     source = tmp_path / "native.cpp"
     source.write_text("#include <sys/syscall.h>\n#undef SYS_arch_prctl\n#define SYS_arch_prctl -1\n" + (
         f'#include "{native.SOURCE}"\n'))  # fmt: skip

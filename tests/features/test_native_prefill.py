@@ -1,4 +1,4 @@
-"""Chunks of prompts in C++ against the model's own forward: widths, block sizes, windows, NaN around them."""
+"""Chunked prefill in C++ against the model's own forward: head widths, block sizes, windows, NaN in other slots."""
 
 import copy
 
@@ -36,7 +36,7 @@ def model_of(path, dtype: str, heads: int, kv_heads: int, head_dim: int, window:
 
 
 def chunk(tables: torch.Tensor, size: int, done: list[int], counts: list[int]) -> Batch:
-    """``counts[i]`` more tokens of sequence i, of which ``done[i]`` are in the cache; all of them give logits."""
+    """The next ``counts[i]`` tokens of sequence i, after ``done[i]`` cached tokens; each token gives logits."""
     pairs = [(i, p) for i, n in enumerate(counts) for p in range(done[i], done[i] + n)]
     lens = [start + n for start, n in zip(done, counts, strict=True)]
     return Batch(
@@ -52,7 +52,7 @@ def chunk(tables: torch.Tensor, size: int, done: list[int], counts: list[int]) -
     )
 
 
-# Chunks of 70 end within blocks of 64 keys, 2 and 5 fill few lanes; each begins where the one before it ended.
+# Chunks of 70 end inside tiles of 64 keys; 2 and 5 fill few lanes. Each chunk starts where its predecessor ended.
 CHUNKS = [[70, 2, 17], [5, 69, 2], [64, 33, 100]]
 
 
@@ -77,7 +77,7 @@ def test_chunks_of_prompts_are_the_models_whatever_lies_around_them(
         sizes = (2, 3 * each + 2, size, kv_heads, head_dim)
         caches.append(KVCache(*sizes, numbers, CPU, kernels=kernels_for("native", CPU)))
         for tensor in caches[-1].k + caches[-1].v:
-            tensor.fill_(float("nan"))  # whatever is read before it was written spoils the logits
+            tensor.fill_(float("nan"))  # a read of an unwritten slot makes the logits NaN
     ours, done = NativeForward(model, caches[0]), [0, 0, 0]
     for counts in CHUNKS:
         batch = chunk(tables, size, done, counts)
@@ -85,6 +85,6 @@ def test_chunks_of_prompts_are_the_models_whatever_lies_around_them(
             found, theirs, expected = ours.run(batch), model(batch, caches[1]), exact(batch, caches[2])
         if dtype == "float32":
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-        else:  # no farther from the truth than torch is, which rounds at the same places
+        else:  # not less exact than torch, which rounds at the same places
             assert (found - expected).square().mean() <= 1.5 * (theirs - expected).square().mean()
         done = [a + b for a, b in zip(done, counts, strict=True)]

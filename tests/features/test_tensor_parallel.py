@@ -1,4 +1,4 @@
-"""One scheduler, two processes: this one is rank 0, and one worker is rank 1 for all tests."""
+"""Tensor parallelism with one scheduler and two processes: the test is rank 0, one worker is rank 1 in all tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.checkpoints import save_llama
 from tests.models.families import config_of, randomize
 
 ROOT = Path(__file__).parent.parent.parent
-LIMIT = timedelta(seconds=240)  # nobody waits longer for another process
+LIMIT = timedelta(seconds=240)  # longest wait for the other process
 
 WORKER = """
 import json, sys
@@ -46,12 +46,12 @@ for line in sys.stdin:
 
 
 class Worker:
-    """Rank 1, in a process of its own."""
+    """Rank 1, in its own process."""
 
     def __init__(self) -> None:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._groups = itertools.count()
-        self._env = {  # what torchrun sets; there, too, the store outlives the groups
+        self._env = {  # as torchrun sets it, whose store also outlives the groups
             "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self._store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
@@ -63,7 +63,7 @@ class Worker:
         )  # fmt: skip
 
     def run(self, use, model, **settings):
-        """`tensor_parallel.run` on both ranks."""
+        """Calls `tensor_parallel.run` on both ranks."""
         print(json.dumps([str(model), settings]), file=self.process.stdin, flush=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tensor_parallel, "_groups", self._groups)
@@ -73,7 +73,7 @@ class Worker:
             return run(use, str(model), **settings)
 
     def outcome(self):
-        """What the last run was for rank 1: ``None``, or the name of an error."""
+        """The last run's result on rank 1: ``None``, or the name of an error."""
         return json.loads(self.process.stdout.readline())
 
     def end(self):
@@ -93,7 +93,7 @@ def workers():
 
 @pytest.fixture
 def worker(workers):
-    """The same for all, as long as it lives."""
+    """The worker that tests share; a new one if it has died."""
     if not workers or workers[-1].process.poll() is not None:
         workers.append(Worker())
     return workers[-1]
@@ -101,7 +101,7 @@ def worker(workers):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A Llama with grouped queries, and a GPT-2."""
+    """Checkpoints of a Llama with grouped-query attention and of a GPT-2."""
     gpt2, directory = transformers.GPT2LMHeadModel(config_of("gpt2")), tmp_path_factory.mktemp("gpt2")
     randomize(gpt2)
     gpt2.save_pretrained(directory)
@@ -109,7 +109,7 @@ def checkpoint(tmp_path_factory):
 
 
 def work(llm):
-    """Greedy, parallel and beam search on prompts that begin alike. Returns the tokens, and what happened to blocks."""
+    """Runs greedy, parallel and beam search on prompts with a shared prefix. Returns the tokens and block events."""
     events = []
     llm.engine.events.subscribe(events.append)
     prompts = [[*range(3, 20), *range(40 + 7 * i, 41 + 8 * i)] for i in range(6)]
@@ -132,7 +132,7 @@ def test_two_processes_say_what_one_does(worker, checkpoint, model, preemption):
     settings = dict(num_blocks=16, block_size=4, max_num_seqs=4, max_num_batched_tokens=24, preemption=preemption)
     alone = LLM(str(checkpoint[model]), dtype="float32", **settings)
     expected = work(alone)
-    assert set(expected[1]) == {preemption} and expected[2] and expected[3]  # all of it has happened
+    assert set(expected[1]) == {preemption} and expected[2] and expected[3]  # preemptions, copies and hits occurred
 
     def use(llm):
         return work(llm), llm.engine.bytes_per_block
@@ -144,7 +144,7 @@ def test_two_processes_say_what_one_does(worker, checkpoint, model, preemption):
 
 
 def test_the_pools_are_as_large_as_the_smallest(worker, checkpoint, monkeypatch):
-    """And on a CPU a block takes memory on each rank."""
+    """All ranks use the smallest pool's size. On a CPU, a block takes memory on each rank."""
     asked = []
 
     def plenty(bytes_per_block, *_, **__):
@@ -200,7 +200,7 @@ def test_an_error_between_two_steps_lets_the_others_go(worker, checkpoint):
 
 
 def test_ctrl_c_in_the_midst_of_a_step_lets_the_others_go(worker, checkpoint):
-    """The others wait for rank 0's summand; and rank 0 has no second try."""
+    """The other rank must not wait for rank 0's summand, and rank 0 cannot run another step."""
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -229,7 +229,7 @@ def test_the_worker_dies(worker, checkpoint):
 
 
 def test_a_worker_is_told_all_that_a_plan_does():
-    """vAttention's maps are refused at the door, and who is preempted is the scheduler's business alone."""
+    """A plan without vAttention's maps, which are rejected earlier, and preemptions, which only the scheduler uses."""
     sent = {"step", "chunks", "swap_outs", "swap_ins", "copies"}
     assert {field.name for field in fields(StepPlan)} == sent | {"maps", "preempted", "outgrown"}
     plan = StepPlan(7, [], [(1, 2)], [(3, 4)], [(5, 6)])
@@ -237,7 +237,7 @@ def test_a_worker_is_told_all_that_a_plan_does():
 
 
 def test_torchrun_generate():
-    """The first process alone says anything; what it says is one JSON object."""
+    """Only rank 0 prints, and it prints one JSON object."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command = ["-m", "minipaged", "generate", "Once upon a time", "--temperature", "0", "--max-tokens", "6", "--json"]
     done = subprocess.run(

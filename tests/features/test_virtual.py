@@ -1,4 +1,4 @@
-"""vAttention's books without a model: a fake store knows what every place of every slot shows, and reads only there."""
+"""vAttention's bookkeeping without a model: a fake store knows each slot's mapped pages, and reads only those."""
 
 from collections import Counter
 from random import Random
@@ -16,18 +16,18 @@ from minipaged.features.vattention.virtual_tables import PageMap, VirtualTables
 from tests import test_fuzz
 from tests.fake import EOS, VOCAB, FakeRunner, fake_sampler, unbatched
 
-# --- the store ---------------------------------------------------------------------------------------------------
+# --- the fake store ----------------------------------------------------------------------------------------------
 
 
 class FakeVirtualRunner(FakeRunner):
-    """Reads contexts through the slots. What is mapped in the background is done as late as can be."""
+    """Reads contexts through the slots. Background maps happen as late as possible."""
 
     def __init__(self, block_size, num_blocks, swap_blocks):
         super().__init__(block_size, num_blocks, swap_blocks)
         self.shows: dict[tuple[int, int], int] = {}  # (slot, logical) → page
         self.ahead = None
         self.seen: Counter[str] = Counter()
-        self.fail_after = None  # so many maps
+        self.fail_after = None  # number of maps before a failure
 
     def execute(self, plan):
         if plan.maps is not None:
@@ -76,7 +76,7 @@ def virtual_engine(**settings):
 
 
 def run(engine, *prompts, **params):
-    """All of the prompts together, to their end; returns their tokens."""
+    """Runs all prompts together to their end. Returns their tokens."""
     params = {"max_tokens": 8, "ignore_eos": True} | params
     names = [f"{engine.scheduler.step}/{i}" for i in range(len(prompts))]
     for name, prompt in zip(names, prompts, strict=True):
@@ -93,7 +93,7 @@ def run(engine, *prompts, **params):
 
 @pytest.fixture
 def traces(monkeypatch):
-    """The traces of the paged fuzz, on vAttention."""
+    """The fuzz test's traces, run on vAttention."""
 
     def fake_engine(**settings):
         return virtual_engine(**settings, mapping=Random(str(settings)).choice(("sync", "eager", "async")))
@@ -118,7 +118,7 @@ def test_random_traces_read_every_token_through_the_slot_of_its_sequence(traces,
 
 
 def schedule_of(mapping, seed):
-    """Who computes how much in which step, and which tokens come of it."""
+    """The schedule and the outputs of a random run: tokens computed by request and step, and generated tokens."""
     random = Random(seed)
     kind = {} if mapping is None else {"memory": "vattention", "mapping": mapping}
     settings = {
@@ -144,7 +144,7 @@ def schedule_of(mapping, seed):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_mapping_decides_nothing(seed):
-    """Pages mapped ahead stay free: schedule and tokens are those of paging, however pages are mapped."""
+    """Pages mapped ahead stay free, so schedule and tokens are those of paging in every mapping mode."""
     paged = schedule_of(None, seed)
     assert paged == schedule_of("sync", seed) == schedule_of("eager", seed) == schedule_of("async", seed)
 
@@ -153,7 +153,7 @@ def test_mapping_decides_nothing(seed):
 
 
 class Books:
-    """A manager that is driven by hand, and the store that does what it plans."""
+    """A memory manager without an engine, and the store that executes its maps."""
 
     def __init__(self, num_blocks=16, max_num_seqs=4, mapping="sync", **settings):
         options = {"max_model_len": 40, "enable_prefix_caching": False} | settings
@@ -162,7 +162,7 @@ class Books:
         self.lengths: dict[int, int] = {}
 
     def step(self, **ends):
-        """``s1=12``: sequence 1 computes up to token 12. Returns what was mapped for the step."""
+        """Runs a step: ``s1=12`` computes sequence 1 up to token 12. Returns the step's maps."""
         plan = StepPlan(0)
         for name, end in ends.items():
             seq_id = int(name[1:])
@@ -208,10 +208,10 @@ def test_of_the_idle_slots_the_best_fit_is_reused():
     books.step(s1=8, s2=16, s3=12)  # slots with 2, 4 and 3 page-groups
     for seq_id in (1, 2, 3):
         books.free(seq_id)
-    assert books.step(s4=11).slots[4] == 2, "enough, and least is left over"
+    assert books.step(s4=11).slots[4] == 2, "the best fit is reused"
     assert books.step(s5=4).slots[5] == 0
     maps = books.step(s6=20)
-    assert maps.slots[6] == 1, "none has enough: the one that has most"
+    assert maps.slots[6] == 1, "none has enough, so the largest is reused"
     assert [m.logical for m in maps.maps] == [4]
 
 
@@ -219,7 +219,7 @@ def test_unmapped_pages_are_used_up_before_any_is_reclaimed_from_an_idle_slot():
     books = Books(num_blocks=6, max_num_seqs=3)
     books.step(s1=4, s2=8)
     books.free(2)
-    maps = books.step(s1=8)  # pages 3, 4, 5 were never mapped
+    maps = books.step(s1=8)  # pages 3, 4, 5 are unmapped
     assert (maps.unmaps, [m.page for m in maps.maps]) == ([], [3])
     assert [m.page for m in books.step(s1=16).maps] == [4, 5]
     maps = books.step(s1=20)
@@ -233,11 +233,11 @@ def test_a_page_that_lost_its_last_place_is_handed_out_before_mapped_ones():
     books.step(s1=8)
     books.memory.fork(1, 2)
     books.lengths[2] = 8
-    books.step(s2=8)  # copies nothing: 8 tokens fill the blocks; both slots show pages 0 and 1
+    books.step(s2=8)  # no copy, as 8 tokens fill the blocks; both slots show pages 0 and 1
     assert books.store.seen["aliased"] == 2
     books.free(1)
     books.free(2)
-    maps = books.step(s3=20)  # takes one slot's pages in place, and all others there are
+    maps = books.step(s3=20)  # reuses one slot's pages in place, and takes all others
     assert {m.page for m in maps.maps} == {2, 3, 4} and not maps.unmaps
 
 
@@ -251,13 +251,13 @@ def test_whoever_fills_its_block_has_the_next_one_mapped_already(mapping):
     free = books.memory.pool.num_free
     maps = books.step(s1=5)
     assert maps.maps == [] and books.memory.tables[1][1] == ahead.page
-    assert books.memory.pool.num_free == free - 1, "only now it is taken"
+    assert books.memory.pool.num_free == free - 1, "the page is allocated only now"
 
 
 def test_a_page_mapped_ahead_goes_to_whoever_needs_it_first():
     books = Books(num_blocks=3, max_num_seqs=2, mapping="eager")
     books.step(s1=4, s2=1)
-    assert books.memory.mapped[0] == [0, 2], "the last free page is ready for sequence 1"
+    assert books.memory.mapped[0] == [0, 2], "the last free page is mapped ahead for sequence 1"
     maps = books.step(s2=5)
     assert maps.unmaps == [PageMap(0, 1, 2)] and maps.maps == [PageMap(1, 1, 2)]
 
@@ -327,10 +327,10 @@ def test_after_a_failed_mapping_nobody_reads_what_was_not_mapped(mapping, fail_a
             outputs = engine.step()
         except StepFailed as error:
             outputs, failed = error.outputs, failed + 1
-            assert failed == 1, "one mapping failed, and later ones only if what failed is believed to be done"
+            assert failed == 1, "a later mapping failed because a failed one was recorded as done"
             engine.runner.fail_after = None
             engine.runner.ahead = None
-            engine.runner.shows.clear()  # worst of all: nothing is as the books have it
+            engine.runner.shows.clear()  # the worst case: none of the recorded maps exists
             engine.add_request("late", [9, 9, 9], params)
             prompts["late"] = [9, 9, 9]
         engine.check()

@@ -1,4 +1,4 @@
-"""Whole engines on vAttention: whatever the memory does, the tokens are those of paging."""
+"""Whole engines on vAttention generate the same tokens as with paging."""
 
 from collections import Counter
 from random import Random
@@ -14,7 +14,7 @@ from tests.models.families import LLAMA3_ROPE, randomize
 
 LONGEST = 24
 MAX_LEN = 100
-# Such that 16 tokens of a layer fill a page of 4096 bytes, so that contexts span several page-groups.
+# Sizes with which 16 tokens of a layer fill a page of 4096 bytes, so that contexts span several page-groups.
 SHAPE = dict(
     vocab_size=131, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=32, max_position_embeddings=128,
@@ -36,7 +36,7 @@ CONFIGS = {
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several only get in one another's way on models so small
+    torch.set_num_threads(1)  # on such small models, more threads are slower
     yield
     torch.set_num_threads(threads)
 
@@ -57,7 +57,7 @@ def tiny():
 
 
 def some_requests(random: Random, count: int, vocab: int) -> list[tuple[list[int], SamplingParams]]:
-    """Greedy, sampled and searched; many of the prompts begin alike."""
+    """Random requests with greedy decoding, sampling and beam search; many prompts share a prefix."""
     stem = [random.randrange(3, vocab) for _ in range(40)]
     requests = []
     for i in range(count):
@@ -67,7 +67,7 @@ def some_requests(random: Random, count: int, vocab: int) -> list[tuple[list[int
         if kind == "greedy":
             params = SamplingParams(temperature=0, **length)
         elif kind == "sampled":
-            # Far down the tail tokens are so nearly tied that rounding would decide which of two is drawn.
+            # Probabilities in the tail are nearly equal, so that rounding could change the token that is drawn.
             params = SamplingParams(n=random.randint(1, 3), top_k=8, seed=i, **length)
         else:
             params = SamplingParams(temperature=0, beam_width=3, n=2, **length)
@@ -76,7 +76,7 @@ def some_requests(random: Random, count: int, vocab: int) -> list[tuple[list[int
 
 
 def answers(engine, requests, random=None):
-    """Tokens of every request; they arrive at random times if ``random`` is given."""
+    """Tokens of every request, and counts of events. Requests arrive at random times if ``random`` is given."""
     seen: Counter[str] = Counter()
     engine.events.subscribe(lambda event: seen.update([event.type]))
     todo = [(str(i), *request) for i, request in enumerate(requests)][::-1]
@@ -136,7 +136,7 @@ def test_random_traces_in_pools_too_small_give_the_tokens_of_paging(tiny):
         told, seen = answers(engine, [requests[i] for i in mine], random if seed % 2 else None)
         for i, tokens in zip(mine, told, strict=True):
             for out, expected in zip(tokens, truth[i], strict=True):
-                if len(out) == len(expected):  # else its request had outgrown the pool
+                if len(out) == len(expected):  # otherwise its request outgrew the pool
                     assert out == expected, f"trace {seed}, request {i}"
                     totals["whole"] += 1
         totals += seen
@@ -145,7 +145,7 @@ def test_random_traces_in_pools_too_small_give_the_tokens_of_paging(tiny):
 
 
 def fits(engine, prompt, params):
-    """Whether the pool can hold the request to its end: a search cut short has other winners."""
+    """Whether the pool can hold the request to its end: a beam search that is cut short gives other beams."""
     width = params.beam_width or params.n
     return engine.memory.blocks_for(len(prompt) + params.max_tokens + 1) * width <= engine.num_blocks
 

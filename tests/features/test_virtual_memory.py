@@ -1,4 +1,4 @@
-"""Memory mapped by hand: what is where, what it costs in addresses and pages, and that all of it is given back."""
+"""Virtual memory mapped explicitly: what each place shows, its cost in addresses and pages, and its release."""
 
 import gc
 import mmap
@@ -36,7 +36,7 @@ GiB = 1 << 30
 
 @pytest.fixture(params=["host", "cuda on a fake driver"])
 def make_memory(request, monkeypatch):
-    """Both implementations of `PageMemory`: the second one's calls go to a driver made of mmap."""
+    """Both implementations of `PageMemory`; the CUDA one calls a fake driver on top of mmap."""
     if request.param == "host":
         yield HostMemory
         return
@@ -46,7 +46,7 @@ def make_memory(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     yield lambda *sizes: CudaMemory(*sizes, CPU)
     gc.collect()
-    assert not driver.held(), "the driver got everything back"
+    assert not driver.held(), "not all driver memory was released"
 
 
 def read(memory, place):
@@ -67,8 +67,8 @@ def test_a_place_shows_its_page_and_two_places_may_show_the_same(make_memory):
     memory.map(4, 0, 3)
     memory.map(9, 1, 1)
     assert [read(memory, place).unique().tolist() for place in (4, 5, 6, 9)] == [[10], [11], [12], [11]]
-    read(memory, 9)[7] = 99  # through one view …
-    assert read(memory, 5)[7] == 99 and memory.pool[2 * PAGE + 7] == 99  # … seen through the others
+    read(memory, 9)[7] = 99  # written through one view …
+    assert read(memory, 5)[7] == 99 and memory.pool[2 * PAGE + 7] == 99  # … and read through the others
     assert memory.mapped == {4, 5, 6, 9}
 
 
@@ -78,10 +78,10 @@ def test_what_is_unmapped_keeps_its_bytes_and_may_be_mapped_anew(make_memory):
     fill(memory, 1, 2)
     memory.map(0, 0, 2)
     memory.unmap(0, 2)
-    memory.unmap(0, 2)  # twice does no harm
+    memory.unmap(0, 2)  # a second time is harmless
     assert memory.mapped == set() and memory.pool[0] == 1
     memory.map(3, 0, 1)
-    memory.map(3, 1, 1)  # instead of the other
+    memory.map(3, 1, 1)  # replaces page 0
     assert read(memory, 3)[0] == 2 and memory.mapped == {3}
 
 
@@ -116,7 +116,7 @@ TOUCHES = {
     "space[0].item()": True,  # never mapped
     "space[0] = 1": True,
     "memory.map(0, 0, 1); space[PAGE - 1] = 1; space[0].item()": False,
-    "memory.map(0, 0, 1); space[PAGE].item()": True,  # the place behind it
+    "memory.map(0, 0, 1); space[PAGE].item()": True,  # the next place
     "memory.map(0, 0, 1); memory.unmap(0, 1); space[0].item()": True,
 }
 TOUCH_ALL = """
@@ -147,7 +147,7 @@ def test_a_mapping_that_the_system_refuses_is_an_error():
     with pytest.raises(OSError, match="mmap of 1 page-groups"):
         memory._mapping.mmap(0, 1, mmap.PROT_READ, mmap.MAP_SHARED, fd=-1)
     with pytest.raises(OSError, match="mmap of"):
-        HostMemory(PAGE, 1, 1 << 40)  # more than addresses have bits
+        HostMemory(PAGE, 1, 1 << 40)  # larger than the address space
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_pages_mapped_in_the_background_are_there_when_the_next_step_begins():
 def test_attention_on_slots_equals_attention_on_blocks(tensor_slicing, window, groups):
     torch.manual_seed(0)
     cache, size = make_cache(tensor_slicing, num_blocks=12, slots=5, max_len=3 * size_of(tensor_slicing))
-    cache.k[1][:], cache.v[1][:] = torch.nan, torch.nan  # whatever an earlier owner left
+    cache.k[1][:], cache.v[1][:] = torch.nan, torch.nan  # as left by an earlier owner
     tables = [[7, 3, 9], [0, 5, 0], [2, 0, 0], [11, 10, 1]]
     context_lens, query_lens = [2 * size + 3, size + 1, 4, 3 * size], [1, 1, 4, size + 5]
     for table, length in zip(tables, context_lens, strict=True):
@@ -317,13 +317,13 @@ def size_of(tensor_slicing):
 
 def test_page_groups_must_fill_pages_and_the_error_names_sizes_that_do(monkeypatch):
     monkeypatch.setattr(virtual_memory, "page_size", lambda device: 4096)
-    layout = Layout(4, 4, 32, torch.float32)  # 512 bytes a token
+    layout = Layout(4, 4, 32, torch.float32)  # 512 bytes per token
     assert [layout.block_size(size, 8, 100, CPU) for size in (None, 8, 16, 24)] == [16, 8, 16, 24]
     for size in (1, 7, 12):
         with pytest.raises(InvalidConfig, match=r"multiple of 8 here \(8, 16, 24, …\)"):
             layout.block_size(size, 8, 100, CPU)
     sliced = Layout(4, 4, 32, torch.float32, tensor_slicing=True)
-    assert sliced.block_size(2, 8, 100, CPU) == 2, "four layers fill a page with a quarter of the tokens"
+    assert sliced.block_size(2, 8, 100, CPU) == 2, "four layers fill a page with 2 tokens, not 8"
     odd = Layout(3, 1, 12, torch.float32)  # 48 bytes: 256 tokens fill 3 pages
     assert odd.block_size(None, 8, 100, CPU) == 256
 
@@ -357,7 +357,7 @@ def test_runs_are_the_maps_in_their_order(maps):
     runs = list(virtual_memory._runs(PageMap(*m) for m in maps))
     assert [(slot, logical + i, page + i) for slot, logical, page, count in runs for i in range(count)] == maps
     ends = [(slot, logical + count, page + count) for slot, logical, page, count in runs]
-    assert all(end != run[:3] for end, run in zip(ends, runs[1:], strict=False)), "none could be longer"
+    assert all(end != run[:3] for end, run in zip(ends, runs[1:], strict=False)), "two runs could be joined"
 
 
 def test_on_pages_of_2_mib_slicing_divides_the_tokens_of_a_page_group_by_the_layers(monkeypatch):
@@ -458,7 +458,7 @@ def test_engines_leave_neither_addresses_nor_files_behind(llm):
     for i in range(50):
         use_one(i)
     assert held() == before and before[0] == 0
-    assert addresses() - threads < 50, "no engine's reservation or thread stays"
+    assert addresses() - threads < 50, "a reservation or a thread was leaked"
 
 
 def test_a_step_whose_mapping_fails_takes_its_requests_along_and_the_engine_goes_on(llm):

@@ -1,6 +1,6 @@
-"""The tests in ``interpreted`` need TRITON_INTERPRET=1 before triton is imported, so a process of their own.
+"""The tests in ``interpreted`` need TRITON_INTERPRET=1 before triton is imported, so they run in their own process.
 
-`test_interpreted.py` starts it; any other process leaves them out.
+`test_interpreted.py` starts that process; any other process skips them.
 """
 
 import os

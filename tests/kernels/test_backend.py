@@ -1,4 +1,4 @@
-"""Which kernels an engine runs: what is chosen, what is refused, and that triton is left alone unless chosen."""
+"""The choice of an engine's kernels: defaults, rejected choices, and that triton is not imported unless chosen."""
 
 import inspect
 import subprocess
@@ -48,7 +48,7 @@ def test_triton_without_triton_is_refused(no_triton):
 
 
 def test_triton_on_a_cpu_is_refused_at_the_door(some_triton, monkeypatch):
-    monkeypatch.setattr("minipaged.models.loader.load_model", lambda *_: pytest.fail("refused only after loading"))
+    monkeypatch.setattr("minipaged.models.loader.load_model", lambda *_: pytest.fail("rejected only after loading"))
     with pytest.raises(InvalidConfig, match='needs CUDA.*choose "torch" or "auto"'):
         LLM("tiny", device="cpu", attention="triton")
 
@@ -67,7 +67,7 @@ def test_flex_is_refused_where_it_would_crawl_and_for_what_it_cannot_read():
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("block_size", [5, 16])
 def test_flex_equals_the_oracle(block_size, window):
-    """Not compiled, which is slow but the same mathematics. Dead slots hold large numbers: flex cannot do with NaN."""
+    """Uncompiled flex computes the same, slowly. Unused slots hold large numbers, because flex does not support NaN."""
     lengths, counts = [1, block_size, 37, 33], [1, 1, 20, 33]
     k_cache, v_cache, tables, _ = paged(lengths, block_size, 2, 16)
     caches = k_cache.nan_to_num(1e4), v_cache.nan_to_num(1e4)
@@ -91,7 +91,7 @@ def test_unknown_choices_are_refused(wrong):
 
 
 def test_every_triton_function_has_the_signature_of_its_oracle():
-    pytest.importorskip("triton", reason="there is no Triton but for Linux")
+    pytest.importorskip("triton", reason="Triton exists only for Linux")
     fast, flex = backend._triton(), backend._flex()
     for name in set(vars(fast)) - {"name"}:
         oracle = getattr(backend.TORCH, name)

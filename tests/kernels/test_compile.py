@@ -1,4 +1,4 @@
-"""Every kernel compiled for GPUs that are not here: nothing may spill, and matrix products must be on tensor cores."""
+"""Every kernel compiled for absent GPUs: registers must not spill, and matrix products must use tensor cores."""
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ from minipaged.kernels import backend, report  # noqa: E402
 from minipaged.kernels.paged_decode import MAX_SPLITS, splits_of  # noqa: E402
 from minipaged.kernels.paged_prefill import _tiles  # noqa: E402
 
-pytestmark = pytest.mark.timeout(900)  # half a minute, but everything else on the machine may be as busy
+pytestmark = pytest.mark.timeout(900)  # half a minute on an idle machine, more on a busy one
 
-# Each branch of each kernel: windows, splits, quantized caches, head dimensions with and without padding, both widths.
+# Each branch of each kernel: windows, splits, int8 caches, head dimensions with and without padding, both widths.
 CHOSEN = [
     "store bf16 llama",
     "rope_store fp16 smol",
@@ -52,13 +52,13 @@ def test_products_are_on_tensor_cores_and_loads_are_wide_and_overlap_them(compil
     assert {bool(c.tensor_cores) for c in attention if "fp32" not in c.variant} == {True}
     assert all(c.async_copies for c in attention)
     llama = [c for c in attention if c.variant.endswith("16 llama")]
-    assert llama and all("LDGSTS.E.BYPASS.128" in c.sass for c in llama), "16 bytes a thread: loads are coalesced"
+    assert llama and all("LDGSTS.E.BYPASS.128" in c.sass for c in llama), "loads are not 16 bytes per thread"
     hopper = [c for c in attention if c.variant == "prefill bf16 llama" and c.capability == 90]
-    assert "wgmma" in hopper[0].ptx, "rows enough for Hopper's own instructions"
+    assert "wgmma" in hopper[0].ptx, "Hopper's matrix instructions are not used"
 
 
 def test_a_program_fits_into_shared_memory_and_registers(compiled):
-    assert all(c.shared <= 163 * 1024 for c in compiled), "what an A100 gives one program"
+    assert all(c.shared <= 163 * 1024 for c in compiled), "more shared memory than an A100 has for a program"
     assert all(0 < c.registers <= 255 for c in compiled)
 
 
@@ -68,7 +68,7 @@ def kernels_launched(name):
 
 
 def test_nothing_compiles_anew_for_another_length():
-    """What changes from step to step must not be part of what a kernel is compiled for."""
+    """Values that change in every step must not be part of a kernel's compilation key."""
     decode, prefill = report.ATTENTION["decode"], report.ATTENTION["prefill"]
     for launch in (decode, prefill):
         keys = set()
@@ -77,7 +77,7 @@ def test_nothing_compiles_anew_for_another_length():
                 zeros = torch.zeros
 
                 def other(*shape, blocks=blocks, zeros=zeros, **named):
-                    # The second and third row of a table, which begin at a multiple of 16 bytes or do not.
+                    # Rows 1 and 2 of a block table; they start at a multiple of 16 bytes, or not.
                     table = named.get("dtype") is torch.int64
                     return zeros(3, blocks, **named)[1:] if table else zeros(*shape, **named)
 
@@ -102,7 +102,7 @@ def test_one_long_sequence_fills_the_gpu():
 
 def test_tiles_of_queries_cover_every_query_once():
     tiles = _tiles((7, 20, 33), (7, 5, 1), 3, torch.device("cpu")).tolist()
-    assert [first for _, _, _, first in tiles] == [32, 18, 15, 6, 3, 0], "the longest work first"
+    assert [first for _, _, _, first in tiles] == [32, 18, 15, 6, 3, 0], "tiles with the most work come first"
     tiles.sort(key=lambda tile: tile[1])
     rows = [row + i for _, row, count, _ in tiles for i in range(count)]
     assert rows == list(range(13))

@@ -1,7 +1,7 @@
-"""The checks of the interpreted kernels once more, compiled and on a GPU, with bfloat16, which the interpreter lacks.
+"""The checks of the interpreted kernels, compiled and on a GPU, also with bfloat16, which the interpreter lacks.
 
-The oracle computes in float64, there too. Traps are the same: NaN in all that must not be read, and canaries around
-what is written.
+The oracle computes in float64 on the GPU. The traps are the same: NaN in memory that must not be read, and canaries
+around written tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.kernels.interpreted import checks  # noqa: E402
 
 F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
 WINDOWS = (1, 4, 37, 1000)
-# Block size, head dimension, heads, dtype: every dtype with odd and with usual sizes.
+# Block size, head dimension, heads, dtype: every dtype with unusual and usual sizes.
 SHAPES = [
     (1, 8, (1, 1), F32),
     (1, 80, (6, 2), F16),
@@ -38,7 +38,7 @@ shapes = pytest.mark.parametrize("block_size, dim, heads, dtype", SHAPES)
 
 @pytest.fixture(autouse=True)
 def on_the_gpu():
-    """Whatever the checks make, they make there. Faults of a kernel come to light in its own test."""
+    """Creates the checks' tensors on the GPU, and synchronizes, so that a kernel's error appears in its own test."""
     with torch.device("cuda"):
         yield
     torch.cuda.synchronize()
@@ -108,7 +108,7 @@ def test_blocks_go_to_pinned_memory_and_back(dtype):
     out, home = torch.tensor([5, 1], device="cpu"), torch.tensor([0, 3], device="cpu")
     checks.TRITON.swap.swap_blocks(pool, space, out, home)
     for x in pool:
-        x.fill_(torch.nan)  # queued behind the copy, which must have read its blocks by then
+        x.fill_(torch.nan)  # queued after the copy, which must read its blocks before
     checks.TRITON.swap.swap_blocks(space, pool, home, out)
     torch.cuda.synchronize()
     for now, then, swapped in zip(pool, before, space, strict=True):

@@ -1,4 +1,4 @@
-"""Runs the tests of the Triton kernels in Triton's interpreter: they need no GPU, but a process of their own."""
+"""Runs the tests of the Triton kernels in Triton's interpreter: they need no GPU, but their own process."""
 
 import os
 import re
@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(900)  # half a minute, but everything else on the machine may be as busy
-@pytest.mark.skipif(sys.platform != "linux", reason="there is no Triton but for Linux")
+@pytest.mark.timeout(900)  # half a minute on an idle machine, more on a busy one
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton exists only for Linux")
 def test_kernels_equal_their_oracles_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/kernels/interpreted"]  # prints its seed
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)

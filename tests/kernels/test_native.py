@@ -1,4 +1,4 @@
-"""The C++ kernels against their oracles, and what happens where they cannot be had."""
+"""The C++ kernels against their oracles, and the behaviour where they cannot be compiled."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ NUMBERS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """As near as two orders of the same sum are: a bfloat16 may be rounded to its neighbour."""
+    """Asserts equality up to the order of a sum: a bfloat16 may be rounded to its neighbour."""
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
     exact = ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=1e-5 if exact else 2e-2, atol=2e-5 if exact else 2e-2)
@@ -25,7 +25,7 @@ def compiled():
 
 
 def pages(num_seqs, blocks, kv_heads, head_dim, dtype, size=16):
-    """A cache that is NaN wherever nobody has written, scattered block tables, and lengths that end within blocks."""
+    """A KV cache with NaN in unused slots, scattered block tables, and context lengths that end inside blocks."""
     torch.manual_seed(0)
     k, v = (torch.randn(num_seqs * blocks + 3, size, kv_heads, head_dim).to(dtype) for _ in range(2))
     tables = torch.randperm(num_seqs * blocks + 3)[: num_seqs * blocks].view(num_seqs, blocks)
@@ -41,7 +41,7 @@ def pages(num_seqs, blocks, kv_heads, head_dim, dtype, size=16):
 @pytest.mark.parametrize("window", [None, 1, 9])
 def test_decode_attention_is_the_references_whatever_lies_in_dead_slots(dtype, heads, kv_heads, head_dim, window):
     k, v, tables, lens = pages(5, 4, kv_heads, head_dim, dtype)
-    fused = torch.randn(5, (heads + 2 * kv_heads) * head_dim).to(dtype)  # queries as a model has them: a part of rows
+    fused = torch.randn(5, (heads + 2 * kv_heads) * head_dim).to(dtype)  # as in a model, queries are parts of rows
     q = fused[:, : heads * head_dim].unflatten(-1, (heads, head_dim))
     arguments = (q, k, v, tables, lens, head_dim**-0.5, window)
     close(native.paged_decode(*arguments), reference.paged_decode(*arguments))

@@ -1,4 +1,4 @@
-"""int8 caches in plain torch: how far off they are, and that scales go wherever a block goes."""
+"""int8 KV caches in plain torch: their error, and that scales move with their blocks."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_quantized_numbers_are_off_by_half_a_step_at_most():
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_attention_over_int8_is_attention_over_what_it_stands_for(window):
-    """With NaN for the scales of slots that nobody owns."""
+    """Scales of unused slots are NaN, so reading one is detected."""
     lengths, counts = [1, 5, 6, 37], [1, 5, 2, 9]
     k_cache, v_cache, tables, _ = paged(lengths, 5, 2, 8)
     (k, k_scale), (v, v_scale) = reference.quantize(k_cache), reference.quantize(v_cache)
@@ -69,7 +69,7 @@ def generate(params, prompts=PROMPTS, **settings):
 
 
 def test_tokens_survive_swaps_recomputation_and_chunks():
-    """A scale depends on its own slot alone, so it does not matter in which company a token is computed."""
+    """A scale depends only on its own slot, so the other tokens of a batch do not matter."""
     params = SamplingParams(temperature=0, max_tokens=24)
     plain, _ = generate(params)
     swapped, kinds = generate(params, num_blocks=12, preemption="swap", max_num_batched_tokens=64)
@@ -82,7 +82,7 @@ def test_branches_that_copy_on_write_and_prefix_hits_give_the_tokens_of_single_r
     params = SamplingParams(n=3, temperature=1, seed=3, max_tokens=12)
     branches, kinds = generate(params, PROMPTS[:1])
     assert "copied" in kinds
-    again, kinds = generate(params, PROMPTS[:1] * 2)  # the second one waits for nothing and shares what it can
+    again, kinds = generate(params, PROMPTS[:1] * 2)  # the second request shares the cached blocks
     assert again == branches * 2
     llm = LLM("tiny", device="cpu", kv_dtype="int8", block_size=5)
     greedy = SamplingParams(temperature=0, max_tokens=8)
@@ -99,7 +99,7 @@ def test_attention_can_be_looked_at():
 
 
 def test_logprobs_of_a_text_hardly_change():
-    """Measured over more text by benchmarks/int8_accuracy.py; here a bound that a wrong scale would break at once."""
+    """A bound that a wrong scale would break. benchmarks/int8_accuracy.py measures the error on more tokens."""
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     text = "Once upon a time, there was a dragon who lived in a small town by the sea."
     found = {}

@@ -1,4 +1,4 @@
-"""Students' files for tests."""
+"""Student processes for tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGE = Path(minipaged.__file__).parent
 
 
 def student_of(folder: Path, source: str, **settings) -> Student:
-    """A student's process that runs ``source``."""
+    """Starts a student process that runs ``source``."""
     file = folder / "answer.py"
     file.write_text(source)
     return Student(file, **settings)

@@ -1,4 +1,4 @@
-"""Seeds, shrinking, recordings, and starters that come from the reference."""
+"""Checking of labs: seeds, shrinking, recordings, and starters generated from the reference."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_failing_trace_is_made_as_short_as_it_can_be():
     with pytest.raises(Violation):
         trial.search([[1, 1], [1, 3, 1, 1, 8, 1, 1, 1, 9, 1]], run)
     steps = [int(line) for line in trial.tape.lines]
-    assert sum(steps) > 10 and 3 in steps and len(steps) == 2, "not one of them can be left out"
+    assert sum(steps) > 10 and 3 in steps and len(steps) == 2, "each remaining step should be needed"
     assert [event.type for event in trial.tape.events] == ["step_started", "step_finished", "step_started"]
 
 
@@ -84,7 +84,7 @@ IN_THE_ENGINE = [lab for lab in LABS if any(task.title == "Run in the engine" fo
 
 @pytest.mark.parametrize("lab", IN_THE_ENGINE, ids=lambda lab: lab.key)
 def test_a_failure_inside_the_engine_leaves_a_recording_that_the_visualizer_shows(lab, tmp_path):
-    """The bugs that the mutants stand for, found by the task that runs the engine."""
+    """The task that runs the engine detects the first mutant's bug."""
     if lab.needs():
         pytest.skip(lab.needs())
     file = tmp_path / lab.file
@@ -104,7 +104,7 @@ def test_a_mutant_must_fit_one_place():
 
 
 def test_sources_can_be_cut_out_of_the_engine():
-    """Definitions with their comments and decorators, in the order asked for, below a header."""
+    """The result has a header, and then the definitions with comments and decorators, in the given order."""
     sources = (Source("minipaged.labs.a4.reference", ("CopyOp",)), Source("minipaged.core.plan", ("Copy",)))
     lab = Lab("A9", "", 1, "x.py", sources, (), (), header="from typing import NamedTuple\n\n\n")
     text = lab.reference()

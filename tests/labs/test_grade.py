@@ -1,4 +1,4 @@
-"""``minipaged grade``: a class of honest students, unusable submissions and cheats, graded once; what is written."""
+"""``minipaged grade``: a class with honest, invalid and cheating submissions, graded once, and the written results."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tests.labs.files import PACKAGE
 
 LAB = find("A1")
 REFERENCE = LAB.reference()
-STARTER = LAB.starter().replace("from __future__ import annotations\n", "")  # may stand below other code
+STARTER = LAB.starter().replace("from __future__ import annotations\n", "")  # so that it can follow other code
 SECRET = "a secret of the teacher's, long enough"
 XSS = "<script>alert(1)</script>"
 
 
 def run(*args: str) -> tuple[int, str, str]:
-    """``minipaged grade`` in this process → (exit code, stdout, stderr)."""
+    """Runs ``minipaged grade`` in this process → (exit code, stdout, stderr)."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["minipaged", "grade", *map(str, args)])
@@ -51,9 +51,9 @@ def points(out, student: str) -> int:
     return sum(test["score"] for test in results(out, student)["tests"])
 
 
-# --- cheats: each tries something, and then behaves as the starter would, or worse ---------------------------------
+# --- cheats: each tries an attack, and then behaves like the starter or worse --------------------------------------
 
-INSTEAD = "        return block"  # the end of allocate()
+INSTEAD = "        return block"  # the last line of allocate()
 CHEATS = {
     "leaves with success": REFERENCE.replace(INSTEAD, "        import os; os._exit(0)"),
     "patches comparisons": f"""
@@ -154,7 +154,7 @@ for attempt in (lambda: load("mine", path), lambda: runpy.run_path(path), lambda
     except (OSError, ImportError): print("refused")
 {STARTER}""",
 }
-# What the row must say: the cause, and how often "refused" stands in what the file printed.
+# The cause that a student's row must give, and how often "refused" occurs in the file's output.
 CAUSES = {
     "leaves with success": ("ended its process (with exit code 0)", 0),
     "patches comparisons": ("num_free raised KeyboardInterrupt", 2),
@@ -182,7 +182,7 @@ def zipped(path, *entries: tuple[str, bytes], mode: int = 0) -> None:
 
 
 def hand_in(folder, elsewhere) -> dict[str, str]:
-    """Submissions without a file to grade → the cause."""
+    """Writes submissions that cannot be graded. Returns student → cause."""
     elsewhere.write_text(REFERENCE)
     good = REFERENCE.encode()
     (folder / "link.py").symlink_to(elsewhere)
@@ -217,7 +217,7 @@ def hand_in(folder, elsewhere) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def classroom(tmp_path_factory):
-    """Honest work, what cannot be used, and cheats, graded in one batch."""
+    """Honest, invalid and cheating submissions, graded in one batch."""
     root = tmp_path_factory.mktemp("class")
     folder, out, secret = root / "handed-in", root / "out", root / "secret"
     folder.mkdir()
@@ -252,7 +252,7 @@ def test_a_class_is_graded_to_the_end_whatever_is_handed_in(classroom):
 def test_honest_work_gets_its_points(classroom):
     assert points(classroom.out, "honest") == 10
     packed = results(classroom.out, "packed")
-    assert [test["score"] for test in packed["tests"]] == [2, 0, 0, 0], "a1 (2).zip in a folder"
+    assert [test["score"] for test in packed["tests"]] == [2, 0, 0, 0], "a1 (2).zip in a folder is accepted"
     first, second, third, _ = packed["tests"]
     assert (first["number"], first["max_score"], first["output"]) == ("1.1", 2, "passed")
     assert second["name"] == "A1.2 Count references" and second["visibility"] == "visible"
@@ -330,12 +330,12 @@ def test_a_second_run_keeps_who_is_done(classroom, monkeypatch):
     assert code == 0 and "honest                10 of 10\n" in said and results(classroom.out, "honest") == before
 
 
-# --- time, crashes and resumption: a small class ------------------------------------------------------------------
+# --- a small class: time, crashes and resumption ------------------------------------------------------------------
 
 
 @pytest.fixture
 def small(tmp_path):
-    """``small(ann=source, …)`` → the arguments of the command."""
+    """``small(ann=source, …)`` writes submissions → the arguments of the command."""
     folder, secret = tmp_path / "handed-in", tmp_path / "secret"
     folder.mkdir()
     secret.write_text(SECRET)
@@ -363,7 +363,7 @@ def test_who_never_answers_is_stopped(small, monkeypatch):
 
 
 def fake_check(asked, fail=lambda student, result: None):
-    """In place of `checking.check`: all points, without a process."""
+    """A stand-in for `checking.check` that gives all points without starting a process."""
 
     def check(lab, file, *, secret, student, told):
         asked.append((student, file.read_text()))
@@ -422,10 +422,10 @@ def test_graded_again_is_what_has_changed_or_all_if_asked_to(small, monkeypatch)
     assert len(asked) == 5
     small.secret.write_text("another secret of the teacher's")
     run(*small())
-    assert len(asked) == 7, "other tests"
+    assert len(asked) == 7, "another secret gives other tests"
     (small.out / "students" / "ann" / "results.json").write_text('{"extra_data": [')
     run(*small())
-    assert len(asked) == 8, "a file that somebody broke"
+    assert len(asked) == 8, "a broken result file"
 
 
 def test_seeds_are_the_students_own(small, monkeypatch):

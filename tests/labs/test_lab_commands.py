@@ -1,4 +1,4 @@
-"""``minipaged lab`` as a student types it, in this process; and what the commands keep."""
+"""The ``minipaged lab`` commands, in this process, and the files that they write."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAB = find("A1")
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """``run(*args)`` → (exit code, stdout, stderr), in an empty folder."""
+    """``run(*args)`` runs a lab command in an empty folder → (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*args: str):
@@ -36,7 +36,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def desk(run, tmp_path):
-    """A lab that has been started. ``desk.write(text)`` is the student's work."""
+    """A started lab. ``desk.write(text)`` writes the student's file."""
     code, out, _ = run("start", "a1")
     file = tmp_path / "a1" / "allocator.py"
     assert code == 0 and str(file) in out
@@ -44,7 +44,7 @@ def desk(run, tmp_path):
 
 
 def mutant(task: str) -> str:
-    """A file with a bug that the checks of this task notice."""
+    """A file with a bug that the checks of this task detect."""
     return next(mutant for mutant in LAB.mutants if mutant.task == task).applied(LAB.reference())
 
 
@@ -68,16 +68,16 @@ def test_a_solution_passes_from_inside_the_folder_too(desk, monkeypatch):
     monkeypatch.chdir(desk.folder)
     code, out, _ = desk.run("check")
     assert code == 0 and "10 of 10 points" in out and "lab diff A1" in out
-    assert "Red is expected" not in out, "the first check, but nothing is red"
+    assert "Red is expected" not in out, "the first check, but no task fails"
     assert json.loads((desk.folder / "progress.json").read_text())["passed"]["A1.3"] == 3
 
 
 def test_a_failure_says_the_cause_the_shortest_trace_and_the_command_that_replays_it(desk):
-    desk.write(mutant("A1.2"))  # gives a block back with its first owner
+    desk.write(mutant("A1.2"))  # frees a block when its first owner frees it
     code, out, _ = desk.run("check")
     assert code == 1
     (line,) = (line for line in out.splitlines() if "✗" in line)
-    assert line.endswith("after decref(0), num_free is 2 instead of 1"), "the call, and the rule"
+    assert line.endswith("after decref(0), num_free is 2 instead of 1"), "the message has the call and the rule"
     steps = [line.strip() for line in out.splitlines() if line.startswith("        ")]
     assert steps == ["allocate() → 0", "incref(0)", "decref(0)"]
     assert "minipaged lab replay A1" in out
@@ -100,7 +100,7 @@ def test_replay_opens_the_visualizer_on_the_failure(desk, monkeypatch):
     assert code == 0 and shown["port"] == 7999 and shown["replay"] == desk.folder / "failure.jsonl"
     desk.write(LAB.reference())
     desk.run("check")
-    assert desk.run("replay", "A1")[0] == 2, "what is mended is not shown"
+    assert desk.run("replay", "A1")[0] == 2, "a fixed failure is not replayed"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The visualizer's engine on a student's file: ``minipaged visualize --lab A1``."""
+"""The visualizer's engine with a student's file: ``minipaged visualize --lab A1``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def desk(tmp_path, monkeypatch):
 
 @pytest.fixture
 def llm(desk):
-    """An LLM as far as `install` looks at it."""
+    """An object with the attributes of `LLM` that `install` uses."""
     llm = SimpleNamespace(engine=toy.toy_engine())
     install(llm, "a1")
     llm.restart = lambda: setattr(llm, "engine", rebuild(llm.engine))
@@ -53,7 +53,7 @@ def test_the_engine_runs_on_the_students_pool_and_says_the_same(llm):
 
 def test_each_restart_reads_the_file_anew_and_a_mistake_stops_the_step_with_its_cause(llm, desk):
     desk.file.write_text(LAB.reference().replace(GREEDY, "        block = self.free_blocks[0]\n"))
-    assert serve(llm.engine), "the engine that runs goes on"
+    assert serve(llm.engine), "the running engine keeps the old file"
     llm.restart()
     with pytest.raises(Violation, match=r"after allocate\(\), num_free is 16 instead of 15"):
         serve(llm.engine)

@@ -1,4 +1,4 @@
-"""Labs accept what keeps their rules, whether or not it looks like the reference."""
+"""Labs accept every solution that keeps their rules, also if it differs from the reference."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class PrefixCache:
         return gone
 """
 
-# Hands the budget out while it plans, so that what a victim would have used goes to others; and keeps one list.
+# Spends the token budget while it plans, so that others get a preempted request's share; and keeps a single list.
 ONE_LIST = """
 class Scheduler:
     def __init__(self, memory, max_num_seqs, max_num_batched_tokens):
@@ -181,7 +181,7 @@ def split_attention(q, k, v, scale, splits):
     return o / l[:, None]
 """
 
-# No queues: all places are in one dictionary, in no order; and a tree of prompts.
+# No queues: one dictionary holds all places, without order; and prompts form a tree.
 ONE_DICTIONARY = """
 class OutOfPages(MemoryError):
     pass

@@ -1,4 +1,4 @@
-"""The rules that labs ask of students are those that the engine itself keeps."""
+"""The engine itself keeps the rules that labs check in students' solutions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minipaged.labs.checking import Tape, check
 
 
 class Judged(Scheduler):
-    """The engine's scheduler, whose plans are judged like a student's."""
+    """The engine's scheduler, with its plans checked like a student's."""
 
     judged = 0
 
@@ -51,7 +51,7 @@ def outcome(call, *args):
 
 
 def test_lab_a1s_reference_and_the_engines_pool_do_the_same():
-    """They also hand blocks out in the same order, which the lab does not ask for."""
+    """They also allocate blocks in the same order, which the lab does not require."""
     random = Random(1)
     for size in (1, 2, 5):
         twin, pool = Twin(size), BlockPool(size)

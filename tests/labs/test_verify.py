@@ -1,4 +1,4 @@
-"""The authors' gate, for every lab: starters fail, references and the engine pass, every bug is noticed."""
+"""The authors' verification of every lab: starters fail, references and the engine pass, every bug is detected."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from minipaged.labs.verify import verify
 
 @pytest.mark.parametrize("lab", catalogue(), ids=lambda lab: lab.key)
 def test_the_lab_is_fair_and_its_checks_notice_every_bug(lab):
-    if lab.environment and not lab.needs():  # which must hold before torch or Triton are imported: a process of its own
+    if lab.environment and not lab.needs():  # variables must be set before torch or Triton is imported: a new process
         command = [sys.executable, "-m", "minipaged", "lab", "verify", lab.key]
         done = subprocess.run(command, env=os.environ | lab.environment, capture_output=True, text=True)
         assert done.returncode == 0 and "✗" not in done.stdout, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The process that a student's file runs in: what it says gets through, what it must not do does not."""
+"""The process that runs a student's file: its answers are received, and forbidden actions are blocked."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_values_arrive_as_they_were_sent(student):
 
 
 def test_tensors_arrive_with_type_shape_and_bits():
-    import torch  # takes seconds; nothing else here needs it
+    import torch  # takes seconds, and only this test needs it
 
     for tensor in (
         torch.randn(2, 3).t(), torch.randn(3).to(torch.bfloat16), torch.tensor(True), torch.empty(0, 4),
@@ -94,7 +94,7 @@ def test_a_students_exception_arrives_with_its_classes_and_line(student):
 
 
 class Two:
-    """Two blocks."""
+    """A pool of two blocks."""
 
     size, secret = 2, "the answer"
 
@@ -110,7 +110,7 @@ class Two:
 def test_the_students_code_calls_an_object_of_the_graders(student):
     pool = Remote("pool", Two(), ("allocate",), ("size",))
     assert student.function("ask", pool) == [0, 1, 2]
-    assert student.function("more", pool) == "none left", "under the student's own class of that name"
+    assert student.function("more", pool) == "none left", "the error has the student's class"
     with pytest.raises(StudentError, match="the pool has no 'secret'"):
         student.function("left", pool)
 
@@ -155,7 +155,7 @@ def test_a_process_that_sleeps_is_ended_after_a_while(tmp_path, monkeypatch):
 
 
 def test_a_process_that_did_not_get_the_processor_gets_more_time(tmp_path):
-    """Stopped for longer than its limit, as on a machine with too many others."""
+    """The process is stopped for longer than its limit, as on an overloaded machine."""
     with student_of(tmp_path, "def one(): return 1", seconds=1.0) as student:
         student._process.send_signal(signal.SIGSTOP)
         threading.Timer(1.3, student._process.send_signal, [signal.SIGCONT]).start()
@@ -241,7 +241,7 @@ def test_a_cheat_is_refused(tmp_path, cheat):
 
 
 def test_files_beside_the_students_cannot_be_read(tmp_path):
-    """Such as the secret, and others' submissions."""
+    """For example the secret and other students' submissions."""
     secret = tmp_path / "secret.txt"
     secret.write_text("hush")
     with student_of(tmp_path, f"def read(): return open({str(secret)!r}).read()") as student:
@@ -271,7 +271,7 @@ def shout():
             student.function("shout")
         output = student.output()
     assert output.startswith("hello") and len(output) < 5000 and "bytes more" in output
-    assert student.output() == output, "afterwards, too"
+    assert student.output() == output, "the output does not change afterwards"
 
 
 def test_it_may_write_to_its_own_folder_and_read_what_python_needs(tmp_path):

@@ -1,4 +1,4 @@
-"""Small random checkpoints of every family, written by transformers itself."""
+"""Fixtures with small random checkpoints of every model family, written by transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.models.families import config_of, randomize
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Models this small are computed faster than threads are woken; on a busy machine by a factor of ten."""
+    """Uses one thread: waking threads takes longer than computing models this small, 10 times on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -23,7 +23,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """family → directory of its checkpoint, made once a session. Tests that change one must copy it first."""
+    """family → directory of its checkpoint, made once per session. A test that changes one must copy it first."""
     made: dict[str, Path] = {}
 
     def make(family: str) -> Path:
@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(scope="session")
 def hugging_face(checkpoint: Callable[[str], Path]) -> Callable[[str], torch.nn.Module]:
-    """family → transformers' own model, read back from the checkpoint."""
+    """family → transformers' own model, loaded from the checkpoint."""
     loaded: dict[str, torch.nn.Module] = {}
 
     def load(family: str) -> torch.nn.Module:

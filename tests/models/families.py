@@ -1,4 +1,4 @@
-"""Small configurations of every family, and weights that leave nothing unused."""
+"""Small configurations of every model family, and random weights that all affect the result."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LLAMA3_ROPE = dict(
     factor=8.0,
     low_freq_factor=1.0,
     high_freq_factor=4.0,
-    original_max_position_embeddings=64,  # with theta 500: pairs that are kept, blended and slowed down
+    original_max_position_embeddings=64,  # with theta 500, some pairs are kept, some blended, some slowed down
 )
 
 
 def config_of(family: str) -> transformers.PreTrainedConfig:
-    """Each family with the options on which its results depend."""
+    """The family's configuration, with the options that affect its results."""
     t = transformers
     gpt2 = dict(vocab_size=131, n_embd=48, n_layer=3, n_head=4, n_positions=128)
     made: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
@@ -66,7 +66,7 @@ FAMILIES = (
 
 
 def randomize(model: torch.nn.Module) -> None:
-    """Replaces the initial values: biases that are 0 and norms that are 1 would hide their absence."""
+    """Replaces the initial values, because biases of 0 and norms of 1 would hide that a model ignores them."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         noise = 0.3 * torch.randn(parameter.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Which numbers ``dtype="auto"`` means on a CPU, with bfloat16 hardware and without."""
+"""The dtype that ``dtype="auto"`` chooses on a CPU, with and without bfloat16 hardware."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
         ("bfloat16", LARGE, True, torch.bfloat16),
         ("bfloat16", LARGE, False, torch.float32),  # emulated: slower than float32
         ("bfloat16", LARGE - 1, True, torch.float32),
-        ("float32", LARGE, True, torch.float32),  # no weight is rounded unasked
+        ("float32", LARGE, True, torch.float32),  # weights are not rounded unless the user asks for it
         ("float16", LARGE, True, torch.float32),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the loader finds, reads and refuses. Every refusal is a ModelError that names the culprit."""
+"""What the loader finds, reads and rejects. Every rejection is a ModelError that names the cause."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PICKED = "model.layers.1.self_attn.k_proj.weight"
 
 @pytest.fixture
 def copy(checkpoint, tmp_path):
-    """A copy of a family's checkpoint to damage."""
+    """A function that copies a family's checkpoint, so that a test can damage it."""
 
     def make(family: str = "llama2") -> Path:
         return Path(shutil.copytree(checkpoint(family), tmp_path / family))
@@ -65,7 +65,7 @@ def same_weights(a: Path, b: Path) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-# --- what comes back ------------------------------------------------------------------------------
+# --- loaded models --------------------------------------------------------------------------------
 
 
 def test_spec(checkpoint):
@@ -73,7 +73,7 @@ def test_spec(checkpoint):
     assert (spec.architecture, spec.vocab_size, spec.num_layers) == ("MistralForCausalLM", 131, 3)
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.max_model_len) == (4, 2, 16, 128)
     assert spec.sliding_window == 5
-    # One layer that looks all the way back keeps every token's KV alive.
+    # One layer with full attention needs every token's KV.
     assert load_model(str(checkpoint("qwen2-window")), "cpu").spec.sliding_window is None
 
 
@@ -179,7 +179,7 @@ def test_rope_as_older_configs_write_it(family_and_old):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands in for the hub: records what is asked of it, and fails as it does without a network."""
+    """A stand-in for the hub: records requests, and fails like the hub without a network."""
     asked: list[str] = []
 
     def snapshot_download(model, **options):
@@ -217,7 +217,7 @@ def test_a_file_is_not_a_model(checkpoint):
     refused(checkpoint("gpt2") / "model.safetensors", "is a file")
 
 
-# --- refusals: settings ---------------------------------------------------------------------------
+# --- rejected: settings ---------------------------------------------------------------------------
 
 
 def test_devices_and_dtypes(checkpoint):
@@ -228,7 +228,7 @@ def test_devices_and_dtypes(checkpoint):
     refused(checkpoint("gpt2"), "dtype must be.*'int8'", dtype="int8")
 
 
-# --- refusals: config.json ------------------------------------------------------------------------
+# --- rejected: config.json ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_a_damaged_tokenizer(copy):
         load_model(str(directory), "cpu")
 
 
-# --- refusals: weights ----------------------------------------------------------------------------
+# --- rejected: weights ----------------------------------------------------------------------------
 
 
 def test_tensors_missing_unexpected_or_of_another_shape(copy):
@@ -339,7 +339,7 @@ def test_a_shard_is_missing(checkpoint, tmp_path):
 
 
 @pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="only Linux can be asked for large pages"
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="only Linux has transparent huge pages"
 )
 def test_large_weights_are_asked_to_lie_on_large_pages(tmp_path):
     save_llama(tmp_path, vocab_size=1 << 14)

@@ -1,7 +1,7 @@
-"""minipaged's models against transformers' own, on logits and on greedy tokens.
+"""minipaged's models against those of transformers, on logits and on greedy tokens.
 
-The reference sees each finished sequence whole, in one dense forward pass. minipaged sees it in steps, chunks
-and pages. If at every position the logits agree and the greedy token is the one that was taken, then by
+The reference computes each finished sequence in one dense forward pass; minipaged computes it in steps, chunks
+and blocks. If the logits agree at every position and the greedy token is the one that minipaged chose, then by
 induction the reference would have generated the same sequence.
 """
 
@@ -29,7 +29,7 @@ TOLERANCE = 1e-4  # of the largest logit
 
 
 class Driver:
-    """The least engine there can be: everything runs, blocks are scattered, none is ever freed."""
+    """A minimal engine: all sequences run, blocks are scattered, and none is freed."""
 
     def __init__(self, loaded: LoadedModel, block_size: int) -> None:
         spec = loaded.spec
@@ -45,7 +45,7 @@ class Driver:
             loaded.device,
         )
         for tensor in self.cache.k + self.cache.v:
-            tensor.fill_(float("nan"))  # what was never written must never be seen
+            tensor.fill_(float("nan"))  # an unwritten slot must not be read
         self.free = random.Random(3).sample(range(num_blocks), num_blocks)
         self.tables: dict[int, list[int]] = {}
 
@@ -78,7 +78,7 @@ class Driver:
     def greedy(
         self, prompts: list[list[int]], num_new: int, most: int = WHOLE, stagger: int = 0
     ) -> list[tuple[Sequence, torch.Tensor]]:
-        """Runs all prompts to ``num_new`` tokens; prompt i joins after i · stagger steps, among decodes."""
+        """Generates ``num_new`` tokens for every prompt; prompt i joins the batch after i · stagger steps."""
         seqs = [Sequence(i, list(prompt), len(prompt), random.Random(0)) for i, prompt in enumerate(prompts)]
         rows: dict[int, list[torch.Tensor]] = {seq.seq_id: [] for seq in seqs}
         step = 0
@@ -143,7 +143,7 @@ def test_middle_of_a_prompt_has_no_logits(family, checkpoint):
 
 @pytest.mark.parametrize("option", ["rope", "window"])
 def test_the_options_matter(option, checkpoint, hugging_face):
-    """Parity would prove nothing of an option that changes nothing: without it, results must differ."""
+    """Parity proves nothing about an option without effect, so results must differ without the option."""
     reference = hugging_face({"rope": "llama3", "window": "mistral"}[option])
     tokens = torch.tensor(prompts_of((33,)))
     with torch.inference_mode():
@@ -170,5 +170,5 @@ def test_half_precision_is_close(family, dtype, checkpoint, hugging_face):
     [(_, rows)] = Driver(loaded, 4).greedy([prompt], 1)
     with torch.inference_mode():
         dense = hugging_face(family)(torch.tensor([prompt])).logits[0, -1]
-    # Loose, because weights this large make every softmax nearly a choice; a wrong cast is far further off.
+    # A loose bound, because weights this large make each softmax nearly one-hot; a wrong cast deviates far more.
     assert torch.nn.functional.cosine_similarity(rows[0], dense, dim=0) > 0.95

@@ -1,4 +1,4 @@
-"""The config.json of published checkpoints as their makers wrote them: old keys, keys left out, idle keys."""
+"""Original config.json files of published checkpoints: with old keys, missing keys and unused keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards of a model are narrower models whose summands add up: here two ranks are two threads of this process."""
+"""Shards of a model are narrower models whose outputs add up; here two ranks are two threads of one process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from minipaged.models.loader import load_model
 
 CPU = torch.device("cpu")
 TOKENS = [3, 77, 5, 130, 9, 9, 64, 21, 2]
-STEPS = [  # a prompt in two chunks, then a decode; every token's logits
+STEPS = [  # a prompt in two chunks, then a decode; each token gives logits
     PlainChunk(0, 6, 6, TOKENS[:6], [2, 0, 1]),
     PlainChunk(6, 2, 2, TOKENS[6:8], [2, 0, 1]),
     PlainChunk(8, 1, 1, TOKENS[8:], [2, 0, 1]),
@@ -29,7 +29,7 @@ STEPS = [  # a prompt in two chunks, then a decode; every token's logits
 
 
 class Threads:
-    """``all_reduce`` among the threads of this process."""
+    """An ``all_reduce`` among threads of this process."""
 
     def __init__(self, world: int) -> None:
         self._barrier = threading.Barrier(world, timeout=30)
@@ -39,11 +39,11 @@ class Threads:
         self._terms[threading.get_ident()] = out.clone()
         self._barrier.wait()
         out.copy_(sum(self._terms.values()))
-        self._barrier.wait()  # nobody has the next term yet
+        self._barrier.wait()  # no thread may overwrite its term before all have summed
 
 
 def forward(loaded, kv_dtype=None) -> tuple[torch.Tensor, KVCache]:
-    """Logits of all STEPS, and the cache they leave."""
+    """Logits of all STEPS, and the KV cache after them."""
     spec = loaded.spec
     shape = (spec.num_layers, 3, 4, spec.num_kv_heads, spec.head_dim)
     kv_cache = Int8KVCache(*shape, CPU) if kv_dtype is torch.int8 else KVCache(*shape, loaded.dtype, CPU)
@@ -64,7 +64,7 @@ def forward_on_two(monkeypatch):
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt2-untied", "llama3", "qwen2", "qwen3", "mistral"])
 def test_two_ranks_compute_what_one_process_does(family, checkpoint, forward_on_two):
-    """Biases count once, grouped queries find their own keys, and one block table finds all heads of a token."""
+    """Biases are added once, grouped queries use their own keys, and one block table serves all heads of a token."""
     whole, kv_cache = forward(load_model(str(checkpoint(family)), "cpu", "float32"))
     (logits, left), (other_logits, right) = forward_on_two(checkpoint(family))
     torch.testing.assert_close(logits, whole, rtol=1e-3, atol=1e-3)
@@ -80,7 +80,7 @@ def test_quantized_keys_and_values_are_shared_out_with_their_scales(checkpoint, 
     _, kv_cache = forward(load_model(str(checkpoint("llama3")), "cpu", "float32"), torch.int8)
     (_, left), (_, right) = forward_on_two(checkpoint("llama3"), kv_dtype=torch.int8)
     halves = torch.cat((left.k[0], right.k[0]), dim=2).int()
-    assert (halves - kv_cache.k[0].int()).abs().max() <= 1  # a rounding may fall to the other side
+    assert (halves - kv_cache.k[0].int()).abs().max() <= 1  # rounding may differ by one
     scales = torch.cat((left.k_scale[0], right.k_scale[0]), dim=2)
     torch.testing.assert_close(scales, kv_cache.k_scale[0], rtol=1e-4, atol=1e-6)
 
@@ -92,7 +92,7 @@ def test_bfloat16_shards(checkpoint, forward_on_two):
 
 
 def test_of_fused_projections_each_is_shared_out():
-    whole = torch.arange(12).expand(2, 12)  # queries, keys and values of 4 channels each
+    whole = torch.arange(12).expand(2, 12)  # 4 channels each of queries, keys and values
     parts = [Shard(rank, 2).part("h.0.attn.c_attn.weight", whole, torch.Size([2, 6]))[1].tolist() for rank in range(2)]
     assert parts == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
 
@@ -114,7 +114,7 @@ def test_a_rank_holds_its_share_and_no_tokenizer():
     for name in wide:
         own = sizes.get(name, sizes.get(name.replace(".weight", ".linear.weight")))
         assert 2 * own.numel() == whole.model.get_parameter(name).numel()
-        assert own.untyped_storage().nbytes() == own.numel() * 4  # and not a view of all of it
+        assert own.untyped_storage().nbytes() == own.numel() * 4  # not a view of the whole tensor
     assert (second.spec.num_heads, second.spec.num_kv_heads) == (4, 2)
     assert whole.tokenizer is not None and second.tokenizer is None
 
@@ -127,13 +127,13 @@ def test_only_layers_with_split_inputs_sum_over_the_ranks():
 
 @pytest.mark.parametrize(("family", "world"), [("llama3", 3), ("llama3", 4), ("smollm2", 3), ("gpt2", 5)])
 def test_what_does_not_divide_is_refused(family, world, checkpoint):
-    """llama3 has 4 heads, but only 2 for keys and values."""
+    """A world size that does not divide the heads is rejected: llama3 has 4 query heads, but only 2 KV heads."""
     with pytest.raises(InvalidConfig, match=rf"{world} processes cannot share .* divides \d"):
         load_model(str(checkpoint(family)), "cpu", shard=Shard(0, world))
 
 
 def test_a_tensor_of_another_size_is_not_taken_for_one_to_be_split(checkpoint, tmp_path):
-    """A norm twice as long as it should be would divide among two."""
+    """A norm of twice the right length could be split among two ranks, but is rejected."""
     for file in checkpoint("llama3").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(tmp_path / "model.safetensors")

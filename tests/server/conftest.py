@@ -1,4 +1,4 @@
-"""One small model for all server tests; a server with an engine of its own costs milliseconds."""
+"""Fixtures of the server tests: one small model for all; starting a server with a new engine takes milliseconds."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ pytest.importorskip("fastapi", reason="the server's extra is not installed: pip 
 from minipaged.server.run import Server, bind  # noqa: E402
 from minipaged.server.service import Limits  # noqa: E402
 
-PATIENCE = 60.0  # seconds until something counts as hanging
+PATIENCE = 60.0  # longest wait in seconds
 
-HTTP = httpx2.Client(timeout=PATIENCE, verify=False)  # one for all: reading certificates takes longer than a request
+HTTP = httpx2.Client(timeout=PATIENCE, verify=False)  # shared, because reading certificates takes longer than a request
 
 
 def until(condition: Callable[[], Any], what: str = "it did not happen") -> None:
@@ -35,7 +35,7 @@ def until(condition: Callable[[], Any], what: str = "it did not happen") -> None
 
 
 def in_thread(work: Callable[[], Any]) -> Future[Any]:
-    """Runs ``work`` in a thread of its own; also for asyncio, since another loop may run in this one."""
+    """Runs ``work`` in a new thread, also for asyncio, because an event loop may run in this one."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -54,7 +54,7 @@ def run_async(main: Coroutine[Any, Any, Any]) -> Any:
 
 @pytest.fixture(scope="session")
 def llm(tmp_path_factory) -> LLM:
-    """A random model that babbles, with a tokenizer and a chat template."""
+    """A random model, with a tokenizer and a chat template."""
     tokenizer = byte_level()
     directory = tmp_path_factory.mktemp("babbler")
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
@@ -65,7 +65,7 @@ def llm(tmp_path_factory) -> LLM:
 
 
 class Running:
-    """A server in a thread, and a hold on its engine's steps."""
+    """A server in a thread, with control over its engine's steps."""
 
     def __init__(self, llm: Any, **options: Any) -> None:
         sock = bind("127.0.0.1", 0)
@@ -86,7 +86,7 @@ class Running:
         return self.server.thread.engine
 
     def hold(self) -> None:
-        """No step is computed until `let` or `release`."""
+        """Blocks the engine's steps until `let` or `release`."""
         self._gate = threading.Semaphore(0)
 
     def let(self, steps: int = 1) -> None:
@@ -99,7 +99,7 @@ class Running:
             gate.release(1000)
 
     def fail(self, error: Exception) -> None:
-        """The next step raises."""
+        """Makes the next step raise ``error``."""
         self._failing = error
 
     def idle(self) -> bool:
@@ -109,7 +109,7 @@ class Running:
         self.server.should_exit = True
         self.release()
         self._thread.join(PATIENCE)
-        assert not self._thread.is_alive(), "the server hangs"
+        assert not self._thread.is_alive(), "the server does not stop"
 
     def _step(self, plan: Any) -> Any:
         gate = self._gate
@@ -123,7 +123,7 @@ class Running:
 
 @pytest.fixture(scope="session")
 def start(llm) -> Iterator[Callable[..., Running]]:
-    """``start(limits=…, keys=…, **engine settings)`` serves the model with an engine of its own."""
+    """``start(limits=…, keys=…, **engine settings)`` starts a server of the model with a new engine."""
     running: list[Running] = []
 
     def start(limits: Limits | None = None, keys: tuple[str, ...] = (), visualize: bool = False, **settings: Any):
@@ -139,15 +139,15 @@ def start(llm) -> Iterator[Callable[..., Running]]:
 
 @pytest.fixture(scope="session")
 def shared(start) -> Running:
-    """The server for tests that leave it as they found it."""
+    """The server shared by tests that do not change its state."""
     return start()
 
 
 @pytest.fixture
 def server(shared) -> Iterator[Running]:
-    """`shared`, idle again after the test with every block free."""
+    """`shared`; checks after the test that it is idle and every block is free."""
     yield shared
     shared.release()
-    until(shared.idle, "something was left behind")
+    until(shared.idle, "a request is left")
     shared.server.thread.call(shared.engine.check).result(PATIENCE)
     assert not shared.engine.block_tables()

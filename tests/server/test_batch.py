@@ -1,4 +1,4 @@
-"""Batches from a file: nothing is lost and nothing done twice, however the process ends."""
+"""Batches from a file: each request is answered exactly once, even if the process is killed and restarted."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def written(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 def answers(out: Path) -> dict[str, dict[str, Any]]:
     read = [json.loads(one) for one in out.read_text().splitlines()]
-    assert len({one["custom_id"] for one in read}) == len(read), "something was answered twice"
+    assert len({one["custom_id"] for one in read}) == len(read), "a request was answered twice"
     return {one["custom_id"]: one["response"] for one in read}
 
 
@@ -53,7 +53,7 @@ def files(tmp_path) -> tuple[Path, Path]:
 
 
 def check(out: Path) -> None:
-    """Every answer is there once, with as many tokens as an unbatched loop makes of its prompt."""
+    """Checks that each request has one answer, with the number of tokens of an unbatched loop."""
     got = answers(out)
     assert set(got) == {f"r{i}" for i in range(50)}
     for i in range(50):
@@ -123,7 +123,7 @@ def test_killed_in_the_midst_of_a_line_it_goes_on_without_losing_or_repeating_on
     for lines in (7, 20):
         done = subprocess.run([sys.executable, "-c", KILLED, path, out, str(lines)], cwd=ROOT)
         assert done.returncode == -9
-        assert not out.read_bytes().endswith(b"\n"), "half a line is there"
+        assert not out.read_bytes().endswith(b"\n"), "the last line should be incomplete"
     assert len(open_batch(*files)) == 50 - 27
     run(fake_llm(), open_batch(*files), out)
     check(out)
@@ -161,7 +161,7 @@ def test_what_begins_alike_goes_to_one_worker(sizes, workers) -> None:
     parts = partition(tasks_of([f"{stem * 100}{i}" for stem, size in groups for i in range(size)]), workers)
     stems = [{task.body["prompt"][0] for task in part} for part in parts]
     assert [len(part) for part in stems] == [4 // workers] * workers
-    assert set.union(*stems) == set("abcd"), "none is on two workers"
+    assert set.union(*stems) == set("abcd"), "each group is on one worker"
 
 
 def test_a_task_larger_than_a_share_leaves_the_others_to_other_workers() -> None:

@@ -1,4 +1,4 @@
-"""Batches over a real Ray cluster of two nodes, a worker on each: nothing is lost or done twice, whoever dies."""
+"""Batches on a real Ray cluster of two nodes with a worker each: every request is answered once, even if one dies."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cluster():
 
 
 def logging_llm(log: Path) -> Any:
-    """Writes down which node was asked for what."""
+    """An LLM that logs the prompts that each node gets."""
     llm = fake_llm()
     add = llm.engine.add_request
 
@@ -51,7 +51,7 @@ def logging_llm(log: Path) -> Any:
 
 
 def dying_llm(out: Path, died: Path) -> Any:
-    """The first of them that gets there kills its process, midway and with a part of its answers written."""
+    """An LLM; the first process to reach step 20 kills itself, after some answers were written."""
     llm = fake_llm(max_num_seqs=2)
     step, steps = llm.engine.step, count()
 
@@ -59,7 +59,7 @@ def dying_llm(out: Path, died: Path) -> Any:
         if next(steps) == 20:
             deadline = time.monotonic() + 60
             while not out.stat().st_size and time.monotonic() < deadline:
-                time.sleep(0.01)  # what was answered so far comes while the others are computed
+                time.sleep(0.01)  # answers are written while others are computed
             try:
                 died.touch(exist_ok=False)
             except FileExistsError:
@@ -87,7 +87,7 @@ def test_two_workers_answer_everything_and_prompts_that_begin_alike_go_to_one(fi
     check(files[1])
     first, second = ([line for line in file.read_text().split()] for file in log.iterdir())
     assert len(first) + len(second) == 50
-    assert not set(first) & set(second), "a first token is asked of both nodes"
+    assert not set(first) & set(second), "prompts with the same first token are on both nodes"
 
 
 def test_a_worker_dies_and_the_same_command_goes_on(files, tmp_path) -> None:  # noqa: F811
@@ -98,7 +98,7 @@ def test_a_worker_dies_and_the_same_command_goes_on(files, tmp_path) -> None:  #
     assert 0 < len(left) < 50
     run(fake_llm, left, out)
     check(out)
-    run(no_llm, open_batch(path, out), out)  # nothing is left: no worker starts
+    run(no_llm, open_batch(path, out), out)  # no request is left, so no worker starts
 
 
 def test_a_model_that_cannot_be_loaded_is_said_in_one_line(files) -> None:  # noqa: F811

@@ -1,4 +1,4 @@
-"""The server as a hostile or clumsy client sees it: raw HTTP, no library that means well."""
+"""The server with hostile or faulty clients, which send raw HTTP without a client library."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def post(server: Running, body: Any = GOOD, path: str = "/v1/completions", **opt
 
 
 def is_error(response: httpx2.Response, status: int) -> dict[str, Any]:
-    """Checks the shape of OpenAI's errors, and returns it."""
+    """Checks that the response is an error in OpenAI's format, and returns it."""
     assert response.status_code == status, response.text
     assert set(response.json()) == {"error"} and set(response.json()["error"]) == {"message", "type", "param", "code"}
     assert response.json()["error"]["message"]
@@ -36,7 +36,7 @@ def is_error(response: httpx2.Response, status: int) -> dict[str, Any]:
 
 
 def connection(server: Running, body: dict[str, Any], read_buffer: int | None = None) -> socket.socket:
-    """A request sent, and nothing read."""
+    """A connection with a request sent and no answer read."""
     sock = socket.socket()
     if read_buffer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, read_buffer)
@@ -141,8 +141,8 @@ def test_hanging_up_in_the_midst_of_a_body_is_no_error(start, caplog) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
         sock.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
     gone = 'minipaged_requests_total{endpoint="completions",status="gone"} 1.0'
-    until(lambda: gone in HTTP.get(f"{server.url}/metrics").text, "nobody has counted it")
-    assert not caplog.records, "no traceback: it is no fault of the server's"
+    until(lambda: gone in HTTP.get(f"{server.url}/metrics").text, "the request was not counted")
+    assert not caplog.records, "a client's error should not be logged"
 
 
 def test_paths_methods_and_content_types(server) -> None:
@@ -157,7 +157,7 @@ def test_paths_methods_and_content_types(server) -> None:
 
 
 def test_web_pages_get_nothing(server) -> None:
-    """No CORS header lets them read an answer, and a name of theirs that points here is not answered to."""
+    """No CORS header allows a web page to read answers, and foreign host names are rejected (DNS rebinding)."""
     preflight = HTTP.options(f"{server.url}/v1/completions", headers={"Origin": "http://evil.example"})
     assert not [name for name in preflight.headers if name.startswith("access-control")]
     for host in ("evil.example", f"evil.example:{server.port}", "localhost.evil.example", ""):
@@ -193,7 +193,7 @@ def test_hanging_up_in_the_midst_of_a_stream(server) -> None:
     sock = connection(server, GOOD | {"max_tokens": 1900, "stream": True, "ignore_eos": True})
     assert b"200 OK" in sock.recv(4096)
     until(server.engine.block_tables)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset, not a polite goodbye
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a TCP reset, not a normal close
     sock.close()
     until(server.idle, "its blocks are still held")
 
@@ -202,7 +202,7 @@ def test_who_does_not_read_holds_up_nobody_and_misses_nothing(server) -> None:
     asked = GOOD | {"max_tokens": 60, "stream": True, "ignore_eos": True, "logprobs": 20, "n": 4, "seed": 1}
     lazy = connection(server, asked, read_buffer=2048)
     until(lambda: server.service._jobs)
-    assert post(server).status_code == 200, "others are served meanwhile"
+    assert post(server).status_code == 200, "other clients are served meanwhile"
     lazy.settimeout(PATIENCE)
     data = b""
     while b"[DONE]" not in data:
@@ -230,14 +230,14 @@ def test_who_never_reads_is_given_up() -> None:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
         if len(sent) == 3:
-            await asyncio.Event().wait()  # the socket's buffer is full, and stays so
+            await asyncio.Event().wait()  # the socket's buffer stays full
 
     async def receive() -> dict[str, Any]:
         await asyncio.Event().wait()
         return {}
 
     run_async(EventStream(events(), patience=0.05)({"type": "http"}, receive, send))
-    assert closed and len(sent) == 3, "no end is sent: the connection is closed"
+    assert closed and len(sent) == 3, "the connection is closed without an end"
 
 
 def test_two_requests_on_one_connection(server) -> None:

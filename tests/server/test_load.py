@@ -1,4 +1,4 @@
-"""The load generator, against this server and against some that misbehave."""
+"""The load generator, with this server and with faulty ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_request_is_sent_and_measured(server: Running) -> None:
 
 
 def test_latency_counts_from_when_a_request_was_due(server: Running) -> None:
-    """A server that stands still makes all of them wait, and that shows in each."""
+    """A blocked server delays all requests, and each one's latency includes the delay."""
     server.hold()
     threading.Timer(0.3, server.release).start()
     samples = run_async(run(Target(f"{server.url}/v1", "babbler"), trace(5, 0.01)))
@@ -72,7 +72,7 @@ def test_prompts_share_what_the_trace_says_they_share() -> None:
 
 @pytest.fixture
 def odd_server() -> Iterator[Callable[[bytes, int], str]]:
-    """``odd_server(body, status)`` -> URL of a server that says only this."""
+    """``odd_server(body, status)`` -> URL of a server that always answers this."""
     servers = []
 
     def start(body: bytes, status: int = 200) -> str:
@@ -117,7 +117,7 @@ def test_the_command_prints_and_writes_a_report(server: Running, tmp_path, monke
     command = f"bench serve --url {url} --rate 40 --cv 1.5 --duration 0.3 --max-output 3 --max-prompt 6 --out {out}"
     monkeypatch.setattr(sys, "argv", ["minipaged", *command.split()])
     with pytest.raises(SystemExit) as leaving:
-        in_thread(cli.main).result(PATIENCE)  # it runs an event loop of its own
+        in_thread(cli.main).result(PATIENCE)  # it runs its own event loop
     printed = capsys.readouterr().out
     assert leaving.value.code == 0 and "goodput" in printed and "babbler" in printed
     written = json.loads((out / "serve.json").read_text())
@@ -128,5 +128,5 @@ def test_the_command_prints_and_writes_a_report(server: Running, tmp_path, monke
 def test_a_server_that_is_not_there_is_one_line(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["minipaged", "bench", "serve", "--url", "http://127.0.0.1:9/v1"])
     with pytest.raises(SystemExit) as leaving:
-        in_thread(cli.main).result(PATIENCE)  # it runs an event loop of its own
+        in_thread(cli.main).result(PATIENCE)  # it runs its own event loop
     assert leaving.value.code == 1 and "names no model" in capsys.readouterr().err

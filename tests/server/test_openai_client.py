@@ -1,4 +1,4 @@
-"""The API as OpenAI's own Python client sees it."""
+"""The server's API with OpenAI's Python client."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def complete(client: Any, **options: Any) -> Any:
     return client.completions.create(**({"model": "babbler", "prompt": "The quick", "max_tokens": 6} | options))
 
 
-# --- what is asked for is what one gets -------------------------------------------------------------------------
+# --- requests and their answers ---------------------------------------------------------------------------------
 
 
 def test_models(client) -> None:
@@ -116,7 +116,7 @@ def test_logprobs_of_completions_and_of_an_echoed_prompt(client, llm) -> None:
         assert mine == pytest.approx(theirs[token], abs=1e-4)
     for piece, offset in zip(lp.tokens, lp.text_offset, strict=True):
         if "\ufffd" in piece:
-            break  # part of a character: from here on offsets count what cannot be spelled
+            break  # part of a character: later offsets count replacement characters
         assert piece == llm.tokenizer.eos_token or choice.text[offset:].startswith(piece)
 
 
@@ -124,7 +124,7 @@ def test_special_tokens_do_not_move_the_offsets_of_a_stream(client, llm) -> None
     asked = {"logprobs": 0, "temperature": 0, "extra_body": {"ignore_eos": True}}
     asked["logit_bias"] = {str(llm.tokenizer.eos_token_id): 5.0}
     whole = complete(client, **asked).choices[0].logprobs
-    assert llm.tokenizer.eos_token in whole.tokens[:-1], "it is to come before others"
+    assert llm.tokenizer.eos_token in whole.tokens[:-1], "it should be followed by other tokens"
     parts = [chunk.choices[0].logprobs for chunk in complete(client, stream=True, **asked)]
     assert [offset for part in parts if part for offset in part.text_offset] == whole.text_offset
 
@@ -149,7 +149,7 @@ def test_best_of_gives_the_likeliest_per_token(client, llm) -> None:
     ranked = sorted(outputs, key=lambda out: -out.cumulative_logprob / len(out.token_ids))
     assert [choice.text for choice in answer.choices] == [out.text for out in ranked[:2]]
     assert answer.choices[0].logprobs is None
-    assert answer.usage.completion_tokens == sum(len(out.token_ids) for out in outputs), "all that was computed"
+    assert answer.usage.completion_tokens == sum(len(out.token_ids) for out in outputs), "all computed tokens count"
 
 
 def test_sampling_parameters_have_their_effect(client, llm) -> None:
@@ -224,7 +224,7 @@ def test_keys(start) -> None:
             chat(client_of(server, key))
 
 
-# --- many at once -----------------------------------------------------------------------------------------------
+# --- concurrent requests ----------------------------------------------------------------------------------------
 
 
 def test_64_clients_at_once_get_what_each_would_get_alone(server, llm) -> None:
@@ -250,18 +250,18 @@ def test_overload_is_told_and_passes(start) -> None:
     server = start(limits=Limits(max_queue=2), max_num_seqs=2)
     server.hold()
     client = client_of(server)
-    long = {"max_tokens": 500, "extra_body": {"ignore_eos": True}}  # nobody ends before the fifth is there
+    long = {"max_tokens": 500, "extra_body": {"ignore_eos": True}}  # none ends before the fifth arrives
     accepted = [in_thread(lambda: chat(client, **long)) for _ in range(4)]
     until(lambda: len(server.service._jobs) == 4)
-    server.server.thread.call(lambda: None).cancel()  # whatever state the queue is in
+    server.server.thread.call(lambda: None).cancel()  # a cancelled command must not matter
     refused = in_thread(lambda: chat(client))
-    until(lambda: server.let() or refused.done())  # between two steps the engine's thread comes round to its commands
+    until(lambda: server.let() or refused.done())  # the engine's thread runs commands between steps
     with pytest.raises(openai.RateLimitError) as refusal:
         refused.result(0)
     assert refusal.value.response.headers["retry-after"] == "1"
     server.release()
     assert all(answer.result(PATIENCE).choices for answer in accepted)
-    assert chat(client, n=2).choices, "and then there is room again"
+    assert chat(client, n=2).choices, "requests are accepted again"
     with pytest.raises(openai.BadRequestError, match="4 are the most"):
         complete(client, prompt=["a"] * 5)
 
@@ -281,7 +281,7 @@ def test_so_many_connections_are_answered_at_once(start) -> None:
     assert chat(client).choices
 
 
-# --- hanging up -------------------------------------------------------------------------------------------------
+# --- disconnecting ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"n": 3}])
@@ -293,7 +293,7 @@ def test_closing_a_stream_frees_its_blocks_with_the_next_step(server, client, op
     until(server.engine.block_tables)
     stream.close()
     until(lambda: not server.service._jobs, "the server did not notice")
-    server.let()  # the step that was being computed
+    server.let()  # the step in progress
     until(lambda: not server.engine.block_tables(), "the blocks are still held")
     assert not server.engine.has_unfinished()
 
@@ -307,7 +307,7 @@ def test_hanging_up_while_waiting_for_the_whole_frees_the_blocks(server, client)
     until(server.idle)
 
 
-# --- what goes wrong in the engine ------------------------------------------------------------------------------
+# --- failures in the engine -------------------------------------------------------------------------------------
 
 
 def test_a_failed_step_is_a_500_for_its_batch_and_the_server_goes_on(server, client) -> None:
@@ -315,11 +315,11 @@ def test_a_failed_step_is_a_500_for_its_batch_and_the_server_goes_on(server, cli
     whole = in_thread(lambda: chat(client))
     stream = in_thread(lambda: [*chat(client, stream=True)])
     until(lambda: len(server.service._jobs) == 2)
-    server.let(2)  # both are in the batch after these
+    server.let(2)  # after two steps, both are in the batch
     server.fail(RuntimeError("secret of the engine"))
     server.release()
     outcomes = [future.exception(PATIENCE) for future in (whole, stream)]
-    assert any(outcomes), "nobody was in the failed step"
+    assert any(outcomes), "no request was in the failed step"
     for error in filter(None, outcomes):
         assert isinstance(error, openai.APIError) and "a step of the engine failed" in str(error)
         assert "secret" not in str(error)
@@ -336,7 +336,7 @@ def test_after_a_bug_in_the_bookkeeping_the_engine_starts_over(start) -> None:
     broken = server.engine
 
     def bug(*args: Any) -> Any:
-        raise KeyError("a block that nobody knows")
+        raise KeyError("an unknown block")
 
     broken.scheduler.commit = bug
     server.release()
@@ -418,7 +418,7 @@ def test_metrics_count_preemptions(start) -> None:
     pytest.importorskip("prometheus_client", reason="prometheus_client IS NOT INSTALLED: pip install prometheus_client")
     server = start(num_blocks=8)
     client = client_of(server)
-    server.hold()  # until both are there
+    server.hold()  # until both requests have arrived
     asked = [in_thread(lambda: complete(client, max_tokens=90, extra_body={"ignore_eos": True})) for _ in range(2)]
     until(lambda: len(server.service._jobs) == 2)
     server.release()

@@ -1,4 +1,4 @@
-"""The incremental detokenizer against the tokenizer's own decoding of the whole."""
+"""The incremental detokenizer against the tokenizer's decoding of the whole sequence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.text.tokenizers_for_tests import byte_level, sentencepiece_like
 
 FAMILIES = [byte_level, sentencepiece_like]
 UNLIKELY = st.sampled_from(["🙂", "👩‍👩‍👧", "🏳️‍🌈", "é", "é", "你好", "。", "\n", "  ", " ", "▁", "the quick", "\x00"])
-# Surrogates are no text. U+FFFD has tests of its own, for it looks like an unfinished character.
+# Surrogates are not valid text. U+FFFD has its own tests, because it looks like an incomplete character.
 CHARACTERS = st.characters(exclude_categories=("Cs",), exclude_characters=REPLACEMENT)
 TEXT = st.lists(st.one_of(UNLIKELY, st.text(CHARACTERS, max_size=4)), max_size=12).map("".join)
 STOPS = st.lists(st.text(st.sampled_from("ab e🙂\n"), min_size=1, max_size=4), max_size=3).map(tuple)
@@ -23,7 +23,7 @@ def encode(tokenizer, text):
 
 
 def stream(tokenizer, token_ids, stop=(), prompt=()):
-    """All pieces, and the stream."""
+    """Pushes all tokens. Returns the pieces of text and the stream."""
     text_stream = TextStream(tokenizer, list(prompt), stop)
     pieces = []
     for token_id in token_ids:
@@ -35,7 +35,7 @@ def stream(tokenizer, token_ids, stop=(), prompt=()):
 
 
 def cut(text, stops):
-    """``text`` before the first stop string to be completed (the longer one of two), and that string."""
+    """``text`` before the stop string that is completed first (the longer one of two), and that string."""
     hits = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in stops if stop in text]
     return (text[: min(hits)[1]], min(hits)[2]) if hits else (text, None)
 
@@ -60,7 +60,7 @@ def test_pieces_join_to_the_whole_decoding_cut_at_the_stop(family, text, prompt,
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
 def test_any_tokens_at_all_byte_level(data):
-    """Models may produce bytes that are no text; the result still equals the decoding of the whole."""
+    """Models may generate invalid UTF-8; the result still equals the decoding of the whole sequence."""
     tokenizer = byte_level()
     token_ids = data.draw(st.lists(st.integers(0, len(tokenizer) + 5), max_size=60))
     pieces, _ = stream(tokenizer, token_ids)
@@ -70,8 +70,8 @@ def test_any_tokens_at_all_byte_level(data):
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
 def test_any_tokens_at_all_byte_fallback(data):
-    """Here the tokenizer turns a whole run of bytes into U+FFFD if its end is no character. We have shown
-    the good ones by then, so the two can only be compared where there is no such run."""
+    """This tokenizer turns a whole run of bytes into U+FFFD if its end is invalid. The stream has output the valid
+    characters by then, so results can only be compared if there is no such run."""
     tokenizer = sentencepiece_like()
     token_ids = data.draw(st.lists(st.integers(0, len(tokenizer) + 5), max_size=60))
     pieces, _ = stream(tokenizer, token_ids)
@@ -98,7 +98,7 @@ def test_an_incomplete_tail_is_flushed_once(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_that_never_become_text_are_not_held_forever(family):
     tokenizer = family()
-    lead_byte = encode(tokenizer, "𝄞")[-4:][0]  # promises three more bytes, which do not come
+    lead_byte = encode(tokenizer, "𝄞")[-4:][0]  # must be followed by three more bytes, which are missing
     text_stream = TextStream(tokenizer, [])
     for count in range(1, 200):
         text_stream.push(lead_byte)
@@ -116,11 +116,11 @@ def test_text_that_really_contains_the_replacement_character(repeat):
 
 
 def test_tokens_that_straddle_characters():
-    """€€€… cut so that every token ends inside a character: there is no clean point anywhere."""
+    """€€€… in tokens that all end inside a character, so that no boundary of tokens is one of characters."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = {"a": 0, "â": 1, "Ĥ": 2, "¬": 3, "Ĥ¬": 4, "Ĥ¬â": 5}  # GPT-2 spells the bytes of € so: â Ĥ ¬
+    alphabet = {"a": 0, "â": 1, "Ĥ": 2, "¬": 3, "Ĥ¬": 4, "Ĥ¬â": 5}  # GPT-2 writes the bytes of € as â Ĥ ¬
     raw = Tokenizer(models.BPE(alphabet, [("Ĥ", "¬"), ("Ĥ¬", "â")]))
     raw.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)

@@ -1,4 +1,4 @@
-"""Small tokenizers of the two families, trained here so that the tests need no download."""
+"""Small tokenizers of both families (byte-level, SentencePiece), trained here so that tests need no download."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 @cache
 def byte_level(vocab_size: int = 400) -> PreTrainedTokenizerFast:
-    """As GPT-2's and Llama 3's: works on bytes, so that a token may hold half a character."""
+    """A tokenizer like GPT-2's and Llama 3's, which works on bytes, so a token may contain part of a character."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def byte_level(vocab_size: int = 400) -> PreTrainedTokenizerFast:
 
 @cache
 def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """As Llama 2's: a space is a "▁", the decoder drops the first one, unknown characters become bytes."""
+    """A tokenizer like Llama 2's: spaces become "▁", the decoder drops the first, unknown characters become bytes."""
     words = [word for line in CORPUS for word in line.split() if word.isascii()]
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=list(special.values()), show_progress=False)
@@ -51,7 +51,7 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     trained.train_from_iterator(["▁" + word for word in words], trainer)
     learned = json.loads(trained.to_str())["model"]
     vocab = learned["vocab"]
-    for byte in range(256):  # the fallback looks these up in the model's own vocabulary
+    for byte in range(256):  # byte fallback needs these in the vocabulary
         vocab[f"<0x{byte:02X}>"] = len(vocab)
     merges = [tuple(merge) for merge in learned["merges"]]
     tokenizer = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))

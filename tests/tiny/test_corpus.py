@@ -1,4 +1,4 @@
-"""The generated corpus: deterministic, complete, and without leaks of what is held out."""
+"""The generated corpus is deterministic, complete, and without leaks of held-out documents."""
 
 from itertools import islice
 
@@ -45,7 +45,7 @@ def test_held_out_phrasings_are_never_shown_in_training():
         return [part.split("<|end|>")[0].lower().rstrip("?.") for part in text.split(USER)[1:]]
 
     seen = {question for text in sample(1, 6000) for question in questions(text)}
-    # A phrasing also counts as leaked when it follows a polite beginning ("Quick question: ...").
+    # A phrasing also counts as leaked if it follows an introduction ("Quick question: ...").
     held_out = [fact.held_out.lower().rstrip("?.") for fact in load_facts()]
     leaked = [h for h in held_out if any(s == h or s.endswith((": " + h, ". " + h, "! " + h)) for s in seen)]
     assert leaked == []

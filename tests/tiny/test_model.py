@@ -1,4 +1,4 @@
-"""The committed model: small enough, loadable, and as able as its README says."""
+"""The committed model is small, loads, and reaches the accuracy that its README states."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_configuration_names_rope_and_both_end_tokens():
 def test_any_text_survives_the_tokenizer(tiny, text):
     _, tokenizer = tiny
     ids = tokenizer(text)["input_ids"]
-    assert ids[0] == tokenizer.bos_token_id, "plain text begins like a training document"
+    assert ids[0] == tokenizer.bos_token_id, "plain text starts like a training document"
     assert tokenizer.decode(ids[1:]) == text
 
 

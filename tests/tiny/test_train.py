@@ -1,4 +1,4 @@
-"""The training script, end to end, with a model of a few thousand numbers."""
+"""The training script, end to end, with a model of a few thousand parameters."""
 
 import json
 

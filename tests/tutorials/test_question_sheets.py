@@ -1,4 +1,4 @@
-"""The sheets of questions: the same for a student each time, others for others, and answered by the engine."""
+"""Question sheets: reproducible for each student, different between students, with answers from the engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sheets() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def asked(sheets) -> dict[str, list[tuple]]:
-    """name of a question → (text, answer) of each student."""
+    """Name of a question → each student's (text, answer)."""
     all_of_them = [sheets.questions(student, SECRET) for student in STUDENTS]
     return {
         name: [(q.text, q.answer) for made in all_of_them for q in made if q.name == name] for name in sheets.QUESTIONS
@@ -54,7 +54,7 @@ def test_a_question_does_not_change_when_others_are_added(sheets, monkeypatch):
     assert sheets.questions("ada", SECRET)[:-1] == before
 
 
-# The key is the engine's. Here what can be worked out on paper is, so that text and answer are about the same thing.
+# The engine computes the answers. These tests compute them by hand where possible, so that text and answer agree.
 
 
 def test_rows_are_what_arithmetic_says(asked):
@@ -104,7 +104,7 @@ def test_somebody_is_preempted_when_the_pool_is_full(asked):
     for text, answer in asked["victim"]:
         blocks, size, _, *prompts = numbers(text)[:6]
         step, freed = numbers(answer)
-        # In step s a text computes the KV of its token number prompt + s - 1.
+        # In step s, a sequence computes the KV of its token number prompt + s - 1.
         before, needed = ([blocks_for(prompt + s - 1, size) for prompt in prompts] for s in (step - 1, step))
         assert sum(before) <= blocks < sum(needed)
         assert ", C, " in answer and freed == before[2]

@@ -1,4 +1,4 @@
-"""Every tutorial runs, and its page is what it gives today, says what a page must say, and links to what exists."""
+"""Every tutorial runs; its page equals its current output, has the required parts, and has no broken links."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def builder() -> Iterator[ModuleType]:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [*sys.path])  # it puts the tutorials' folder there
+        patch.setattr(sys, "path", [*sys.path])  # it adds the tutorials' folder
         spec.loader.exec_module(module)
         yield module
 
@@ -51,7 +51,7 @@ def test_there_are_thirteen_tutorials():
 
 
 def test_pages_and_pictures_are_up_to_date(tmp_path):
-    """Runs every tutorial. All in one process, each with names of its own: torch is imported once, not thirteenfold."""
+    """Runs every tutorial in one process with separate namespaces, so that torch is imported only once."""
     done = python(FOLDER / "build.py", "--check", cwd=tmp_path)
     assert "stale" not in done.stdout, done.stdout
     refused = re.findall(r"(?m)^(\d\d)_\w+\.py: not checked\. \S", done.stderr)
@@ -59,20 +59,20 @@ def test_pages_and_pictures_are_up_to_date(tmp_path):
     without_mmap = [] if sys.platform == "linux" and mmap.PAGESIZE == 4096 else ["11"]
     assert refused == without_triton + without_mmap
     assert done.returncode == bool(refused), done.stdout + done.stderr
-    assert not list(tmp_path.iterdir()), "leaves nothing behind"
+    assert not list(tmp_path.iterdir()), "the builder left files behind"
 
 
 def test_a_tutorial_runs_as_a_plain_script_from_anywhere(tmp_path):
-    """One that needs no torch stands for all: that the others run is tested above, and this is Python's part."""
+    """A tutorial without torch is enough here, because the test above runs all others."""
     done = python(FOLDER / "12_offline_batches.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    assert not list(tmp_path.iterdir()), "leaves nothing behind"
+    assert not list(tmp_path.iterdir()), "the tutorial left files behind"
 
 
 @each_script
 def test_a_script_is_its_cells_and_nothing_else(builder, script):
-    """So that it makes no difference whether cells or the script are run."""
+    """The script and its cells must give the same results."""
     text = script.read_text(encoding="utf-8")
     code = [cell for cell in builder.cells(text) if cell.is_code]
     assert ast.dump(ast.parse(text)) == ast.dump(ast.parse("\n".join(cell.text for cell in code)))
@@ -82,7 +82,7 @@ def test_a_script_is_its_cells_and_nothing_else(builder, script):
 def test_where_a_tutorial_cannot_run_it_says_so_in_a_line_and_no_page_is_made(
     builder, monkeypatch, capsys, name, lacks
 ):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the tutorials and the builder set it, and this undoes it
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the tutorials and the builder set it; monkeypatch restores it
     monkeypatch.setattr(sys, "argv", ["build.py", name])
     if lacks == "triton":
         monkeypatch.setitem(sys.modules, "triton", None)
@@ -101,7 +101,7 @@ def test_where_a_tutorial_cannot_run_it_says_so_in_a_line_and_no_page_is_made(
     assert capsys.readouterr().out.strip().splitlines()[-1].endswith("read the page instead")
 
 
-@pytest.mark.skipif(not find_spec("triton"), reason="the engine's function lies in a module of Triton's kernels")
+@pytest.mark.skipif(not find_spec("triton"), reason="the engine's function is in a module of Triton kernels")
 def test_the_number_of_splits_in_tutorial_10_is_the_engines():
     from minipaged.kernels.paged_decode import splits_of
 
@@ -118,7 +118,7 @@ def test_no_picture_is_left_over():
     assert {path.name for path in (FOLDER / "pictures").iterdir()} == shown
 
 
-# --- what a page must have ------------------------------------------------------------------------------------
+# --- required parts of a page ---------------------------------------------------------------------------------
 
 
 @each_page
@@ -150,7 +150,7 @@ def test_ends_with_three_exercises_and_their_answers(page):
     for exercise in re.split(r"(?m)^\*\*\d\. ", exercises)[1:]:
         question, fold, answer = exercise.partition("<details><summary>Answer</summary>\n\n")
         assert fold and len(question) > 100
-        assert "```text" in answer, "what the answer's code printed"
+        assert "```text" in answer, "an answer needs the output of its code"
 
 
 @each_page
@@ -171,7 +171,7 @@ def test_shows_and_names_the_engines_own_lines(page):
 
 @pytest.mark.parametrize("page", [*PAGES, README, FOLDER / "INSTRUCTORS.md"], ids=lambda path: path.stem)
 def test_every_link_leads_somewhere(page):
-    text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8"))  # kernel[grid](x) is no link
+    text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8"))  # kernel[grid](x) is not a link
     links = re.findall(r"\]\(([^)]+)\)", text)
     relative = [link for link in links if not link.startswith("https://")]
     assert relative

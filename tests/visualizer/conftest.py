@@ -1,4 +1,4 @@
-"""A real engine, a real server and a real browser.
+"""Fixtures of the visualizer's tests: a real engine, a real server and a real browser.
 
 Without Chromium or playwright the browser tests are skipped, and the summary says so; ``MINIPAGED_REQUIRE_BROWSER=1``
 makes that a failure.
@@ -27,12 +27,12 @@ ARGS = (
 ).split()
 
 VIEWPORT = {"width": 1280, "height": 720}
-PATIENCE = 60_000  # milliseconds until something on a page counts as missing; a busy machine is slow, not wrong
+PATIENCE = 60_000  # longest wait for the page in milliseconds; long, because a busy machine is slow
 
 
 @pytest.fixture(scope="session")
 def llm() -> LLM:
-    """The embedded model with a pool that a few requests fill; ``MINIPAGED_TEST_MODEL`` names another one."""
+    """The embedded model with a pool that a few requests fill; ``MINIPAGED_TEST_MODEL`` selects another model."""
     return LLM(os.environ.get("MINIPAGED_TEST_MODEL", "tiny"), **DEMO_SETTINGS)
 
 
@@ -71,7 +71,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def launching(llm: LLM, free_port: int) -> Iterator[Callable[..., Visualizer]]:
-    """``launching(as launch)``: a page of its own, of the tests' engine unless another (or ``replay``) is given."""
+    """``launching(…)`` takes launch's arguments and starts a new page, by default of the tests' engine."""
     served: list[Visualizer] = []
     eos = llm.engine.eos_token_ids
 
@@ -89,7 +89,7 @@ def launching(llm: LLM, free_port: int) -> Iterator[Callable[..., Visualizer]]:
 
 
 class Shared:
-    """One server and one tab for all tests that need no other: making them takes seconds, beginning again does not."""
+    """One server and one tab, shared by most tests: starting them takes seconds, resetting them does not."""
 
     def __init__(self, llm: LLM) -> None:
         self.llm, self.home, self.eos = llm, llm.engine.config, llm.engine.eos_token_ids
@@ -97,7 +97,7 @@ class Shared:
         self.tab: Any = None
 
     def begin(self, rate: float | None, stories_end: bool) -> Visualizer:
-        """A new run on an engine without a past; nothing plays."""
+        """Starts a new run on a reset engine, without a scenario."""
         thread = self.visualizer.thread
         thread.engine.eos_token_ids = self.eos if stories_end else frozenset()
         thread.set_rate(rate).result(20)
@@ -105,7 +105,7 @@ class Shared:
         return self.visualizer
 
     def rest(self) -> None:
-        """No work, and the model and the settings that it had at first: others compute in the same KV tensors."""
+        """Removes all requests and restores model and settings, because other tests use the same KV tensors."""
         thread, experiments = self.visualizer.thread, self.visualizer.experiments
         experiments.close()
         experiments.__init__()  # type: ignore[misc]
@@ -115,7 +115,7 @@ class Shared:
 
 @pytest.fixture(scope="session")
 def shared(llm: LLM) -> Iterator[list[Shared]]:
-    made: list[Shared] = []  # by the first test that needs it
+    made: list[Shared] = []  # filled by the first test that needs it
     yield made
     for one in made:
         one.visualizer.close()
@@ -123,8 +123,8 @@ def shared(llm: LLM) -> Iterator[list[Shared]]:
 
 @pytest.fixture
 def serve(llm: LLM, shared: list[Shared]) -> Iterator[Callable[..., Visualizer]]:
-    """``serve()`` begins the shared page anew. Sequences go on to their max_tokens, whatever the model thinks, unless
-    ``stories_end``. A test that closes the page, or needs another one, is `launching` its own."""
+    """``serve()`` resets the shared page. Sequences run to their max_tokens and ignore end-of-text, unless
+    ``stories_end``. A test that closes the page or needs another one uses `launching`."""
 
     def start(rate: float | None = None, stories_end: bool = False) -> Visualizer:
         if not shared:
@@ -137,16 +137,16 @@ def serve(llm: LLM, shared: list[Shared]) -> Iterator[Callable[..., Visualizer]]
 
 
 class Pages:
-    """Opens pages and remembers what no page may ever do: complain, or talk to another machine."""
+    """Opens pages and records their console errors and external requests, which no page may have."""
 
     def __init__(self, context: Any, shared: list[Shared]) -> None:
         self._context = context
         self._shared = shared
-        self._watched: dict[Any, dict[str, Any]] = {}  # the listeners of each page
+        self._watched: dict[Any, dict[str, Any]] = {}  # page → its listeners
         self.complaints: list[str] = []
 
     def open(self, visualizer: Visualizer, query: str = "") -> Any:
-        """A page that shows the run. The shared one is begun again in the tab that it already has, if that is free."""
+        """Opens a page that shows the run. Resets the shared page in its tab if that is free."""
         shared = next((one for one in self._shared if one.visualizer is visualizer and not query), None)
         if shared and shared.tab in self._context.pages and shared.tab not in self._watched:
             page = self._again(shared.tab, visualizer)
@@ -159,24 +159,24 @@ class Pages:
         return page
 
     def _wait_for_run(self, page: Any, visualizer: Visualizer) -> None:
-        """Until the page shows the run. Looked up anew each time: with the first viewer a scenario begins another."""
+        """Waits until the page shows the run, which changes when the first viewer starts a scenario."""
         deadline = time.monotonic() + PATIENCE / 1000
         while True:
             shown = page.evaluate("window.minipaged?.player.run")
-            if shown and (visualizer.thread is None or shown == visualizer.log.run):  # a recording's is its name
+            if shown and (visualizer.thread is None or shown == visualizer.log.run):  # a recording's run is its name
                 return
             assert time.monotonic() < deadline, f"the page shows run {shown!r}, the engine's is {visualizer.log.run!r}"
             page.wait_for_timeout(20)
 
     def file(self, path: Path) -> Any:
-        """Opens an exported page. It may request nothing but itself."""
+        """Opens an exported page, which may request only its own file."""
         page = self._new(path.as_uri())
         page.goto(path.as_uri())
         page.wait_for_function("window.minipaged && minipaged.player.end > 1")
         return page
 
     def close(self) -> None:
-        """Only the shared tab stays, and rests."""
+        """Closes all pages but the shared tab, whose page it removes."""
         tabs = [one.tab for one in self._shared if not self.complaints]
         for page in self._context.pages:
             if page not in tabs:
@@ -201,7 +201,7 @@ class Pages:
         return page
 
     def _again(self, page: Any, visualizer: Visualizer) -> Any:
-        """As after a reload, in the same window as at first."""
+        """Resets the tab as a reload does, with the initial window."""
         self._watch(page, visualizer.url)
         page.bring_to_front()
         page.set_viewport_size(VIEWPORT)
@@ -221,7 +221,7 @@ class Pages:
 
 @pytest.fixture
 def pages(browser: Any, shared: list[Shared]) -> Iterator[Pages]:
-    """``pages.open(visualizer)``. Fails the test if a page complained or reached out."""
+    """``pages.open(visualizer)`` opens pages. The test fails if a page has errors or external requests."""
     pages = Pages(browser, shared)
     yield pages
     pages.close()

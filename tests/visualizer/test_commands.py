@@ -25,7 +25,7 @@ SUBMIT = {"do": "submit", "prompt": "Once upon", "n": 1, "temperature": 0.5, "ma
 
 @pytest.fixture(scope="module")
 def model() -> tuple[LLM, EngineConfig]:
-    """Not the other tests': here engines are exchanged."""
+    """A model for this file only, because its tests replace the engine."""
     llm = LLM(os.environ.get("MINIPAGED_TEST_MODEL", "tiny"), **SETTINGS)
     return llm, llm.engine.config
 
@@ -69,7 +69,7 @@ def test_a_scenario_brings_its_own_engine_and_applied_settings_stay(thread: Pace
     assert answer["ok"] and "40 blocks" in answer["result"] and now(thread)["scenario"] is None
     assert swap_of(thread.engine).space.pool.num_blocks == 8 and not thread._has_work()
     ask(thread, {"do": "play"})
-    assert thread.engine.num_blocks == 40, "playing again leaves the engine as it was applied"
+    assert thread.engine.num_blocks == 40, "replay must keep applied settings"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_the_field_that_is_wrong_is_named(thread: PacedLoop, payload: dict, fiel
 
 def test_what_two_fields_make_wrong_together_is_neithers_fault(thread: PacedLoop) -> None:
     assert "field" not in ask(thread, SUBMIT | {"min_tokens": 6})
-    assert ask(thread, {"do": "check", "min_tokens": 500})["ok"], "only the prompt's max_tokens makes that wrong"
+    assert ask(thread, {"do": "check", "min_tokens": 500})["ok"], "this is invalid only with the prompt's max_tokens"
 
 
 def test_a_question_holds_a_step_back_until_it_is_answered_or_time_is_up(
@@ -225,7 +225,7 @@ def test_a_question_holds_a_step_back_until_it_is_answered_or_time_is_up(
     ask(thread, {"do": "play", "scenario": "samples"})
     until(lambda: now(thread)["question"])
     end = thread._sink.end
-    ask(thread, SUBMIT)  # others' requests wait with it, in their order
+    ask(thread, SUBMIT)  # requests of other viewers wait, too, in their order
     ask(thread, {"do": "answer", "id": 99})
     assert now(thread)["question"] and thread._sink.end == end
     ask(thread, {"do": "answer", "id": now(thread)["question"]["id"]})

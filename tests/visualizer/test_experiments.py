@@ -1,4 +1,4 @@
-"""Experiments from the page, without a page: the process, its protocol, and what is answered about it."""
+"""Experiments of the page, without a browser: the process, its protocol, and the answers to commands."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def result(name: str, quick: bool = False) -> Result:
 
 
 def worker(code: str) -> tuple[str, ...]:
-    """A process that says what ``code`` prints; ``say(**message)`` is a line of the protocol."""
+    """The command of a process that runs ``code``, in which ``say(**message)`` prints a line of the protocol."""
     return sys.executable, "-c", f"import json, sys, time\ndef say(**m): print(json.dumps(m), flush=True)\n{code}"
 
 
@@ -74,7 +74,7 @@ def test_a_result_is_kept_and_shown_in_words(make: Any) -> None:
     assert view["rows"][1]["paper"] == "–" and "abacus" in view["machine"]
     experiments({"do": "experiment-run", "name": "waste"})
     until(lambda: not running(experiments))
-    assert experiments.state()["results"] == {"waste": 2}, "a newer one, for pages to fetch"
+    assert experiments.state()["results"] == {"waste": 2}, "a newer result, which pages fetch"
 
 
 def test_progress_one_at_a_time_and_cancel(make: Any) -> None:
@@ -88,7 +88,7 @@ def test_progress_one_at_a_time_and_cancel(make: Any) -> None:
     experiments({"do": "experiment-cancel"})
     until(lambda: not running(experiments))
     assert process.poll() is not None and experiments.state()["ended"]["cancelled"]
-    assert experiments({"do": "experiment-cancel"})["ok"], "nothing to cancel is no error"
+    assert experiments({"do": "experiment-cancel"})["ok"], "without a process, cancelling is no error"
     experiments.start("latency", True)
     assert experiments.state()["ended"] is None and running(experiments)["quick"]
 
@@ -131,7 +131,7 @@ def test_earlier_results_are_shown_beside_new_ones(make: Any, tmp_path: Path) ->
     nameless = {"rows": [{"what": "x", "ours": 1.0, "spread": None}], "figure": {}}
     (tmp_path / "chatbot.json").write_text(json.dumps(nameless))
     experiments = make(saying(result("waste", quick=True)))
-    assert experiments.state()["results"] == {"waste": 0}, "what cannot be read is left out"
+    assert experiments.state()["results"] == {"waste": 0}, "an unreadable result is omitted"
     assert [view["here"] for view in experiments.results("waste")] == [False]
     experiments.start("waste", True)
     until(lambda: not running(experiments))
@@ -165,10 +165,10 @@ def test_in_a_classroom_only_the_presenter_starts_and_stops(make: Any, command: 
 
 
 class TestTheProcess:
-    """`visualizer.experiments` as a program, with an experiment that takes no time."""
+    """`visualizer.experiments` as a program, with a short experiment."""
 
     def test_a_real_one_goes_through(self, make: Any) -> None:
-        """The shortest of the catalogue's, in a real process."""
+        """Runs the shortest experiment of the catalogue in a real process."""
         experiments = make(module.WORKER)
         experiments.start("waste", True)
         until(lambda: running(experiments) is None or running(experiments)["done"] > 0)

@@ -1,4 +1,4 @@
-"""The record log: every viewer ends up with the engine's state, whenever they come and whatever they ask."""
+"""The record log: every viewer reconstructs the engine's state, after any start and with any requests."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from visualizer.log import RecordLog
 
 
 def record_run(log: RecordLog, requests: int = 6) -> State:
-    """Publishes a run, step by step; returns the state at its end."""
+    """Publishes a run, step by step. Returns the final state."""
     engine = fake_engine(num_blocks=12)
     pending: list[Event] = []
     engine.events.subscribe(pending.append)
@@ -34,7 +34,7 @@ def record_run(log: RecordLog, requests: int = 6) -> State:
 
 
 def rebuilt(answer: dict, state: State | None = None) -> State:
-    """What a viewer makes of an answer."""
+    """The state that a viewer reconstructs from an answer."""
     if answer["keyframe"]:
         state = State.from_dict(answer["keyframe"])
     assert state is not None
@@ -49,7 +49,7 @@ def test_a_viewer_from_the_start_sees_everything_once() -> None:
     start = json.loads(log.news(None, None, None) or "")
     final = record_run(log)
     answer = json.loads(log.news(start["run"], 0, 0) or "")
-    assert answer["run"] != start["run"], "the engine's start begins a new run"
+    assert answer["run"] != start["run"], "the engine's start should start a new run"
     assert answer["first"] == 0
     assert rebuilt(answer) == final
     assert log.news(answer["run"], len(answer["records"]), answer["status_version"]) is None
@@ -104,7 +104,7 @@ def test_finished_requests_do_not_pile_up() -> None:
     log = RecordLog()
     final = record_run(log, requests=40)
     answer = json.loads(log.news(log.run, 0, -1) or "")
-    assert answer["first"] == 0 and answer["keyframe"] is None, "all of it is one run"
+    assert answer["first"] == 0 and answer["keyframe"] is None, "all records are one run"
     assert log.state == final == rebuilt(json.loads(log.news(None, None, None) or ""))
     assert len(final.finished) == KEPT == len(final.requests) < final.forgotten
 
@@ -141,7 +141,7 @@ def test_pull_gives_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_crowd_is_answered_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    loops: list[asyncio.AbstractEventLoop] = []  # the crowd's; a page's server in this process sleeps, too
+    loops: list[asyncio.AbstractEventLoop] = []  # only of these viewers, as a page's server in this process sleeps, too
     real = asyncio.sleep
 
     async def sleep(seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""The paced engine loop and what the page may ask of it, without a browser and without a model."""
+"""The paced engine loop and its commands, without a browser and without a model."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -196,4 +196,4 @@ def test_every_command_works(thread: PacedLoop) -> None:
     submitted = ask(thread, GOOD | {"chat": True})
     assert submitted["ok"]
     assert ask(thread, {"do": "abort", "request_id": submitted["result"]})["ok"]
-    assert ask(thread, {"do": "abort", "request_id": "nobody"})["ok"], "aborting twice is fine"
+    assert ask(thread, {"do": "abort", "request_id": "nobody"})["ok"], "aborting twice is allowed"

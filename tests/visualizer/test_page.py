@@ -41,7 +41,7 @@ def finish(visualizer: Visualizer) -> None:
 
 def caught_up(page: Any, visualizer: Visualizer) -> dict[str, Any]:
     """The page's state once it shows the log's last record. The engine must be paused or idle."""
-    page.bring_to_front()  # a hidden tab draws nothing
+    page.bring_to_front()  # a hidden tab does not draw
     page.evaluate("minipaged.player.live()")
     page.wait_for_function(
         "([run, end]) => minipaged.player.run === run && minipaged.player.position === end "
@@ -56,7 +56,7 @@ def as_json(state: State) -> dict[str, Any]:
 
 
 def recorded(visualizer: Visualizer) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
-    """Keyframe 0 and all records of the run, as a viewer gets them."""
+    """The first keyframe and all records of the run, as a viewer gets them."""
     answer = json.loads(visualizer.log.news(None, None, None) or "")
     assert answer["first"] == 0
     return answer["keyframe"], answer["records"]
@@ -143,7 +143,7 @@ def test_a_sample_prompt_is_one_click(serve: Callable[..., Visualizer], pages: A
 
 
 def test_the_reducers_agree(serve: Callable[..., Visualizer], pages: Any) -> None:
-    """JavaScript's and Python's, on a run with forks, copies, preemptions and an abort."""
+    """The JavaScript and Python reducers agree on a run with forks, copies, preemptions and an abort."""
     visualizer = serve()
     page = pages.open(visualizer)
     crowd = STORIES + [Arrival(0, f"One day, a fox met {n} owls.", max_tokens=150, seed=n) for n in range(8)]
@@ -155,7 +155,7 @@ def test_the_reducers_agree(serve: Callable[..., Visualizer], pages: Any) -> Non
     types = {event["type"] for record in records for event in record}
     assert {"forked", "copied", "preempted", "freed", "cached", "finished"} <= types
 
-    begin = json.loads(json.dumps(keyframe))  # `from_dict` takes the lists over, and events change them
+    begin = json.loads(json.dumps(keyframe))  # a copy, because `from_dict` keeps the lists and events change them
     state, expected = State.from_dict(keyframe), {}
     for number, record in enumerate(records):
         for event in record:
@@ -183,7 +183,7 @@ def test_the_reducers_agree(serve: Callable[..., Visualizer], pages: Any) -> Non
 def test_the_tree_of_a_batch_has_the_engines_groups(serve: Callable[..., Visualizer], pages: Any) -> None:
     visualizer = serve()
     page = pages.open(visualizer)
-    visualizer.thread.set_rate(0.01).result(20)  # it computes its first step, and then only what is asked for
+    visualizer.thread.set_rate(0.01).result(20)  # slow enough that only requested steps run after the first
     visualizer.thread.reset(replace(SCENARIOS["batchllm"], asks=False)).result(20)
     visualizer.thread.pause().result(20)
     seen = set()
@@ -241,8 +241,8 @@ def test_engine_buttons_do_what_they_say(serve: Callable[..., Visualizer], pages
     page.click("[data-testid=engine-step]")
     page.wait_for_function("step => minipaged.dump().step === step + 1", arg=before)
     assert visualizer.log.state.step == before + 1
-    page.click("[data-testid=engine-pause]")  # now says "Resume"
-    # Not [data-engine=running]: a page on a busy machine may look again only when all is done.
+    page.click("[data-testid=engine-pause]")  # the button says "Resume"
+    # Not [data-engine=running]: on a busy machine, the page may refresh only after the last step.
     page.wait_for_selector("[data-engine]:not([data-engine=paused])")
     page.wait_for_function("step => minipaged.dump().step > step + 4", arg=before)
     page.evaluate("""() => { const rate = document.querySelector("[data-testid=rate]");
@@ -264,7 +264,7 @@ def test_freezing_and_rewinding_the_view_leaves_the_engine_alone(serve: Callable
     page.wait_for_function("minipaged.dump().step > 3")
     page.click("[data-testid=view-freeze]")
     frozen = page.evaluate("minipaged.dump()")
-    page.wait_for_function("minipaged.player.end > minipaged.player.position + 9")  # the engine went on
+    page.wait_for_function("minipaged.player.end > minipaged.player.position + 9")  # the engine continues
     assert page.evaluate("minipaged.dump()") == frozen
     visualizer.thread.set_rate(None).result(20)
     finish(visualizer)
@@ -309,7 +309,7 @@ def test_the_keyboard_moves_the_view(serve: Callable[..., Visualizer], pages: An
     assert page.evaluate("minipaged.player.mode") == "live"
     page.click("[data-testid=prompt]")
     page.keyboard.type("a l b")
-    assert page.input_value("[data-testid=prompt]") == "a l b", "typing is not steering"
+    assert page.input_value("[data-testid=prompt]") == "a l b", "keys in a text field must not navigate"
     assert page.evaluate("minipaged.player.mode") == "live"
 
 
@@ -384,7 +384,7 @@ def test_an_engine_error_is_told(serve: Callable[..., Visualizer], pages: Any) -
 def test_a_lost_server_is_told_and_found_again(
     launching: Callable[..., Visualizer], pages: Any, same_page: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    component_id = Context.id  # Gradio numbers components; a restarted server counts from the same number
+    component_id = Context.id  # Gradio numbers components, and a restarted server starts at the same number
     visualizer = launching()
     page = pages.open(visualizer)
     page.evaluate("window.before = true")
@@ -395,12 +395,12 @@ def test_a_lost_server_is_told_and_found_again(
         monkeypatch.setattr(Context, "id", component_id)
     again = launching()
     page.wait_for_function("run => window.minipaged?.player.run === run", arg=again.log.run)
-    assert page.evaluate("window.before === true") == same_page, "the page is loaded anew only if it must be"
+    assert page.evaluate("window.before === true") == same_page, "the page should reload only for another version"
     submit(again)
     finish(again)
     assert caught_up(page, again) == as_json(again.log.state)
     assert banner.is_hidden()
-    pages.complaints.clear()  # a browser logs every refused connection by itself
+    pages.complaints.clear()  # the browser itself logs refused connections
 
 
 def test_the_opening_scenario_begins_by_itself_and_shows_everything(
@@ -408,9 +408,9 @@ def test_the_opening_scenario_begins_by_itself_and_shows_everything(
 ) -> None:
     visualizer = launching(scenario=OPENING, rate=12, stories_end=True)
     time.sleep(0.3)
-    assert visualizer.log.end == 0, "nothing is played to an empty house"
+    assert visualizer.log.end == 0, "without viewers, no scenario starts"
     page = pages.open(visualizer)
-    page.wait_for_selector("[data-testid=sequence] [data-chip]")  # how soon is for benchmarks/first_paint.py
+    page.wait_for_selector("[data-testid=sequence] [data-chip]")  # benchmarks/first_paint.py measures the time
     visualizer.thread.set_rate(None).result(20)
     finish(visualizer)
     _, records = recorded(visualizer)
@@ -418,10 +418,10 @@ def test_the_opening_scenario_begins_by_itself_and_shows_everything(
     for event in (event for record in records for event in record):
         step = event.get("step", step)
         first.setdefault(event["type"], step)
-    within = 20 * 12  # steps in the first twenty seconds
+    within = 20 * 12  # number of steps in the first 20 seconds
     assert all(first[kind] < within for kind in ("forked", "copied", "preempted", "finished"))
     admitted = [e["request_id"] for record in records for e in record if e["type"] == "admitted"]
-    assert len(set(admitted)) == 8 < len(admitted), "eight requests, and one of them came back"
+    assert len(set(admitted)) == 8 < len(admitted), "eight requests, one of them readmitted"
     caught_up(page, visualizer)
     told = set(page.evaluate("minipaged.player.records.map((record) => record.told?.kind)"))
     assert {"arrival", "admit", "fork", "copy-on-write", "allocate", "preemption", "resume", "finish"} <= told
@@ -456,4 +456,4 @@ def test_the_chart_is_fed(serve: Callable[..., Visualizer], pages: Any) -> None:
 def test_a_port_in_use_is_one_clear_error(launching: Callable[..., Visualizer], free_port: int) -> None:
     launching()
     with pytest.raises(PortInUse, match=f"port {free_port} is in use.*--port"):
-        launch(lambda: pytest.fail("the model is not loaded in vain"), port=free_port)
+        launch(lambda: pytest.fail("the model is loaded although the port is in use"), port=free_port)

@@ -1,4 +1,4 @@
-"""axe-core finds nothing serious in what opens: drawers, dialogs, the quiz, the chat, large charts, recordings."""
+"""Accessibility: axe-core finds no serious issue in drawers, dialogs, the quiz, the chat, charts and recordings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import axe_core_python.base as axe  # of the dev extra; without it these tests fail, not skip
+import axe_core_python.base as axe  # from the dev extra; without it, these tests fail
 
 from tests.visualizer.test_experiments import SLEEPS
 from tests.visualizer.test_page import caught_up, steps, submit
@@ -19,10 +19,10 @@ SCRIPT = (Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 
 
 def check(page: Any, what: str) -> list[str]:
-    """What axe holds against the page as it stands, in light and in dark."""
+    """Serious and critical issues that axe finds on the current page, in the light and the dark theme."""
     if not page.evaluate("'axe' in window"):
         page.evaluate(SCRIPT)
-    # Colours that are on their way from one state to another are nobody's contrast.
+    # Without transitions, because their intermediate colours would fail the contrast check.
     page.add_style_tag(content="*, *::before, *::after { transition: none !important; animation: none !important; }")
     serious = []
     for theme in ("light", "dark"):
@@ -50,7 +50,7 @@ def test_the_drawer(serve: Callable[..., Visualizer], pages: Any) -> None:
     block.click()
     page.wait_for_selector("[data-testid=drawer]:visible")
     serious = check(page, "block")
-    page.click("[data-testid=sequence] .mp-badge")  # in the line, it depends on its width whether a token is hit
+    page.click("[data-testid=sequence] .mp-badge")  # the badge, because a click elsewhere may hit a token
     page.wait_for_selector("[data-testid=runs] [data-go^='token:']")
     serious += check(page, "sequence")
     page.locator("[data-testid=runs] [data-go^='token:']").all()[-3].click()
@@ -139,5 +139,5 @@ def test_memory_that_is_set_aside(serve: Callable[..., Visualizer], pages: Any) 
     visualizer.thread.pause().result(20)
     caught_up(page, visualizer)
     serious = check(page, "contiguous memory")
-    visualizer.thread.reset(SCENARIOS["without-holes"]).result(20)  # paged again, for the other tests
+    visualizer.thread.reset(SCENARIOS["without-holes"]).result(20)  # back to paged memory for other tests
     assert not serious, "\n".join(serious)

@@ -1,6 +1,6 @@
-"""The panel of charts in a real browser: tabs, the numbers of the moment looked at, and the same as Python's books.
+"""The charts panel in a real browser: tabs, the numbers at the current position, and agreement with Python's accounts.
 
-Live, in a recording, and in an exported page, which has no server to ask.
+Tested live, in a recording, and in an exported page, which has no server.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.visualizer.test_playback import GOLDEN
 from visualizer.app import Visualizer
 from visualizer.export import export
 
-# What the table of bars says, manager by manager.
+# The text of the bar table for each memory manager.
 TABLE = """() => [...document.querySelectorAll("[data-manager]")].map((row) => [
     row.dataset.manager, row.querySelector(".mp-w-words").textContent, row.querySelector(".mp-w-fit").textContent])"""
 LENGTHS = "(id) => document.querySelector(`[data-testid=${id}]`).data.map((trace) => trace.x.length)"
@@ -36,12 +36,12 @@ def expected(row: list[int]) -> list[list[str]]:
 
 
 def flat(number: int, row: Any) -> list[int]:
-    """``[number, step, running, [token, reserved, internal, external, fit] for each manager]``, as the page has it."""
+    """A row in the page's format: number, step, running; token, reserved, internal, external, fit per manager."""
     return [number, row.step, row.running, *(n for name in MANAGERS for n in (*row.held[name], row.fit[name]))]
 
 
 def rows_after(records: list[list[Event]]) -> list[list[int]]:
-    """What each manager holds after each record, as Python reckons it."""
+    """What each manager holds after each record, as computed by Python."""
     accounts = Accounts()
     for events in records:
         for event in events:
@@ -56,7 +56,7 @@ def rows_of(visualizer: Visualizer) -> list[list[int]]:
 
 
 def events_of(visualizer: Visualizer) -> list[list[Event]]:
-    """The run's records. It must be short enough for the log to have all of them."""
+    """The run's records. The run must be short enough that the log still has all of them."""
     start = visualizer.thread.call(visualizer.thread.engine.started_event).result(20)
     answer = json.loads(visualizer.log.news(visualizer.log.run, 0, None) or "")
     first, *others = [[event_from_dict(event) for event in record] for record in answer["records"]]
@@ -90,7 +90,7 @@ def test_the_waste_shown_is_the_servers_at_every_moment(serve: Callable[..., Vis
         words = page.text_content("[data-testid=waste-say]")
         assert f"{held[0] / held[-1]:.1f}×" in words and f"{now[number][7]} of these {now[number][2]}" in words
 
-    # A text that ends before its limit changes the past, for this viewer and for one who comes late.
+    # A sequence that ends before its limit changes earlier rows, for this viewer and for a late one.
     visualizer.thread.abort(ids[0]).result(20)
     visualizer.thread.resume().result(20)
     finish(visualizer)
@@ -111,7 +111,7 @@ def test_tabs_enlarging_and_what_each_chart_draws(serve: Callable[..., Visualize
     visualizer.thread.pause().result(20)
     submit(visualizer)
     steps(visualizer, 10)
-    submit(visualizer, [replace(STORIES[1], n=1)])  # a prompt that the prefix cache knows by now
+    submit(visualizer, [replace(STORIES[1], n=1)])  # a prompt that is in the prefix cache by now
     steps(visualizer, 20)
     caught_up(page, visualizer)
     records = visualizer.log.end
@@ -124,7 +124,7 @@ def test_tabs_enlarging_and_what_each_chart_draws(serve: Callable[..., Visualize
         assert page.get_attribute(f"[data-testid=tab-{name}]", "aria-selected") == "true"
         assert page.locator("[role=tabpanel]:visible").get_attribute("data-chart") == name
         assert page.evaluate("document.activeElement.dataset.testid") == f"tab-{name}"
-    assert page.evaluate("minipaged.player.position") == position, "the page's own arrow keys did not hear of it"
+    assert page.evaluate("minipaged.player.position") == position, "arrow keys in tabs must not move the position"
 
     page.click("[data-testid=tab-throughput]")
     drawn = "document.querySelector('[data-testid=chart-throughput]').data"
@@ -132,13 +132,13 @@ def test_tabs_enlarging_and_what_each_chart_draws(serve: Callable[..., Visualize
     events = [event for record in events_of(visualizer) for event in record]
     batches = [event.num_tokens for event in events if event.type == "step_finished"]
     decode, prefill, ms, _ = page.evaluate(f"{drawn}.map((trace) => [...trace.y])")
-    # Records between two steps, such as that of a request, computed nothing.
+    # Records between steps, such as a request's arrival, contain no computed tokens.
     assert [a + b for a, b in zip(decode, prefill, strict=True) if a + b] == batches
     assert ms[-1] > 0
 
     page.click("[data-testid=tab-sequences]")
     bars = "document.querySelector('[data-testid=chart-sequences]').data?.map((trace) => trace.y.length)"
-    page.wait_for_function(f"{bars}?.[2] === 8")  # everybody decodes by now
+    page.wait_for_function(f"{bars}?.[2] === 8")  # all sequences decode by now
 
     page.click("[data-testid=tab-prefix]")
     metrics = Metrics(visualizer.thread.engine.started_event())
@@ -148,10 +148,10 @@ def test_tabs_enlarging_and_what_each_chart_draws(serve: Callable[..., Visualize
     page.locator("[data-testid=chart-now]").filter(has_text=found).wait_for()
     assert metrics.cached_tokens >= 16
 
-    page.set_viewport_size({"width": 1000, "height": 720})  # too narrow for all tabs and buttons in a line
+    page.set_viewport_size({"width": 1000, "height": 720})  # too narrow for all tabs and buttons in one row
     page.click("[data-testid=tab-waste]")
     places = [page.locator(f"[data-testid={name}]").bounding_box() for name in ("tab-waste", "enlarge")]
-    assert abs(places[0]["y"] - places[1]["y"]) < 3, "the button has not wrapped below the tabs"
+    assert abs(places[0]["y"] - places[1]["y"]) < 3, "the button must stay in the tabs' row"
     page.set_viewport_size({"width": 1280, "height": 720})
     page.click("[data-testid=tab-prefix]")
 
@@ -162,7 +162,7 @@ def test_tabs_enlarging_and_what_each_chart_draws(serve: Callable[..., Visualize
     page.keyboard.press("Escape")
     page.wait_for_function(f"{wide} < 700")
 
-    # A frozen view keeps its charts, with a line at the moment looked at; a new run begins them anew.
+    # A frozen view keeps its charts, with a line at the current position; a new run clears them.
     page.click("[data-testid=tab-memory]")
     page.evaluate("minipaged.player.seek(12)")
     shape = "document.querySelector('[data-testid=chart]').layout.shapes.find((s) => s.name === 'moment')"
@@ -193,7 +193,7 @@ def books_agree(page: Any, path: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("path", GOLDEN[1:], ids=[path.stem for path in GOLDEN[1:]])
 def test_the_books_agree_on_what_is_shipped(path: Path, serve: Callable[..., Visualizer], pages: Any) -> None:
-    """Python's and JavaScript's, after every record of a recording."""
+    """Python's and JavaScript's accounts agree after every record of a recording."""
     page = pages.open(serve())
     page.set_input_files("[data-testid=file]", path)
     page.wait_for_function("minipaged.player.recording")
@@ -203,7 +203,7 @@ def test_the_books_agree_on_what_is_shipped(path: Path, serve: Callable[..., Vis
 def test_an_exported_page_keeps_books_and_draws_charts(pages: Any, tmp_path: Path) -> None:
     path, file = GOLDEN[0], tmp_path / "replay.html"
     file.write_text(export(path.read_text(encoding="utf-8")), encoding="utf-8")
-    assert file.stat().st_size < 3_000_000, "a file for a mail"
+    assert file.stat().st_size < 3_000_000, "the file should fit into an e-mail"
     page = pages.file(file)
     rows = books_agree(page, path)
     page.click("[data-testid=tab-waste]")
@@ -224,7 +224,7 @@ def test_an_exported_page_keeps_books_and_draws_charts(pages: Any, tmp_path: Pat
 def test_the_books_follow_a_run_whose_beginning_is_forgotten(
     serve: Callable[..., Visualizer], pages: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever comes late begins with a keyframe, in the middle of texts; what the page has forgotten has no row."""
+    """A late viewer starts with a keyframe, amid running sequences; records that the page dropped have no row."""
     monkeypatch.setattr("visualizer.log.HISTORY", 10)
     visualizer = serve()
     early = pages.open(visualizer)
@@ -238,7 +238,7 @@ def test_the_books_follow_a_run_whose_beginning_is_forgotten(
     (everything, _), (rest, _) = [(caught_up(page, visualizer), page.evaluate(ROWS))[1] for page in (early, late)]
     first = late.evaluate("minipaged.player.first")
     assert first >= 40 and rest == everything[first:] and everything == rows_of(visualizer)
-    # As when the page forgets: a window that moves on.
+    # Drops the oldest records, as the page does in a long run.
     early.evaluate("""() => { const { player } = minipaged;
         player.seek(40);
         player.keyframes.set(40, JSON.stringify(player.state));

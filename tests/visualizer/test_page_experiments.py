@@ -1,4 +1,4 @@
-"""The Experiments view in a real browser; what is measured is played by a process that needs no time."""
+"""The Experiments view in a real browser, with a fast process in place of real measurements."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def drawn(page: Any) -> list[float]:
 
 
 def prepared(visualizer: Visualizer, command: tuple[str, ...], earlier: Path) -> Visualizer:
-    """With another process, and other results than the repository's."""
+    """Replaces the visualizer's experiment process and the repository's results."""
     visualizer.experiments.__init__(earlier, command)  # type: ignore[misc]
     return visualizer
 
@@ -73,9 +73,9 @@ def test_an_experiment_runs_beside_the_engine_and_all_viewers_see_it(
     assert page.is_visible("[data-testid=exp-cancel]") and not page.is_visible("[data-testid=exp-quick]")
 
     submit(visualizer, STORIES[:1])
-    page.wait_for_function("minipaged.player.end > 20")  # the engine goes on, and its records still come
+    page.wait_for_function("minipaged.player.end > 20")  # the engine continues, and its records still arrive
     choose(page, "waste")
-    assert page.is_disabled("[data-testid=exp-quick]"), "one at a time"
+    assert page.is_disabled("[data-testid=exp-quick]"), "only one experiment at a time"
     open_view(other)
     other.wait_for_selector("[data-name=parallel-sampling][data-mark=running]")
 
@@ -106,7 +106,7 @@ def test_failures_and_cancelling_are_told(serve: Callable[..., Visualizer], page
     message = page.locator("[data-testid=exp-message]")
     message.filter(has_text="It failed: OutOfBlocks: no block is left").wait_for()
     choose(page, "latency")
-    assert not message.is_visible(), "it was another one that failed"
+    assert not message.is_visible(), "another experiment failed"
     prepared(visualizer, SLEEPS, tmp_path)
     page.click("[data-testid=exp-quick]")
     page.click("[data-testid=exp-cancel]")
@@ -196,4 +196,4 @@ def test_the_class_is_what_the_server_uses(launching: Callable[..., Visualizer])
     visualizer.experiments.start("waste", True)
     process = visualizer.experiments._run.process
     visualizer.close()
-    assert process.wait(timeout=30) != 0, "the server takes it along"
+    assert process.wait(timeout=30) != 0, "the server should end the process"

@@ -1,4 +1,4 @@
-"""Scenarios, predictions, settings and the chat, as a viewer meets them in a browser."""
+"""Scenarios, predictions, settings and the chat in a real browser."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_settings_are_the_engines(serve: Callable[..., Visualizer], pages: Any) 
     page.fill("[data-testid=prompt]", "Once upon a time")
     page.click("[data-testid=generate]")
     page.locator("[data-testid=message]").filter(has_text="seed").wait_for()
-    # Beside the field, too: on leaving it, and when a prompt is refused for it.
+    # The message also appears beside the field, when the viewer leaves it and when a prompt is rejected.
     assert "Seed must be" in page.text_content("[data-testid=bad-seed]")
     assert page.get_attribute("[data-testid=set-seed]", "aria-invalid") == "true"
     page.click("[data-testid=settings]")
@@ -109,7 +109,7 @@ def test_a_conversation_finds_its_blocks_again(serve: Callable[..., Visualizer],
     assert notes.nth(0).text_content().startswith("turn 1: 0 of ")
     assert int(notes.nth(1).get_attribute("data-cached")) > 0 and "turn 2" in notes.nth(1).text_content()
     seqs = page.evaluate("minipaged.dump().seqs")
-    assert seqs["1"]["tokens"][: len(seqs["0"]["tokens"]) - 4] == seqs["0"]["tokens"][:-4], "all of it was sent again"
+    assert seqs["1"]["tokens"][: len(seqs["0"]["tokens"]) - 4] == seqs["0"]["tokens"][:-4], "all turns are sent again"
 
     visualizer.thread.set_rate(5).result(20)
     page.fill("[data-testid=chat-text]", "Tell me a story about a dragon.")

@@ -1,4 +1,4 @@
-"""Clicking through the page: blocks, sequences, tokens, forks and attention, compared with the engine behind it."""
+"""The page's inspector: blocks, sequences, tokens, forks and attention, compared with the engine."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +20,7 @@ FOUR = Arrival(0, "In a small town by the sea, there lived a girl named Anna. Sh
 
 @pytest.fixture
 def paused(serve: Callable[..., Visualizer], pages: Any) -> tuple[Visualizer, Any]:
-    """Two requests, thirty steps on."""
+    """A page with two requests, paused after 30 steps."""
     visualizer = serve()
     page = pages.open(visualizer)
     visualizer.thread.pause().result(20)
@@ -43,7 +43,7 @@ def open_row(page: Any, seq_id: int) -> None:
 def test_a_block_shows_its_tokens_its_owners_and_its_past(paused: tuple[Visualizer, Any]) -> None:
     visualizer, page = paused
     engine = visualizer.thread.engine
-    block = engine.memory.tables[1][0]  # of the four samples' prompt
+    block = engine.memory.tables[1][0]  # a block of the four samples' prompt
     page.click(f"[data-testid=block][data-block='{block}']")
     page.wait_for_selector("[data-testid=block-kind]:text-is('shared ×4')")
     tokens = page.eval_on_selector_all(
@@ -53,9 +53,9 @@ def test_a_block_shows_its_tokens_its_owners_and_its_past(paused: tuple[Visualiz
     assert page.locator("[data-testid=block-owners] button").all_text_contents() == ["B", "C", "D", "E"]
     kinds = page.eval_on_selector_all("[data-testid=story] li", "items => items.map(i => i.dataset.kind)")
     assert kinds[-2:] == ["filled", "allocated"] and kinds.count("shared") == 3 and "cached" in kinds
-    assert page.is_visible(f"[data-testid=block][data-block='{block}']"), "what was clicked is not hidden"
+    assert page.is_visible(f"[data-testid=block][data-block='{block}']"), "the drawer must not cover the clicked block"
 
-    tail = engine.memory.tables[1][-1]  # partly filled
+    tail = engine.memory.tables[1][-1]  # a partly filled block
     page.click(f"[data-testid=block][data-block='{tail}']")
     page.wait_for_selector("[data-testid=block-kind]:text-is('owned')")
     filled = engine_sequence(visualizer, 1).num_computed % 16
@@ -71,7 +71,7 @@ def test_tokens_and_slots_point_at_each_other(paused: tuple[Visualizer, Any]) ->
     page.hover("[data-testid=runs] [data-go='token:0:18']")
     page.wait_for_selector(f"[data-block='{table[1]}'] .mp-marker[data-slot='{table[1]}:2']")
     cell = page.locator(f"[data-testid=block][data-block='{table[0]}']")
-    cell.hover()  # says something below the pool, which may have to make room for it
+    cell.hover()  # shows a line below the pool, which may change the layout
     page.wait_for_selector("[data-testid=runs] .mp-marked")
     box = cell.bounding_box()
     page.mouse.move(box["x"] + box["width"] * 5.5 / 16, box["y"] + box["height"] / 2)
@@ -90,7 +90,7 @@ def test_the_keyboard_opens_walks_and_closes(paused: tuple[Visualizer, Any]) -> 
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
     page.locator("[data-testid=token-facts]").filter(has_text="token id").wait_for()
-    assert page.evaluate("minipaged.player.position") == position, "the arrows move among the tokens, not in time"
+    assert page.evaluate("minipaged.player.position") == position, "here, arrow keys select tokens"
     page.keyboard.press("Escape")
     page.locator("[data-testid=drawer]").wait_for(state="hidden")
     assert page.evaluate("document.activeElement.dataset.seq") == "0"
@@ -167,14 +167,14 @@ def test_a_token_tells_its_odds_and_what_it_looked_at(paused: tuple[Visualizer, 
     blocks = page.eval_on_selector_all("[data-testid=attention-block]", "b => b.map(x => Number(x.dataset.physical))")
     assert blocks == engine.memory.tables[0][: position // 16 + 1]
     heated = page.eval_on_selector_all(".mp-heat", "n => n.map(x => Number(x.closest('[data-block]').dataset.block))")
-    assert heated == blocks, "the pool shows the weights where the keys lie"
+    assert heated == blocks, "the pool shows the weights on the keys' blocks"
     assert "q(" in page.text_content("[data-testid=attention-words]")
     assert engine.block_tables() == before
 
     visualizer.thread.abort("request-0").result(20)
     caught_up(page, visualizer)
-    assert page.evaluate(shown), "what was captured stays"
-    assert page.locator(".mp-heat").count() == 0, "but not over blocks that are no longer its own"
+    assert page.evaluate(shown), "captured weights stay"
+    assert page.locator(".mp-heat").count() == 0, "freed blocks show no weights"
     page.click("nav >> text=sequence A")
     page.click(f"[data-testid=runs] [data-go='token:0:{position - 1}']")
     page.locator("[data-testid=attention-words]").filter(has_text="given its blocks back").wait_for()

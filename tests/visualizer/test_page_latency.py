@@ -1,4 +1,4 @@
-"""The latency chart: first tokens and gaps between tokens, compared with a second reckoning of them in Python."""
+"""The latency chart: time to first token and inter-token latency, compared with a second computation in Python."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def nearest_rank(numbers: list[float], share: float) -> float | None:
 
 
 def reckon(records: list[list[dict[str, Any]]]) -> tuple[list, list]:
-    """First tokens as [record, sequence, ms], and the percentiles after each record. By plain lists of times."""
+    """First tokens as [record, sequence, ms], and inter-token percentiles after each record, from lists of times."""
     clock, gaps, asked, firsts, percentiles = 0.0, [], {}, [], []
     request_of: dict[int, str] = {}
-    times: dict[int, list[float]] = {}  # when each sequence's tokens came
+    times: dict[int, list[float]] = {}  # sequence → times of its tokens
     for number, record in enumerate(records):
         sampled: list[int] = []
         for event in map(event_from_dict, record):
@@ -82,7 +82,7 @@ def test_the_chart_shows_waiting_and_not_the_pages_pauses(serve: Callable[..., V
     submit(visualizer, STORIES[:1])
     steps(visualizer, 12)
     caught_up(page, visualizer)
-    page.wait_for_timeout(1200)  # a second goes by, and is nobody's latency
+    page.wait_for_timeout(1200)  # a pause of the engine, which must not count as latency
     submit(visualizer, STORIES[1:])
     steps(visualizer, 12)
     caught_up(page, visualizer)
@@ -94,16 +94,16 @@ def test_the_chart_shows_waiting_and_not_the_pages_pauses(serve: Callable[..., V
     assert page.evaluate(f"[...{DRAWN}[0].y]") == pytest.approx([first[2] for first in told["firsts"]])
     assert page.evaluate(f"[...{DRAWN}[0].text]") == ["A", "B", "F"]
     last = told["percentiles"][-1]
-    page.wait_for_function(  # charts are drawn a few times a second
+    page.wait_for_function(  # charts are drawn a few times per second
         f"(last) => last.every((ms, i) => Math.abs({DRAWN}[i + 1].y.at(-1) - ms) < 1e-6)", arg=last
     )
     words = page.text_content("[data-testid=chart-now]")
     assert "median of 3" in words and f"{last[0]:.1f} ms (p50)" in words
 
-    # At a moment before the second batch came, only one first token is known.
+    # Before the second batch arrives, there is only one first token.
     page.evaluate("minipaged.player.seek(8)")
     page.locator("[data-testid=chart-now]").filter(has_text="median of 1").wait_for()
-    # A new run begins with nothing.
+    # A new run starts without data.
     visualizer.thread.reset().result(20)
     page.evaluate("minipaged.player.live()")
     page.wait_for_function("!document.querySelector('[data-testid=chart-now]').textContent.includes('median')")

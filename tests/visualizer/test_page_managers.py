@@ -1,4 +1,4 @@
-"""Other memory managers than the paged one on the page: chosen in the settings, and drawn as what they are."""
+"""Memory managers other than the paged one: chosen in the page's settings, and drawn correctly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONG = [
 
 
 def apply(page: Any, **choices: str) -> str:
-    """Chooses in the drawer, restarts, and returns what is said."""
+    """Chooses settings in the drawer, restarts the engine, and returns the message."""
     page.click("[data-testid=settings]")
     for name, value in choices.items():
         page.select_option(f"[data-testid=set-{name}]", value)
@@ -65,7 +65,7 @@ def test_contiguous_memory_is_drawn_as_set_aside_and_filled(serve: Callable[...,
     assert page.inner_text("[data-testid=pool-count]") == said
     assert page.is_visible(".mp-legend .mp-key.mp-reserved") and not page.is_visible(".mp-legend .mp-key.mp-cached")
     columns = page.eval_on_selector("[data-testid=pool]", "grid => Number(grid.style.getPropertyValue('--columns'))")
-    assert columns >= 4 and columns & (columns - 1) == 0, "pieces begin where rows do"
+    assert columns >= 4 and columns & (columns - 1) == 0, "the columns must be a power of two"
 
     page.click("[data-testid=tab-waste]")
     page.wait_for_selector("[data-manager=orca-pow2].mp-w-seen")
@@ -78,7 +78,7 @@ def test_narration_names_the_managers_own_functions(serve: Callable[..., Visuali
     page = pages.open(visualizer)
     apply(page, memory="orca-oracle")
     visualizer.thread.pause().result(20)
-    submit(visualizer, STORIES[1:2])  # four samples: the group's chunks are copied into
+    submit(visualizer, STORIES[1:2])  # four samples, whose forks copy into the group's chunks
     steps(visualizer, 3)
     caught_up(page, visualizer)
     page.keyboard.press("Home")
@@ -121,7 +121,7 @@ def test_texts_are_written_under_every_manager(memory: str, serve: Callable[...,
     visualizer = serve()
     page = pages.open(visualizer)
     said = apply(page, memory=memory)
-    if "Restarted" not in said:  # vAttention wants Linux, and says so
+    if "Restarted" not in said:  # vAttention requires Linux
         assert memory == "vattention" and visualizer.thread.engine.config.memory == "paged"
     page.fill("[data-testid=max-tokens]", "12")
     page.fill("[data-testid=prompt]", "Once upon a time")

@@ -1,4 +1,4 @@
-"""What a page keeps has an end: records, keyframes, charts' points; and what it keeps as text comes back the same."""
+"""The page's memory is bounded (records, keyframes, points of charts), and compressed events do not change."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_events_are_the_same_after_a_garbage_collection(serve: Callable[..., Vis
     _, records = recorded(visualizer)
     assert page.evaluate("minipaged.player.records.map((record) => record.events)") == records
     same = "(() => { const [r] = minipaged.player.records; return r.events === r.events; })()"
-    assert page.evaluate(same), "whoever compares events finds the same objects"
+    assert page.evaluate(same), "events must keep their identity"
 
 
 def test_what_is_kept_has_an_end(serve: Callable[..., Visualizer], pages: Any) -> None:
@@ -32,11 +32,11 @@ def test_what_is_kept_has_an_end(serve: Callable[..., Visualizer], pages: Any) -
     submit(visualizer, STORIES[:1])
     steps(visualizer, 5)
     caught_up(page, visualizer)
-    # The server knows nothing of the records made up below: it is not listened to, whatever it says about its own.
+    # Ignores the server's records, because the records below are made up.
     page.evaluate("minipaged.player.receive = () => {}")
     for tab in ("throughput", "latency", "waste"):
         page.click(f"[data-testid=tab-{tab}]")
-        # Steps that compute one token for nobody: the engine is paused, so no others come in between.
+        # Made-up steps of one token; the engine is paused, so no real ones come in between.
         page.evaluate("""() => { const { player } = minipaged;
             for (let i = 0; i < 700; i += 1) {
                 const step = player.head.step + 1;

@@ -1,4 +1,4 @@
-"""What a step may cost a browser: the page changes what the step changed, and builds nothing anew."""
+"""The browser's cost of a step: the page updates only what the step changed, and rebuilds no elements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WATCH = """() => {
     const everything = { subtree: true, childList: true, attributes: true, characterData: true };
     watching.observe(document.querySelector(".mp"), everything);
 }"""
-# How much each frame changed but for plotly, which does a few times a second; how many blocks of the pool; nodes made.
+# Changes per frame without plotly's, which draws a few times per second; changed blocks of the pool; added nodes.
 SINCE = """() => {
     const element = (node) => (node.nodeType === Node.ELEMENT_NODE ? node : node.parentElement);
     const ours = ({ target }) => !element(target)?.closest(".mp-charts");
@@ -31,9 +31,9 @@ def num_blocks(visualizer: Visualizer) -> int:
 
 
 def test_a_step_changes_only_what_it_is_about(serve: Callable[..., Visualizer], pages: Any) -> None:
-    """Seven texts write a token each, and sometimes take a block. Measured: 136 to 177 changes a step, and 8 to 17 new
-    nodes. Twice that is the bound; cells of the pool painted anew, or rows made anew, are far above it. A busy
-    machine may draw a step in more than one frame: the bound is each one's."""
+    """Seven sequences get a token each, and sometimes a block. Measured: 136 to 177 changes per step, and 8 to 17 new
+    nodes. The bound is twice that; redrawing all blocks or rebuilding rows exceeds it by far. A busy machine may draw
+    a step in more than one frame, so the bound applies to each frame."""
     visualizer = serve()
     page = pages.open(visualizer)
     visualizer.thread.pause().result(20)
@@ -50,5 +50,5 @@ def test_a_step_changes_only_what_it_is_about(serve: Callable[..., Visualizer], 
         new = num_blocks(visualizer) - before
         changes, cells, nodes = page.evaluate(SINCE)
         assert sum(changes) > 10 * texts and max(changes) < 50 * texts
-        assert texts <= cells <= texts + 2 * new, "where the tokens went, and the blocks that are new or full now"
+        assert texts <= cells <= texts + 2 * new, "only blocks with new tokens and new or full blocks change"
         assert nodes < 5 * texts

@@ -1,4 +1,4 @@
-"""What a prediction says of a cached block is seen on it, and every eviction says why."""
+"""The page shows each cached block's prediction, and the reason of each eviction."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from visualizer.app import Visualizer
 
 
 def recording(path: Path) -> list[Event]:
-    """Prompts of several kinds; the predictor takes every second for the last turn of its chat."""
+    """Records prompts of several kinds; the predictor predicts a last turn for every second one."""
     engine, recorder = fake_engine(num_blocks=12, eviction="flush-when-all-0"), Recorder(path)
     closing = iter([False, True] * 8)
     engine.memory.prefix_cache.policy.predict = lambda tokens: next(closing)

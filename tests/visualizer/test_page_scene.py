@@ -1,5 +1,5 @@
-"""The main scene: the rows' tree, tokens and slots, finds in the prefix cache, the timeline's lanes, the CPU's blocks,
-and the page on small screens; in a real browser, compared with the engine behind it."""
+"""The main scene in a real browser, compared with the engine: the tree of sequences, tokens and slots, prefix cache
+hits, the timeline's lanes, blocks on the CPU, and small screens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROMPTS = [
 
 @pytest.fixture
 def paused(serve: Callable[..., Visualizer], pages: Any) -> tuple[Visualizer, Any]:
-    """`STORIES`, thirty steps on: A alone, B to E four samples of one prompt, F and G two of another."""
+    """`STORIES`, paused after 30 steps: A alone, B to E four samples of one prompt, F and G two of another."""
     visualizer = serve()
     page = pages.open(visualizer)
     visualizer.thread.pause().result(20)
@@ -51,7 +51,7 @@ def seek(page: Any, position: int) -> None:
 
 
 def tree(page: Any) -> list[list[Any]]:
-    """[sequence, its parent's row, depth, the kinds of lines that lead to it] for every row, from the top."""
+    """[sequence, parent's row, depth, kinds of its tree lines] for every row, from the top."""
     return page.eval_on_selector_all(
         "[data-testid=sequence]",
         """rows => rows.map((row) => [
@@ -61,7 +61,7 @@ def tree(page: Any) -> list[list[Any]]:
 
 
 def place(page: Any, seq: int, token: int) -> tuple[float, float]:
-    """Where in the window a token of a row's text is to be seen, counted among the letters of what was written."""
+    """The position (x, y) in the window of an output token in a row."""
     x, y = page.evaluate(
         """([id, token]) => {
             const seq = minipaged.player.state.seqs[id];
@@ -78,7 +78,7 @@ def place(page: Any, seq: int, token: int) -> tuple[float, float]:
 
 
 def highlighted(page: Any, name: str) -> list[str]:
-    """The texts of the ranges that the browser paints under this name."""
+    """The texts that the browser highlights under ``name``."""
     return page.evaluate("name => [...(CSS.highlights.get(name) ?? [])].map(String)", name)
 
 
@@ -114,7 +114,7 @@ def test_children_stand_under_their_parents_even_those_that_have_ended(paused: t
 def test_the_tree_follows_from_the_state_at_any_moment(
     path: Path, launching: Callable[..., Visualizer], pages: Any
 ) -> None:
-    """Preemptions, swaps and beams that were given up change nothing about who is whose child."""
+    """Preemptions, swaps and pruned beams do not change parents in the tree."""
     page = pages.open(launching(replay=path))
     end = page.evaluate("minipaged.player.end")
     seen = {}
@@ -128,7 +128,7 @@ def test_the_tree_follows_from_the_state_at_any_moment(
         for index, (seq, parent, depth, rails) in enumerate(rows):
             elder = state["seqs"][str(seq)]["parent"]
             if seq in live and elder is not None:
-                assert parent == elder, "who writes stands under its very parent"
+                assert parent == elder, "a live sequence must be below its parent"
             while elder is not None and elder not in ids:
                 elder = state["seqs"][str(elder)]["parent"]
             assert parent == elder
@@ -156,7 +156,7 @@ def test_a_token_of_a_row_shows_its_slot_and_opens(paused: tuple[Visualizer, Any
         chips = page.locator("[data-testid=chip].mp-lit")
         assert chips.evaluate_all("chips => chips.map(c => Number(c.dataset.chip))") == [table[token // 16]]
         assert highlighted(page, "mp-slot") == [pieces[token]]
-    assert page.locator("[data-testid=sequence][data-seq='0'] .mp-line *").count() == 3, "no element for every token"
+    assert page.locator("[data-testid=sequence][data-seq='0'] .mp-line *").count() == 3, "no element per token"
     page.mouse.click(*place(page, 0, 24))
     facts = page.locator("[data-testid=token-facts]").filter(has_text="position24")
     facts.filter(has_text=f"block {table[1]}, slot 8").wait_for()
@@ -189,7 +189,7 @@ def test_a_block_shows_its_words_in_every_row(paused: tuple[Visualizer, Any]) ->
             const word = range.getBoundingClientRect();
             return word.left >= line.left - 1 && word.right <= line.right + 1;
         })""")
-        assert inside, "the row brings the words into view"
+        assert inside, "the row must scroll to the tokens"
         arrows = page.eval_on_selector_all(".mp-arrows path", "paths => paths.map(p => Number(p.dataset.block))")
         assert arrows == [block] * len(sharers)
     page.mouse.move(2, 2)
@@ -216,7 +216,7 @@ def test_the_newest_token_lands_in_its_slot(paused: tuple[Visualizer, Any]) -> N
 
     falls = "nodes => nodes.map((node) => getComputedStyle(node).animationName)"
     for _ in range(3):
-        page.wait_for_timeout(100)  # an eye cannot follow faster steps, and then nothing falls
+        page.wait_for_timeout(100)  # with faster steps, the page skips the animation
         steps(visualizer, 1)
         caught_up(page, visualizer)
         assert landed() == newest() and len(newest()) == 7
@@ -257,7 +257,7 @@ def test_a_find_in_the_prefix_cache_is_seen(serve: Callable[..., Visualizer], pa
     hit = page.locator("[data-testid=sequence][data-seq='1'] [data-testid=hit]")
     assert hit.text_content() == f"{tokens} tokens from the cache" and hit.is_visible()
     table = page.locator("[data-testid=sequence][data-seq='1'] [data-testid=table]").bounding_box()
-    assert hit.bounding_box()["x"] >= table["x"] + table["width"], "it covers no entry, however many there are"
+    assert hit.bounding_box()["x"] >= table["x"] + table["width"], "the badge must not cover table entries"
     chips = page.locator("[data-testid=sequence][data-seq='1'] .mp-found")
     assert chips.evaluate_all("c => c.map(x => Number(x.dataset.chip))") == [event["block"] for event in found]
     assert page.locator("[data-testid=sequence][data-seq='0'] [data-testid=hit]").is_hidden()
@@ -295,7 +295,7 @@ def test_a_cached_block_tells_the_chain_of_its_names(serve: Callable[..., Visual
 
 
 def _extend(chain: list[int], cached: dict[int, Any]) -> int:
-    """Follows the parents from the chain's last name to where a text begins; the chain's length."""
+    """Extends the chain from its last prefix through the parents to the root. Returns the chain's length."""
     while cached[chain[-1]]["parent"]:
         chain.append(cached[chain[-1]]["parent"])
     return len(chain)
@@ -321,7 +321,7 @@ def test_every_kind_of_event_has_its_mark_in_its_lane(
         if any(event["type"] == "admitted" and event["num_cached"] for event in record["events"]):
             kinds.add("cache hit")
         expected.append(sorted(kinds))
-    assert max(map(len, expected)) > 1 or path == GOLDEN[0], "one mark would not do"
+    assert max(map(len, expected)) > 1 or path == GOLDEN[0], "some records need several marks"
     coloured = page.evaluate(
         """([records, lanes]) => {
             const canvas = document.querySelector("[data-part=ticks]"), pen = canvas.getContext("2d");
@@ -334,7 +334,7 @@ def test_every_kind_of_event_has_its_mark_in_its_lane(
         [records, lanes],
     )
     for index, kinds in enumerate(expected):
-        assert set(kinds) <= set(coloured[index]), "neighbours may cover a pixel, but nothing is missing"
+        assert set(kinds) <= set(coloured[index]), "a mark is missing (neighbours may add some)"
     assert not any(coloured[index] for index in range(1, len(expected) - 1) if not any(expected[index - 1 : index + 2]))
     busiest = max(range(len(expected)), key=lambda index: len(expected[index]))
     seek(page, busiest + 1)
@@ -358,7 +358,7 @@ def test_blocks_on_the_cpu_are_seen_and_opened(launching: Callable[..., Visualiz
     page = pages.open(visualizer)
     visualizer.thread.pause().result(20)
     engine = visualizer.thread.engine
-    for name, n in (("a", 1), ("b", 3)):  # the second request's sequences share their prompt's blocks on the CPU, too
+    for name, n in (("a", 1), ("b", 3)):  # the second request's sequences also share their prompt's blocks on the CPU
         params = SamplingParams(n=n, max_tokens=90, ignore_eos=True, seed=1, temperature=1.0)
         visualizer.thread.call(lambda name=name, params=params: engine.add_request(name, [5] * 40, params)).result(20)
     while not swap_of(engine).requests_out:
@@ -405,7 +405,7 @@ def test_blocks_on_the_cpu_are_seen_and_opened(launching: Callable[..., Visualiz
     assert page.evaluate("document.activeElement.dataset.swapBlock") == "3"
     page.keyboard.press("Enter")
     page.locator("[data-testid=drawer] h3").filter(has_text="Block 3 on the CPU").wait_for()
-    assert page.evaluate("minipaged.player.position") == position, "the arrows move among the blocks, not in time"
+    assert page.evaluate("minipaged.player.position") == position, "here, arrow keys select blocks"
 
 
 # --- words ------------------------------------------------------------------------------------------------------
@@ -445,7 +445,7 @@ def test_an_empty_page_says_what_its_viewer_can_do(launching: Callable[..., Visu
 
 
 def test_the_running_scene_fits_without_scrolling(serve: Callable[..., Visualizer], pages: Any) -> None:
-    """The opening scenario's eleven sequences and one more, all at work or waiting for it."""
+    """The opening scenario's eleven sequences and one more, all running or waiting."""
     visualizer = serve()
     page = pages.open(visualizer)
     visualizer.thread.pause().result(20)
@@ -475,7 +475,7 @@ def test_the_running_scene_fits_without_scrolling(serve: Callable[..., Visualize
             }))""",
         )
         edges = [edge for line, table in boxes for edge in (*line, *table)]
-        assert all(a <= b + 0.5 for a, b in zip(edges, edges[1:], strict=False)), "nothing overlaps"
+        assert all(a <= b + 0.5 for a, b in zip(edges, edges[1:], strict=False)), "rows overlap"
 
 
 def test_a_phone_shows_the_scene_and_reaches_everything(paused: tuple[Visualizer, Any]) -> None:
@@ -491,28 +491,28 @@ def test_a_phone_shows_the_scene_and_reaches_everything(paused: tuple[Visualizer
     for name, b in box.items():
         assert b["x"] >= 0 and b["x"] + b["width"] <= 390 and b["y"] + b["height"] <= 844, f"{name} is cut off"
     tops = [box[name]["y"] for name in ("prompt", "scenario", "engine-pause", "narration", "pool", "sequence", "scrub")]
-    assert tops == sorted(tops), "from what is asked to what happens; the view's controls at the bottom"
+    assert tops == sorted(tops), "order: prompt, scenario, scene, view controls"
     for name in ("engine-pause", "view-freeze", "view-back", "view-forward", "generate", "scenario"):
-        assert box[name]["height"] >= 36, f"a thumb can hit {name}"
+        assert box[name]["height"] >= 36, f"{name} is too small for touch"
     text = page.locator("[data-testid=narration] > span").bounding_box()
-    assert text["width"] > 200, "words in a line, not one below the other"
+    assert text["width"] > 200, "the narration must not wrap at every word"
     assert page.locator("[data-testid=n]").is_hidden()
     page.focus("[data-testid=prompt]")
-    assert page.locator("[data-testid=n]").is_visible(), "what belongs to a prompt is there with it"
+    assert page.locator("[data-testid=n]").is_visible(), "a focused prompt shows its parameters"
 
     page.click("[data-testid=sequence][data-seq='6'] .mp-badge")
     sheet = page.locator("[data-testid=drawer]")
     sheet.wait_for()
-    sheet.evaluate("sheet => Promise.all(sheet.getAnimations().map((slide) => slide.finished))")  # it slides in
+    sheet.evaluate("sheet => Promise.all(sheet.getAnimations().map((slide) => slide.finished))")  # until it has slid in
     edges = sheet.bounding_box()
     assert edges["x"] == 0 and edges["width"] == 390 and edges["height"] <= 844 * 0.55
     bar = page.locator(".mp-view").bounding_box()
-    assert edges["y"] + edges["height"] <= bar["y"] + 1, "the view's controls stay at hand"
+    assert edges["y"] + edges["height"] <= bar["y"] + 1, "the view controls must stay visible"
     page.click("[data-testid=view-back]")
     assert page.evaluate("minipaged.player.position") == visualizer.log.end - 1 and sheet.is_visible()
     page.evaluate("window.scrollTo(0, document.documentElement.scrollHeight)")
     charts = page.locator("[data-testid=charts]").bounding_box()
-    assert charts["y"] + charts["height"] <= edges["y"] + 1, "the sheet hides nothing for good"
+    assert charts["y"] + charts["height"] <= edges["y"] + 1, "scrolling must uncover the charts"
     page.click("[data-testid=close]")
     sheet.wait_for(state="hidden")
     assert json.dumps(page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")) == "[390, 390]"

@@ -1,4 +1,4 @@
-"""Speculation as it is to be seen: what was guessed, what was taken back, and where the blocks went."""
+"""Speculation on the page: draft tokens, rejected tokens, and the blocks that they free."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_wrong_guesses_are_struck_and_their_blocks_are_free(serve: Callable[...,
     page = pages.open(visualizer)
     visualizer.thread.reset(replace(SCENARIOS["speculation"], asks=False)).result(60)
     finish(visualizer)
-    assert caught_up(page, visualizer) == as_json(visualizer.log.state), "the reducers agree"
+    assert caught_up(page, visualizer) == as_json(visualizer.log.state), "the reducers disagree"
     number, told = next(
         (number, {event["type"]: event for event in record if event.get("seq_id") == wrong["seq_id"]})
         for number, record in enumerate(recorded(visualizer)[1])
@@ -39,7 +39,7 @@ def test_wrong_guesses_are_struck_and_their_blocks_are_free(serve: Callable[...,
     assert f"{len(guesses)} guessed" in page.text_content("[data-part=budget-text]")
     assert page.get_attribute("[data-testid=narration]", "data-kind") == "speculation"
     assert "taken back, and" in page.text_content("[data-testid=narration]")
-    # Event by event: first the guess stands behind the text as it is, then what was wrong of it is struck.
+    # Event by event: first the draft follows the sequence's tokens, then its rejected tokens are struck through.
     events = recorded(visualizer)[1][number]
     for kind, event in (("proposed", told["proposed"]), ("taken", spoken)):
         page.evaluate("at => minipaged.player.seek(...at)", [number, events.index(event) + 1])

@@ -1,4 +1,4 @@
-"""Walking, flying, naming, saving and replaying: the view's own tools, in a real browser."""
+"""The view's tools in a real browser: stepping through events, animated copies, sources, saving and replaying."""
 
 import ast
 import json
@@ -47,9 +47,9 @@ def test_fork_and_copy_are_seen_one_event_after_the_other(serve: Callable[..., V
     page.wait_for_function("!minipaged.player.changed")
     copies = page.evaluate("""minipaged.player.records[minipaged.player.position].events
         .filter((e) => e.type === "copied")""")
-    assert len(copies) == 3, "the last writer of four needs no copy"
+    assert len(copies) == 3, "the last of four writers needs no copy"
     src = page.locator(f"[data-testid=block][data-block='{copies[0]['src']}']")
-    assert src.get_attribute("data-refs") == "4", "forked in the step before"
+    assert src.get_attribute("data-refs") == "4", "the fork was in the step before"
     seen = []
     while len(seen) < 3:
         page.keyboard.press("Shift+ArrowRight")
@@ -65,7 +65,7 @@ def test_fork_and_copy_are_seen_one_event_after_the_other(serve: Callable[..., V
     page.wait_for_function("!minipaged.player.changed")
     assert src.get_attribute("data-refs") == "2"
     page.keyboard.press("ArrowLeft")
-    assert position(page)[1] == 0, "back to where the step began"
+    assert position(page)[1] == 0, "back to the start of the step"
 
 
 def test_a_moment_is_the_same_however_it_is_reached(serve: Callable[..., Visualizer], pages: Any) -> None:
@@ -149,7 +149,7 @@ def test_swapping_flies_to_the_cpu_and_back(launching: Callable[..., Visualizer]
         assert told == kind.replace("-", " ")
 
 
-# --- who did it -------------------------------------------------------------------------------------------------
+# --- sources ----------------------------------------------------------------------------------------------------
 
 
 def test_sources_name_the_line_that_defines_the_function() -> None:
@@ -163,14 +163,14 @@ def test_sources_name_the_line_that_defines_the_function() -> None:
         assert lines[0].strip().startswith(f"def {function.__name__}("), kind
         assert ast.parse(dedent("\n".join(lines))).body[0].name == function.__name__ and lines[-1].strip()
         assert told[kind]["url"] is None or told[kind]["url"].startswith("https://github.com/")
-    assert len(json.dumps(files)) < 120_000, "it goes along with every page"
+    assert len(json.dumps(files)) < 120_000, "every page includes the sources"
 
 
 @pytest.mark.parametrize("home", [None, "https://github.com/somebody/minipaged"])
 def test_the_source_opens_in_a_panel(
     home: str | None, launching: Callable[..., Visualizer], pages: Any, monkeypatch: Any
 ) -> None:
-    """The same with a project's address and without: the code is there when the network is not."""
+    """The panel works with and without a project URL, because the page contains the code."""
     monkeypatch.setattr("visualizer.sources._project_url", lambda: home)
     sources.cache_clear()
     visualizer = launching()
@@ -193,11 +193,11 @@ def test_the_source_opens_in_a_panel(
         assert f"def {FUNCTIONS[kind].__name__}(" in marked[0]
         top = page.evaluate("""() => { const pre = document.querySelector("[data-testid=source-panel] pre");
             return pre.querySelector("mark").getBoundingClientRect().top - pre.getBoundingClientRect().top; }""")
-        assert 0 <= top < 200, "it is in view"
+        assert 0 <= top < 200, "the line must be visible"
         assert page.locator("[data-testid=source-panel] a").is_visible() == bool(home)
         page.keyboard.press("Escape")
         panel.wait_for(state="hidden")
-        assert page.evaluate("minipaged.player.mode") == "live", "the keys were not the timeline's"
+        assert page.evaluate("minipaged.player.mode") == "live", "the keys must not move the timeline"
 
 
 # --- recordings -------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_the_source_opens_in_a_panel(
 def test_the_reducers_agree_on_what_is_shipped(
     path: Path, launching: Callable[..., Visualizer], pages: Any, tmp_path: Path
 ) -> None:
-    """Python's and JavaScript's, after every step; live from ``--replay``, and in the exported page too."""
+    """Python's and JavaScript's reducers agree after every step, with ``--replay`` and in the exported page."""
     assert path.stat().st_size < 300_000
     expected, state = [], State()
     for event in load_recording(path):
@@ -290,7 +290,7 @@ def test_a_recording_does_not_control_the_engine_behind_it(serve: Callable[..., 
     page.wait_for_selector("[data-testid=sequence-kind]:text-is('running')")
     assert page.is_hidden("[data-testid=fork]") and page.is_hidden("[data-testid=abort]")
     shown = page.evaluate("minipaged.dump()")
-    for button in ("abort", "fork", "reset"):  # they are only hidden
+    for button in ("abort", "fork", "reset"):  # the buttons are only hidden
         page.evaluate("button => document.querySelector(`[data-testid=${button}]`).click()", button)
     for alert in ("refusal", "message"):
         page.locator(f"[data-testid={alert}]").filter(has_text="This is a recording").wait_for(state="attached")
@@ -374,7 +374,7 @@ def test_the_recorder_and_the_page_write_the_same_lines(tmp_path: Path) -> None:
     assert [json.loads(line) for line in saved] == [json.loads(line) for line in written]
 
 
-# --- who may ----------------------------------------------------------------------------------------------------
+# --- permissions ------------------------------------------------------------------------------------------------
 
 
 def test_the_guard_wants_the_token_with_every_command() -> None:
@@ -392,8 +392,8 @@ def test_the_guard_wants_the_token_with_every_command() -> None:
         assert not ask(guard, {"do": do})
     for payload in (None, [], "reset", 3, {"do": ["attention"]}, {"do": {}}):
         assert not ask(guard, payload)
-    assert ask(guard, {"do": "attention", "seq_id": 0, "position": 0}), "which only reads"
-    assert ask(Guard(obey, classroom=False), {"do": "pause"}), "elsewhere nobody needs one"
+    assert ask(guard, {"do": "attention", "seq_id": 0, "position": 0}), "attention only reads"
+    assert ask(Guard(obey, classroom=False), {"do": "pause"}), "without a classroom, no token is needed"
 
 
 def test_in_a_classroom_viewers_watch_and_the_presenter_controls(
@@ -409,7 +409,7 @@ def test_in_a_classroom_viewers_watch_and_the_presenter_controls(
     caught_up(viewer, visualizer)
     viewer.keyboard.press("Home")
     assert position(viewer) == [0, 0]
-    # The buttons are only hidden. The server is what refuses.
+    # The buttons are only hidden; the server rejects the command.
     run = visualizer.log.run
     viewer.evaluate("document.querySelector('[data-testid=reset]').click()")
     refused = viewer.locator("[data-testid=message]").filter(has_text="Only the presenter")
@@ -418,7 +418,7 @@ def test_in_a_classroom_viewers_watch_and_the_presenter_controls(
 
     presenter = pages.open(visualizer, f"/?presenter={visualizer.presenter}")
     presenter.wait_for_selector("[data-role=presenter]")
-    assert visualizer.presenter not in presenter.url, "not for the wall"
+    assert visualizer.presenter not in presenter.url, "a projector must not show the token"
     presenter.click("[data-testid=reset]")
     presenter.wait_for_function("run => minipaged.player.run !== run", arg=run)
 
@@ -442,11 +442,11 @@ def test_a_crashed_engine_is_restarted_from_the_banner(serve: Callable[..., Visu
     assert caught_up(page, visualizer) == as_json(visualizer.log.state) and not visualizer.log.state.error
 
 
-# --- for everybody ----------------------------------------------------------------------------------------------
+# --- accessibility ----------------------------------------------------------------------------------------------
 
 
 def test_axe_finds_nothing_serious(serve: Callable[..., Visualizer], pages: Any) -> None:
-    import axe_core_python.base as axe  # of the dev extra; without it the test fails, not skips
+    import axe_core_python.base as axe  # from the dev extra; without it, the test fails
 
     script = (Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
     visualizer = serve()

@@ -1,4 +1,4 @@
-"""Every scenario, on the real engine, reaches what it promises to show; every question has the engine's answer."""
+"""Every scenario shows what it promises on the real engine, and every question's answer is the engine's."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from minipaged.events import EngineStarted, Event, State
 from visualizer.paced_loop import DEFAULT_RATE, PacedLoop
 from visualizer.scenarios import SCENARIOS, Scenario, menu
 
-STEPS = int(20 * DEFAULT_RATE)  # what a viewer sees in twenty seconds
-# How many steps it takes to see the point, where that is less.
+STEPS = int(20 * DEFAULT_RATE)  # steps in 20 seconds
+# Steps after which each scenario has shown its point.
 ENOUGH = {"opening": 235, "samples": 20, "beams": 40, "prefix": 130, "recompute": 120, "swap": 120, "chunked": 32,
           "burst": 90, "fragmentation": 80, "without-holes": 40, "predictions": 112,
           "speculation": 50, "batchllm": 150}  # fmt: skip
@@ -24,7 +24,7 @@ ENOUGH = {"opening": 235, "samples": 20, "beams": 40, "prefix": 130, "recompute"
 
 @dataclass
 class Run:
-    """What a viewer would have seen, and the question put on the way."""
+    """The events and the state that a viewer would have seen, and the scenario's question."""
 
     events: list[Event]
     state: State
@@ -40,7 +40,7 @@ class Run:
 
 
 class Viewer:
-    """A sink that keeps everything."""
+    """A sink that keeps all events."""
 
     def started(self, event: Event) -> None:
         self.events: list[Event] = []
@@ -57,7 +57,7 @@ class Viewer:
 
 
 def play(llm: LLM, scenario: Scenario) -> Run:
-    """The first twenty seconds, computed at full speed in this thread. Its question waits two steps for an answer."""
+    """Runs the scenario's first steps at full speed in this thread, and answers its question."""
     viewer, home = Viewer(), llm.engine
     thread = PacedLoop(llm, viewer, rate=None)
     settle(thread, thread.reset(scenario))
@@ -72,10 +72,10 @@ def play(llm: LLM, scenario: Scenario) -> Run:
             thread._publish_status()
             seen, run.question = len(viewer.events), viewer.now["question"]
             settle(thread, thread.answer(viewer.now["question"]["id"]))
-            assert len(viewer.events) > seen, "the step is shown when it has been answered"
+            assert len(viewer.events) > seen, "the step is shown after the answer"
             run.verdict = viewer.now["verdict"]
     run.events, run.state = viewer.events, viewer.state
-    llm.engine = home  # the next scenario starts from the same settings, whichever came before
+    llm.engine = home  # so that each scenario starts from the same settings
     return run
 
 
@@ -86,7 +86,7 @@ def settle(thread: PacedLoop, future: Any) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> LLM:
-    """An engine unlike any scenario's."""
+    """An engine with settings that no scenario has."""
     return LLM("tiny", num_blocks=16, max_num_seqs=4, max_num_batched_tokens=32)
 
 
@@ -161,7 +161,7 @@ def test_a_shared_system_prompt_is_found_in_the_cache(run: Run) -> None:
     sizes = Counter(event.seq_id for event in shared)
     assert all(sizes[event.seq_id] * 16 == event.num_cached for event in others)
     ends = {event.seq_id: step_of(run, event) for event in run.of("finished")}
-    assert all(ends[seq_id] < step_of(run, others[2]) for seq_id in (0, 1, 2)), "D asks when the others have gone"
+    assert all(ends[seq_id] < step_of(run, others[2]) for seq_id in (0, 1, 2)), "D arrives after the others have ended"
 
 
 @of("predictions")
@@ -169,7 +169,7 @@ def test_who_said_goodbye_is_evicted_first_and_who_comes_back_finds_all(run: Run
     kept, given_up = run.of("predicted")[:2]
     assert not kept.discard and given_up.discard
     evicted = [event for event in run.of("evicted") if "bit is 1" in event.reason]
-    assert [event.block for event in evicted] == given_up.blocks, "the end first"
+    assert [event.block for event in evicted] == given_up.blocks, "the last block is evicted first"
     assert right(run) == f"block {given_up.blocks[0]}, bit 1"
     back = run.of("admitted")[3]
     assert back.num_cached >= 32 and back.num_cached // 16 >= len(kept.blocks) - 1
@@ -202,7 +202,7 @@ def test_a_long_prompt_is_read_in_chunks_while_others_write(run: Run) -> None:
     assert right(run) == "17"
     steps = {step_of(run, event) for event in chunks}
     writers = [event.seq_id for event in run.of("scheduled") if step_of(run, event) in steps]
-    assert all(writers.count(seq_id) == len(chunks) for seq_id in (0, 1, 2)), "nobody's text stood still"
+    assert all(writers.count(seq_id) == len(chunks) for seq_id in (0, 1, 2)), "a decoding sequence missed a step"
 
 
 @of("burst")
@@ -213,7 +213,7 @@ def test_a_burst_waits_in_order_and_nobody_for_the_whole_batch(run: Run) -> None
     late = admitted[4:]
     assert len(late) > 3
     ends = {step_of(run, event) for event in run.of("finished")}
-    assert all(step_of(run, event) - 1 in ends for event in late), "one ends, the next begins"
+    assert all(step_of(run, event) - 1 in ends for event in late), "a request starts when another ends"
     assert not run.of("preempted")
 
 
@@ -230,7 +230,7 @@ def test_a_batch_runs_in_groups_whose_beginnings_are_kept(run: Run) -> None:
     assert len(run.of("prefix_kept")) == len(run.of("prefix_released")) == len(run.of("group_ended")) == 3
     assert run.of("preempted") and max(map(len, running_at_once(run))) > 4, "memory is the limit, not max_num_seqs"
     assert not run.state.groups and len(run.state.finished) == 10
-    steps: list[list[int]] = []  # tokens of those who join a group, not counting what is shared
+    steps: list[list[int]] = []  # tokens of requests that join a group, without shared ones
     for event in run.events:
         if event.type == "step_started":
             steps.append([])
@@ -240,12 +240,12 @@ def test_a_batch_runs_in_groups_whose_beginnings_are_kept(run: Run) -> None:
 
 
 def free_pieces(state: State) -> list[int]:
-    """Lengths of the runs of free blocks."""
+    """Lengths of contiguous runs of free blocks."""
     return [len(piece) for piece in "".join("x" if count else "." for count in state.ref_counts).split("x") if piece]
 
 
 def waits_of(run: Run, seq_id: int) -> list[tuple[int, int]]:
-    """For every step that the sequence spends waiting: free blocks, and the longest piece of them."""
+    """For each step in which the sequence waits: the number of free blocks, and the longest run of them."""
     assert run.state.config["memory"] == "orca-pow2"
     state, waits = State(), []
     state.apply(EngineStarted(**run.state.config))
@@ -262,8 +262,8 @@ def test_a_request_waits_for_a_hole_although_enough_is_free(run: Run) -> None:
     last = run.of("request_added")[-1]
     (seq_id,) = last.seq_ids
     waits = [(free, longest) for free, longest in waits_of(run, seq_id) if longest < 16]
-    assert len(waits) > 24, "two seconds at least"
-    # It asks for its prompt and 128 tokens: nine blocks or more; half of the pool is free, in pieces of eight.
+    assert len(waits) > 24, "it should wait at least two seconds"
+    # It needs nine blocks or more for its prompt and 128 tokens; half of the pool is free, in runs of eight blocks.
     assert 8 * 16 < len(last.prompt_token_ids) + 128 <= 16 * 16
     assert set(waits) == {(24, 8)}
     (admitted,) = [event for event in run.of("admitted") if event.seq_id == seq_id]
@@ -287,7 +287,7 @@ def test_paging_serves_the_same_requests_without_waiting(run: Run) -> None:
 def test_who_guesses_right_overtakes_and_wrong_guesses_are_taken_back(run: Run) -> None:
     told, ends = run.of("speculated"), {event.seq_id: step_of(run, event) for event in run.of("finished")}
     said = [run.state.seqs[seq].tokens[run.state.seqs[seq].num_prompt :] for seq in (0, 1)]
-    assert said[0] == said[1] and ends[1] < ends[0] - 10, "B came later, and was done long before A"
+    assert said[0] == said[1] and ends[1] < ends[0] - 10, "B arrived later and ended long before A"
     assert sum(event.accepted for event in told if event.seq_id == 1) > 15
     wrong = [event for event in told if event.accepted < event.proposed and event.seq_id in (2, 3)]
     assert {event.seq_id for event in wrong} == {2, 3} and any(event.blocks for event in wrong)

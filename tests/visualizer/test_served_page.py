@@ -1,4 +1,4 @@
-"""The page of an engine that serves: what clients ask is seen, and what viewers do reaches the clients."""
+"""The page of a serving engine: it shows clients' requests, and viewers' commands affect the clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A public link, with a fake in place of Gradio's tunnel: who comes through it may watch; without it the page works."""
+"""Public links, with a fake of Gradio's tunnel: their viewers may only watch, and the page works without a tunnel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PUBLIC = "https://0123456789abcdef.gradio.live"
 
 @pytest.fixture
 def tunnel(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What was asked of the tunnel, which always succeeds."""
+    """Options of the calls to the fake tunnel, which always succeeds."""
     asked: list[dict[str, Any]] = []
 
     def setup_tunnel(**options: Any) -> str:
@@ -32,7 +32,7 @@ def tunnel(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def command(visualizer: Visualizer, **payload: Any) -> dict[str, Any]:
-    """Asks as the page does."""
+    """Sends a command like the page."""
     config = json.loads(urlopen(f"{visualizer.url}/config").read())
     page = next(component["id"] for component in config["components"] if component["type"] == "html")
     body = {"session_hash": "x", "component_id": page, "fn_name": "command", "data": payload}
@@ -56,11 +56,11 @@ def test_who_comes_through_the_link_only_watches(
     assert visualizer.public_url == PUBLIC
     said = capsys.readouterr().out
     assert PUBLIC in said and f"{visualizer.url}/?presenter={visualizer.presenter}" in said
-    assert f"{PUBLIC}/?presenter" not in said, "the presenter's page need not go through others' machines"
+    assert f"{PUBLIC}/?presenter" not in said, "the presenter's page must not use the tunnel"
     for payload in ({"do": "pause"}, {"do": "reset", "token": "guessed"}, {"do": "configure", "model": "tiny"}):
         assert command(visualizer, **payload) == {"ok": False, "message": REFUSED}
     assert command(visualizer, do="pause", token=visualizer.presenter)["ok"]
-    # Not even the presenter lets others' machines make this one load something.
+    # With a public link, not even the presenter may load another model.
     other = command(visualizer, do="configure", model="other", token=visualizer.presenter)
     assert not other["ok"] and "open to other machines" in other["message"]
 
@@ -76,7 +76,7 @@ def test_without_the_internet_the_local_page_goes_on(
     said = capsys.readouterr().out
     assert "no public link could be made" in said and visualizer.url in said and visualizer.public_url == ""
     assert urlopen(visualizer.url).status == 200
-    assert command(visualizer, do="pause")["message"] == REFUSED, "it was meant for others, so it stays careful"
+    assert command(visualizer, do="pause")["message"] == REFUSED, "a page meant for sharing stays restricted"
     assert command(visualizer, do="pause", token=visualizer.presenter)["ok"]
 
 

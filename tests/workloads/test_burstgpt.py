@@ -1,4 +1,4 @@
-"""The BurstGPT loader: both layouts, failures, rates, and files that are something else."""
+"""The BurstGPT trace loader: both layouts, failed requests, rates, and files that are no traces."""
 
 import pytest
 

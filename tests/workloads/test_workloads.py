@@ -1,4 +1,4 @@
-"""Workloads: that the generators are what they say, and do it again."""
+"""Workload generators follow their documented distributions and are reproducible."""
 
 from collections import defaultdict
 from itertools import islice

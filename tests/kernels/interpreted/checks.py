@@ -1,7 +1,7 @@
-"""Kernels against their oracles, with traps for what the interpreter does not see.
+"""Checks of kernels against their oracles, with traps for errors that the interpreter does not detect.
 
-It checks no bounds. So what must not be read is NaN, which spreads, and around everything that is written lies a fence
-of canaries, which must not change. The kernels to check are an argument: the mutants are checked by the same functions.
+The interpreter checks no bounds. So memory that must not be read is NaN, which spreads, and every written tensor has a
+fence of canaries, which must not change. The kernels are an argument: the same functions check the mutants.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from minipaged.kernels import copy_blocks, fused, paged_decode, paged_prefill, r
 MODULES = (store_kv, paged_decode, paged_prefill, copy_blocks, swap, fused)
 TRITON = SimpleNamespace(**{module.__name__.split(".")[-1]: module for module in MODULES})
 
-FENCE = 4096  # elements on either side
-CANARY = 77  # fits every dtype
+FENCE = 4096  # elements on each side
+CANARY = 77  # exact in every dtype
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 new_empty = Tensor.new_empty
 
@@ -32,15 +32,15 @@ class Fences:
         self.buffers: list[Tensor] = []
 
     def around(self, tensor: Tensor) -> Tensor:
-        """A copy of the tensor, fenced."""
+        """Returns a copy of the tensor between two fences."""
         buffer = torch.full((tensor.numel() + 2 * FENCE,), CANARY, dtype=tensor.dtype)
         self.buffers.append(buffer)
         return buffer[FENCE:-FENCE].view(tensor.shape).copy_(tensor)
 
     def empty(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None, **rest: object) -> Tensor:
-        """In the place of ``Tensor.new_empty``: fenced, and full of NaN, for memory that was used before."""
+        """Replaces ``Tensor.new_empty``: fenced and full of NaN, like memory that was used before."""
         plain = new_empty(like, *shape, dtype=dtype or like.dtype, **rest)
-        if plain.numel() == 0:  # the interpreter itself makes such
+        if plain.numel() == 0:  # the interpreter itself creates such tensors
             return plain
         return self.around(plain.fill_(torch.nan) if plain.is_floating_point() else plain.zero_())
 
@@ -58,10 +58,10 @@ def fenced() -> Iterator[Fences]:
 
 
 def pages(lengths: list[int], block_size: int, kv_heads: int, dim: int, dtype: torch.dtype, seed: int = 0) -> tuple:
-    """Random contexts in scattered blocks: (k_cache, v_cache, tables). Everything else in the caches is NaN."""
+    """Random contexts in scattered blocks: (k_cache, v_cache, tables). All other slots of the caches are NaN."""
     torch.manual_seed(seed)
     counts = [-(-n // block_size) for n in lengths]
-    # Nobody owns block 0, which the padding of tables names.
+    # No sequence owns block 0, because padding entries of block tables are 0.
     blocks = iter((torch.randperm(sum(counts) + 2) + 1).tolist())
     caches = torch.full((2, sum(counts) + 3, block_size, kv_heads, dim), torch.nan, dtype=dtype)
     tables = torch.zeros(len(lengths), max(counts), dtype=torch.int64)
@@ -75,7 +75,7 @@ def pages(lengths: list[int], block_size: int, kv_heads: int, dim: int, dtype: t
 
 
 def quantized(k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The same caches as int8 and scales; scales of dead slots are NaN."""
+    """The same caches as int8 with scales; scales of unused slots are NaN."""
     (k, k_scale), (v, v_scale) = reference.quantize(k_cache), reference.quantize(v_cache)
     return k, v, {"k_scale": k_scale, "v_scale": v_scale}
 
@@ -98,7 +98,7 @@ def check_decode(
 ) -> None:
     lengths = lengths or [1, block_size, block_size + 1, 37]
     k_cache, v_cache, tables = pages(lengths, block_size, heads[1], dim, dtype)
-    q = torch.randn(len(lengths), 3, heads[0], dim, dtype=dtype)[:, 1]  # a view, as the models hand over
+    q = torch.randn(len(lengths), 3, heads[0], dim, dtype=dtype)[:, 1]  # a view, as in the models
     k, v, scales = quantized(k_cache, v_cache) if int8 else (k_cache, v_cache, {})
     lens = torch.tensor(lengths)
     forced = {"splits_of": lambda *_: splits, "LEAST_TILES": 1}
@@ -119,8 +119,8 @@ def check_prefill(
     chunks: list[tuple[int, int]] | None = None,
     int8: bool = False,
 ) -> None:
-    """``chunks``: (context length, queries at its end) of each sequence."""
-    # A whole prompt, chunks behind others, one that ends with a block, a single token, one of several tiles.
+    """Checks prefill. ``chunks``: (context length, number of queries at its end) of each sequence."""
+    # A whole prompt, later chunks of prompts, a chunk that ends with a block, a single token, a chunk of several tiles.
     chunks = chunks or [(7, 7), (20, 5), (2 * block_size, block_size), (33, 1), (41, 40)]
     lengths, counts = map(list, zip(*chunks, strict=True))
     k_cache, v_cache, tables = pages(lengths, block_size, heads[1], dim, dtype)
@@ -143,7 +143,7 @@ def check_store(
     int8: bool = False,
 ) -> None:
     torch.manual_seed(0)
-    k, v = torch.randn(7, 2, kv_heads, dim, dtype=dtype).unbind(1)  # views, as of a fused projection
+    k, v = torch.randn(7, 2, kv_heads, dim, dtype=dtype).unbind(1)  # views, as from a fused projection
     k[3, 0] = 0  # a vector of zeros has no scale to divide by
     slots = torch.randperm(4 * block_size)[:4].repeat_interleave(2)[:7].unique()
     k, v = k[: len(slots)], v[: len(slots)]

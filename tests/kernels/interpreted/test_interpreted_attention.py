@@ -1,4 +1,4 @@
-"""Decode and prefill kernels against the oracle in float64."""
+"""Decode and prefill kernels in Triton's interpreter, against the oracle in float64."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from minipaged.kernels import reference
 from tests.kernels.interpreted.checks import TRITON, assert_close, check_decode, check_prefill, pages
 
 F16, F32 = torch.float16, torch.float32
-# Each value of each parameter at least twice, in changing company.
+# Each value of each parameter occurs at least twice, in different combinations.
 SHAPES = [
     # block size, head dim, heads, dtype
     (1, 8, (1, 1), F32),
@@ -20,7 +20,7 @@ SHAPES = [
     (16, 128, (2, 1), F32),
     (24, 80, (2, 2), F32),
     (24, 33, (4, 4), F16),
-    (16, 256, (34, 2), F16),  # a group above 16
+    (16, 256, (34, 2), F16),  # a group of more than 16 query heads
 ]
 shapes = pytest.mark.parametrize("block_size, dim, heads, dtype", SHAPES)
 
@@ -40,13 +40,13 @@ def test_decode_with_a_sliding_window(window):
 @pytest.mark.parametrize("splits", [2, 5])
 def test_decode_in_splits_some_of_which_are_empty(splits, dtype):
     keys = {F32: 16, F16: 64}[dtype]
-    # The last one needs two tiles for each split.
+    # The last length needs two tiles per split.
     lengths = [1, keys - 1, keys, keys + 1, splits * keys - 3, splits * keys, splits * keys + 1]
     check_decode(dim=128, dtype=dtype, splits=splits, lengths=lengths)
 
 
 def test_decode_of_a_context_of_no_tokens_gives_zeros():
-    """Rows that only fill up a batch to the size of a CUDA graph."""
+    """Such rows pad a batch to the size of a CUDA graph."""
     k_cache, v_cache, tables = pages([4, 4], 4, 2, 8, F32)
     q = torch.randn(2, 4, 8)
     for splits in (1, 3):
@@ -70,7 +70,7 @@ def test_prefill_with_a_sliding_window(window):
 
 
 def test_rows_of_a_tile_that_see_nothing_of_its_first_keys():
-    """The last queries' window begins behind all keys of the first tile: a softmax over nothing, so far."""
+    """The last queries' window begins after all keys of the first tile, so their softmax is empty after that tile."""
     check_prefill(heads=(1, 1), dtype=F16, window=2, chunks=[(130, 130)])
 
 
@@ -83,7 +83,7 @@ def test_int8_caches(dtype):
 
 
 def test_offsets_beyond_32_bits():
-    """Blocks 2^30 numbers apart: the third begins at an offset that 32 bits hold no more. Only touched pages exist."""
+    """Blocks are 2^30 numbers apart, so the third one's offset exceeds 32 bits. Untouched pages take no memory."""
     stride = 2**30 + 64
     far = torch.empty(2, 3 * stride, dtype=F16).as_strided((2, 3, 4, 2, 8), (3 * stride, stride, 16, 8, 1))
     tables, slots = torch.tensor([[2, 1]]), torch.tensor([8, 9, 10, 11, 4, 5])

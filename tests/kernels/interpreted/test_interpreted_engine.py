@@ -1,4 +1,4 @@
-"""The whole engine on the interpreted kernels: its greedy text is that of plain torch."""
+"""The whole engine on the interpreted kernels: its greedy output equals that of plain torch."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_greedy_text_is_that_of_torch(kv_dtype, prompts, max_tokens):
 
 
 def test_copy_on_write_and_swapping_on_the_kernels():
-    """Three beams in a pool that two requests outgrow: forks, copies, swaps in both directions."""
+    """Three beams in a pool too small for two requests cause forks, copies, and swaps in both directions."""
     params = SamplingParams(temperature=0, beam_width=3, max_tokens=4)
     settings = SETTINGS | {"num_blocks": 7, "preemption": "swap", "max_num_seqs": 6, "enable_prefix_caching": False}
     found, kinds = {}, set()

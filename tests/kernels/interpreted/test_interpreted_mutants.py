@@ -1,4 +1,4 @@
-"""Are the checks any good? Bugs that kernels are known for, put in one at a time: the check beside each must fail."""
+"""Mutation tests of the kernel checks: typical bugs are inserted one at a time, and the named check must fail."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Mutant:
 
 @contextmanager
 def mutated(mutant: Mutant, folder: Path) -> Iterator[SimpleNamespace]:
-    """The kernels once more, read from their files with the bug in one of them."""
+    """The kernels, loaded again from their files with the bug inserted in one of them."""
     loaded: dict[str, ModuleType] = {}
     with patch.dict(sys.modules):
         for name, path in FILES.items():
             source = path.read_text(encoding="utf-8")
             if path.stem == mutant.file:
-                assert source.count(mutant.right) == 1, f"{path.name} changed: put the bug {mutant.bug!r} into it anew"
+                assert source.count(mutant.right) == 1, f"{path.name} changed: adapt the mutant {mutant.bug!r}"
                 source = source.replace(mutant.right, mutant.wrong)
             copy = folder / path.name  # triton reads the source from the file
             copy.write_text(source, encoding="utf-8")
@@ -59,21 +59,21 @@ MUTANTS = [
         check_decode,
     ),
     Mutant(
-        "the sum keeps its size when a larger score comes",
+        "the sum is not rescaled when a larger score comes",
         "tiles",
         "total = total * shrink + ",
         "total = total + ",
         partial(check_decode, dim=128),
     ),
     Mutant(
-        "the weighted values keep theirs",
+        "the weighted values are not rescaled when a larger score comes",
         "tiles",
         "acc * shrink[:, None]",
         "acc",
         partial(check_decode, dim=128),
     ),
     Mutant(
-        "an empty maximum of -inf turns rows that saw nothing yet into NaN",
+        "a maximum of -inf turns rows without visible keys so far into NaN",
         "tiles",
         "tl.constexpr(-3.0e38)",
         'tl.constexpr(float("-inf"))',
@@ -122,14 +122,14 @@ MUTANTS = [
         SPLITS,
     ),
     Mutant(
-        "parts count alike, whatever sum they stand for",
+        "splits have equal weights instead of their sums",
         "paged_decode",
         "weight = tl.exp2(tl.load(lse_ptr + row * splits + i) - peak)",
         "weight = total / splits",
         SPLITS,
     ),
     Mutant(
-        "rows that only pad the tile are stored",
+        "rows that pad the tile are stored",
         "paged_decode",
         "live = live_row[:, None] & live_dim[None, :]",
         "live = live_row[:, None] | live_dim[None, :]",
@@ -143,7 +143,7 @@ MUTANTS = [
         check_prefill,
     ),
     Mutant(
-        "blocks are taken to lie one after the other",
+        "the block table is ignored and blocks are read as contiguous",
         "tiles",
         "tl.load(table_ptr + positions // BLOCK_SIZE, mask=alive, other=0)",
         "tl.where(alive, positions // BLOCK_SIZE, 0)",
@@ -157,21 +157,21 @@ MUTANTS = [
         check_store,
     ),
     Mutant(
-        "a store takes the strides of contiguous keys for granted",
+        "a store assumes the strides of contiguous keys",
         "store_kv",
         "k_ptr + token * k_token",
         "k_ptr + token * KV_HEADS * HEAD_DIM",
         check_store,
     ),
     Mutant(
-        "int8 is cut off instead of rounded",
+        "int8 is truncated instead of rounded",
         "store_kv",
         "tl.div_rn(x, divisor) + 0.5",
         "tl.div_rn(x, divisor)",
         partial(check_store, int8=True),
     ),
     Mutant(
-        "copies go on past the block",
+        "copies write past the block",
         "copy_blocks",
         "tl.store(target + dst * target_block + word, value, mask=word < words)",
         "tl.store(target + dst * target_block + word, value)",

@@ -1,4 +1,4 @@
-"""The kernels that move keys and values: store, copy, swap; and the fused ones."""
+"""The kernels that move keys and values (store, copy, swap), and the fused kernels."""
 
 import pytest
 import torch
@@ -81,6 +81,6 @@ def test_rope_store(heads, dim, dtype, int8):
     with fenced() as fences:
         found = [fences.around(x) for x in caches + scales]
         assert_close(TRITON.fused.rope_store(q, k, v, cos, sin, *found[:2], slots, *found[2:]), out, dtype)
-    # One step of int8 is allowed for: where the oracle's rounding to 16 bits on the way makes the difference.
+    # A difference of one in int8 is allowed, because the oracle rounds to 16 bits in between.
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1 if ours.dtype is torch.int8 else 2e-3)
