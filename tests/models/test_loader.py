@@ -263,7 +263,7 @@ def test_devices_and_dtypes(checkpoint):
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
         ("gpt2", {"activation_function": "relu"}, "activation_function = 'relu'"),
-        ("gpt2", {"n_head": 5}, "5 heads"),
+        ("gpt2", {"n_head": 5}, "n_head = 5"),
     ],
 )
 def test_options_that_would_change_results_are_refused(family, changes, match, copy):
