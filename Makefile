@@ -37,6 +37,7 @@ test-optimized: $(VENV)/.installed-dev
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
 # Uses $(PYTHON), which needs only torch, triton, transformers and pytest: GPU machines usually have them installed.

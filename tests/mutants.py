@@ -524,8 +524,8 @@ MUTANTS = [
         "a fork takes a new chunk without copying",
         ContiguousTables,
         "reserve",
-        "copies = self._move(seq_id)",
-        "self._move(seq_id)",
+        "copies = self.move(seq_id)",
+        "self.move(seq_id)",
         (fuzz, contiguous_machine, partial(contiguous.test_beams_are_the_same_and_copy_more, "orca-max")),
     ),
     Mutant(
@@ -596,7 +596,7 @@ MUTANTS = [
     Mutant(
         "a failed step loses its reserved blocks",
         Engine,
-        "_give_up",
+        "give_up",
         "self.scheduler.abort(request)",
         "self.scheduler.running.remove(request)",
         (partial(engine.test_a_failing_step_is_reported_and_the_engine_goes_on, "runner"),),

@@ -58,15 +58,15 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "prefix_released": Groups.release,
     "group_ended": Groups.finished,
     "step_finished": Engine.step,
-    "engine_error": Engine._give_up,
+    "engine_error": Engine.give_up,
     "engine_started": Engine.started_event,
 }
 
 # Functions of the memory managers that replace those of the paged one.
 _CONTIGUOUS: dict[str, Callable[..., Any]] = {
-    "allocated": ContiguousTables._own,
+    "allocated": ContiguousTables.own,
     "shared": ContiguousTables.fork,
-    "copied": ContiguousTables._move,
+    "copied": ContiguousTables.move,
     "forked": ContiguousTables.fork,
     "freed": ContiguousTables.free,
 }

@@ -108,7 +108,7 @@ class Engine:
                 logits = self.runner.execute(plan)  # also without chunks: a step may only swap blocks out
                 tokens = self.sampler(logits, plan) if plan.chunks else []
             except BaseException as error:
-                self._give_up(plan, error)
+                self.give_up(plan, error)
                 raise  # only Ctrl-C and its kind get here
             requests = self.scheduler.commit(plan, tokens)
             self.events.emit(StepFinished, plan.step, plan.num_tokens, time.perf_counter() - started)
@@ -294,7 +294,7 @@ class Engine:
                 del self.requests[output.request_id]
         return outputs
 
-    def _give_up(self, plan: StepPlan, error: BaseException) -> None:
+    def give_up(self, plan: StepPlan, error: BaseException) -> None:
         """A step failed midway: copies may be missing, KV half written. Aborts every request that it touched."""
         kept = [request for stage in self.scheduler.stages for request in stage.failed(plan)]
         requests = list(dict.fromkeys([*(chunk.request for chunk in plan.chunks), *plan.outgrown, *kept]))

@@ -91,7 +91,7 @@ class Request:
     @property
     def width(self) -> int:
         """Sequences that it may have running: what `max_num_seqs` counts."""
-        return self.decoding.width(self)
+        return int(self.decoding.width(self))
 
 
 def common_prefix(seqs: list[Sequence]) -> int:

@@ -104,7 +104,7 @@ class FCFS:
     def hits(self, request: Request) -> list[Hit]:
         if request.prompt_logprobs is not None:
             return []  # a cached block has keys and values, but the logits are wanted too
-        return self.scheduler.memory.match(request.live[0].tokens[: request.fork_at])
+        return list(self.scheduler.memory.match(request.live[0].tokens[: request.fork_at]))
 
 
 class Stage:

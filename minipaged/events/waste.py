@@ -40,7 +40,7 @@ class Held(NamedTuple):
     def total(self) -> int:
         return sum(self)
 
-    def __add__(self, other: tuple) -> Held:  # type: ignore[override]
+    def __add__(self, other: tuple[int, ...]) -> Held:  # type: ignore[override]
         return Held(*(a + b for a, b in zip(self, other, strict=True)))
 
 
@@ -63,7 +63,8 @@ def held_now(engine: Any) -> Held:
     """The slots of an engine's pool by class, assuming that each sequence generates as many tokens as it may."""
     scheduler = engine.scheduler
     moments = [moment_of(seq, request.max_output) for request in scheduler.running for seq in scheduler.active(request)]
-    return engine.memory.held(moments, scheduler.demand(scheduler.waiting[0]) if scheduler.waiting else None)
+    held: Held = engine.memory.held(moments, scheduler.demand(scheduler.waiting[0]) if scheduler.waiting else None)
+    return held
 
 
 def held_in_blocks(

@@ -151,7 +151,8 @@ def paged_decode(
     """`reference.paged_decode` in one launch, or two for few sequences with long contexts. Never waits for the GPU.
 
     q: [B, H, D]; caches: [N, S, KH, D]; block_tables: [B, M]; context_lens: [B]. Returns [B, H, D].
-    The last dimension of q and of the caches must have stride 1. Other strides are free, but equal in both caches.
+    The last dimension of q and of the caches must have stride 1. Other strides may be any, but the same in both caches;
+    with int8 caches the scales are found by them, so a token's heads must be contiguous.
     """
     B, H, D = q.shape
     S, KH = k_cache.shape[1:3]

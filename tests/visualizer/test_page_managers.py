@@ -90,7 +90,7 @@ def test_narration_names_the_managers_own_functions(serve: Callable[..., Visuali
             seen[page.get_attribute("[data-testid=source]", "data-source")] = page.inner_text("[data-testid=source]")
         if "copied" in seen:
             break
-    assert seen["allocated"].startswith("ContiguousTables._own") and seen["copied"].startswith("ContiguousTables._move")
+    assert seen["allocated"].startswith("ContiguousTables.own") and seen["copied"].startswith("ContiguousTables.move")
     own = sources()["managers"]["orca-oracle"]["copied"]
     assert seen["copied"].endswith(f"contiguous_tables.py:{own['line']}")
 

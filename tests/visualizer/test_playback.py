@@ -14,6 +14,7 @@ import pytest
 from minipaged import LLM
 from minipaged.config import MANAGERS
 from minipaged.events import Recorder, State, event_from_dict, load_recording
+from minipaged.events.types import EVENT_TYPES
 from tests.aio import run
 from tests.visualizer.test_page import as_json, caught_up, finish, steps, submit
 from visualizer.app import Visualizer
@@ -164,6 +165,13 @@ def test_sources_name_the_line_that_defines_the_function() -> None:
         assert ast.parse(dedent("\n".join(lines))).body[0].name == function.__name__ and lines[-1].strip()
         assert told[kind]["url"] is None or told[kind]["url"].startswith("https://github.com/")
     assert len(json.dumps(files)) < 120_000, "every page includes the sources"
+
+
+def test_every_event_type_leads_to_a_public_function() -> None:
+    """A reader who clicks an event expects code that is part of the interface, whichever event it is."""
+    assert set(FUNCTIONS) == set(EVENT_TYPES) | {"shared_prefix"}
+    every = [*FUNCTIONS.values(), *(function for own in OF_MANAGER.values() for function in own.values())]
+    assert [function.__qualname__ for function in every if function.__name__.startswith("_")] == []
 
 
 @pytest.mark.parametrize("home", [None, "https://github.com/somebody/minipaged"])

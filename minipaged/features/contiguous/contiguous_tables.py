@@ -99,7 +99,7 @@ class ContiguousTables:
         for _ in demand.lengths:
             self._grow(group)
         self._join(group, seq_id, group.chunks[0], 0)
-        self._own(seq_id)
+        self.own(seq_id)
 
     # --- in every step ----------------------------------------------------------------------------------------
 
@@ -116,8 +116,8 @@ class ContiguousTables:
         seq_id, _, end = write
         copies: list[Copy] = []
         if self._chunks[seq_id].owner not in (None, seq_id):
-            copies = self._move(seq_id)
-        self._own(seq_id)
+            copies = self.move(seq_id)
+        self.own(seq_id)
         if self.blocks_for(end) > len(self.tables[seq_id]):
             raise BlockError(f"sequence {seq_id} writes token {end - 1} beyond the end of its chunk")
         return copies
@@ -223,7 +223,7 @@ class ContiguousTables:
         if chunk.owner == seq_id:
             chunk.owner = None
 
-    def _own(self, seq_id: int) -> None:
+    def own(self, seq_id: int) -> None:
         """Makes the sequence the writer of its chunk: its table gets the rest of the blocks."""
         chunk, table = self._chunks[seq_id], self.tables[seq_id]
         chunk.owner = seq_id
@@ -232,7 +232,7 @@ class ContiguousTables:
             self._events.emit(Allocated, seq_id, len(table), block)
             table.append(block)
 
-    def _move(self, seq_id: int) -> list[Copy]:
+    def move(self, seq_id: int) -> list[Copy]:
         """Moves the sequence to an unused chunk of its group; returns the copies of all its computed blocks."""
         group, table = self._groups[seq_id], self.tables[seq_id]
         if all(chunk.users for chunk in group.chunks):
