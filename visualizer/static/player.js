@@ -125,7 +125,8 @@ export class Player {
   seekTo(target, sub = 0) {
     const number = Math.max(this.first, Math.min(this.end, target));
     const back = number < this.position || (number === this.position && sub < this.sub);
-    if (back || number - this.position > KEYFRAME_EVERY) {
+    const forgotten = this.position < this.first; // the records after the shown state are gone
+    if (back || forgotten || number - this.position > KEYFRAME_EVERY) {
       const start = Math.max(...[...this.keyframes.keys()].filter((key) => key <= number));
       this.state = State.from(JSON.parse(this.keyframes.get(start)));
       this.position = start;

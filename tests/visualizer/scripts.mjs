@@ -1,0 +1,103 @@
+// Runs the page's reducer and player in node, without a browser. Called by test_scripts.py with the folder of the
+// scripts and a file of runs: [{records: [[event, …], …], states: [the state after each record]}, …].
+
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { pathToFileURL } from "node:url";
+
+const [folder, file] = process.argv.slice(2);
+const { State, check } = await import(pathToFileURL(`${folder}/reducer.js`));
+const { Player } = await import(pathToFileURL(`${folder}/player.js`));
+const plain = (state) => JSON.parse(JSON.stringify(state));
+
+const CHECKS = {
+  // The state after each record is the one that Python's reducer computed.
+  reducer({ records, states }) {
+    const state = new State();
+    records.forEach((events, i) => {
+      for (const event of events) state.apply(event);
+      check(state);
+      assert.deepEqual(plain(state), states[i], `record ${i}`);
+    });
+  },
+
+  // Seeking, in any order, shows the state that playing from the beginning shows.
+  seeking({ records, states }) {
+    const player = loaded(records);
+    let number = 1;
+    for (let i = 0; i < 300; i += 1) {
+      number = (number * 7919 + 31) % records.length; // jumps forward and back
+      player.seek(number + 1);
+      assert.deepEqual(plain(player.state), states[number], `record ${number}`);
+    }
+  },
+
+  // Event by event, forward to the end and back to the beginning, shows every state once.
+  stepping({ records, states }) {
+    const player = loaded(records.slice(0, 60));
+    const seen = [];
+    while (player.position < player.end) {
+      if (!player.sub && player.position) assert.deepEqual(plain(player.state), states[player.position - 1]);
+      seen.push(JSON.stringify(player.state));
+      player.stepEvent(1);
+    }
+    while (seen.length) {
+      player.stepEvent(-1);
+      assert.equal(JSON.stringify(player.state), seen.pop());
+    }
+    assert.deepEqual([player.position, player.sub], [1, 0]); // where a recording begins
+  },
+
+  // A live viewer pauses on rare marks, catches up, and ends with the newest state; a frozen one does not move.
+  following({ records, states }) {
+    const player = new Player();
+    player.receive({ run: "a", first: 0, keyframe: plain(new State()), records: [] });
+    let now = 0;
+    records.forEach((events, i) => {
+      player.receive({ first: i, records: [events] });
+      player.advance((now += 50));
+    });
+    player.freeze();
+    const held = player.position;
+    player.advance((now += 1e6));
+    assert.equal(player.position, held);
+    player.live();
+    assert.deepEqual(plain(player.state), states.at(-1));
+    assert.equal(player.wait(now), Infinity);
+  },
+
+  // Live memory is bounded: the oldest records go, and what is left can still be reached.
+  forgetting({ records, states }) {
+    const player = new Player();
+    const rounds = Math.ceil(1500 / records.length);
+    player.receive({ run: "a", first: 0, keyframe: plain(new State()), records: records.slice(0, 5) });
+    player.seek(3); // a viewer who froze the page, and whose records are forgotten
+    for (let round = 0; round < rounds; round += 1) {
+      player.receive({ first: player.end, records });
+    }
+    assert.ok(player.first > 0 && player.records.length <= 1200, `${player.records.length} records`);
+    player.seek(0);
+    assert.equal(player.position, player.first);
+    player.seek(player.end);
+    assert.deepEqual(plain(player.state).seqs, states.at(-1).seqs);
+  },
+};
+
+function loaded(records) {
+  const player = new Player();
+  player.load("run", records);
+  player.freeze();
+  return player;
+}
+
+for (const [number, run] of JSON.parse(readFileSync(file, "utf8")).entries()) {
+  for (const name of run.checks) {
+    try {
+      CHECKS[name](run);
+      console.log(`${name} ${number} ok`);
+    } catch (error) {
+      console.log(`${name} ${number} ${error.stack}`);
+      process.exitCode = 1;
+    }
+  }
+}
