@@ -1,4 +1,4 @@
-"""The page as one file that needs no server: scripts and styles inline, and a recording for it to play.
+"""The page as one file that needs no server: scripts, styles and fonts inline, and a recording for it to play.
 
 Modules cannot import one another from file://, so each becomes a ``data:`` address that an import map names. The charts
 come with plotly, the same that the live page has: packed it is 2 MB instead of 4.8, which still fits into a mail, and
@@ -18,8 +18,8 @@ import plotly
 
 from visualizer.charts import figures_as_json
 from visualizer.sources import sources
+from visualizer.styles import STATIC, inline, styles
 
-STATIC = Path(__file__).resolve().parent / "static"
 PLOTLY = Path(plotly.__file__).resolve().parent / "package_data" / "plotly.min.js"
 GAP = "THE RECORDING"  # as a JSON string, where the recording's text goes
 
@@ -56,13 +56,12 @@ start({ element: document.body, server, plotly, figures: plotly && JSON.parse(gi
 def page() -> str:
     """The HTML, with ``GAP`` in quotes where the recording's JSON string goes."""
     scripts = {f"minipaged/{path.name}": _module(path) for path in sorted(STATIC.glob("*.js"))}
-    styles = "\n".join(path.read_text(encoding="utf-8") for path in stylesheets())
     body = (STATIC / "page.html").read_text(encoding="utf-8")
     icon = base64.b64encode((STATIC / "favicon.svg").read_bytes()).decode()
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>minipaged: an exported run</title><link rel="icon" href="data:image/svg+xml;base64,{icon}">
-<style>{BASE}{styles}</style>
+<style>{BASE}{styles(inline)}</style>
 <script type="importmap">{_json({"imports": scripts})}</script></head>
 <body><main>{body}</main>
 <script type="application/json" id="sources">{_json(sources())}</script>
@@ -92,8 +91,3 @@ def _module(path: Path) -> str:
 def _json(value: object) -> str:
     """JSON that nothing in it can end the surrounding script element."""
     return json.dumps(value).replace("<", "\\u003c")
-
-
-def stylesheets() -> list[Path]:
-    """All styles; the others refine style.css."""
-    return sorted(STATIC.glob("*.css"), key=lambda path: (path.name != "style.css", path.name))

@@ -27,6 +27,8 @@ ARGS = (
 ).split()
 
 VIEWPORT = {"width": 1280, "height": 720}
+# Widths are what they stay when all fonts are here, those that nothing is written in yet as well.
+FONTS = "Promise.all([...document.fonts].map((face) => face.load())).then((faces) => faces.length)"
 PATIENCE = 60_000  # milliseconds until something on a page counts as missing; a busy machine is slow, not wrong
 
 
@@ -156,6 +158,7 @@ class Pages:
             if shared:
                 shared.tab = page
         self._wait_for_run(page, visualizer)
+        page.evaluate(FONTS)
         return page
 
     def _wait_for_run(self, page: Any, visualizer: Visualizer) -> None:
@@ -170,9 +173,15 @@ class Pages:
 
     def file(self, path: Path) -> Any:
         """Opens an exported page. It may request nothing but itself."""
-        page = self._new(path.as_uri())
-        page.goto(path.as_uri())
+        page = self.show(path.as_uri())
         page.wait_for_function("window.minipaged && minipaged.player.end > 1")
+        return page
+
+    def show(self, url: str) -> Any:
+        """Opens a page that is none of the visualizer's."""
+        page = self._new(url)
+        page.goto(url)
+        page.evaluate(FONTS)
         return page
 
     def close(self) -> None:
