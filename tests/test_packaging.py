@@ -129,7 +129,7 @@ def built(tmp_path_factory) -> tuple[set[str], set[str]]:
     copy = tmp_path_factory.mktemp("source")
     for name in ("minipaged", "visualizer"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, copy)
     code = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
     (copy / "dist").mkdir()

@@ -23,14 +23,13 @@ from visualizer.classroom import Guard  # noqa: E402
 from visualizer.commands import Commands  # noqa: E402
 from visualizer.experiments import LOOKING, Experiments  # noqa: E402
 from visualizer.experiments import menu as experiments_menu  # noqa: E402
-from visualizer.export import PLOTLY, stylesheets  # noqa: E402
+from visualizer.export import PLOTLY  # noqa: E402
 from visualizer.log import RecordLog  # noqa: E402
 from visualizer.paced_loop import DEFAULT_RATE, PacedLoop  # noqa: E402
 from visualizer.recordings import Recordings  # noqa: E402
 from visualizer.scenarios import DEMO_SETTINGS, OPENING, Scenario, menu  # noqa: E402
 from visualizer.sources import sources  # noqa: E402
-
-STATIC = Path(__file__).resolve().parent / "static"
+from visualizer.styles import MONO, SANS, STATIC, served, styles  # noqa: E402
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -178,7 +177,7 @@ def mount(app: Any, visualizer: Visualizer, path: str) -> None:
     """Adds the page at ``path`` to ``app``, a FastAPI application that the caller serves."""
     gr.mount_gradio_app(
         app, visualizer.blocks, path=path, footer_links=[], run_history=False, ssr_mode=False,
-        css_paths=stylesheets(), theme=_theme(),
+        css=styles(served), theme=_theme(),
     )  # fmt: skip
 
 
@@ -219,7 +218,7 @@ def launch(
         visualizer.blocks.launch(
             server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True,
             inbrowser=open_browser, footer_links=[], run_history=False, ssr_mode=False,
-            css_paths=stylesheets(), theme=_theme(), favicon_path=STATIC / "favicon.svg",
+            css=styles(served), theme=_theme(), favicon_path=STATIC / "favicon.svg",
         )  # fmt: skip
     except OSError:
         visualizer.close()
@@ -304,12 +303,12 @@ def _load(**settings: Any) -> Any:
 
 
 def _theme() -> gr.themes.Base:
-    """Gradio's base theme with system fonts: the default theme would download its fonts from the internet."""
+    """Gradio's base theme with the page's own fonts: the default theme would download others from the internet."""
     return gr.themes.Base(
         primary_hue="blue",
         neutral_hue="slate",
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
+        font=list(SANS),
+        font_mono=list(MONO),
     )
 
 

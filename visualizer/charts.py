@@ -12,6 +12,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from visualizer.styles import SANS
+
 BLUE, ORANGE, GREEN, RED, SKY, PINK, GREY = "#0072b2 #e69f00 #009e73 #d55e00 #56b4e9 #cc79a7 #888888".split()
 
 # As in minipaged.events.waste.MANAGERS, in that order.
@@ -196,7 +198,8 @@ def _styled(figure: go.Figure, margin_top: int = 22, **layout: Any) -> go.Figure
         template="none",
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": "Helvetica Neue, Arial, sans-serif", "size": 11},
+        font={"family": ", ".join(SANS), "size": 11},
+        hoverlabel={"font": {"family": ", ".join(SANS)}},
         margin={"l": 40, "r": 8, "t": margin_top, "b": 22},
         legend={"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "font": {"size": 10.5}},
         hovermode="x unified",

@@ -1,4 +1,4 @@
-"""Exports the page as one HTML file that needs no server: scripts and styles inline, and a recording to play.
+"""Exports the page as one HTML file without a server: scripts, styles and fonts inline, and a recording to play.
 
 Modules cannot import each other from file:// URLs, so each becomes a ``data:`` URL in an import map. The file contains
 the live page's plotly.js, gzipped from 4.8 to 2 MB, which still fits into an e-mail; one of plotly's smaller builds
@@ -18,8 +18,8 @@ import plotly
 
 from visualizer.charts import figures_as_json
 from visualizer.sources import sources
+from visualizer.styles import STATIC, inline, styles
 
-STATIC = Path(__file__).resolve().parent / "static"
 PLOTLY = Path(plotly.__file__).resolve().parent / "package_data" / "plotly.min.js"
 GAP = "THE RECORDING"  # placeholder (as a JSON string) for the recording's text
 
@@ -56,13 +56,12 @@ start({ element: document.body, server, plotly, figures: plotly && JSON.parse(gi
 def page() -> str:
     """The exported page's HTML, with ``GAP`` as a JSON string in place of the recording."""
     scripts = {f"minipaged/{path.name}": _module(path) for path in sorted(STATIC.glob("*.js"))}
-    styles = "\n".join(path.read_text(encoding="utf-8") for path in stylesheets())
     body = (STATIC / "page.html").read_text(encoding="utf-8")
     icon = base64.b64encode((STATIC / "favicon.svg").read_bytes()).decode()
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>minipaged: an exported run</title><link rel="icon" href="data:image/svg+xml;base64,{icon}">
-<style>{BASE}{styles}</style>
+<style>{BASE}{styles(inline)}</style>
 <script type="importmap">{_json({"imports": scripts})}</script></head>
 <body><main>{body}</main>
 <script type="application/json" id="sources">{_json(sources())}</script>
@@ -92,8 +91,3 @@ def _module(path: Path) -> str:
 def _json(value: object) -> str:
     """JSON without ``<``, so that no string in it can end the surrounding script element."""
     return json.dumps(value).replace("<", "\\u003c")
-
-
-def stylesheets() -> list[Path]:
-    """All style sheets, style.css first: the others override it."""
-    return sorted(STATIC.glob("*.css"), key=lambda path: (path.name != "style.css", path.name))

@@ -9,6 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from minipaged.labs.lab import Lab
+from visualizer.styles import MONO, SANS, font_faces, inline
 
 if TYPE_CHECKING:
     from minipaged.labs.grade import Row
@@ -19,7 +20,7 @@ MARKS = {"pass": "✓", "fail": "✗", "blocked": "·", "limit": "T", "import": 
 LEGEND = "✓ passed, ✗ failed, · blocked by another task, T time or memory limit, ! no file that can be imported"
 STYLE = """
 :root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin-bottom: 2rem } th, td { padding: .2rem .8rem; text-align: left }
 td.n { text-align: right; font-variant-numeric: tabular-nums } tbody tr { border-top: 1px solid #8884 }
 td.bar { width: 24rem } td.bar div { background: #3b7dd8; height: 1rem }
@@ -32,10 +33,11 @@ def page(lab: Lab, rows: Sequence[Row]) -> str:
     title = f"{lab.key} {lab.title}"
     points = sorted(row.points for row in rows)
     middle = (points[(len(points) - 1) // 2] + points[len(points) // 2]) / 2
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    policy = "default-src 'none'; style-src 'unsafe-inline'; font-src data:"
+    fonts = font_faces(inline) + f"body {{ font: 16px/1.5 {', '.join(SANS)} }} pre {{ font-family: {', '.join(MONO)} }}"
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style>',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{fonts}{STYLE}</style>',
         f"<h1>{escape(title)}</h1>",
         f"<p>{len(rows)} submissions, {lab.points} points to be had. Mean {sum(points) / len(points):.1f}, "
         f"median {middle:g}, all points: {points.count(lab.points)}.</p>",

@@ -27,6 +27,8 @@ ARGS = (
 ).split()
 
 VIEWPORT = {"width": 1280, "height": 720}
+# Widths are final only when all fonts are loaded, also those that no text uses yet.
+FONTS = "Promise.all([...document.fonts].map((face) => face.load())).then((faces) => faces.length)"
 PATIENCE = 60_000  # longest wait for the page in milliseconds; long, because a busy machine is slow
 
 
@@ -156,6 +158,7 @@ class Pages:
             if shared:
                 shared.tab = page
         self._wait_for_run(page, visualizer)
+        page.evaluate(FONTS)
         return page
 
     def _wait_for_run(self, page: Any, visualizer: Visualizer) -> None:
@@ -170,9 +173,15 @@ class Pages:
 
     def file(self, path: Path) -> Any:
         """Opens an exported page, which may request only its own file."""
-        page = self._new(path.as_uri())
-        page.goto(path.as_uri())
+        page = self.show(path.as_uri())
         page.wait_for_function("window.minipaged && minipaged.player.end > 1")
+        return page
+
+    def show(self, url: str) -> Any:
+        """Opens a page that is none of the visualizer's."""
+        page = self._new(url)
+        page.goto(url)
+        page.evaluate(FONTS)
         return page
 
     def close(self) -> None:

@@ -32,8 +32,8 @@ const SAY = {
   latency({ point, history, position }) {
     const { count, ms } = history.latency.median(position);
     if (!count) return "no token has come yet";
-    const gaps = point.p50 === null ? "" : ` · the next after ${time(point.p50)} (p50), ${time(point.p95)} (p95), ${time(point.p99)} (p99)`;
-    return `first token after ${time(ms)} (median of ${count})${gaps}`;
+    const gaps = point.p50 === null ? "" : ` · next: ${time(point.p50)} (p50), ${time(point.p95)} (p95), ${time(point.p99)} (p99)`;
+    return `first token: ${time(ms)} (median of ${count})${gaps}`;
   },
   sequences({ state }) {
     const count = (name) => state[name].flatMap((id) => state.requests[id]).filter((id) => !state.seqs[id].finish_reason);
@@ -63,7 +63,9 @@ export class Charts {
     const script = document.createElement("script");
     script.src = plotlyUrl;
     script.onload = () => (this.nextAt = 0);
-    document.head.append(script);
+    // Plotly measures each text once and remembers: not before the fonts are here.
+    const fonts = [...document.fonts].map((face) => face.load());
+    Promise.allSettled(fonts).then(() => document.head.append(script));
   }
 
   build(figures) {
@@ -146,7 +148,7 @@ export class Charts {
     this.box.classList.toggle("mp-big", big);
     this.box.parentElement.toggleAttribute("data-big", big);
     const words = big ? "Make the charts small again (Esc)" : "Enlarge the charts over the scene";
-    this.enlarge.textContent = big ? "✕" : "⤢";
+    this.enlarge.textContent = big ? "✕" : "↙↗";
     this.enlarge.title = words;
     this.enlarge.setAttribute("aria-label", words);
     this.enlarge.setAttribute("aria-expanded", String(big));

@@ -79,7 +79,7 @@ export class Controls {
   render(status) {
     if (!status || JSON.stringify(status) === JSON.stringify(this.status)) return;
     this.status = status;
-    this.pause.textContent = status.paused ? "▶ Resume" : "❚❚ Pause";
+    this.pause.textContent = status.paused ? "▶ Resume" : "‖ Pause";
     this.pause.classList.toggle("mp-on", status.paused);
     this.root.dataset.engine = status.paused ? "paused" : status.busy ? "running" : "idle";
     setText(this.root.querySelector("[data-part=engine-state]"), this.root.dataset.engine);

@@ -25,7 +25,7 @@ export class PaperFigure {
       return;
     }
     const { data, layout } = structuredClone(this.figure);
-    window.Plotly.react(this.node, data, ours(layout), CONFIG);
+    window.Plotly.react(this.node, data, ours(layout, getComputedStyle(this.node).fontFamily), CONFIG);
     this.paint();
   }
 
@@ -40,13 +40,14 @@ export class PaperFigure {
 }
 
 // The layout in this page's style, without its title (shown above the plot) and its template (only plotly.py has it).
-function ours({ title, template, ...layout }) {
+function ours({ title, template, ...layout }, family) {
   const axis = { zeroline: false, automargin: true, fixedrange: true };
   return {
     ...layout,
     xaxis: { ...layout.xaxis, ...axis, showgrid: layout.xaxis?.type === "log" || !layout.barmode },
     yaxis: { ...layout.yaxis, ...axis, nticks: 6 },
-    font: { family: "Helvetica Neue, Arial, sans-serif", size: 12 },
+    font: { family, size: 12 },
+    hoverlabel: { font: { family } },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     margin: { l: 44, r: 10, t: 30, b: 34 },

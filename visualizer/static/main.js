@@ -98,6 +98,7 @@ class Page {
     });
     const redraw = () => (this.player.changed = true);
     window.addEventListener("resize", redraw);
+    document.fonts.addEventListener("loadingdone", redraw); // widths are others now
     this.sequences.list.addEventListener("scroll", redraw, { passive: true });
   }
 

@@ -60,7 +60,7 @@ export class Timeline {
     scrub.max = player.end;
     scrub.value = player.position;
     const frozen = player.mode === "frozen";
-    setText(this.freezeButton, frozen ? "▶ Play" : "❚❚ Freeze");
+    setText(this.freezeButton, frozen ? "▶ Play" : "‖ Freeze");
     setAttribute(this.freezeButton, "title", frozen
       ? "Play on from here (space)" : "Freeze what you see; the engine goes on (space)");
     this.liveButton.classList.toggle("mp-on", player.mode === "live");
