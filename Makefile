@@ -13,11 +13,12 @@ VENV := .venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check \
 	--constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test test-optimized check gpu-check clean
+.PHONY: help demo test test-fast test-optimized check gpu-check clean
 
 help:
 	@echo "make demo    install into .venv if necessary and start the visualizer on http://127.0.0.1:$(PORT)"
 	@echo "make test    all tests, in random order (CONTRIBUTING.md says how to repeat an order)"
+	@echo "make test-fast  the tests of the heart and what most changes touch, in under 90 seconds"
 	@echo "make test-optimized  some of the tests under python -O"
 	@echo "make check   ruff and mypy"
 	@echo "make gpu-check  on a machine with a GPU: kernels, parity, benchmarks (no .venv; PYTHON=python3)"
@@ -30,6 +31,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m fast $(PYTEST_ARGS)
 
 # minipaged must not depend on its asserts. One process, because pytest-xdist's workers would run without -O.
 test-optimized: $(VENV)/.installed-dev

@@ -2,10 +2,29 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the tests' models are faster on one thread
+
+# `make test-fast` runs these folders and files of tests/: the heart and what most changes touch, without a browser,
+# subprocesses or long random runs. A new file is fast only if it is named here.
+FAST = {
+    "core", "events", "execution", "text", "workloads", "features/test_batchllm.py", "features/test_buddy.py",
+    "features/test_contiguous.py", "features/test_drafts.py", "features/test_eviction.py", "test_beams.py",
+    "test_engine.py", "test_events.py", "test_examples.py", "test_golden.py", "test_house.py", "test_llm.py",
+    "test_outputs.py", "test_pitfalls.py", "test_plug_ins.py", "models/test_parity.py", "visualizer/test_scripts.py",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of ``FAST``."""
+    tests = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(tests)
+        if {path.as_posix(), path.parts[0]} & FAST:
+            item.add_marker("fast")
 
 
 def pytest_configure(config):
