@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from minipaged.core.params import SamplingParams
     from minipaged.llm import LLM
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["LLM", "EngineConfig", "SamplingParams", "__version__"]
 
 _HOMES = {"LLM": "minipaged.llm", "EngineConfig": "minipaged.config", "SamplingParams": "minipaged.core.params"}

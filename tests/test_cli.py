@@ -90,7 +90,7 @@ def interrupt(process: subprocess.Popen) -> None:
 
 
 def test_version(run):
-    assert run("--version") == (0, "minipaged 0.1.0\n", "")
+    assert run("--version") == (0, "minipaged 0.2.0\n", "")
 
 
 def test_help_imports_nothing_slow():
