@@ -34,8 +34,20 @@ MARK = """(all) => all.filter((node) => node.checkVisibility() && (node.matches(
 def strangers(page: Any, *parts: str) -> dict[str, str]:
     """The fonts that some text is drawn in although the page does not bring them along, each with such an element.
 
-    Each selector of ``parts`` must find text that is seen.
+    Each selector of ``parts`` must find text that is seen. Starts again if the page redraws in the meantime.
     """
+    from playwright.sync_api import Error  # here, because the tests run without playwright, too
+
+    for _ in range(20):
+        try:
+            return _strangers(page, *parts)
+        except Error as error:
+            if "Could not find node" not in str(error):
+                raise
+    raise AssertionError("the page is never at rest")
+
+
+def _strangers(page: Any, *parts: str) -> dict[str, str]:
     page.eval_on_selector_all("body *", MARK)
     for part in parts:
         assert page.locator(f"{part}[data-read], {part} [data-read]").count(), f"nothing is written in {part}"
