@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,8 +172,6 @@ def test_a_font_of_the_machine_is_found_out(page: Any) -> None:
     page.eval_on_selector("[data-testid=generate]", "node => (node.style.fontFamily = 'monospace')")
     found = strangers(page)
     page.eval_on_selector("[data-testid=generate]", "node => (node.style.fontFamily = '')")
-    if not found and (listed := shutil.which("fc-list")) and not subprocess.check_output([listed]).strip():
-        return  # a machine without fonts has none that could be found
     assert len(found) == 1 and "Generate" in found.popitem()[1]
 
 
