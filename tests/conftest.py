@@ -1,6 +1,7 @@
 """Configuration of all tests: one thread, random order, and random numbers that do not depend on the order."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +31,9 @@ def pytest_collection_modifyitems(items):
 def pytest_configure(config):
     """pytest-randomly shuffles the tests. It must not seed Python's and numpy's generators: tests seed their own."""
     config.option.randomly_reset_seed = False
+    # A shell starts background jobs with Ctrl-C ignored; the tests of Ctrl-C, and their processes, would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
