@@ -224,6 +224,10 @@ def test_a_plug_ins_scenario_shows_it_at_work(name, shows):
             if event.type == "admitted":
                 first.setdefault(event.request_id, len(first))
         assert len(first) == 5
+        ranks = {event.request_id: event.rank for event in viewer.events if event.type == "request_added"}
+        assert {ranks[event.request_id] for event in viewer.events if event.type == "preempted"} == {
+            max(ranks.values())
+        }
     else:
         assert any(event.type == "evicted" and "which is least" in event.reason for event in viewer.events)
 
@@ -236,6 +240,8 @@ def test_a_plug_ins_scenario_shows_it_at_work(name, shows):
         ("import nothing_of_that_name", "cannot be imported: ModuleNotFoundError"),
         ("SCENARIO = {}", "must define SETTINGS"),
         ("SETTINGS = []", "must define SETTINGS"),
+        ("SETTINGS = {'num_block': 8}", "cannot have num_block; see"),
+        ("SETTINGS = {'model': 'tiny'}", "cannot have model; choose the model with --model"),
         ("SETTINGS = {}\nSCENARIO = {'name': 'x'}", "'arrivals' is missing"),
         (SCENE.format(""), "needs arrivals"),
         (SCENE.format("{'step': 0, 'prompt': 'a', 'm': 1}"), "argument 'm'"),
@@ -254,3 +260,26 @@ def test_what_is_no_plug_in_is_refused(tmp_path, text, says, capsys, monkeypatch
     with pytest.raises(SystemExit) as leaving:
         main()
     assert leaving.value.code == 2 and "--plugin" in capsys.readouterr().err
+
+
+def test_a_plug_in_may_define_dataclasses(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Job:\n    size: int\nSETTINGS = {'num_blocks': Job(20).size}\n"
+    )
+    assert load_plugin(path) == ({"num_blocks": 20}, None)
+
+
+@pytest.mark.parametrize("others", [["--replay", "run.jsonl"], ["--lab", "A1"]])
+def test_a_plug_in_goes_with_neither_a_recording_nor_a_lab(others, capsys, monkeypatch):
+    plugin = ["--plugin", str(EXAMPLES / "tracer.py")]
+    monkeypatch.setattr(sys, "argv", ["minipaged", "visualize", *plugin, *others])
+    with pytest.raises(SystemExit) as leaving:
+        main()
+    assert leaving.value.code == 2 and f"{others[0]} and --plugin exclude each other" in capsys.readouterr().err
+
+
+def test_extra_args_with_names_of_any_type_are_refused():
+    with pytest.raises(InvalidRequest, match="does not read 1"):
+        fake_engine().add_request("a", [1], SamplingParams(extra_args={1: 2}))

@@ -292,7 +292,7 @@ source(Engine.step)
 
 # %% [markdown]
 # `schedule` has a step more than yours: it makes room for the running ones, at the cost of later arrivals, before it
-# admits anybody. (Features plug in at `admission`, which sets limits and the order of admission, and at `stages`.
+# admits new requests. (Features plug in at `admission`, which sets limits and the order of admission, and at `stages`.
 # Without features `admission` is first come, first served, and there are no stages.)
 
 # %%

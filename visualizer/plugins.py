@@ -9,9 +9,12 @@ The other keys of an arrival are the fields of `visualizer.scenarios.Arrival`. `
 from __future__ import annotations
 
 import importlib.util
+import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from minipaged.config import EngineConfig
 from minipaged.errors import InvalidConfig
 from visualizer.scenarios import SCENARIOS, Arrival, Scenario
 
@@ -29,6 +32,7 @@ def load_plugin(path: Path) -> tuple[dict[str, Any], Scenario | None]:
     if spec is None or spec.loader is None:
         raise InvalidConfig(f"--plugin {path}: not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # as for an imported file: dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -36,6 +40,9 @@ def load_plugin(path: Path) -> tuple[dict[str, Any], Scenario | None]:
     settings = getattr(module, "SETTINGS", None)
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise InvalidConfig(f"--plugin {path}: it must define SETTINGS, a dict of keyword arguments for LLM")
+    if unknown := set(settings) - {one.name for one in fields(EngineConfig)} | ({"model"} & set(settings)):
+        hint = "choose the model with --model" if "model" in unknown else "see minipaged.EngineConfig"
+        raise InvalidConfig(f"--plugin {path}: SETTINGS cannot have {', '.join(sorted(unknown))}; {hint}")
     told = getattr(module, "SCENARIO", None)
     if told is None:
         return settings, None

@@ -62,6 +62,9 @@ def visualize(
 
     if classroom and host == "127.0.0.1":
         host = "0.0.0.0"
+    chosen = [name for name, value in (("--replay", replay), ("--lab", lab), ("--plugin", plugin)) if value is not None]
+    if len(chosen) > 1:
+        raise typer.Exit(fail(f"{' and '.join(chosen)} exclude each other; leave all out but one"))
     if replay is not None:
         launch = _visualizer()
         try:

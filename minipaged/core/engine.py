@@ -185,7 +185,7 @@ class Engine:
         self.wings.decoding(params, frozenset())  # raises for a way of decoding that this engine does not have
         getattr(self.sampler, "check", lambda params: None)(params)
         if unread := set(params.extra_args) - getattr(self.scheduler.admission, "extra_args", frozenset()):
-            raise InvalidRequest(f"extra_args: the engine's admission policy does not read {', '.join(sorted(unread))}")
+            raise InvalidRequest(f"extra_args: the admission policy does not read {', '.join(map(str, unread))}")
         name, width = ("beam_width", params.beam_width) if params.beam_width else ("n", params.n)
         most = self.config.max_num_seqs
         if width > most:
