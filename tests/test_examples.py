@@ -10,6 +10,7 @@ import torch
 
 from minipaged import LLM, EngineConfig, SamplingParams
 from minipaged.cli import main
+from minipaged.core.seams import FCFS
 from minipaged.errors import InvalidConfig, InvalidRequest
 from minipaged.events import State
 from tests.fake import fake_engine, unbatched
@@ -283,3 +284,19 @@ def test_a_plug_in_goes_with_neither_a_recording_nor_a_lab(others, capsys, monke
 def test_extra_args_with_names_of_any_type_are_refused():
     with pytest.raises(InvalidRequest, match="does not read 1"):
         fake_engine().add_request("a", [1], SamplingParams(extra_args={1: 2}))
+
+
+@pytest.mark.parametrize("rank", [float("nan"), float("inf"), "first", None])
+def test_a_rank_that_has_no_place_in_a_queue_is_refused(rank):
+    class Odd(FCFS):
+        def rank(self, request):
+            return rank if request.request_id == "odd" else 0
+
+    engine = fake_engine(admission_policy=Odd)
+    engine.add_request("a", [1], SamplingParams(max_tokens=2))
+    with pytest.raises(InvalidRequest, match="rank must be a number"):
+        engine.add_request("odd", [1])
+    assert not engine.is_unfinished("odd") and len(engine.scheduler.waiting) == 1
+    while engine.has_unfinished():
+        engine.step()
+        engine.check()

@@ -14,7 +14,7 @@ from minipaged.core.block_table import Demand
 from minipaged.core.plan import Chunk, SampledToken, StepPlan, Write
 from minipaged.core.request import Request, Sequence, Status, common_prefix
 from minipaged.core.seams import FCFS, AdmissionPolicy, Limits, MemoryManager, Stage
-from minipaged.errors import InvariantViolation  # typed errors
+from minipaged.errors import InvariantViolation, real_number  # typed errors
 
 # What subscribers of the EventLog are told:
 from minipaged.events import Admitted, EventLog, Filled, Finished, Forked, Preempted, Proposed, Sampled, Scheduled
@@ -61,6 +61,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         request.rank = self.admission.rank(request)
+        real_number(request.rank, "an admission policy's rank", -1e15, 1e15)  # exact in the page, too; NaN has no order
         self.insert(request, self.waiting, Status.WAITING)
 
     def has_unfinished(self) -> bool:
