@@ -164,7 +164,7 @@ def load(config: EngineConfig, shard: Any = None) -> LoadedModel:
             ranks.check(config, device)
         return load_model(config.model, config.device, config.dtype, shard, config.model_families)
 
-    return load() if shard is None else ranks.together(load)
+    return load() if shard is None else ranks.on_all_ranks(load)
 
 
 def build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None = None, **parts: Any) -> Engine:
@@ -174,7 +174,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel |
     """
     from minipaged.execution.pool_size import blocks_that_fit
     from minipaged.features.full_sampler import sample
-    from minipaged.features.tensor_parallel.ranks import gather, neighbours, together
+    from minipaged.features.tensor_parallel.ranks import gather, neighbours, on_all_ranks
 
     spec, shard = loaded.spec, loaded.shard
     max_model_len = config.max_model_len or spec.max_model_len
@@ -191,7 +191,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel |
         useful=config.max_num_seqs * -(-max_model_len // (config.block_size or 1)),
         swap_blocks=config.swap_blocks if config.preemption == "swap" else 0,
     )
-    num_blocks = fit() if shard is None else min(gather(together(fit)))  # block tables are the same on all ranks
+    num_blocks = fit() if shard is None else min(gather(on_all_ranks(fit)))  # block tables are the same on all ranks
     config = replace(config, num_blocks=num_blocks)
     return assemble(
         config,

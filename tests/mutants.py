@@ -198,7 +198,7 @@ MUTANTS = [
         Scheduler,
         "place",
         "candidates = ",
-        "self.memory.computed(seq.seq_id, seq.tokens, end); candidates = ",
+        "self.memory.mark_computed(seq.seq_id, seq.tokens, end); candidates = ",
         (engine.test_what_a_failing_step_would_have_computed_is_never_found,),
     ),
     Mutant(
@@ -354,7 +354,7 @@ MUTANTS = [
         "admission gives away blocks that running prefills still need",
         BlockTables,
         "fits",
-        "self.pool.num_free - owed",
+        "self.pool.num_free - outstanding",
         "self.pool.num_free",
         (partial(scheduler.test_blocks_that_branches_are_about_to_take_are_not_given_to_others, 0),),
     ),

@@ -324,7 +324,7 @@ source(waste.held)
 # Here is the toy's conversation, told to the real accounting. For Max you should recognise all four numbers.
 
 # %%
-moment = waste.Moment(seq_id=0, num_prompt=161, num_computed=161 + 100, final=161 + 338)
+moment = waste.Progress(seq_id=0, num_prompt=161, num_computed=161 + 100, final=161 + 338)
 for manager in ("orca-max", "orca-pow2", "orca-oracle"):
     print(f"{manager:12}", waste.held(manager, moment, LONGEST, 16))
 

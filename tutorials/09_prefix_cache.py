@@ -374,7 +374,7 @@ print("same output:", with_cache == without)
 # blocks are free, but still know what they hold. The last question comes when everybody has gone, and finds them. The
 # page asks you how many tokens will be found; the tab *Prefix cache* counts them.
 #
-# Source lines: [`minipaged/core/prefix_cache.py`](../minipaged/core/prefix_cache.py); `match`, `computed` and
+# Source lines: [`minipaged/core/prefix_cache.py`](../minipaged/core/prefix_cache.py); `match`, `mark_computed` and
 # `free` in [`minipaged/core/block_table.py`](../minipaged/core/block_table.py); `BlockPool.allocate` in
 # [`minipaged/core/pool.py`](../minipaged/core/pool.py).
 #
@@ -392,7 +392,7 @@ from minipaged.core.plan import Write
 tables, prompt = BlockTables(num_blocks=16, block_size=16), list(range(100))
 tables.open(0)
 tables.reserve(Write(0, 0, 100))
-tables.computed(0, prompt, 100)
+tables.mark_computed(0, prompt, 100)
 for what, tokens in {
     "the same": prompt,
     "the first 64": prompt[:64],
@@ -439,7 +439,7 @@ def found(policy):
         hits = tables.match(prompt)
         tables.open(number, hits)
         tables.reserve(Write(number, 4 * len(hits), 12))
-        tables.computed(number, prompt, 12)
+        tables.mark_computed(number, prompt, 12)
         tables.free(number)
         tables.check()
         total += len(hits)

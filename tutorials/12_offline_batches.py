@@ -481,7 +481,7 @@ def found_online(window, num_blocks=48):
         hits = tables.match(prompt)
         tables.open(number, hits)
         tables.reserve(Write(number, 4 * len(hits), len(prompt)))
-        tables.computed(number, prompt, len(prompt))
+        tables.mark_computed(number, prompt, len(prompt))
         tables.free(number)
         found += 4 * len(hits)
     return found, max(delays)

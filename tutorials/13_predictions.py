@@ -293,7 +293,7 @@ def found(policy, prompts, num_blocks=40):
         hits = tables.match(prompt)
         tables.open(number, hits, Demand([len(prompt)], len(prompt), len(prompt), 1))
         tables.reserve(Write(number, 4 * len(hits), len(prompt)))
-        tables.computed(number, prompt, len(prompt))
+        tables.mark_computed(number, prompt, len(prompt))
         if predict:
             policy.note(tables.tables[number], predict(prompt))
         tables.free(number)

@@ -16,7 +16,7 @@ from minipaged.core.pool import BlockPool
 from minipaged.core.prefix_cache import EMPTY_PREFIX, EvictionPolicy, Hit, PrefixCache
 from minipaged.errors import BlockError, InvariantViolation  # typed errors
 from minipaged.events import Allocated, Copied, EventLog, Freed, Shared  # see events/
-from minipaged.events.waste import Held, Moment, held_in_blocks  # slots by class of waste; a sequence's length
+from minipaged.events.waste import Held, Progress, held_in_blocks  # slots by class of waste; a sequence's length
 
 
 class Demand(NamedTuple):
@@ -73,14 +73,14 @@ class BlockTables:
             "shorten it or raise num_blocks"
         )
 
-    def fits(self, demand: Demand, hits: Seq[Hit] = (), owed: int = 0, growth: int = 0) -> bool:
+    def fits(self, demand: Demand, hits: Seq[Hit] = (), outstanding: int = 0, growth: int = 0) -> bool:
         """Whether the pool has the blocks for a request.
 
-        ``hits``: what `match` found; of these, blocks in use need not be free. ``owed``: blocks that the prompts of
-        running requests will still take. ``growth``: blocks to leave to running sequences.
+        ``hits``: what `match` found; of these, blocks in use need not be free. ``outstanding``: blocks that the prompts
+        of running requests will still take. ``growth``: blocks to leave to running sequences.
         """
         in_use = sum(self.pool.ref_counts[hit.block] > 0 for hit in hits)
-        return self.blocks_to_hold(demand) - in_use <= self.pool.num_free - owed - growth
+        return self.blocks_to_hold(demand) - in_use <= self.pool.num_free - outstanding - growth
 
     def match(self, tokens: Seq[int]) -> list[Hit]:
         """The longest cached prefix of ``tokens``, in whole blocks. Changes nothing.
@@ -151,7 +151,7 @@ class BlockTables:
         """A block for this entry of the table. Any block will do; a subclass may prefer one."""
         return self.pool.allocate()
 
-    def computed(self, seq_id: int, tokens: Seq[int], num_computed: int) -> None:
+    def mark_computed(self, seq_id: int, tokens: Seq[int], num_computed: int) -> None:
         """The KV of the first ``num_computed`` tokens is in place: full blocks enter the prefix cache.
 
         Only now, not when they were reserved: a block must never be found before its KV exists.
@@ -208,9 +208,9 @@ class BlockTables:
         """A table's first blocks, whose KV must be in place, with the names of their prefixes."""
         return [Hit(*pair) for pair in zip(self._prefixes[seq_id][:num_blocks], self.tables[seq_id], strict=False)]
 
-    def held(self, moments: Iterable[Moment], waiting: Demand | None = None) -> Held:
+    def held(self, progress: Iterable[Progress], waiting: Demand | None = None) -> Held:
         """The slots of used blocks, by class of waste (paper Fig. 2); shared blocks count once."""
-        return held_in_blocks(self.tables, self.pinned, self.block_size, moments)
+        return held_in_blocks(self.tables, self.pinned, self.block_size, progress)
 
     def check(self, num_computed: Mapping[int, int] | None = None) -> None:
         """Reference counts equal occurrences in tables, and each table has exactly the blocks that its tokens need.

@@ -164,7 +164,7 @@ class Scheduler:
             return
         budget = self.admission.limits(None).num_tokens - plan.num_tokens
         num_seqs = sum(request.width for request in self.running)
-        owed = self.owed()  # updated below; recounting it for each request would be quadratic
+        outstanding = self.outstanding()  # updated below; recounting it for each request would be quadratic
         for request in list(self.admission.eligible(self.waiting)):  # a copy, because those that start leave the queue
             limits = self.admission.limits(request)
             if (budget <= 0 and limits.needs_tokens) or num_seqs + request.width > limits.num_seqs:
@@ -174,7 +174,7 @@ class Scheduler:
                 if request.status is Status.FINISHED:
                     continue
             hits = self.admission.hits(request)
-            if not self.memory.fits(self.demand(request), hits, owed, self._growth_beside(request, limits)):
+            if not self.memory.fits(self.demand(request), hits, outstanding, self._growth_beside(request, limits)):
                 break
             self.waiting.remove(request)
             num_seqs += request.width
@@ -186,7 +186,7 @@ class Scheduler:
             counts = self._spend(budget, [request])
             budget -= counts[lead.seq_id]
             self.place(request, self.writes(request, counts), plan)
-            owed += self._owed(request)
+            outstanding += self._outstanding(request)
 
     def insert(self, request: Request, queue: list[Request], status: Status) -> None:
         """Inserts the request into a queue, in order of rank and arrival, and sets its status."""
@@ -213,11 +213,11 @@ class Scheduler:
         """A block for each running sequence."""
         return sum(len(self.active(request)) for request in self.running)
 
-    def owed(self) -> int:
+    def outstanding(self) -> int:
         """Blocks that the known tokens of running requests, computed in chunks, have yet to take."""
-        return sum(map(self._owed, self.running))
+        return sum(map(self._outstanding, self.running))
 
-    def _owed(self, request: Request) -> int:
+    def _outstanding(self, request: Request) -> int:
         memory, active = self.memory, self.active(request)
         if self.forking(request):
             return memory.blocks_to_hold(self.demand(request)) - len(memory.tables[active[0].seq_id])
@@ -260,7 +260,7 @@ class Scheduler:
                 if chunk.draft:
                     self.events.emit(Proposed, seq.seq_id, list(chunk.draft), [piece(seq, t) for t in chunk.draft])
                 self.events.emit(Filled, seq.seq_id, chunk.start, known)
-            self.memory.computed(seq.seq_id, seq.tokens, seq.num_computed)
+            self.memory.mark_computed(seq.seq_id, seq.tokens, seq.num_computed)
             if seq.num_computed == request.fork_at and self.forking(request):
                 for other in request.live:
                     if other.seq_id not in self.memory.tables:

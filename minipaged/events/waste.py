@@ -45,7 +45,7 @@ class Held(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Moment:
+class Progress:
     """A sequence at one step: prompt tokens, tokens with KV in the cache, and how many of those it will reach."""
 
     seq_id: int
@@ -54,21 +54,23 @@ class Moment:
     final: int
 
 
-def moment_of(seq: Any, max_output: int) -> Moment:
+def progress_of(seq: Any, max_output: int) -> Progress:
     """A sequence now, assuming that it generates ``max_output`` tokens. The KV of the last one is never computed."""
-    return Moment(seq.seq_id, seq.num_prompt, seq.num_computed, seq.num_prompt + max_output - 1)
+    return Progress(seq.seq_id, seq.num_prompt, seq.num_computed, seq.num_prompt + max_output - 1)
 
 
 def held_now(engine: Any) -> Held:
     """The slots of an engine's pool by class, assuming that each sequence generates as many tokens as it may."""
     scheduler = engine.scheduler
-    moments = [moment_of(seq, request.max_output) for request in scheduler.running for seq in scheduler.active(request)]
-    held: Held = engine.memory.held(moments, scheduler.demand(scheduler.waiting[0]) if scheduler.waiting else None)
+    progress = [
+        progress_of(seq, request.max_output) for request in scheduler.running for seq in scheduler.active(request)
+    ]
+    held: Held = engine.memory.held(progress, scheduler.demand(scheduler.waiting[0]) if scheduler.waiting else None)
     return held
 
 
 def held_in_blocks(
-    tables: Mapping[int, list[int]], pinned: Iterable[int], block_size: int, moments: Iterable[Moment]
+    tables: Mapping[int, list[int]], pinned: Iterable[int], block_size: int, progress: Iterable[Progress]
 ) -> Held:
     """The slots of the blocks in these sequences' block tables, by class; shared blocks count once.
 
@@ -76,10 +78,10 @@ def held_in_blocks(
     """
     filled = dict.fromkeys(pinned, block_size)
     coming = dict(filled)
-    for moment in moments:
-        for logical, block in enumerate(tables[moment.seq_id]):
-            here = max(0, min(block_size, moment.num_computed - logical * block_size))
-            later = max(here, min(block_size, moment.final - logical * block_size))
+    for seq in progress:
+        for logical, block in enumerate(tables[seq.seq_id]):
+            here = max(0, min(block_size, seq.num_computed - logical * block_size))
+            later = max(here, min(block_size, seq.final - logical * block_size))
             filled[block] = max(filled.get(block, 0), here)
             coming[block] = max(coming.get(block, 0), later)
     token, final = sum(filled.values()), sum(coming.values())
@@ -111,18 +113,18 @@ def reservation(manager: str, num_prompt: int, num_output: int, longest: int) ->
     raise ValueError(f"{manager!r} reserves nothing ahead")
 
 
-def held(manager: str, moment: Moment, longest: int, page_tokens: int, block_size: int = 1) -> Held:
+def held(manager: str, seq: Progress, longest: int, page_tokens: int, block_size: int = 1) -> Held:
     """The slots that ``manager`` reserves for one sequence, in chunks of blocks of ``block_size`` slots.
 
     ``longest``: slots that Max reserves. ``page_tokens``: tokens per vAttention page-group.
     """
-    token = moment.num_computed
+    token = seq.num_computed
     if manager == "vattention":
         mapped = -(-token // page_tokens) * page_tokens
-        reserved = min(mapped, max(moment.final, token)) - token
+        reserved = min(mapped, max(seq.final, token)) - token
         return Held(token, reserved, mapped - token - reserved)
-    asked = max(reservation(manager, moment.num_prompt, _num_output(moment.num_prompt, moment.final), longest), token)
-    later = max(0, moment.final - token)
+    asked = max(reservation(manager, seq.num_prompt, _num_output(seq.num_prompt, seq.final), longest), token)
+    later = max(0, seq.final - token)
     return Held(token, later, asked - token - later, _chunk(manager, asked, block_size) - asked)
 
 
@@ -138,14 +140,14 @@ def _chunk(manager: str, asked: int, block_size: int) -> int:
 
 
 def fitting(
-    manager: str, moments: Iterable[Moment], slots: int, longest: int, page_tokens: int, block_size: int = 1
+    manager: str, progress: Iterable[Progress], slots: int, longest: int, page_tokens: int, block_size: int = 1
 ) -> int:
     """How many of these sequences, in order, an empty pool of ``slots`` could serve at once.
 
     A sum is exact for a buddy allocator, too: until a chunk is freed, no two of its free pieces have the same
     length, so the pieces that are shorter than a chunk add up to less than one chunk.
     """
-    return _count_fitting((held(manager, moment, longest, page_tokens, block_size).total for moment in moments), slots)
+    return _count_fitting((held(manager, seq, longest, page_tokens, block_size).total for seq in progress), slots)
 
 
 def _count_fitting(needs: Iterable[int], slots: int) -> int:
@@ -160,7 +162,7 @@ def _count_fitting(needs: Iterable[int], slots: int) -> int:
 
 @dataclass
 class Row:
-    """One moment of a `timeline`. ``running``: sequences with blocks; ``fit``: how many of them a pool of the same
+    """One seq of a `timeline`. ``running``: sequences with blocks; ``fit``: how many of them a pool of the same
     size could serve at once, first come, first served."""
 
     step: int

@@ -52,7 +52,8 @@ class KVCache:
         """
         caches = (self.k[layer], self.v[layer], batch.slot_mapping, self.k_scale[layer], self.v_scale[layer])
         if rope is not None:
-            return self.kernels.rope_store(q, k, v, *rope, *caches)
+            cos, sin = rope
+            return self.kernels.rope_store(q, k, v, cos, sin, *caches)
         self.kernels.store_kv(k, v, *caches)
         return q
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from minipaged.core.engine import Engine
 from minipaged.core.plan import StepPlan
-from minipaged.events.waste import Held, Moment
+from minipaged.events.waste import Held, Progress
 from minipaged.experiments.simulator import simulate
 from minipaged.workloads import TraceRequest, at_once, sharegpt_like, trace
 
@@ -67,7 +67,7 @@ class HeldByClass:
         coming = {chunk.seq.seq_id: chunk.num_tokens for chunk in plan.chunks}
         # The last token's KV is never computed, because no later token reads it.
         self._held += engine.memory.held(
-            Moment(
+            Progress(
                 seq.seq_id,
                 seq.num_prompt,
                 seq.num_computed + coming.get(seq.seq_id, 0),

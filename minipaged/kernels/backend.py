@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
 from minipaged.errors import InvalidConfig
 from minipaged.kernels import reference
 
 
-@dataclass(frozen=True)
 class Kernels:
-    """The functions that read or write KV, each with the signature and meaning of its version in `reference`."""
+    """The functions that read or write KV. These are plain torch's; a backend's subclass replaces some of them.
 
-    name: str
-    store_kv: Callable[..., None] = reference.store_kv
-    rope_store: Callable[..., Tensor] = reference.rope_store
-    add_norm: Callable[..., tuple[Tensor, Tensor]] = reference.add_norm
-    paged_decode: Callable[..., Tensor] = reference.paged_decode
-    paged_prefill: Callable[..., Tensor] = reference.paged_prefill
-    copy_blocks: Callable[..., None] = reference.copy_blocks
-    swap_blocks: Callable[..., None] = reference.swap_blocks
+    mypy compares each replacement with the function here: signature and meaning are those of `reference`.
+    """
+
+    name = "torch"
+    store_kv = staticmethod(reference.store_kv)
+    rope_store = staticmethod(reference.rope_store)
+    add_norm = staticmethod(reference.add_norm)
+    paged_decode = staticmethod(reference.paged_decode)
+    paged_prefill = staticmethod(reference.paged_prefill)
+    copy_blocks = staticmethod(reference.copy_blocks)
+    swap_blocks = staticmethod(reference.swap_blocks)
 
 
-TORCH = Kernels("torch")
+TORCH = Kernels()
 
 
 def choose(attention: str, device: torch.device) -> tuple[str, str]:
@@ -80,30 +79,45 @@ def require_compiler() -> None:
 
 def _triton() -> Kernels:
     # Imported here, so that the other backends need neither Triton nor the time to import it.
-    from minipaged.kernels import copy_blocks, fused, paged_decode, paged_prefill, store_kv, swap
+    # Under names that the class below does not have: its body cannot see this function's variables of the same name.
+    from minipaged.kernels import copy_blocks as copy
+    from minipaged.kernels import fused, swap
+    from minipaged.kernels import paged_decode as decode
+    from minipaged.kernels import paged_prefill as prefill
+    from minipaged.kernels import store_kv as store
 
-    return Kernels(
-        "triton",
-        store_kv=store_kv.store_kv,
-        rope_store=fused.rope_store,
-        add_norm=fused.add_norm,
-        paged_decode=paged_decode.paged_decode,
-        paged_prefill=paged_prefill.paged_prefill,
-        copy_blocks=copy_blocks.copy_blocks,
-        swap_blocks=swap.swap_blocks,
-    )
+    class TritonKernels(Kernels):
+        name = "triton"
+        store_kv = staticmethod(store.store_kv)
+        rope_store = staticmethod(fused.rope_store)
+        add_norm = staticmethod(fused.add_norm)
+        paged_decode = staticmethod(decode.paged_decode)
+        paged_prefill = staticmethod(prefill.paged_prefill)
+        copy_blocks = staticmethod(copy.copy_blocks)
+        swap_blocks = staticmethod(swap.swap_blocks)
+
+    return TritonKernels()
 
 
 def _flex() -> Kernels:
     from minipaged.kernels import flex
 
-    return replace(TORCH, name="flex", paged_decode=flex.paged_decode, paged_prefill=flex.paged_prefill)
+    class FlexKernels(Kernels):
+        name = "flex"
+        paged_decode = staticmethod(flex.paged_decode)
+        paged_prefill = staticmethod(flex.paged_prefill)
+
+    return FlexKernels()
 
 
 def _native() -> Kernels:
     from minipaged.kernels import native
 
-    return replace(TORCH, name="native", paged_decode=native.paged_decode)
+    class NativeKernels(Kernels):
+        name = "native"
+        paged_decode = staticmethod(native.paged_decode)
+
+    return NativeKernels()
 
 
 def _no_native() -> str:

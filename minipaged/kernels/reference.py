@@ -32,7 +32,7 @@ def store_kv(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """Scatters this step's keys and values into their slots (paper §4.3, "fused reshape and block write").
+    """Scatters this step's keys and values into their slots (paper §5.1, "fused reshape and block write").
 
     k, v: [T, KH, D]; caches: [N, S, KH, D], changed in place, as are their scales; slot_mapping: [T],
     slot = block · S + offset.

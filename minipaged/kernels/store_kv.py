@@ -1,4 +1,4 @@
-"""Writes this step's keys and values to their slots (PagedAttention paper §4.3, "fused reshape and block write").
+"""Writes this step's keys and values to their slots (PagedAttention paper §5.1, "fused reshape and block write").
 
 k, v of this step                 slot_mapping              k_cache, v_cache
 token 0  [KH, D] ───────────────▶ slot 37  ───────────────▶ block 2, offset 5   (block size 16)

@@ -1,8 +1,8 @@
 """Functions that the attention kernels share: following a block table, and online softmax over tiles of keys.
 
-    logical    0 1 2 3 │ 4 5 6 7 │ 8 9            positions of a sequence, block size 4
-    table         [7        2         5]            its block table
-    physical   ……│8 9……│…│ 4 5 6 7 │…│ 0 1 2 3 │…    blocks 5, 2 and 7 of the cache
+    positions     0 1 2 3 │ 4 5 6 7 │ 8 9      of a sequence of 10 tokens, block size 4
+    block table      [7        2       5]      logical block → physical block
+    the cache     … block 2: 4 5 6 7 …  block 5: 8 9 · · …  block 7: 0 1 2 3 …      (·: dead slots)
 
 A tile of keys is a range of *positions*, of any length: the kernel looks up the block of each position, so tiles and
 blocks need not match, and the block size may be any number.
@@ -56,9 +56,9 @@ def attend(q, k, v, k_scale, v_scale, visible, scale, peak, total, acc):
 def tile_of(head_dim: int, itemsize: int) -> tuple[int, int]:
     """The size of a tile, (keys, dims), both powers of two, for queries of ``itemsize`` bytes.
 
-    16 KiB of 16-bit numbers, so that several tiles fit into shared memory and can be loaded at the same time. float32
-    products do not use tensor cores and need more registers: a quarter of that many numbers. ``tl.dot`` needs at least
-    16 in each dimension; dims beyond ``head_dim`` are masked.
+    At most 8,192 numbers of 16 bits (16 KiB), so that the tiles of keys and values that are loaded ahead fit into shared
+    memory. A quarter of that in float32, whose products need more registers because they do not use tensor cores.
+    ``tl.dot`` needs at least 16 in each dimension; dims beyond ``head_dim`` are masked.
     """
     dims = max(16, triton.next_power_of_2(head_dim))
     return min(128, max(16, (8192 if itemsize == 2 else 2048) // dims)), dims

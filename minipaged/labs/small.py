@@ -6,7 +6,6 @@ Every call is compared with the engine's own kernel, and the engine goes on with
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -79,23 +78,31 @@ def small_engine(model: Llama, kernels: Kernels = TORCH, prepare: Prepare = lamb
     return assemble(config, Runner(model, cache, prepare), sample, vocab_size=MODEL["vocab_size"])
 
 
-def checked(attend: Attend, name: str) -> Kernels:
-    """The engine's kernels with ``attend`` for decoding, whose results are compared at once."""
+def checked(attend: Attend, name: str, store: Callable[..., Tensor] = reference.rope_store) -> Kernels:
+    """The engine's kernels with ``attend`` for decoding, whose results are compared at once, and ``store``."""
 
-    def paged_decode(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lens: Tensor, scale: float, *rest: Any) -> Tensor:
-        right = reference.paged_decode(q, k, v, tables, lens, scale, *rest)
-        got = attend(q, k, v, tables, lens, scale)
+    def compared(
+        q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float,
+        sliding_window: int | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        arguments = (q, k_cache, v_cache, block_tables, context_lens, scale)
+        right = reference.paged_decode(*arguments, sliding_window, k_scale, v_scale)
+        got = attend(*arguments)
         if not isinstance(got, Tensor) or got.shape != right.shape or not got.is_floating_point():
             raise Violation(f"in the engine, {name} gave no float tensor of shape {list(right.shape)}", "shape")
         off = (got.float() - right).abs().amax(dim=(1, 2))
-        for b, length in enumerate(lens.tolist()):
+        for b, length in enumerate(context_lens.tolist()):
             if not off[b].item() <= TOLERANCE:
-                where = f"sequence {b} of the batch ({length} tokens in blocks {tables[b].tolist()})"
+                where = f"sequence {b} of the batch ({length} tokens in blocks {block_tables[b].tolist()})"
                 wrong = f"wrong by {off[b].item():.3g}"
                 raise Violation(f"in the engine, the result of {name} for {where} is {wrong}", "result")
         return got.to(right.dtype)
 
-    return replace(TORCH, paged_decode=paged_decode)
+    class CheckedKernels(Kernels):
+        paged_decode = staticmethod(compared)
+        rope_store = staticmethod(store)
+
+    return CheckedKernels()
 
 
 def greedy(engine: Engine, requests: Trace) -> dict[str, list[list[int]]]:

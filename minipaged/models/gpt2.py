@@ -97,7 +97,7 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
-class Block(nn.Module):
+class DecoderLayer(nn.Module):
     """One layer: attention, then MLP; each reads the residual stream through a norm and adds to it. [T, C] → [T, C]."""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
@@ -122,7 +122,7 @@ class GPT2(nn.Module):
         self.config = config
         self.wte = embedding(config.vocab_size, config.hidden_size)
         self.wpe = embedding(config.max_model_len, config.hidden_size)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.h = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         # Only the head's weight is used, and the embedding's has the same shape: a tied head is just a second name.
         head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -147,7 +147,7 @@ class MLP(nn.Module):
         return self.down_proj(reference.silu_mul(self.gate_up_proj(x)))  # [T, C] → [T, 2·F] → [T, F] → [T, C]
 
 
-class Block(nn.Module):
+class DecoderLayer(nn.Module):
     """One layer: attention, then MLP; each reads the residual stream through a norm and adds to it. [T, C] → [T, C]."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
@@ -174,7 +174,7 @@ class Llama(nn.Module):
         self.config = config
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         # Only the head's weight is used, and the embedding's has the same shape: a tied head is just a second name.
         head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

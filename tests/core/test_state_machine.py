@@ -174,7 +174,7 @@ class MemoryMachine(RuleBasedStateMachine):
                 assert self.pool.ref_counts[block] == 1, "a sequence writes into a shared block"
                 self.store[block][position % self.size] = tuple(tokens[: position + 1])
         for seq_id, _ in rows:
-            self.tables.computed(seq_id, self.tokens[seq_id], len(self.tokens[seq_id]))
+            self.tables.mark_computed(seq_id, self.tokens[seq_id], len(self.tokens[seq_id]))
 
     def _execute(self, copies, source, target):
         moved = [(copy.dst, list(source[copy.src])) for copy in copies]

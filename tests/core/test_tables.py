@@ -14,7 +14,7 @@ def filled(tables, seq_id, tokens):
     """Opens a block table, reserves and computes all tokens."""
     tables.open(seq_id, tables.match(tokens))
     tables.reserve(Write(seq_id, 0, len(tokens)))
-    tables.computed(seq_id, tokens, len(tokens))
+    tables.mark_computed(seq_id, tokens, len(tokens))
     return tables.tables[seq_id]
 
 
@@ -183,7 +183,7 @@ def test_an_evicted_block_leaves_the_index_and_its_twin_stays_valid():
     for seq_id in (0, 1):
         tables.reserve(Write(seq_id, 0, 2))
     for seq_id in (0, 1):
-        tables.computed(seq_id, [1, 2], 2)
+        tables.mark_computed(seq_id, [1, 2], 2)
     tables.free(0)
     tables.reserve(Write(1, 2, 4))  # the third block is free
     tables.open(2)

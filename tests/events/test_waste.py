@@ -9,7 +9,7 @@ from minipaged.events.waste import (
     MANAGERS,
     Accounts,
     Held,
-    Moment,
+    Progress,
     fitting,
     held,
     next_power_of_two,
@@ -38,24 +38,24 @@ def test_the_papers_example_of_pow2():
     ],
 )
 def test_one_sequence(manager, expected):
-    assert held(manager, Moment(0, 10, 15, 35), 2048, page_tokens=32) == expected
+    assert held(manager, Progress(0, 10, 15, 35), 2048, page_tokens=32) == expected
 
 
 def test_seven_requests_of_2048_fit_into_the_papers_pool():
-    moments = [Moment(i, 10, 15, 35) for i in range(40)]
-    assert fitting("orca-max", moments, 15_728, 2048, 32) == 7
+    progress = [Progress(i, 10, 15, 35) for i in range(40)]
+    assert fitting("orca-max", progress, 15_728, 2048, 32) == 7
     assert 1 - 7 * 2048 / 15_728 == pytest.approx(0.0885, abs=5e-5)
 
 
 def test_chunks_are_whole_blocks():
-    moment = Moment(0, 10, 15, 33)
+    moment = Progress(0, 10, 15, 33)
     assert held("orca-max", moment, 2047, 32, block_size=16) == Held(15, 18, 2047 - 33, 1)
     assert held("orca-oracle", moment, 2047, 32, block_size=24) == Held(15, 18, 0, 2 * 24 - 33)
     assert held("orca-pow2", moment, 2047, 32, block_size=3) == Held(15, 18, 42 - 33, 16 * 3 - 42)
 
 
 def test_a_page_group_that_the_sequence_never_fills_is_internal():
-    assert held("vattention", Moment(0, 10, 30, 33), 2048, page_tokens=64) == Held(30, 3, 31, 0)
+    assert held("vattention", Progress(0, 10, 30, 33), 2048, page_tokens=64) == Held(30, 3, 31, 0)
 
 
 def run(n=1, stop_early=False, **settings):
@@ -116,11 +116,11 @@ def test_rows_are_the_sums_of_what_is_held_for_each_sequence():
         if not isinstance(event, StepFinished):
             continue
         row = next(rows)
-        moments = [Moment(i, s.num_prompt, s.num_computed, finals[i]) for i, s in state.seqs.items() if s.table]
+        progress = [Progress(i, s.num_prompt, s.num_computed, finals[i]) for i, s in state.seqs.items() if s.table]
         for manager in (*AHEAD, "vattention"):
-            assert row.held[manager] == sum((held(manager, m, longest, 4, 4) for m in moments), Held())
-            assert row.fit[manager] == fitting(manager, moments, 40 * 4, longest, 4, 4)
-        assert row.running == row.fit["paged"] == len(moments)
+            assert row.held[manager] == sum((held(manager, m, longest, 4, 4) for m in progress), Held())
+            assert row.fit[manager] == fitting(manager, progress, 40 * 4, longest, 4, 4)
+        assert row.running == row.fit["paged"] == len(progress)
         assert row.held["paged"].total == 4 * len({block for s in state.seqs.values() for block in s.table})
         assert min(row.held["paged"]) >= 0
     assert {event.reason for event in events if event.type == "finished"} == {"stop", "length"}

@@ -13,7 +13,7 @@ from minipaged.core.block_table import Demand
 from minipaged.core.plan import Write
 from minipaged.errors import BlockError, InvalidConfig, InvalidRequest
 from minipaged.events import Recorder, State
-from minipaged.events.waste import AHEAD, Held, Moment, timeline
+from minipaged.events.waste import AHEAD, Held, Progress, timeline
 from minipaged.features.contiguous.contiguous_tables import ContiguousTables
 from tests.fake import fake_engine, unbatched, unbatched_beams
 
@@ -319,7 +319,7 @@ def test_an_owner_writes_in_place_behind_what_others_read():
     tables = ContiguousTables("orca-oracle", 16, 2, 32)
     tables.open(0, [], Demand([3, 3], 3, 3, 4))
     assert tables.reserve(Write(0, 0, 3)) == [] and tables.tables[0] == [0, 1, 2, 3]
-    tables.computed(0, [], 3)
+    tables.mark_computed(0, [], 3)
     tables.fork(0, 1)
     assert tables.tables[1] == [0, 1], "only blocks with computed tokens"
     assert tables.reserve(Write(0, 3, 4)) == []
@@ -420,8 +420,8 @@ class ContiguousMachine(RuleBasedStateMachine):
 
     @invariant()
     def slots_add_up(self):
-        moments = [Moment(s, 0, len(tokens), self.limits[s]) for s, tokens in self.tokens.items()]
-        held = self.tables.held(moments)
+        progress = [Progress(s, 0, len(tokens), self.limits[s]) for s, tokens in self.tokens.items()]
+        held = self.tables.held(progress)
         assert min(held) >= 0
         assert held.total == (len(self.store) - self.tables.pool.num_free) * self.size
         if not self.tokens:
@@ -447,7 +447,7 @@ class ContiguousMachine(RuleBasedStateMachine):
             for position in range(write.start, write.end):
                 block = self.tables.tables[seq_id][position // self.size]
                 self.store[block][position % self.size] = tuple(self.tokens[seq_id][: position + 1])
-            self.tables.computed(seq_id, self.tokens[seq_id], write.end)
+            self.tables.mark_computed(seq_id, self.tokens[seq_id], write.end)
 
 
 TestContiguous = ContiguousMachine.TestCase

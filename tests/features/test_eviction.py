@@ -242,7 +242,7 @@ class Books:
         request.status = Status.RUNNING
         seq = Sequence(seq_id, tokens, len(tokens), Random())
         self.stage.planned(StepPlan(0, [Chunk(request, seq, start, len(tokens) - start, [seq], [])]))
-        tables.computed(seq_id, tokens, len(tokens))
+        tables.mark_computed(seq_id, tokens, len(tokens))
         return len(hits)
 
     def free(self, seq_id):
@@ -300,7 +300,7 @@ def test_a_beginning_outlives_a_copy_of_it_that_others_go_on_from():
     for seq_id, tokens in ((0, [1, 1]), (1, [1, 1, 2, 2])):
         tables.reserve(Write(seq_id, 0, len(tokens)))
     for seq_id, tokens in ((0, [1, 1]), (1, [1, 1, 2, 2])):
-        tables.computed(seq_id, tokens, len(tokens))
+        tables.mark_computed(seq_id, tokens, len(tokens))
     tables.free(0), tables.free(1)
     tables.open(2)
     tables.reserve(Write(2, 0, 6))  # two blocks are free; the third has to be evicted

@@ -12,7 +12,7 @@ from minipaged.core.plan import Copy, Write
 from minipaged.core.prefix_cache import Hit
 from minipaged.errors import BlockError, InvariantViolation
 from minipaged.events import Allocated, Copied, EventLog, Freed, Shared
-from minipaged.events.waste import Held, Moment, longest_reservation, reservation
+from minipaged.events.waste import Held, Progress, longest_reservation, reservation
 from minipaged.features.contiguous.buddy import BuddyPool
 
 
@@ -83,7 +83,7 @@ class ContiguousTables:
             "shorten the prompt, lower max_tokens or raise num_blocks"
         )
 
-    def fits(self, demand: Demand, hits: Seq[Hit] = (), owed: int = 0, growth: int = 0) -> bool:
+    def fits(self, demand: Demand, hits: Seq[Hit] = (), outstanding: int = 0, growth: int = 0) -> bool:
         """Whether a chunk is free for each sequence. Running sequences have reserved all that they can need."""
         return self.pool.available(self.blocks_for(self.asked(demand))) >= len(demand.lengths)
 
@@ -122,7 +122,7 @@ class ContiguousTables:
             raise BlockError(f"sequence {seq_id} writes token {end - 1} beyond the end of its chunk")
         return copies
 
-    def computed(self, seq_id: int, tokens: Seq[int], num_computed: int) -> None:
+    def mark_computed(self, seq_id: int, tokens: Seq[int], num_computed: int) -> None:
         """Records how many tokens are computed: a fork shares them, and a move copies them."""
         self._num_computed[seq_id] = num_computed
 
@@ -170,12 +170,12 @@ class ContiguousTables:
 
     # --- inspection -------------------------------------------------------------------------------------------
 
-    def held(self, moments: Iterable[Moment], waiting: Demand | None = None) -> Held:
+    def held(self, progress: Iterable[Progress], waiting: Demand | None = None) -> Held:
         """Slots of all chunks, by class of waste (paper Fig. 2). Unused chunks are reserved for the longest sequence.
 
         While the next ``waiting`` request does not fit, all free slots are *external*: holes that cannot be used.
         """
-        by_seq = {moment.seq_id: moment for moment in moments}
+        by_seq = {seq.seq_id: seq for seq in progress}
         total = Held()
         for group in set(self._groups.values()):
             final = max(by_seq[seq_id].final for seq_id in group.members)

@@ -106,7 +106,7 @@ class Speculation(Stage):
                 if accepted:
                     seq.num_computed += accepted
                     events.emit(Filled, seq.seq_id, end, accepted)
-                    memory.computed(seq.seq_id, seq.tokens, seq.num_computed)
+                    memory.mark_computed(seq.seq_id, seq.tokens, seq.num_computed)
                 blocks = memory.trim(seq.seq_id, seq.num_computed)
             self.num_proposed += len(chunk.draft)
             self.num_accepted += accepted

@@ -55,7 +55,7 @@ class Swap(Stage):
             num_seqs = sum(r.width for r in scheduler.running) + request.width
             if num_seqs > limits.num_seqs or len(writes) > limits.num_tokens - plan.num_tokens:
                 break
-            room = scheduler.memory.pool.num_free - scheduler.owed() - scheduler.growth()
+            room = scheduler.memory.pool.num_free - scheduler.outstanding() - scheduler.growth()
             if space.blocks_needed_to_swap_in(writes) > room:
                 if scheduler.running:
                     break

@@ -105,7 +105,7 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def together(do: Callable[[], T]) -> T:
+def on_all_ranks(do: Callable[[], T]) -> T:
     """Calls ``do`` on every rank. Re-raises any rank's error on every rank, so that none deadlocks."""
     failed: MinipagedError | None = None
     try:

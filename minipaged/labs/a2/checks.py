@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 from random import Random
 from typing import Any
@@ -174,8 +173,8 @@ def a2_5(trial: Trial) -> None:
             k_cache, v_cache, *_ = rest
             return reference.rope_store(q, k, v, cos, sin, k_cache, v_cache, torch.tensor(slots))
 
-        kernels = small.checked(partial(trial.student.function, "paged_attention"), "paged_attention")
-        return replace(kernels, rope_store=rope_store), prepare
+        attend = partial(trial.student.function, "paged_attention")
+        return small.checked(attend, "paged_attention", rope_store), prepare
 
     small.search(trial, kernels_of, [(4, 5), (1, 3), (7, 4)])
 

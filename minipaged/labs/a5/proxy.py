@@ -214,6 +214,6 @@ def judge_fairness(scheduler: Scheduler, counts: dict[int, int]) -> None:
             raise Violation(f"request {number} wants to compute {want} tokens and gets {got}, though {why}", "unfair")
     if scheduler.waiting and left and len(scheduler.running) < scheduler.max_num_seqs:
         first = scheduler.waiting[0]
-        room = scheduler.memory.pool.num_free - scheduler.owed() - len(scheduler.running)
+        room = scheduler.memory.pool.num_free - scheduler.outstanding() - len(scheduler.running)
         if scheduler.memory.blocks_for(len(first.live[0].tokens) + 1) <= room:
             raise Violation(f"request {first.arrival} waits, though there is room for it in every respect", "idle")

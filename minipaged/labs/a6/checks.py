@@ -48,7 +48,7 @@ class Bench:
         self.tables.open(seq, hits)
         self.tables.reserve(Write(seq, start, len(tokens)))
         self.tape.record(Filled(seq, start, len(tokens) - start))
-        self.tables.computed(seq, tokens, len(tokens))
+        self.tables.mark_computed(seq, tokens, len(tokens))
         self.tape.say(f"  its blocks: {self.tables.tables[seq]}")
 
     def end(self, choice: int) -> None:
@@ -64,7 +64,9 @@ class Bench:
         blocks = self.tables.cache.evict_many(n)
         self.tape.lines[-1] += f" → {blocks}"
         for block in blocks:
-            self.tables.pool._free[block] = None
+            # The cache hands an evicted block to a new owner, as in `BlockPool.allocate`; this one frees it at once.
+            self.tables.pool.ref_counts[block] = 1
+            self.tables.pool.free(block)
 
 
 def _run(trial: Trial, trace: Trace, tape: Tape) -> None:

@@ -112,7 +112,7 @@ class LabTables(BlockTables):
         self.cache.compare_match(tokens, [hit.block for hit in hits])
         return hits
 
-    def computed(self, seq_id: int, tokens: Seq[int], num_computed: int) -> None:
+    def mark_computed(self, seq_id: int, tokens: Seq[int], num_computed: int) -> None:
         prefixes, table = self._prefixes[seq_id], self.tables[seq_id]
         while (len(prefixes) + 1) * self.block_size <= num_computed:
             text = tokens[: (len(prefixes) + 1) * self.block_size]
