@@ -9,9 +9,9 @@ from minipaged.experiments.simulator import OPT_13B
 
 PAPER = {"Orca (Max)": "7.00", "Orca (Pow2)": "9.81", "Orca (Oracle)": "13.62", "paged": "30.42"}
 WHY = {
-    "Orca (Pow2)": "lengths are drawn like ShareGPT's, not from it",
-    "Orca (Oracle)": "lengths are drawn like ShareGPT's, not from it",
-    "paged": "the paper measured at two requests a second, where the queue is sometimes empty; here it never is",
+    "Orca (Pow2)": "lengths come from a distribution like ShareGPT's, not from the data set",
+    "Orca (Oracle)": "lengths come from a distribution like ShareGPT's, not from the data set",
+    "paged": "the paper measured at two requests a second, where the queue is sometimes empty; here it never is empty",
 }
 
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 WIDTHS = (2, 4, 6)
 PAPER = {"Alpaca-like": "37.6–55.2", "ShareGPT-like": "44.3–66.3"}
-WHY = "which beams survive is the model's choice: ours is a small one on its own stories, the paper's OPT-13B"
+WHY = (
+    "which beams survive depends on the model: ours is a small one that writes its own stories, the paper's is OPT-13B"
+)
 LONGEST = 1000  # tokens; slightly less than the embedded model's longest sequence
 
 

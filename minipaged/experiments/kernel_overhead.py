@@ -12,9 +12,8 @@ from minipaged.experiments.timing import compare, ratio
 BATCHES, CONTEXTS, BLOCK_SIZES = (8, 32), (64, 256, 1024), (8, 16, 32, 128)
 HEADS, HEAD_DIM = 8, 64
 WHY = (
-    "the contiguous side is torch's own attention, tuned for this device; the paged side is one short kernel for any "
-    "block size, or, where no C++ compiler is found, torch's attention on a copy into which the blocks are gathered "
-    "first"
+    "contiguous attention is torch's own, tuned for this device; paged attention is one short kernel for any block "
+    "size or, without a C++ compiler, torch's attention on a copy gathered from the blocks"
 )
 
 

@@ -10,7 +10,7 @@ from minipaged.experiments.simulator import OPT_13B, simulate
 from minipaged.workloads import alpaca_like, at_once, sharegpt_like, trace
 
 PAPER = {2: "6.09", 4: "8.53", 6: "9.79"}  # Alpaca, percent; the paper's text says 6.1 to 9.8
-WHY = "lengths are drawn like the data set's, not from it, and all samples of a request have one length"
+WHY = "lengths come from a distribution like the data set's, and all samples of a request have the same length"
 
 
 def measure(quick: bool, progress: Progress) -> Result:

@@ -64,8 +64,12 @@ def table(directory: Path = RESULTS) -> str:
             lines.append(f"| {title} | {paper_text(row)} | {number_text(row)}{mark} |")
     lines += ["", "Why they differ:", ""]
     lines += [f"{number}. {why[0].upper()}{why[1:]}." for number, why in enumerate(reasons, start=1)]
-    lines += ["", "\\* from a secondary source; the other numbers were read in the paper. Beams, the real engine and"]
-    lines += [f"attention ran the embedded model or kernels on {machine_text(result)}; the rest is simulated."]
+    lines += [
+        "",
+        "\\* from a secondary source; the other numbers are from the paper itself. Beams, the real engine and",
+    ]
+    lines += [f"attention were measured with the embedded model or the kernels on {machine_text(result)}; the rest is"]
+    lines += ["simulated."]
     return "\n".join(lines)
 
 

@@ -18,8 +18,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "paged, prefix shared": {"memory": "paged", "enable_prefix_caching": True},
 }
 WHY = (
-    "the paper compares the rates sustained at one latency, ours is throughput with a full queue, where a larger batch "
-    "and prefills that need not be computed count fully and the host costs nothing; sentence lengths are assumed"
+    "the paper compares rates sustained at one latency; ours is throughput with a full queue, where larger batches "
+    "and skipped prefills count fully and the host costs nothing; sentence lengths are assumed"
 )
 
 

@@ -27,12 +27,12 @@ if sys.platform == "linux":  # other systems cannot map memory piece by piece
     SERVERS["vAttention"] = {"memory": "vattention", "tensor_slicing": True}
 PAPER = {"FasterTransformer": "up to 22", "Orca (Max)": "2.7–8", "Orca (Oracle)": "1.7–2.7"}
 WHY = (
-    "the paper compares sustained rates of a 13B model on a GPU; a small model on a CPU spends less of a step on what "
-    "a larger batch shares, the reading of weights, and more on what it does not, each request's own attention"
+    "the paper compares sustained rates of a 13B model on a GPU; a step of a small model on a CPU spends less time on "
+    "reading weights, which a larger batch shares, and more on attention, which it does not"
 )
 SLOWER = (
-    "the keys of vAttention lie in one range of addresses for each request, not in blocks; on a CPU torch computes its "
-    "steps operation by operation, those of all others are one call of C++"
+    "vAttention keeps each request's keys in one address range, not in blocks; on a CPU torch computes its steps "
+    "operation by operation, and those of the others are one call of C++"
 )
 
 

@@ -14,7 +14,7 @@ PAPER = {  # percent: token, reserved, internal, external
     "paged": ("96.3", None, None, None),
 }
 CLASSES = ("token", "reserved", "internal", "external")
-WHY = "lengths are drawn like ShareGPT's, not from it; nothing is known of how long the paper averaged"
+WHY = "lengths come from a distribution like ShareGPT's; the paper does not say over which period it averaged"
 
 
 def measure(quick: bool, progress: Progress) -> Result:

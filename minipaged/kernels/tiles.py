@@ -56,8 +56,8 @@ def attend(q, k, v, k_scale, v_scale, visible, scale, peak, total, acc):
 def tile_of(head_dim: int, itemsize: int) -> tuple[int, int]:
     """The size of a tile, (keys, dims), both powers of two, for queries of ``itemsize`` bytes.
 
-    At most 8,192 numbers of 16 bits (16 KiB), so that the tiles of keys and values that are loaded ahead fit into shared
-    memory. A quarter of that in float32, whose products need more registers because they do not use tensor cores.
+    At most 8,192 numbers of 16 bits (16 KiB), so that the tiles of keys and values that are loaded ahead fit into
+    shared memory. A quarter of that in float32, whose products need more registers: tensor cores cannot compute them.
     ``tl.dot`` needs at least 16 in each dimension; dims beyond ``head_dim`` are masked.
     """
     dims = max(16, triton.next_power_of_2(head_dim))
