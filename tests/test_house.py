@@ -98,13 +98,6 @@ def test_only_two_files_of_the_engine_name_wings():
     assert named == {"minipaged.build", "minipaged.config"}
 
 
-@pytest.mark.parametrize("room", ["core", "events"])
-def test_these_rooms_know_no_torch(room):
-    for module, file in FILES.items():
-        if module.startswith(f"minipaged.{room}"):
-            assert not re.search(r"^\s*(import|from) (torch|numpy|transformers)", file.read_text("utf-8"), re.M), module
-
-
 def test_checks_of_settings_import_errors_alone():
     for wing in ("swap", "speculative", "batchllm", "eviction", "contiguous", "vattention"):
         assert GRAPH[f"minipaged.features.{wing}"] == {"minipaged.errors"}, wing
