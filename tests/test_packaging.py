@@ -9,6 +9,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def module_file(name: str) -> Path | None:
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
+@cache
 def imports_at_import_time(file: Path) -> set[str]:
     """Dotted names that ``file`` imports when it is imported: not those inside functions or under TYPE_CHECKING."""
     found: set[str] = set()
