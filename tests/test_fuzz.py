@@ -203,7 +203,7 @@ class Trace:
         space = swap_of(self.engine).space
         assert space.pool.num_free == space.pool.num_blocks and not space.tables
         assert self.done.keys() == self.asked.keys()
-        if self.engine.memory.reserves_ahead:
+        if self.engine.config.memory in AHEAD:
             assert not self.seen["preempted"] and not self.seen["outgrown"], "all was set aside at admission"
             self.seen.update({f"{self.engine.config.memory} copied": self.seen["copied"]})
         assert not running_groups(self.engine).group_of and not self.state.groups

@@ -251,12 +251,13 @@ def test_what_the_heart_cannot_do_it_refuses(alone):
 def test_settings_of_features_are_refused_by_an_engine_without_them():
     from minipaged import EngineConfig
     from minipaged.core.engine import Engine
-    from minipaged.errors import InvalidRequest
+    from minipaged.core.params import CoreConfig
+    from minipaged.errors import InvalidConfig, InvalidRequest
 
-    config = EngineConfig(num_blocks=8, max_model_len=32, preemption="swap")
-    engine = Engine(config, runner=None, sampler=None, vocab_size=9)  # type: ignore[arg-type]
-    with pytest.raises(InvalidRequest, match=r"minipaged\.build"):
-        engine.add_request("a", [1])
+    sizes = {"num_blocks": 8, "max_model_len": 32}
+    with pytest.raises(InvalidConfig, match=r"minipaged\.build"):
+        Engine(EngineConfig(**sizes, preemption="swap"), runner=None, sampler=None, vocab_size=9)  # type: ignore[arg-type]
+    engine = Engine(CoreConfig(**sizes), runner=None, sampler=None, vocab_size=9)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="fork_by_hand"):
         engine.fork("a")
 

@@ -16,7 +16,7 @@ from minipaged.core.pool import BlockPool
 from minipaged.core.prefix_cache import EMPTY_PREFIX, EvictionPolicy, Hit, PrefixCache
 from minipaged.errors import BlockError, InvariantViolation  # typed errors
 from minipaged.events import Allocated, Copied, EventLog, Freed, Shared  # see events/
-from minipaged.events.waste import Held, Progress, held_in_blocks  # slots by class of waste; a sequence's length
+from minipaged.events.waste import Held, Progress, held_in_blocks  # Held: slots by class; Progress: a sequence's length
 
 
 class Demand(NamedTuple):
@@ -33,9 +33,8 @@ class Demand(NamedTuple):
 
 
 class BlockTables:
-    """The paged memory manager: all block tables over one pool."""
-
-    reserves_ahead = False  # other managers may take at admission all that a sequence will ever need
+    """The paged memory manager: all block tables over one pool. Only features use `trim` (speculation), `attach`
+    (swap), `prefix` and ``pinned`` (batches in groups) and `prepare_fork` (forks by hand)."""
 
     def __init__(
         self,
@@ -76,8 +75,8 @@ class BlockTables:
     def fits(self, demand: Demand, hits: Seq[Hit] = (), outstanding: int = 0, growth: int = 0) -> bool:
         """Whether the pool has the blocks for a request.
 
-        ``hits``: what `match` found; of these, blocks in use need not be free. ``outstanding``: blocks that the prompts
-        of running requests will still take. ``growth``: blocks to leave to running sequences.
+        ``hits``: what `match` found; of these, blocks in use need not be free. ``outstanding``: blocks that
+        running requests will still take for their tokens. ``growth``: blocks to leave free for them beyond that.
         """
         in_use = sum(self.pool.ref_counts[hit.block] > 0 for hit in hits)
         return self.blocks_to_hold(demand) - in_use <= self.pool.num_free - outstanding - growth
@@ -85,7 +84,7 @@ class BlockTables:
     def match(self, tokens: Seq[int]) -> list[Hit]:
         """The longest cached prefix of ``tokens``, in whole blocks. Changes nothing.
 
-        Stops short of the last token, so that at least one is left to compute: without that there are no logits.
+        Stops short of the last token: only a computed token gives logits, and a fork happens after a chunk.
         """
         hits: list[Hit] = []
         parent = EMPTY_PREFIX
@@ -177,7 +176,7 @@ class BlockTables:
         return blocks
 
     def prepare_fork(self, seq_id: int) -> bool:
-        """Always possible: a fork takes no block before one of the two sequences writes."""
+        """Whether there is room for `fork`: here always, because it takes no block before one of the two writes."""
         return True
 
     def fork(self, parent: int, child: int) -> None:
@@ -209,7 +208,8 @@ class BlockTables:
         return [Hit(*pair) for pair in zip(self._prefixes[seq_id][:num_blocks], self.tables[seq_id], strict=False)]
 
     def held(self, progress: Iterable[Progress], waiting: Demand | None = None) -> Held:
-        """The slots of used blocks, by class of waste (paper Fig. 2); shared blocks count once."""
+        """The slots of used blocks by class of waste (paper Fig. 2); shared blocks count once. ``waiting``: the next
+        request, of which contiguous managers tell whether the free blocks are of use to it."""
         return held_in_blocks(self.tables, self.pinned, self.block_size, progress)
 
     def check(self, num_computed: Mapping[int, int] | None = None) -> None:

@@ -21,13 +21,13 @@ from minipaged.core.scheduler import Scheduler, piece
 from minipaged.core.seams import FCFS, AdmissionPolicy, Decoding, MemoryManager, Runner, Sampling, Stage
 from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed  # typed errors
 from minipaged.events import EngineError, EngineStarted, EventLog, RequestAdded, StepFinished, StepStarted  # events
-from minipaged.events.waste import Held, held_now  # slots by class of waste (paper, Fig. 2)
+from minipaged.events.waste import Held, held_now  # Held: slots by class of waste (paper, Fig. 2)
 from minipaged.outputs import RequestOutput, output_of  # what callers get back: plain data
 
 
 @dataclass(frozen=True)
 class Wings:
-    """What `minipaged.build` adds to the heart: for each seam of `core.seams` the factory of a feature.
+    """Factories of features (*wings*), which `minipaged.build` plugs into three places (*seams*) of `core.seams`.
 
     ``config``: the settings that these features know. ``add_batch`` and ``fork``: what those methods of `Engine` do.
     """
@@ -48,10 +48,9 @@ def paged(config: Any, events: EventLog) -> BlockTables:
 class Engine:
     """Continuous batching over a paged KV cache. Not thread-safe: one thread calls it.
 
-    ``config.num_blocks`` and ``max_model_len`` must be numbers. ``sampler(logits, plan)`` returns a token for each of
-    ``plan.samples``; its method ``check(params)``, if it has one, raises `InvalidRequest` for parameters that it does
-    not know. ``make_text(prompt tokens, stop strings)`` makes a `text.TextStream`. ``tokenizer`` and
-    ``bytes_per_block`` are for callers and recordings.
+    ``config`` must have numbers for its sizes. ``sampler(logits, plan)`` returns a token for each of ``plan.samples``;
+    its method ``check(params)``, if any, raises `InvalidRequest` for parameters that it does not know.
+    ``make_text(prompt, stops)`` makes a `text.TextStream`. ``tokenizer`` and ``bytes_per_block`` are for callers.
     """
 
     def __init__(
@@ -71,6 +70,8 @@ class Engine:
     ) -> None:
         if config.num_blocks is None or config.max_model_len is None or config.block_size is None:
             raise InvalidConfig("an engine needs num_blocks, block_size and max_model_len as numbers")
+        if type(config) is not wings.config:
+            raise InvalidConfig(f"a {type(config).__name__} asks for features: let minipaged.build make the engine")
         self.config: Any = config
         self.num_blocks, self.max_model_len = config.num_blocks, config.max_model_len
         self.runner, self.sampler, self.tokenizer = runner, sampler, tokenizer
@@ -93,7 +94,7 @@ class Engine:
         self._random = Random(config.seed)
 
     def step(self) -> list[RequestOutput]:
-        """Computes one step; returns the requests that got a token or ended in it.
+        """Computes one step; returns the requests that got a token or lost a sequence.
 
         Raises `StepFailed` if the runner or the sampler raised. The requests that it was computing are then aborted and
         their blocks free again; the others go on with the next step.
@@ -105,7 +106,7 @@ class Engine:
             self.events.emit(StepStarted, self.scheduler.step)
             plan = self.scheduler.schedule()
             try:
-                logits = self.runner.execute(plan)  # also without chunks: a step may only swap blocks out
+                logits = self.runner.execute(plan)  # also without chunks: a plan may have swaps alone
                 tokens = self.sampler(logits, plan) if plan.chunks else []
             except BaseException as error:
                 self.give_up(plan, error)
@@ -131,12 +132,12 @@ class Engine:
             tokens = self.check_request(request_id, prompt_token_ids, params)
             self.enqueue(request_id, tokens, params, prompt)
 
-    def add_batch(self, batch: list[Any], plan: Callable[..., Any] | None = None) -> int:
+    def add_batch(self, batch: list[Any], grouping: Callable[..., Any] | None = None) -> int:
         """Queues requests in groups that share a prefix: see `features.batchllm.groups.add_batch`."""
         if self.wings.add_batch is None:
             raise InvalidConfig("this engine was built without features.batchllm, which serves batches in groups")
         with self._exclusive():
-            return self.wings.add_batch(self, batch, *([plan] if plan else []))
+            return self.wings.add_batch(self, batch, *([grouping] if grouping else []))
 
     def fork(self, request_id: str, new_id: str | None = None) -> str:
         """Copies a running request, which continues twice from here; returns the id of the copy.
@@ -165,10 +166,6 @@ class Engine:
         self.check_id(request_id)
         if not isinstance(params, SamplingParams):
             raise InvalidRequest(f"params must be a SamplingParams, not {type(params).__name__}")
-        if type(self.config) is not self.wings.config:
-            raise InvalidRequest(
-                f"a {type(self.config).__name__} asks for features: let minipaged.build make the engine"
-            )
         tokens = list(token_ids)
         if not tokens:
             raise InvalidRequest("the prompt is empty; give at least one token")
@@ -252,7 +249,7 @@ class Engine:
             self._busy = False
             if collecting:
                 gc.enable()
-            self.events.warn_of_failures()
+            self.events.warn_of_failures()  # of subscribers: these never fail a step
 
     def check_id(self, request_id: str) -> None:
         if not isinstance(request_id, str) or not request_id:
@@ -295,7 +292,7 @@ class Engine:
         return outputs
 
     def give_up(self, plan: StepPlan, error: BaseException) -> None:
-        """A step failed midway: copies may be missing, KV half written. Aborts every request that it touched."""
+        """A step failed midway: copies may be missing, KV half written. Aborts every request whose state is unknown."""
         kept = [request for stage in self.scheduler.stages for request in stage.failed(plan)]
         requests = list(dict.fromkeys([*(chunk.request for chunk in plan.chunks), *plan.outgrown, *kept]))
         message = f"step {plan.step} failed: {type(error).__name__}: {error}"
@@ -307,4 +304,4 @@ class Engine:
         if isinstance(error, Exception):
             ids = ", ".join(request.request_id for request in requests)
             raise StepFailed(f"{message}; aborted: {ids}", outputs) from error
-        error.outputs = outputs  # type: ignore[attr-defined]  # Ctrl-C: others may wait for what was aborted
+        error.outputs = outputs  # type: ignore[attr-defined]  # Ctrl-C: the caller tells those who wait for them

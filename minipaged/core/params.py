@@ -16,12 +16,12 @@ class CoreConfig:
 
     Attributes:
         model: a name, for recordings.
-        block_size: tokens that a KV block holds (paper §4.1). 16 is the paper's default.
+        block_size: tokens that a KV block holds (paper §4.1). ``None`` here or below: `minipaged.build` decides.
         num_blocks: physical blocks in the pool. The engine needs a number; `LLM` works one out.
         max_num_seqs: sequences that may run at once. A request with ``n`` samples counts ``n``.
         max_num_batched_tokens: tokens computed in one step, decodes and prefill chunks together.
         max_model_len: tokens a sequence may reach, prompt included. The engine needs a number.
-        enable_prefix_caching: keep full blocks of finished requests and share them with prompts that start alike.
+        enable_prefix_caching: share full blocks with prompts that start alike, also after their request has ended.
         seed: seeds the random numbers of requests that have no seed of their own.
     """
 
@@ -79,7 +79,7 @@ class SamplingParams:
         ignore_eos: go on past the model's end-of-text tokens (for benchmarks).
         min_tokens: end-of-text and stop tokens are impossible before this many new tokens.
         logprobs: report the sampled token's log-probability and those of this many likeliest tokens (0: only the
-            sampled one; ``None``: report none). They are taken from the model's own distribution, before any filter.
+            sampled one; ``None``: none). They are of the model's own distribution, before temperature and filters.
         prompt_logprobs: the same for each prompt token but the first. Such a request does not use the prefix cache,
             which holds keys and values but no logits.
         beam_width: search with this many beams instead of sampling; the best ``n`` are returned. Needs temperature 0.

@@ -30,8 +30,9 @@ class Chunk:
     ``samples`` are the sequences that take their next token from the last row of logits: none in the middle of a
     prompt, usually the sequence itself, and all n of a request whose common prompt ends here.
 
-    The last tokens may be a ``draft``: guesses that the sequence does not have yet, verified in this step, one more row
-    each (`features.speculative`). ``draft_probs``: the distributions from which a draft model drew it.
+    The last tokens may be a ``draft``: guesses that the sequence does not have yet, verified in this step
+    (`features.speculative`). Each has a row, too, so ``samples`` has the sequence 1 + len(draft) times; the sampler
+    answers ``None`` for rows after the first wrong guess. ``draft_probs``: what a draft model drew the draft from.
     """
 
     request: Request

@@ -16,6 +16,8 @@ class BlockPool:
 
         free ── allocate ──► used ── free, last owner ──► free, or cached if the prefix cache knows its content
         cached ── share (a hit) ──► used           cached ── allocate evicts it ──► used
+
+    The prefix cache finds full used blocks, too: *cached* is the state of those without an owner.
     """
 
     def __init__(self, num_blocks: int, cache: PrefixCache | None = None) -> None:

@@ -77,7 +77,7 @@ class PrefixCache:
         self._events = events
         self.policy: EvictionPolicy = LRU() if policy is None else policy
         getattr(self.policy, "bind", lambda cache: None)(self)
-        self._names = count(EMPTY_PREFIX + 1)  # never reused: a stale parent can match nothing
+        self._names = count(EMPTY_PREFIX + 1)  # never reused: what continued an evicted block is never hit again
         self._index: dict[tuple[int, tuple[int, ...]], Hit] = {}  # (parent, tokens) → hit
         self.key_of: dict[int, tuple[int, tuple[int, ...]]] = {}  # block → its key in the index
         self.block_of: dict[int, int] = {}  # name → block, for features.eviction
@@ -103,7 +103,7 @@ class PrefixCache:
         self._index[key] = Hit(name, block)
         self.key_of[block] = key
         self.block_of[name] = block
-        self._events.emit(Cached, block, name, parent)
+        self._events.emit(Cached, block, name, parent)  # it can be found now; its owner still uses it
         return name
 
     def name(self, block: int) -> int:

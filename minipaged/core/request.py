@@ -29,7 +29,7 @@ class Sequence:
     text: Any = None  # a text.TextStream where there is a tokenizer: tokens in, readable text out
 
     def copy(self, seq_id: int, rng: Random | None = None) -> Sequence:
-        """A sequence with the same tokens, whose block table must be forked. Without ``rng`` both share a generator."""
+        """For features that fork: its block table must be forked, too. Without ``rng`` both share a generator."""
         text = self.text.fork() if self.text is not None else None
         return replace(
             self, seq_id=seq_id, tokens=list(self.tokens), logprobs=list(self.logprobs), text=text, rng=rng or self.rng
@@ -56,8 +56,8 @@ class Request:
     """What the user asked for: one prompt and ``params.n`` sequences.
 
     It is a *sequence group* of the PagedAttention paper (Kwon et al., 2023, §4.5; "the paper" everywhere here): all its
-    sequences are admitted, preempted and resumed together. Up to ``fork_at``, the tokens that they share, only the
-    first one, the *lead*, computes; `Scheduler.commit` then forks the others from it.
+    sequences exist from arrival and are admitted, preempted and resumed together. Up to ``fork_at``, the tokens that
+    they share, only the first one, the *lead*, has a block table; `Scheduler.commit` then forks it for the others.
     """
 
     request_id: str

@@ -24,8 +24,8 @@ class Scheduler:
     """Moves requests between ``waiting`` and ``running``, each queue in order of rank (0 by default) and arrival.
 
     In every step each running sequence that has all but its newest token computed gets its one token first
-    (*decodes*); the rest of the token budget goes to prompts, in chunks, oldest request first. When blocks run out, the
-    latest arrival is preempted with all its sequences: its KV is dropped and recomputed later (paper §4.5).
+    (*decodes*); the rest of the token budget goes to prompts, in chunks, in the queue's order. When blocks run out, the
+    last request is preempted with all its sequences: its KV is dropped and recomputed later (paper §4.5).
 
     ``admission`` decides who may start, ``stages`` add what the heart does not do (see `core.seams`).
     """
@@ -61,7 +61,9 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         request.rank = self.admission.rank(request)
-        real_number(request.rank, "an admission policy's rank", -1e15, 1e15)  # exact in the page, too; NaN has no order
+        real_number(
+            request.rank, "an admission policy's rank", -1e15, 1e15
+        )  # exact in JavaScript, too; NaN has no order
         self.insert(request, self.waiting, Status.WAITING)
 
     def has_unfinished(self) -> bool:
@@ -74,9 +76,10 @@ class Scheduler:
         plan = StepPlan(self.step)
         counts = self._spend(self.admission.limits(None).num_tokens, self.running)
         for request in list(self.running):
-            # Oldest first: a request that is preempted for lack of blocks is not on the plan yet.
+            # First in the queue first: a request that is preempted for lack of blocks is not on the plan yet.
             if request.status is Status.RUNNING:
                 self.place(request, self._make_room(request, counts, plan), plan)
+        # After a preemption, free blocks are for those that run.
         if not plan.preempted and not plan.outgrown and all(stage.before_admission(plan) for stage in self.stages):
             self.admit(plan)
         for stage in self.stages:
@@ -94,12 +97,12 @@ class Scheduler:
         return Demand(lengths, request.fork_at, len(request.prompt_token_ids), request.max_output)
 
     def active(self, request: Request) -> list[Sequence]:
-        """The sequences that compute: all live ones, or the lead alone until the others fork from it."""
+        """The live sequences that have a block table: all, or the lead alone until the others fork from it."""
         tables = self.memory.tables
         return [seq for seq in request.live if seq.seq_id in tables]
 
     def forking(self, request: Request) -> bool:
-        """Whether the lead of a running request still computes alone, for all of its sequences."""
+        """Whether the lead of a running request still computes alone: the fork is yet to come."""
         return request.live[-1].seq_id not in self.memory.tables
 
     def target(self, request: Request, seq: Sequence) -> int:
@@ -114,7 +117,7 @@ class Scheduler:
             for seq in self.active(request)
         ]
         counts: dict[int, int] = {}
-        for seq_id, want in sorted(wanted, key=lambda item: item[1] > 1):
+        for seq_id, want in sorted(wanted, key=lambda pair: pair[1] > 1):
             counts[seq_id] = spent = want if want < budget else budget
             budget -= spent
         return counts
@@ -128,7 +131,7 @@ class Scheduler:
         }
 
     def _make_room(self, request: Request, counts: dict[int, int], plan: StepPlan) -> dict[Write, Sequence]:
-        """Frees blocks for the request's part of this step: preempts later arrivals, in the end the request itself.
+        """Frees blocks for the request's part of this step: preempts those behind it, in the end the request itself.
 
         Returns what the request writes; nothing if it was preempted or ended.
         """
@@ -170,7 +173,7 @@ class Scheduler:
             if (budget <= 0 and limits.needs_tokens) or num_seqs + request.width > limits.num_seqs:
                 break
             if not self.running:
-                self._end_if_hopeless(request, limits, plan)
+                self._end_if_hopeless(request, plan)
                 if request.status is Status.FINISHED:
                     continue
             hits = self.admission.hits(request)
@@ -193,14 +196,10 @@ class Scheduler:
         insort(queue, request, key=lambda r: (r.rank, r.arrival))
         request.status = status
 
-    def _end_if_hopeless(self, request: Request, limits: Limits, plan: StepPlan) -> None:
-        """Called when nothing else runs. If the request does not fit an empty pool (it was preempted when it was longer
-        than the pool), its sequences end, from the last one, until the others fit.
-        """
-        while request.live:
-            growth = self._growth_beside(request, limits)
-            if self.memory.fits(self.demand(request), self.admission.hits(request), growth=growth):
-                return
+    def _end_if_hopeless(self, request: Request, plan: StepPlan) -> None:
+        """Called when nothing else runs. If a request does not fit an empty pool (it was preempted when its sequences'
+        next tokens needed more blocks than there are), sequences end, from the last one, until the others fit."""
+        while request.live and not self.memory.fits(self.demand(request), self.admission.hits(request)):
             self.outgrow(request, plan)
 
     def _growth_beside(self, request: Request, limits: Limits) -> int:
@@ -214,12 +213,12 @@ class Scheduler:
         return sum(len(self.active(request)) for request in self.running)
 
     def outstanding(self) -> int:
-        """Blocks that the known tokens of running requests, computed in chunks, have yet to take."""
+        """Blocks that running requests have yet to take for the tokens that they have, and for a fork to come."""
         return sum(map(self._outstanding, self.running))
 
     def _outstanding(self, request: Request) -> int:
         memory, active = self.memory, self.active(request)
-        if self.forking(request):
+        if self.forking(request):  # its sequences will copy their last common block, or continue in blocks of their own
             return memory.blocks_to_hold(self.demand(request)) - len(memory.tables[active[0].seq_id])
         return sum(max(0, memory.blocks_for(len(seq.tokens)) - len(memory.tables[seq.seq_id])) for seq in active)
 

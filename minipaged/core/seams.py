@@ -1,6 +1,6 @@
-"""Where features plug in: the Protocols that the scheduler and the engine talk to, with the heart's own defaults.
+"""Where features plug in: four Protocols and a base class (`Stage`), with the heart's own defaults.
 
-What each decides, and who implements it:
+What each decides, and who implements it (a smaller seam is `prefix_cache.EvictionPolicy`):
 
     MemoryManager     who owns which slot           BlockTables; features.contiguous, features.vattention
     Runner            how a plan is executed        execution.runner; runners of features wrap each other
@@ -21,11 +21,11 @@ from minipaged.core.plan import Copy, SampledToken, StepPlan, Write
 from minipaged.core.prefix_cache import Hit
 from minipaged.core.request import Request, Sequence
 from minipaged.errors import InvalidRequest  # typed errors
-from minipaged.events.waste import Held, Progress  # slots by class of waste; lengths of a sequence
+from minipaged.events.waste import Held, Progress  # Held: slots by class of waste; Progress: lengths
 
 
 class MemoryManager(Protocol):
-    """What the scheduler asks of memory; `BlockTables` says more. It emits an event for every change of a table."""
+    """What scheduler and features ask of memory; see `BlockTables`. It emits an event for every change of a table."""
 
     block_size: int
     tables: dict[int, list[int]]  # of all sequences that have blocks, by sequence id
@@ -78,7 +78,8 @@ class AdmissionPolicy(Protocol):
         """The requests that may start now, in order: ``waiting`` itself, or some of it."""
 
     def limits(self, request: Request | None) -> Limits:
-        """The limits, over all running requests, for this request to start; ``None``: those of the step."""
+        """For this request to start: all but ``num_tokens``. ``None``: ``num_tokens`` of a step, and ``num_seqs`` for
+        `Scheduler.check`."""
 
     def hits(self, request: Request) -> list[Hit]:
         """Blocks whose KV the request need not compute."""
@@ -108,14 +109,15 @@ class FCFS:
 
 
 class Stage:
-    """Base of what acts between the scheduler's decisions. Each hook does nothing here; override what you need."""
+    """Base of what acts between the scheduler's decisions. Each hook does nothing here; override what you need.
+    Of hooks that return a bool, the first stage that decides is the last that is asked."""
 
     def bind(self, scheduler: Any) -> None:
         """Called first, with the `Scheduler`."""
         self.scheduler = scheduler
 
     def before_admission(self, plan: StepPlan) -> bool:
-        """Running sequences are on the plan. False: no request is admitted in this step."""
+        """Running sequences are on the plan, and none was preempted. False: no request is admitted in this step."""
         return True
 
     def preempting(self, request: Request, plan: StepPlan) -> bool:

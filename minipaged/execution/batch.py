@@ -22,7 +22,7 @@ class Batch:
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64, position of each token in its sequence
     slot_mapping: Tensor  # [T] int64, block · block_size + offset: where each token's KV goes
-    block_tables: Tensor  # [B, M] int64, padded with 0 at the end
+    block_tables: Tensor  # [B, M] int64, M: the longest table's blocks; padded with 0
     context_lens: Tensor  # [B] int64, tokens with KV once this step is done
     logit_rows: Tensor  # [R] int64, rows of the T that need logits: usually the last of each sampling chunk
     query_lens: list[int]  # [B], tokens of this step; sums to T

@@ -50,7 +50,7 @@ class WrappedRunner:
 
     def __getattr__(self, name: str) -> Any:
         """Forwards ``model``, ``kv_cache``, ``device`` and ``forward`` to the inner runner."""
-        return getattr(object.__getattribute__(self, "inner"), name)
+        return getattr(object.__getattribute__(self, "inner"), name)  # self.inner would recurse before it is set
 
 
 __all__ = ["Forward", "ModelRunner", "Runner", "WrappedRunner"]

@@ -100,6 +100,7 @@ def _decode_kernel(
         v = tl.load(v_ptr + at[:, None] + dim[None, :], mask=alive[:, None] & live_dim[None, :], other=0.0)
         k_scale, v_scale = None, None
         if k_scale_ptr is not None:
+            # Offsets in [N, S, KH, D], divided by D, are offsets in [N, S, KH].
             k_scale = tl.load(k_scale_ptr + at // HEAD_DIM, mask=alive, other=0.0)
             v_scale = tl.load(v_scale_ptr + at // HEAD_DIM, mask=alive, other=0.0)
         peak, total, acc = attend(

@@ -1,6 +1,6 @@
-"""Paged attention in plain torch: the reference implementation that every faster kernel must match.
+"""Paged attention and a model's small operations in plain torch: the reference that every faster kernel must match.
 
-Letters used in shapes:
+Letters used in shapes (C, F: see models/layers.py):
 
     T  tokens computed in this step, all sequences concatenated
     B  sequences in this step            M   blocks in the longest block table
@@ -97,7 +97,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     scale = x.abs().amax(dim=-1) / 127
     divisor = scale.where(scale != 0, 1)  # a vector of zeros has scale 0
-    return (x / divisor[..., None] + 0.5).floor().to(torch.int8), scale
+    return (x / divisor[..., None] + 0.5).floor().to(torch.int8), scale  # as the kernels round, which lack round()
 
 
 def dequantize(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

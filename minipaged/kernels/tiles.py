@@ -34,8 +34,8 @@ def offsets_of(positions, alive, table_ptr, block_stride, token_stride, BLOCK_SI
 def attend(q, k, v, k_scale, v_scale, visible, scale, peak, total, acc):
     """Online softmax (Milakov & Gimelshein 2018; FlashAttention, algorithm 1): adds one more tile of keys.
 
-    q: [rows, dims]; k: [dims, keys]; v: [keys, dims]; k_scale, v_scale: [keys], or None for caches that are not
-    quantized; visible: [rows, keys] or [1, keys]. Each row's state is its largest score so far, ``peak``, the sum
+    q: [rows, dims]; k: [dims, keys]; v: [keys, dims]; scale: log2 e included; k_scale, v_scale: [keys], or None if
+    not quantized; visible: [rows, keys] or [1, keys]. Each row's state is its largest score so far, ``peak``, the sum
     ``total`` of 2^(score - peak), and ``acc``, the sum of values with the same weights. Returns the new state.
     """
     # "ieee": float32 stays float32 instead of being rounded to tf32's 10 bits. It does not affect 16-bit types.

@@ -45,7 +45,7 @@ def paged_attention(
 
 
 def embedding(rows: int, size: int) -> nn.Embedding:
-    """An uninitialised embedding table [rows, size]: nn.Embedding's random initialisation costs a second of imports."""
+    """An uninitialized embedding table [rows, size]: for random weights nn.Embedding imports modules for a second."""
     return nn.Embedding.from_pretrained(torch.empty(rows, size))
 
 

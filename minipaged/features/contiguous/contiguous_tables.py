@@ -42,8 +42,6 @@ class ContiguousTables:
     copy-on-write of a whole sequence, which makes beam search so costly without paging (paper §4.4, §6.3).
     """
 
-    reserves_ahead = True
-
     def __init__(
         self, policy: str, num_blocks: int, block_size: int, max_model_len: int, events: EventLog | None = None
     ) -> None:
