@@ -84,12 +84,16 @@ class Result:
         written = [directory / f"{self.name}.json"]
         written[0].write_text(self.to_json(), encoding="utf-8")
         try:
-            from plotly import io
+            from plotly import offline
         except ModuleNotFoundError:
             return written
+        from minipaged.experiments.figure_page import figure_page
+
         page = directory / f"{self.name}.html"
-        # plotly's library is written once into the directory, not into every page.
-        io.write_html(self.figure, page, include_plotlyjs="directory", auto_open=False)
+        page.write_text(figure_page(self.figure, self.title), encoding="utf-8")
+        library = directory / "plotly.min.js"  # 4.8 MB: once for all pages of the directory
+        if not library.exists():
+            library.write_text(offline.get_plotlyjs(), encoding="utf-8")
         return [*written, page]
 
 

@@ -119,6 +119,16 @@ def test_run_prints_the_paper_beside_ours_and_writes_both_files(command, small, 
     assert (tmp_path / "new" / "plotly.min.js").is_file()
 
 
+def test_the_figures_page_has_its_fonts_inside_and_no_text_ends_its_script(tmp_path):
+    pytest.importorskip("plotly")
+    figure = {"data": [{"type": "bar", "name": "</script><b>", "x": ["2"], "y": [3.0]}], "layout": {}}
+    Result([], figure, name="one", title="a < b").write(tmp_path)
+    page = (tmp_path / "one.html").read_text(encoding="utf-8")
+    assert page.count('src: url("data:font/woff2;base64,') == 3 and "<title>a &lt; b</title>" in page
+    assert page.count("</script>") == 2 and len(page) < 150_000
+    assert figure["layout"] == {}, "the JSON's figure is as it was"
+
+
 def test_without_plotly_there_is_the_json_and_a_word_about_it(command, small, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly", None)
     code, out, _ = command("run", "kernel-overhead", "--quick", "--out", str(tmp_path))

@@ -177,9 +177,9 @@ class Pages:
         page.wait_for_function("window.minipaged && minipaged.player.end > 1")
         return page
 
-    def show(self, url: str) -> Any:
-        """Opens a page that is none of the visualizer's."""
-        page = self._new(url)
+    def show(self, url: str, home: str = "") -> Any:
+        """Opens a page that is none of the visualizer's. It may request addresses that begin with ``home``."""
+        page = self._new(home or url)
         page.goto(url)
         page.evaluate(FONTS)
         return page

@@ -143,6 +143,15 @@ def test_an_exported_page(pages: Any, tmp_path: Path) -> None:
     assert strangers(page, ".mp-id", ".mp-chip", "button", "[data-testid=charts] svg") == {}
 
 
+def test_the_figure_of_an_experiment(pages: Any, tmp_path: Path) -> None:
+    one("waste").write(tmp_path)
+    page = pages.show((tmp_path / "waste.html").as_uri(), home=tmp_path.as_uri())  # plotly.min.js lies beside it
+    page.wait_for_selector(".xtick text")
+    page.locator(".bars .point").first.hover(force=True)
+    page.wait_for_selector(".hovertext")
+    assert strangers(page, ".gtitle", ".xtick", ".hovertext") == {}
+
+
 def test_the_report_on_a_class(pages: Any, tmp_path: Path) -> None:
     failed = Result("a", "A task", 0, 1, "fail", "one block too many", ["step 1: ✗"])
     file = tmp_path / "report.html"
