@@ -15,7 +15,7 @@ def bars(
     """One group of bars for each x, one colour for each series."""
     data = [
         {"type": "bar", "name": name, "x": list(map(str, x)), "y": list(y), "marker": {"color": colour}}
-        for (name, y), colour in zip(series.items(), COLOURS, strict=False)
+        for (name, y), colour in zip(series.items(), COLOURS[: len(series)], strict=True)
     ]
     layout = _layout(title, "", y_title)
     return {"data": data, "layout": layout | {"barmode": "stack" if stacked else "group"}}
@@ -31,7 +31,10 @@ def lines(
     threshold: float | None = None,
     y_max: float | None = None,
 ) -> dict[str, Any]:
-    """One line for each series of (x, y); ``threshold`` is a horizontal dotted line."""
+    """One line for each series of (x, y); ``threshold`` is a horizontal dotted line.
+
+    From the eighth series on, the colours repeat and the lines are dashed.
+    """
     data = [
         {
             "type": "scatter",
@@ -39,9 +42,9 @@ def lines(
             "name": name,
             "x": list(x),
             "y": list(y),
-            "line": {"color": colour},
+            "line": {"color": COLOURS[i % len(COLOURS)]} | ({"dash": "dash"} if i >= len(COLOURS) else {}),
         }
-        for (name, (x, y)), colour in zip(series.items(), COLOURS, strict=False)
+        for i, (name, (x, y)) in enumerate(series.items())
     ]
     layout = _layout(title, x_title, y_title)
     if log_x:

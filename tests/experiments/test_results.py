@@ -12,6 +12,7 @@ from minipaged import cli, experiments
 from minipaged.bench import peers_readme
 from minipaged.errors import InvalidRequest
 from minipaged.experiments import Entry, Result, Row, catalogue, kernel_overhead, readme
+from minipaged.experiments.figures import lines
 from minipaged.experiments.result import READ, SECONDARY
 from minipaged.experiments.result_text import number_text, paper_text
 from minipaged.experiments.timing import ratio
@@ -84,6 +85,15 @@ def test_figures_are_what_plotly_takes(small):
     go = pytest.importorskip("plotly.graph_objects")
     figure = go.Figure(experiments.run("kernel-overhead", quick=True).figure)
     assert len(figure.data) >= 2 and figure.layout.title.text
+
+
+def test_a_figure_shows_every_series_in_a_style_of_its_own():
+    figure = lines("", {str(i): ([1], [i]) for i in range(10)}, "x", "y")
+    assert [one["name"] for one in figure["data"]] == [str(i) for i in range(10)]
+    assert len({str(one["line"]) for one in figure["data"]}) == 10
+    saved = Result.from_json((RESULTS / "kernel-overhead.json").read_text(encoding="utf-8"))
+    measured = {f"{name}, {case.partition(',')[0]}" for case, seconds in saved.data.items() for name in seconds}
+    assert {one["name"] for one in saved.figure["data"]} == measured
 
 
 def test_rows_say_where_the_papers_numbers_are_from():
