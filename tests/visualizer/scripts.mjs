@@ -5,11 +5,19 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";
 
-const [folder, file] = process.argv.slice(2);
-const { State, check } = await import(pathToFileURL(`${folder}/reducer.js`));
-const { Player } = await import(pathToFileURL(`${folder}/player.js`));
-const plain = (state) => JSON.parse(JSON.stringify(state));
+/** @typedef {{ records: EngineEvent[][], states: any[] }} Run */
 
+const [folder, file] = process.argv.slice(2);
+const address = (/** @type {string} */ name) => pathToFileURL(`${folder}/${name}`).href;
+/** @type {typeof import("../../visualizer/static/reducer.js")} */
+const { State, check } = await import(address("reducer.js"));
+/** @type {typeof import("../../visualizer/static/player.js")} */
+const { Player } = await import(address("player.js"));
+/** @type {typeof import("../../visualizer/static/narration.js")} */
+const { sourceOf } = await import(address("narration.js"));
+const plain = (/** @type {unknown} */ state) => JSON.parse(JSON.stringify(state));
+
+/** @type {{ [name: string]: (run: Run) => void }} */
 const CHECKS = {
   // The state after each record is the one that Python's reducer computed.
   reducer({ records, states }) {
@@ -81,8 +89,17 @@ const CHECKS = {
     player.seek(player.end);
     assert.deepEqual(plain(player.state).seqs, states.at(-1).seqs);
   },
+
+  // Only the reason of a `shared` event is one of the engine's words; an eviction policy gives any text as its reason.
+  reasons() {
+    const shared = /** @type {const} */ ({ type: "shared", seq_id: 0, logical: 0, block: 0, reason: "prefix" });
+    assert.equal(sourceOf(shared), "shared_prefix");
+    assert.equal(sourceOf({ ...shared, reason: "fork" }), "shared");
+    assert.equal(sourceOf({ type: "evicted", block: 0, reason: "prefix" }), "evicted");
+  },
 };
 
+/** @param {EngineEvent[][]} records */
 function loaded(records) {
   const player = new Player();
   player.load("run", records);
@@ -90,13 +107,15 @@ function loaded(records) {
   return player;
 }
 
-for (const [number, run] of JSON.parse(readFileSync(file, "utf8")).entries()) {
+/** @type {(Run & { checks: string[] })[]} */
+const runs = JSON.parse(readFileSync(file, "utf8"));
+for (const [number, run] of runs.entries()) {
   for (const name of run.checks) {
     try {
       CHECKS[name](run);
       console.log(`${name} ${number} ok`);
     } catch (error) {
-      console.log(`${name} ${number} ${error.stack}`);
+      console.log(`${name} ${number} ${/** @type {Error} */ (error).stack}`);
       process.exitCode = 1;
     }
   }

@@ -13,7 +13,9 @@ import pytest
 from minipaged.core.request import Request
 from minipaged.core.seams import FCFS
 from minipaged.events import State, event_from_dict
+from minipaged.events.types import EVENT_TYPES
 from tests import golden
+from tests.visualizer import script_types
 
 STATIC = Path(__file__).parents[2] / "visualizer" / "static"
 
@@ -68,6 +70,13 @@ def run_of(name: str, seed: int, monkeypatch: Any) -> dict[str, Any]:
     return {"records": records, "states": states}
 
 
+def test_the_scripts_types_of_events_are_those_of_python() -> None:
+    text = script_types.FILE.read_text(encoding="utf-8")
+    assert script_types.rewritten(text) == text, "python -m tests.visualizer.script_types --write"
+    assert 'interface Forked { type: "forked"; parent: number; child: number; request_id: string }' in text
+    assert "reason?: string" in script_types.interface("Evicted", EVENT_TYPES["evicted"], "evicted")
+
+
 def test_reducer_and_player_agree_with_python(tmp_path: Path, monkeypatch: Any) -> None:
     shutil.copytree(STATIC, tmp_path / "static", ignore=shutil.ignore_patterns("*.css", "*.html", "*.woff2"))
     (tmp_path / "static" / "package.json").write_text('{"type": "module"}', encoding="utf-8")
@@ -76,7 +85,7 @@ def test_reducer_and_player_agree_with_python(tmp_path: Path, monkeypatch: Any) 
     assert {"forked", "copied", "preempted", "swapped_in", "group_started", "speculated", "evicted"} <= told
     longest = max(runs, key=lambda run: len(run["records"]))
     for run in runs:
-        run["checks"] = ["reducer"] + ["seeking", "stepping", "following", "forgetting"] * (run is longest)
+        run["checks"] = ["reducer"] + ["seeking", "stepping", "following", "forgetting", "reasons"] * (run is longest)
     file = tmp_path / "runs.json"
     file.write_text(json.dumps(runs), encoding="utf-8")
     script = Path(__file__).with_name("scripts.mjs")
@@ -84,4 +93,4 @@ def test_reducer_and_player_agree_with_python(tmp_path: Path, monkeypatch: Any) 
         [node(), script, tmp_path / "static", file], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.count(" ok\n") == len(runs) + 4
+    assert done.stdout.count(" ok\n") == len(runs) + 5

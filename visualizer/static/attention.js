@@ -6,8 +6,18 @@ import { colour, element, letter, list, setText } from "./names.js";
 import { heading, sync, visible } from "./parts.js";
 
 export class Attention {
+  /** @type {State} */
+  state; // when it was last drawn
+
+  /** @param {HTMLElement} body @param {Send} send @param {Pool} pool */
   constructor(body, send, pool) {
     this.send = send;
+    this.key = ""; // names the token that is shown: `id` and `position`
+    this.id = NaN;
+    this.position = NaN;
+    /** @type {any} */
+    this.answer = null; // the server's, once it is here
+    this.asked = false;
     this.heat = new Heat(pool);
     this.section = element("section", "mp-attention", body, { "data-testid": "attention", "aria-label": "Attention" });
     const head = element("div", "mp-att-head", this.section);
@@ -23,6 +33,7 @@ export class Attention {
     this.again.addEventListener("click", () => this.fetch());
   }
 
+  /** @param {State} state @param {number} id @param {number} position */
   render(state, id, position) {
     this.state = state;
     const key = `${id}:${position}`;
@@ -31,7 +42,10 @@ export class Attention {
       this.show("");
     }
     const seq = state.seqs[id];
-    if (this.answer) this.warm(this.answer.blocks.every((block, logical) => seq.table[logical] === block));
+    if (this.answer) {
+      const blocks = /** @type {number[]} */ (this.answer.blocks);
+      this.warm(blocks.every((block, logical) => seq.table[logical] === block));
+    }
     if (this.answer || this.asked) return;
     const name = letter(id);
     if (seq.finish_reason) {
@@ -65,12 +79,14 @@ export class Attention {
   }
 
   // Draws the weights over the pool only while the blocks still belong to this sequence.
+  /** @param {boolean} there */
   warm(there) {
     if (!there) this.heat.clear();
     else if (!this.heat.shown) this.draw();
   }
 
   // Shows a message instead of the weights.
+  /** @param {string} words */
   show(words) {
     this.heat.clear();
     for (const node of [this.strip, this.text, this.layer, this.head]) node.hidden = true;
@@ -80,12 +96,12 @@ export class Attention {
 
   draw() {
     const weights = (this.shown = this.chosen());
-    const { blocks } = this.answer;
+    const { blocks } = /** @type {{ blocks: number[] }} */ (this.answer);
     const size = this.state.config.block_size;
     const most = Math.max(...weights);
     const seq = this.state.seqs[this.id];
     // The square root keeps a weight visible that is a tenth of the largest.
-    const shades = weights.map((weight) => Math.sqrt(weight / most).toFixed(3));
+    const shades = weights.map((weight) => Number(Math.sqrt(weight / most).toFixed(3)));
     for (const node of [this.strip, this.text, this.layer, this.head]) node.hidden = false;
     this.section.style.setProperty("--hue", colour(this.id));
     const shares = blocks.map((_, logical) => sum(weights.slice(logical * size, (logical + 1) * size)));
@@ -96,7 +112,7 @@ export class Attention {
       [...node.querySelectorAll("i")].forEach((slot, offset) => {
         const position = logical * size + offset;
         const seen = position < weights.length;
-        slot.style.setProperty("--weight", seen ? shades[position] : 0);
+        slot.style.setProperty("--weight", String(seen ? shades[position] : 0));
         slot.classList.toggle("mp-void", !seen);
         slot.title = seen ? `“${seq.pieces[position]}”, position ${position}: ${(100 * weights[position]).toFixed(1)} %` : "";
       });
@@ -106,7 +122,7 @@ export class Attention {
       node.textContent = seq.pieces[position];
       return node;
     }, (node, position) => {
-      node.style.setProperty("--weight", shades[position]);
+      node.style.setProperty("--weight", String(shades[position]));
       node.title = `${(100 * weights[position]).toFixed(1)} %`;
     });
     this.heat.show(blocks, shades, shares, colour(this.id), size);
@@ -121,29 +137,33 @@ export class Attention {
   chosen() {
     const { layers, heads, position, numbers } = this.answer;
     const length = position + 1;
-    const pick = (select, count) => (select.value === "mean" ? [...Array(count).keys()] : [Number(select.value)]);
+    const pick = (/** @type {HTMLSelectElement} */ select, /** @type {number} */ count) =>
+      (select.value === "mean" ? [...Array(count).keys()] : [Number(select.value)]);
     const rows = pick(this.layer, layers).flatMap((layer) =>
       pick(this.head, heads).map((head) => (layer * heads + head) * length));
     return Array.from({ length }, (_, i) => sum(rows.map((row) => numbers[row + i])) / rows.length);
   }
 }
 
+/** @param {number} block @param {number} size */
 function buildBlock(block, size) {
   const node = element("div", "mp-att-block", null, { "data-testid": "attention-block", "data-physical": block });
   const label = element("button", "mp-place", node, { type: "button", "data-go": `block:${block}` });
   element("small", "", label);
-  element("b", "", label).textContent = block;
+  element("b", "", label).textContent = String(block);
   element("em", "", label);
   const slots = element("span", "mp-att-slots", node);
   for (let offset = 0; offset < size; offset += 1) element("i", "", slots, { "data-slot": `${block}:${offset}` });
   return node;
 }
 
+/** @param {HTMLElement} parent @param {string} name */
 function choice(parent, name) {
   return element("select", "", parent, { "aria-label": `Attention ${name}`, "data-testid": `attention-${name}`, hidden: "" });
 }
 
 // Fills a select with the options 0 … count - 1 and "mean"; keeps the current choice if it still exists.
+/** @param {HTMLSelectElement} select @param {string} name @param {number} count */
 function options(select, name, count) {
   const before = select.value;
   const values = ["mean", ...Array(count).keys()].map(String);
@@ -151,9 +171,10 @@ function options(select, name, count) {
   select.value = values.includes(before) ? before : "mean";
 }
 
+/** @param {string} base64 */
 function floats(base64) {
   const bytes = Uint8Array.from(atob(base64), (char) => char.charCodeAt(0));
   return new Float32Array(bytes.buffer);
 }
 
-const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
+const sum = (/** @type {number[]} */ numbers) => numbers.reduce((total, number) => total + number, 0);

@@ -7,9 +7,39 @@ import { State } from "./reducer.js";
 
 const MOST = 1200; // records that the player may drop before the history starts over
 
-export const cpu = (block) => `cpu-${block}`; // the key of a CPU block's history
+export const cpu = (/** @type {number} */ block) => `cpu-${block}`; // the key of a CPU block's history
+
+/** @typedef {{ step: number, until: number, kind: string, words: string, seq?: number, number: number }} Entry */
+/**
+ * The steps of a sequence's arrival, admission and so on; its tokens by position.
+ * @typedef {{
+ *   tokens: Map<number, { step: number, top?: any[][] }>, preempted: number, cached: number, max_tokens?: number, samples?: number,
+ *   arrived?: number, admitted?: number, forked?: number, first?: number, last?: number, finished?: number,
+ * }} Life
+ */
 
 export class History {
+  // `begin` sets these.
+  /** @type {string | null} */
+  run;
+  /** @type {number} */
+  first;
+  /** @type {number} */
+  position;
+  /** @type {State} */
+  state;
+  /** @type {boolean} */
+  complete; // whether the records begin with the run
+  /** @type {Map<number | string, Entry[]>} */
+  blocks;
+  /** @type {Map<number, Life>} */
+  lives;
+  /** @type {Map<number, { seq: number, logical: number }>} */
+  contents; // block -> the sequence that last wrote to it
+  /** @type {Map<number, number>} */
+  parents; // prefix id in the prefix cache -> its parent's id
+
+  /** @param {Player} player */
   follow(player) {
     const lost = this.run !== player.run || player.position < this.position || this.position < player.first;
     if (lost || player.first - this.first > MOST) this.begin(player);
@@ -19,36 +49,43 @@ export class History {
     }
   }
 
+  /** @param {Player} player */
   begin(player) {
     this.run = player.run;
     this.first = this.position = player.first;
-    this.state = State.from(JSON.parse(player.keyframes.get(player.first)));
-    this.complete = !Object.keys(this.state.seqs).length; // whether the records begin with the run
-    this.blocks = new Map(); // block -> entries {step, until, kind, words}
-    this.lives = new Map(); // sequence -> the steps of its arrival, admission, tokens, and so on
-    this.contents = new Map(); // block -> {seq, logical}: the sequence that last wrote to it
-    this.parents = new Map(); // prefix id in the prefix cache -> its parent's id
+    this.state = State.from(player.keyframe(player.first));
+    this.complete = !Object.keys(this.state.seqs).length;
+    this.blocks = new Map();
+    this.lives = new Map();
+    this.contents = new Map();
+    this.parents = new Map();
     for (const [id, seq] of Object.entries(this.state.seqs)) {
       seq.table.forEach((block, logical) => this.contents.set(block, { seq: Number(id), logical }));
     }
   }
 
+  /** @param {EngineEvent} event */
   read(event) {
+    const handler = /** @type {Handler | undefined} */ (READ[event.type]);
     const early = event.type === "freed" || event.type === "swapped_out"; // these events empty the block table
-    if (early) READ[event.type](this, event, this.state);
+    if (early) handler?.(this, event, this.state);
     this.state.apply(event);
-    if (!early) READ[event.type]?.(this, event, this.state);
+    if (!early) handler?.(this, event, this.state);
   }
 
+  /** @param {number} id */
   life(id) {
-    if (!this.lives.has(id)) this.lives.set(id, { tokens: new Map(), preempted: 0, cached: 0 });
-    return this.lives.get(id);
+    /** @type {Life} */
+    const life = this.lives.get(id) ?? { tokens: new Map(), preempted: 0, cached: 0 };
+    this.lives.set(id, life);
+    return life;
   }
 
   // Adds an entry to a block's history. When a sequence fills a block over several steps, this is one entry.
+  /** @param {number | string} block @param {string} kind @param {string} words @param {number} [seq] */
   tell(block, kind, words, seq) {
-    if (!this.blocks.has(block)) this.blocks.set(block, []);
-    const story = this.blocks.get(block);
+    const story = this.blocks.get(block) ?? [];
+    this.blocks.set(block, story);
     const last = story.at(-1);
     const { step } = this.state;
     if (kind === "filled" && last?.kind === kind && last.seq === seq) Object.assign(last, { until: step, words });
@@ -56,8 +93,9 @@ export class History {
   }
 
   // {step, top} of the token at `position`, which an ancestor may have sampled; undefined if it is in no record.
+  /** @param {State["seqs"]} seqs @param {number} id @param {number} position */
   sampling(seqs, id, position) {
-    for (let at = id; at !== null && seqs[at]; at = seqs[at].parent) {
+    for (let at = /** @type {number | null} */ (id); at !== null && seqs[at]; at = seqs[at].parent) {
       const found = this.lives.get(at)?.tokens.get(position);
       if (found) return found;
     }
@@ -65,6 +103,7 @@ export class History {
   }
 }
 
+/** @type {{ [T in EventType]?: (history: History, e: EventOf<T>, state: State) => void }} */
 const READ = {
   request_added(history, e, { step }) {
     for (const id of e.seq_ids) {

@@ -9,6 +9,7 @@ const MOST_ROWS = 40; // in the Gantt chart
 
 // The range of records to show. When following live or replaying, it ends at the current position; a frozen view also
 // shows the known records after it.
+/** @param {Player} player */
 export function windowOf(player) {
   const ahead = player.mode === "frozen" ? WINDOW / 4 : 0;
   const end = Math.min(player.end, Math.max(player.position + ahead, ahead && player.first + WINDOW));
@@ -17,6 +18,7 @@ export function windowOf(player) {
 
 export class PlotlyChart {
   // `node` is the tab's panel; `plot` is the element in it that the plot fills.
+  /** @param {HTMLElement} node @param {Figure} figure */
   constructor(node, figure, plot = node) {
     this.node = node;
     this.plot = plot;
@@ -37,6 +39,7 @@ export class PlotlyChart {
   }
 
   // The layout changes since the last call: colours, the line at the pool's size, the line at the current step.
+  /** @param {Player} player @param {number} step */
   decorations(player, step) {
     const { num_blocks, block_size } = player.state.config;
     const slots = num_blocks * block_size;
@@ -45,7 +48,7 @@ export class PlotlyChart {
     if (!this.unpainted && key === this.marked) return {};
     const changes = this.unpainted ? colours(this.plot) : {};
     const { shapes = [], annotations = [] } = this.figure.layout;
-    shapes.forEach(({ name }, i) => {
+    shapes.forEach((/** @type {any} */ { name }, /** @type {number} */ i) => {
       if (name === "pool") Object.assign(changes, { [`shapes[${i}].y0`]: slots, [`shapes[${i}].y1`]: slots });
       if (name === "moment") {
         Object.assign(changes, {
@@ -53,7 +56,7 @@ export class PlotlyChart {
         });
       }
     });
-    annotations.forEach(({ name }, i) => {
+    annotations.forEach((/** @type {any} */ { name }, /** @type {number} */ i) => {
       if (name !== "pool") return;
       Object.assign(changes, { [`annotations[${i}].y`]: slots, [`annotations[${i}].text`]: `the pool: ${slots} slots` });
     });
@@ -63,6 +66,7 @@ export class PlotlyChart {
   }
 
   // Updates data (null: unchanged) and layout in one call, since plotly recomputes the whole chart on every call.
+  /** @param {any} data @param {any} layout */
   update(data, layout) {
     if (data) window.Plotly.update(this.plot, data, layout);
     else if (Object.keys(layout).length) window.Plotly.relayout(this.plot, layout);
@@ -71,25 +75,35 @@ export class PlotlyChart {
 
 // Lines over the steps. `values(record, point)` returns each trace's value at a record.
 export class LineChart extends PlotlyChart {
+  /**
+   * @param {HTMLElement} node
+   * @param {Figure} figure
+   * @param {(record: RunRecord, point: import("./history.js").Point) => (number | null)[]} values
+   * @param {StepHistory} history
+   */
   constructor(node, figure, values, history) {
     super(node, figure);
     this.values = values;
     this.history = history;
+    /** @type {{ records?: RunRecord[], first: number, end: number }} */
     this.drawn = { first: -1, end: -1 };
   }
 
+  /** @param {Player} player */
   render(player) {
     this.begin();
     this.update(this.data(player, windowOf(player)), this.decorations(player, player.state.step));
   }
 
+  /** @param {Player} player @param {{ first: number, end: number }} shown */
   data(player, { first, end }) {
     const { drawn } = this;
     if (drawn.records === player.records && drawn.first === first && drawn.end === end) return null;
     this.drawn = { records: player.records, first, end };
     const records = player.records.slice(first - player.first, end - player.first);
     const rows = records.map((record, i) => this.values(record, this.history.points[first + i - this.history.first]));
-    const traces = this.figure.data.map((_, i) => i);
+    /** @type {number[]} */
+    const traces = Object.keys(this.figure.data).map(Number);
     const steps = records.map((record) => record.metrics.step);
     return { x: traces.map(() => steps), y: traces.map((i) => rows.map((row) => row[i])) };
   }
@@ -97,11 +111,13 @@ export class LineChart extends PlotlyChart {
 
 // A dot for each request's time to first token (TTFT), and the percentiles of the inter-token latency (ITL).
 export class LatencyChart extends PlotlyChart {
+  /** @param {HTMLElement} node @param {Figure} figure @param {StepHistory} history */
   constructor(node, figure, history) {
     super(node, figure);
     this.history = history;
   }
 
+  /** @param {Player} player */
   render(player) {
     this.begin();
     const { first, end } = windowOf(player);
@@ -111,6 +127,7 @@ export class LatencyChart extends PlotlyChart {
     this.update(data, { ...layout, ...this.decorations(player, player.state.step) });
   }
 
+  /** @param {number} first @param {number} end */
   data(first, end) {
     const { history } = this;
     const dots = history.latency.firsts.filter(({ number }) => number >= first && number < end);
@@ -121,43 +138,53 @@ export class LatencyChart extends PlotlyChart {
     const others = [undefined, undefined, undefined];
     return [{
       x: [dots.map(({ step }) => step), steps, steps, steps],
-      y: [dots.map(({ ms }) => ms), ...["p50", "p95", "p99"].map((name) => points.map((point) => point[name]))],
+      y: [dots.map(({ ms }) => ms), ...SHARES.map((name) => points.map((point) => point[name]))],
       text: [dots.map(({ seq }) => letter(seq)), ...others],
       "marker.color": [dots.map(({ seq }) => colour(seq)), ...others],
     }, { "xaxis.range": range, "xaxis2.range": range }];
   }
 }
 
+const SHARES = /** @type {const} */ (["p50", "p95", "p99"]); // in the order of the figure's traces
 const PHASES = ["waiting", "prefill", "decode", "preempted"]; // in the order of the figure's traces
 
+// The bars of one trace.
+/** @typedef {{ x: number[], y: number[], base: number[], customdata: string[], colours: string[] }} Bars */
+
 export class GanttChart extends PlotlyChart {
+  /** @param {HTMLElement} node @param {Figure} figure @param {StepHistory} history */
   constructor(node, figure, history) {
     super(node, figure);
     this.history = history;
   }
 
+  /** @param {Player} player */
   render(player) {
     this.begin();
     const { first, end } = windowOf(player);
     const key = `${player.run} ${first} ${end} ${this.plot.clientHeight}`;
-    const span = key !== this.drawn && end > first && [this.history.at(first + 1).step, this.history.at(end).step + 1];
-    const [data, layout] = span ? this.data(...span) : [null, {}];
+    const [data, layout] = key !== this.drawn && end > first
+      ? this.data(this.history.at(first + 1).step, this.history.at(end).step + 1) : [null, {}];
     this.drawn = key;
     this.update(data, { ...layout, ...this.decorations(player, player.state.step + 0.5) });
   }
 
   // The data and layout for steps [from, to).
+  /** @param {number} from @param {number} to */
   data(from, to) {
-    const lived = ([, { spans, ended }]) => spans.length && spans[0].from < to && (ended ?? to) > from;
+    const lived = (/** @type {[number, import("./history.js").Life]} */ [, { spans, ended }]) =>
+      spans.length && spans[0].from < to && (ended ?? to) > from;
     const rows = [...this.history.seqs].filter(lived).slice(-MOST_ROWS);
-    const traces = PHASES.map(() => ({ x: [], y: [], base: [], customdata: [], colours: [] }));
+    const traces = PHASES.map(() => /** @type {Bars} */ ({ x: [], y: [], base: [], customdata: [], colours: [] }));
     rows.forEach(([id, seq], row) => {
       for (const span of seq.spans) this.bar(traces, row, id, seq, span, from, to);
     });
-    const each = (name) => traces.map((trace) => trace[name]);
-    const data = { x: each("x"), y: each("y"), base: each("base"), customdata: each("customdata") };
-    // All preempted bars look the same; the others have their sequence's colour.
-    data["marker.color"] = [...each("colours").slice(0, 3), undefined];
+    const each = (/** @type {keyof Bars} */ name) => traces.map((trace) => trace[name]);
+    const data = {
+      x: each("x"), y: each("y"), base: each("base"), customdata: each("customdata"),
+      // All preempted bars look the same; the others have their sequence's colour.
+      "marker.color": [...each("colours").slice(0, 3), undefined],
+    };
     const height = this.plot.clientHeight - 30;
     const size = Math.max(6, Math.min(12, height / Math.max(1, rows.length)));
     const layout = {
@@ -167,6 +194,15 @@ export class GanttChart extends PlotlyChart {
     return [data, layout];
   }
 
+  /**
+   * @param {Bars[]} traces
+   * @param {number} row
+   * @param {number} id
+   * @param {import("./history.js").Life} seq
+   * @param {import("./history.js").Span} span
+   * @param {number} from
+   * @param {number} to
+   */
   bar(traces, row, id, seq, span, from, to) {
     const start = Math.max(from, span.from);
     const stop = Math.min(to, span.to ?? to);
@@ -183,16 +219,18 @@ export class GanttChart extends PlotlyChart {
 }
 
 // The layout's colours, read from Gradio's CSS variables, which depend on light or dark mode.
+/** @param {any} node */
 export function colours(node) {
   const style = getComputedStyle(node);
   const soft = style.getPropertyValue("--mp-soft");
   const line = style.getPropertyValue("--mp-hair");
+  /** @type {{ [path: string]: string }} */
   const result = { "font.color": soft, "legend.font.color": soft, "hoverlabel.bgcolor": style.getPropertyValue("--mp-card") };
   for (const axis of Object.keys(node.layout).filter((name) => /^[xy]axis/.test(name))) {
     Object.assign(result, { [`${axis}.gridcolor`]: line, [`${axis}.linecolor`]: line });
   }
-  (node.layout.annotations ?? []).forEach((_, i) => (result[`annotations[${i}].font.color`] = soft));
-  (node.layout.shapes ?? []).forEach(({ name }, i) => {
+  Object.keys(node.layout.annotations ?? []).forEach((i) => (result[`annotations[${i}].font.color`] = soft));
+  (node.layout.shapes ?? []).forEach((/** @type {any} */ { name }, /** @type {number} */ i) => {
     result[`shapes[${i}].line.color`] = name === "moment" ? style.getPropertyValue("--mp-red") : soft;
   });
   return result;

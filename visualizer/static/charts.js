@@ -14,10 +14,14 @@ const WIDE = 900; // pixels; a panel this wide has room for two elements side by
 const TABS = {
   memory: "Memory", waste: "Waste", throughput: "Throughput", latency: "Latency", sequences: "Sequences", prefix: "Prefix",
 };
-const time = (ms) => (ms < 1000 ? `${ms.toFixed(ms < 100 ? 1 : 0)} ms` : `${(ms / 1000).toFixed(2)} s`);
-const whole = (value) => Math.round(value).toLocaleString("en");
+const time = (/** @type {number} */ ms) => (ms < 1000 ? `${ms.toFixed(ms < 100 ? 1 : 0)} ms` : `${(ms / 1000).toFixed(2)} s`);
+const whole = (/** @type {number} */ value) => Math.round(value).toLocaleString("en");
+
+/** @typedef {import("./history.js").Point} Point */
+/** @typedef {{ record: RunRecord, point: Point, state: State, history: History, position: number }} Moment */
 
 // The caption of each tab, about the current step.
+/** @type {{ [tab: string]: (about: Moment) => string }} */
 const SAY = {
   memory({ record }) {
     const { logical, used, reserved } = record.metrics;
@@ -31,12 +35,14 @@ const SAY = {
   },
   latency({ point, history, position }) {
     const { count, ms } = history.latency.median(position);
-    if (!count) return "no token has come yet";
-    const gaps = point.p50 === null ? "" : ` · next: ${time(point.p50)} (p50), ${time(point.p95)} (p95), ${time(point.p99)} (p99)`;
+    if (!count || ms === null) return "no token has come yet";
+    const gaps = point.p50 === null || point.p95 === null || point.p99 === null ? ""
+      : ` · next: ${time(point.p50)} (p50), ${time(point.p95)} (p95), ${time(point.p99)} (p99)`;
     return `first token: ${time(ms)} (median of ${count})${gaps}`;
   },
   sequences({ state }) {
-    const count = (name) => state[name].flatMap((id) => state.requests[id]).filter((id) => !state.seqs[id].finish_reason);
+    const count = (/** @type {"running" | "waiting" | "swapped"} */ name) =>
+      state[name].flatMap((id) => state.requests[id]).filter((id) => !state.seqs[id].finish_reason);
     const swapped = count("swapped").length;
     return `${count("running").length} running · ${count("waiting").length} waiting` +
       (swapped ? ` · ${swapped} swapped` : "") + " — pale: waiting, hatched: prefill, framed: preempted";
@@ -49,11 +55,26 @@ const SAY = {
 };
 
 export class Charts {
+  /** @type {HTMLElement} */
+  caption;
+  /** @type {HTMLElement} */
+  enlarge;
+  /** @type {{ [name: string]: HTMLElement }} */
+  tabs = {};
+  /** @type {{ [name: string]: Waste | LatencyChart | GanttChart | LineChart }} */
+  views = {};
+  /** @type {string} */
+  shown; // the open tab
+  /** @type {Waste} */
+  waste; // its view
+  /** @type {string | null} */
+  said = null; // which moment the caption is about
+
+  /** @param {HTMLElement} root @param {{ [name: string]: Figure }} figures @param {string | null} plotlyUrl */
   constructor(root, figures, plotlyUrl) {
     this.box = root.querySelector("[data-part=charts]");
     this.history = new History();
     this.nextAt = 0;
-    this.views = {};
     this.build(figures);
     this.show("memory");
     new ResizeObserver(() => this.resize()).observe(this.box);
@@ -68,13 +89,13 @@ export class Charts {
     Promise.allSettled(fonts).then(() => document.head.append(script));
   }
 
+  /** @param {{ [name: string]: Figure }} figures */
   build(figures) {
     const head = element("div", "mp-charts-head", this.box);
     const list = element("div", "mp-tabs", head, { role: "tablist", "aria-label": "Charts" });
     this.caption = element("output", "mp-chart-now", head, { "data-testid": "chart-now", "aria-live": "off" });
     this.enlarge = element("button", "mp-enlarge", head, { type: "button", "data-testid": "enlarge" });
     this.enlarge.addEventListener("click", () => this.setBig(!this.big));
-    this.tabs = {};
     for (const [name, title] of Object.entries(TABS)) {
       const ids = { id: `mp-tab-${name}`, "aria-controls": `mp-chart-${name}` };
       const tab = element("button", "mp-tab", list, { type: "button", role: "tab", "data-testid": `tab-${name}`, ...ids });
@@ -87,9 +108,10 @@ export class Charts {
       });
       this.views[name] = this.viewOf(name, panel, figures[name]);
     }
-    this.enlarge.before(this.views.waste.toggle);
+    this.waste = /** @type {Waste} */ (this.views.waste);
+    this.enlarge.before(this.waste.toggle);
     list.addEventListener("keydown", (event) => this.key(event));
-    const escape = (event) => {
+    const escape = (/** @type {KeyboardEvent} */ event) => {
       if (event.key !== "Escape" || !this.big || !this.box.isConnected) return;
       event.stopPropagation(); // otherwise it would also clear the selection
       this.setBig(false);
@@ -98,6 +120,7 @@ export class Charts {
     this.setBig(false);
   }
 
+  /** @param {string} name @param {HTMLElement} panel @param {Figure} figure */
   viewOf(name, panel, figure) {
     if (name === "waste") return new Waste(panel, figure);
     if (name === "latency") return new LatencyChart(panel, figure, this.history);
@@ -115,6 +138,7 @@ export class Charts {
     this.view.resize();
   }
 
+  /** @param {string} name */
   show(name) {
     this.shown = name;
     for (const [other, tab] of Object.entries(this.tabs)) {
@@ -122,19 +146,21 @@ export class Charts {
       tab.tabIndex = other === name ? 0 : -1;
       this.views[other].node.hidden = other !== name;
     }
-    const { offsetLeft, parentNode } = this.tabs[name]; // on a phone, the tabs are a scrolling strip
-    parentNode.scrollLeft = offsetLeft - parentNode.offsetLeft - 40;
-    this.views.waste.toggle.hidden = name !== "waste";
+    const { offsetLeft, parentElement: strip } = this.tabs[name]; // on a phone, the tabs are a scrolling strip
+    if (strip) strip.scrollLeft = offsetLeft - strip.offsetLeft - 40;
+    this.waste.toggle.hidden = name !== "waste";
     this.nextAt = 0;
     this.said = null;
     this.view.resize();
   }
 
   // Standard keyboard navigation of tabs. The timeline must not receive these arrow keys, too.
+  /** @param {KeyboardEvent} event */
   key(event) {
     const names = Object.keys(TABS);
     const at = names.indexOf(this.shown);
-    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: names.length - 1 }[event.key];
+    const keys = new Map([["ArrowRight", at + 1], ["ArrowLeft", at - 1], ["Home", 0], ["End", names.length - 1]]);
+    const to = keys.get(event.key);
     if (to === undefined) return;
     event.preventDefault();
     event.stopPropagation();
@@ -143,6 +169,7 @@ export class Charts {
     this.tabs[name].focus();
   }
 
+  /** @param {boolean} big */
   setBig(big) {
     this.big = big;
     this.box.classList.toggle("mp-big", big);
@@ -159,6 +186,7 @@ export class Charts {
     this.nextAt = 0;
   }
 
+  /** @param {Player} player @param {number} now */
   render(player, now) {
     if (!player.state.config.num_blocks) return;
     this.say(player);
@@ -170,19 +198,21 @@ export class Charts {
     this.nextAt = ended + Math.min(SELDOM, Math.max(EVERY, (ended - began) / SHARE));
   }
 
+  /** @param {Player} player */
   say(player) {
     const key = `${player.run} ${player.position}`;
     if (this.said === key) return;
     this.said = key;
     if (SAY[this.shown]) this.history.follow(player);
     const record = player.current;
-    const about = { record, state: player.state, point: this.history.at(player.position), history: this.history,
-      position: player.position };
-    setText(this.caption, record && SAY[this.shown] ? SAY[this.shown](about) : "");
+    const { state, position } = player;
+    const words = record && SAY[this.shown]?.({ record, state, position, point: this.history.at(position), history: this.history });
+    setText(this.caption, words ?? "");
   }
 }
 
 // The values of a figure's traces at a record, in the traces' order.
+/** @type {{ [tab: string]: (record: RunRecord, point: Point) => (number | null)[] }} */
 const POINTS = {
   memory: ({ metrics }) => [metrics.reserved, metrics.used, metrics.logical],
   throughput: (record, point) => [point.decode, point.prefill, point.ms, point.rate],

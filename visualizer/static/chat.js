@@ -3,9 +3,16 @@
 
 import { colour, element, ink, letter, setText, text } from "./names.js";
 
+const REMARKS = new Map([["abort", "stopped"], ["length", "cut at max tokens"]]); // by finish reason
+
+// The elements of an answer that is being generated; the request's id once the server has accepted it; the text so far;
+// the cached tokens of the prompt once the request is admitted.
+/** @typedef {ReturnType<typeof answerBox> & { number: number, request?: string, seen?: boolean, said?: string, cached?: number }} Turn */
+
 export class Chat {
+  /** @param {HTMLElement} root @param {Send} send @param {() => object} sampling */
   constructor(root, send, sampling) {
-    const part = (name) => root.querySelector(`[data-part=${name}]`);
+    const part = (/** @type {string} */ name) => root.querySelector(`[data-part=${name}]`);
     this.root = root;
     this.send = send;
     this.sampling = sampling;
@@ -13,17 +20,20 @@ export class Chat {
     this.list = part("turns");
     this.message = part("chat-message");
     this.stop = part("chat-stop");
+    /** @type {{ role: "user" | "assistant", content: string }[]} */
     this.messages = []; // {role, content}, as the model's chat template expects
+    /** @type {Turn | null} */
     this.turn = null; // the answer that is being generated
-    this.form.addEventListener("submit", (event) => this.submit(event));
+    this.form.addEventListener("submit", (/** @type {SubmitEvent} */ event) => this.submit(event));
     this.stop.addEventListener("click", () => send({ do: "abort", request_id: this.turn?.request }));
     part("chat-new").addEventListener("click", () => this.reset());
-    part("nav").addEventListener("click", (event) => {
+    part("nav").addEventListener("click", (/** @type {On} */ event) => {
       const view = event.target.closest("[data-view]")?.dataset.view;
       if (view) this.show(view);
     });
   }
 
+  /** @param {string} view */
   show(view) {
     this.root.dataset.view = view;
     for (const button of this.root.querySelectorAll("[data-part=nav] button")) {
@@ -44,15 +54,18 @@ export class Chat {
     this.form.elements.text.focus();
   }
 
+  /** @param {SubmitEvent} event */
   async submit(event) {
     event.preventDefault();
     const input = this.form.elements.text;
     const content = input.value.trim();
     if (!content || this.turn) return;
-    const asked = { role: "user", content };
+    const asked = /** @type {const} */ ({ role: "user", content });
     const question = element("p", "mp-said", this.list, { "data-testid": "said" });
     question.textContent = content;
-    const turn = (this.turn = { ...answerBox(this.list), number: this.messages.filter((m) => m.role === "user").length + 1 });
+    /** @type {Turn} */
+    const turn = { ...answerBox(this.list), number: this.messages.filter((m) => m.role === "user").length + 1 };
+    this.turn = turn;
     input.value = "";
     this.complain("");
     this.scroll();
@@ -74,11 +87,13 @@ export class Chat {
     this.stop.hidden = false;
   }
 
+  /** @param {string} words */
   complain(words) {
     setText(this.message, words);
     this.message.hidden = !words;
   }
 
+  /** @param {Player} player */
   render(player) {
     const { turn } = this;
     if (!turn?.request) return;
@@ -97,25 +112,28 @@ export class Chat {
       setText(turn.words, words);
       this.scroll();
     }
-    if (seq.finish_reason) this.finish({ abort: "stopped", length: "cut at max tokens" }[seq.finish_reason]);
+    if (seq.finish_reason) this.finish(REMARKS.get(seq.finish_reason));
   }
 
+  /** @param {Turn} turn @param {number} id @param {Seq} seq @param {Player} player */
   label(turn, id, seq, player) {
-    if (turn.cached !== undefined) return;
+    if (turn.cached !== undefined || turn.request === undefined) return;
     const found = admission(player, turn.request);
     setText(turn.badge, letter(id));
     turn.badge.style.background = colour(id);
     turn.badge.style.color = ink(id);
     if (!found) return;
     turn.cached = found.num_cached;
-    turn.note.dataset.cached = found.num_cached;
+    turn.note.dataset.cached = String(found.num_cached);
     const off = player.head.config.enable_prefix_caching ? "" : " (the prefix cache is off)";
     setText(turn.note, `turn ${turn.number}: ${found.num_cached} of ${seq.num_prompt} prompt tokens were cached${off}`);
     turn.bar.style.width = `${(100 * found.num_cached) / seq.num_prompt}%`;
   }
 
+  /** @param {string | undefined} remark */
   finish(remark) {
     const { turn } = this;
+    if (!turn) return;
     this.turn = null;
     this.stop.hidden = true;
     turn.node.dataset.done = "";
@@ -129,6 +147,7 @@ export class Chat {
   }
 }
 
+/** @param {HTMLElement} list */
 function answerBox(list) {
   const node = element("div", "mp-answer", list, { "data-testid": "answer" });
   const badge = element("i", "", node);
@@ -140,10 +159,10 @@ function answerBox(list) {
 }
 
 // A request's first admission, when its prompt is looked up in the prefix cache.
+/** @param {Player} player @param {string} requestId */
 function admission(player, requestId) {
   for (const { events } of player.records.slice(-200)) {
-    const found = events.find((event) => event.type === "admitted" && event.request_id === requestId);
-    if (found) return found;
+    for (const event of events) if (event.type === "admitted" && event.request_id === requestId) return event;
   }
   return null;
 }

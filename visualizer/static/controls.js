@@ -3,9 +3,17 @@
 import { setText } from "./names.js";
 
 // The slider's positions, in steps per second; "max" is as fast as possible.
+/** @type {(number | "max")[]} */
 const RATES = [1, 2, 4, 8, 12, 20, 40, "max"];
 
 export class Controls {
+  // main.js sets these: more sampling parameters, and what to do when the server names a field that is wrong.
+  /** @type {() => object} */
+  extras = () => ({});
+  /** @type {(answer: any) => void} */
+  refused = () => {};
+
+  /** @param {HTMLElement} root @param {Send} send */
   constructor(root, send) {
     this.root = root;
     this.send = send;
@@ -15,8 +23,8 @@ export class Controls {
     this.rate = root.querySelector("[data-part=rate]");
     this.rateText = root.querySelector("[data-part=rate-text]");
     this.rate.max = RATES.length - 1;
-    this.form.addEventListener("submit", (event) => this.submit(event));
-    root.querySelector("[data-part=samples]").addEventListener("click", (event) => this.sample(event));
+    this.form.addEventListener("submit", (/** @type {SubmitEvent} */ event) => this.submit(event));
+    root.querySelector("[data-part=samples]").addEventListener("click", (/** @type {On<PointerEvent>} */ event) => this.sample(event));
     root.querySelector("[data-do=engine-step]").addEventListener("click", () => this.ask({ do: "step" }));
     root.querySelector("[data-do=play]").addEventListener("click", () => this.ask({ do: "play" }));
     root.querySelector("[data-do=reset]").addEventListener("click", () => this.ask({ do: "reset" }));
@@ -33,6 +41,7 @@ export class Controls {
   }
 
   // A sample prompt fills in the form and submits it, so that one click is enough.
+  /** @param {On<PointerEvent>} event */
   sample(event) {
     const chip = event.target.closest("[data-prompt]");
     if (!chip) return;
@@ -42,6 +51,7 @@ export class Controls {
     this.form.requestSubmit();
   }
 
+  /** @param {SubmitEvent} event */
   async submit(event) {
     event.preventDefault();
     const { prompt, n, beams, chat } = this.form.elements;
@@ -57,25 +67,27 @@ export class Controls {
     if (done) prompt.value = "";
   }
 
-  // The form's sampling parameters, which the chat uses, too. main.js sets `extras` and `refused`.
+  // The form's sampling parameters, which the chat uses, too.
   sampling() {
     const { temperature, max_tokens } = this.form.elements;
     return {
       temperature: Number(temperature.value),
       max_tokens: max_tokens.value === "" ? null : Number(max_tokens.value),
-      ...this.extras?.(),
+      ...this.extras(),
     };
   }
 
+  /** @param {Command} command */
   async ask(command) {
     const answer = await this.send(command);
-    if (answer?.field) this.refused?.(answer);
+    if (answer?.field) this.refused(answer);
     const problem = !answer ? "The server does not answer; is it still running?" : answer.ok ? "" : answer.message;
     setText(this.message, problem);
     this.message.hidden = !problem;
     return !problem;
   }
 
+  /** @param {Status | null} status */
   render(status) {
     if (!status || JSON.stringify(status) === JSON.stringify(this.status)) return;
     this.status = status;
@@ -88,13 +100,15 @@ export class Controls {
     if (document.activeElement !== this.rate) this.rate.value = nearest(rate);
   }
 
+  /** @param {number | "max"} rate */
   showRate(rate) {
     setText(this.rateText, rate === "max" ? "full speed" : `${rate} steps/s`);
   }
 }
 
+/** @param {number | "max"} rate */
 function nearest(rate) {
   if (rate === "max") return RATES.length - 1;
-  const distance = (other) => (other === "max" ? Infinity : Math.abs(other - rate));
-  return RATES.reduce((best, other, i) => (distance(other) < distance(RATES[best]) ? i : best), 0);
+  const distances = RATES.map((other) => (other === "max" ? Infinity : Math.abs(other - rate)));
+  return distances.indexOf(Math.min(...distances));
 }

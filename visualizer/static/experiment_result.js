@@ -7,11 +7,15 @@ const CONFIG = { displayModeBar: false, responsive: false };
 const WAIT = 200; // milliseconds between checks whether plotly, the last script, has loaded
 
 export class PaperFigure {
+  /** @param {any} node */
   constructor(node) {
-    this.node = node;
+    this.node = node; // plotly puts its data and layout on it
+    /** @type {Figure | null} */
+    this.figure = null;
     new MutationObserver(() => this.paint()).observe(document.body, { attributes: true, attributeFilter: ["class"] });
   }
 
+  /** @param {Figure} figure */
   show(figure) {
     if (figure === this.figure) return;
     this.figure = figure;
@@ -20,6 +24,7 @@ export class PaperFigure {
 
   draw() {
     clearTimeout(this.timer);
+    if (!this.figure) return;
     if (!window.Plotly || !this.node.clientWidth) {
       this.timer = setTimeout(() => this.draw(), WAIT);
       return;
@@ -40,6 +45,7 @@ export class PaperFigure {
 }
 
 // The layout in this page's style, without its title (shown above the plot) and its template (only plotly.py has it).
+/** @param {any} layout @param {string} family */
 function ours({ title, template, ...layout }, family) {
   const axis = { zeroline: false, automargin: true, fixedrange: true };
   return {
@@ -58,6 +64,7 @@ function ours({ title, template, ...layout }, family) {
 }
 
 // Fills a table with rows {what, paper, ours, why}. Adjacent rows with the same `why` share one cell.
+/** @param {HTMLElement} node @param {any[]} rows */
 export function table(node, rows) {
   node.replaceChildren();
   const head = element("tr", "", element("thead", "", node));

@@ -9,14 +9,20 @@ const EVERY = 700; // milliseconds between requests for the progress of a runnin
 const LATER = 4000; // milliseconds while none is running, in case another viewer starts one
 
 export class Experiments {
+  /** @type {CatalogueEntry} */
+  chosen; // an exported page has no experiments, and nothing that reads this
+  wake = () => {}; // ends the wait for the next poll
+
   // `may` says whether this page may start experiments at all.
+  /** @param {HTMLElement} root @param {Send} send @param {CatalogueEntry[]} catalogue */
   constructor(root, send, catalogue, may = true) {
     this.root = root;
     this.send = send;
     this.may = may;
     this.catalogue = catalogue;
+    this.looked = 0; // index of the shown result; the newest is first
     this.results = new Map(); // name -> {version, views}
-    const part = (name) => root.querySelector(`[data-part=exp-${name}]`);
+    const part = (/** @type {string} */ name) => root.querySelector(`[data-part=exp-${name}]`);
     this.parts = Object.fromEntries(["list", "title", "figure", "quick", "full", "cancel", "run", "bar", "doing", "message",
       "which", "caption", "plot", "table", "notes", "none", "body"].map((name) => [name, part(name)]));
     this.figure = new PaperFigure(this.parts.plot);
@@ -42,7 +48,7 @@ export class Experiments {
       await this.refresh();
       const wait = this.state?.running ? EVERY : LATER;
       await new Promise((resolve) => {
-        this.wake = resolve;
+        this.wake = () => resolve(null);
         setTimeout(resolve, wait);
       });
     }
@@ -58,29 +64,32 @@ export class Experiments {
     this.render();
   }
 
+  /** @param {any} version */
   async load(version) {
     const { name } = this.chosen;
     const answer = await this.send({ do: "experiment", name }).catch(() => null);
     if (!answer?.ok) return;
     this.results.set(name, { version, views: answer.result });
-    this.looked = 0; // index of the shown result; the newest is first
+    this.looked = 0;
   }
 
+  /** @param {Command} command */
   async ask(command) {
     this.complaint = "";
     const answer = await this.send(command).catch(() => null);
     if (!answer?.ok) this.complaint = answer ? answer.message : "The server does not answer; is it still running?";
     await this.refresh();
-    this.wake?.();
+    this.wake();
   }
 
+  /** @param {string} name */
   choose(name) {
-    this.chosen = this.catalogue.find((entry) => entry.name === name);
+    this.chosen = this.catalogue.find((entry) => entry.name === name) ?? this.chosen;
     this.looked = 0;
     this.complaint = "";
     this.parts.body.scrollTop = 0;
     this.render();
-    this.wake?.();
+    this.wake();
   }
 
   // --- drawing ---
@@ -115,6 +124,7 @@ export class Experiments {
     return ended.cancelled ? "Cancelled before it was done." : `It failed: ${ended.message}`;
   }
 
+  /** @param {boolean} viewer */
   words(viewer) {
     if (this.gone) return "The server does not answer.";
     if (this.complaint || this.failure) return this.complaint || this.failure;
@@ -136,12 +146,13 @@ export class Experiments {
       const mark = running?.name === name ? "running" : name in results ? (results[name] ? "here" : "earlier") : "";
       item.setAttribute("aria-current", String(name === this.chosen.name));
       item.dataset.mark = mark;
-      const says = { running: `${percent(running)} %`, here: "measured", earlier: "earlier" }[mark] ?? "";
+      const says = mark === "running" ? `${percent(running)} %` : mark === "here" ? "measured" : mark;
       setText(item.lastChild, says);
       item.style.setProperty("--done", mark === "running" ? `${percent(running)}%` : "0%");
     });
   }
 
+  /** @param {any} running */
   renderRun(running) {
     this.parts.bar.value = running.done;
     const time = running.seconds < 60 ? `${running.seconds} s` : `${Math.floor(running.seconds / 60)} min ${running.seconds % 60} s`;
@@ -175,6 +186,7 @@ export class Experiments {
     this.renderNotes(view);
   }
 
+  /** @param {any} view */
   renderNotes(view) {
     const duration = view.seconds < 90 ? plural(Math.round(view.seconds), "second") : `${Math.round(view.seconds / 60)} minutes`;
     const notes = [...view.assumed, `Measured in ${duration} on ${view.machine}.`];
@@ -183,4 +195,4 @@ export class Experiments {
   }
 }
 
-const percent = (running) => Math.round(100 * (running?.done ?? 0));
+const percent = (/** @type {any} */ running) => Math.round(100 * (running?.done ?? 0));

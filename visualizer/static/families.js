@@ -7,9 +7,10 @@ const ENDED = 3; // rows for ended sequences of a family that has unfinished one
 // [{id, depth, parent, skipped, rails}]: unfinished families in order of arrival, then ended ones, the latest first.
 // `parent` is the nearest ancestor with a row; `skipped` counts the generations in between. `rails` are the lines drawn
 // left of the row, one per ancestor: {kind, of}, where `of` is the ancestor that the line comes from.
+/** @param {State} state */
 export function familyRows(state) {
   const families = [...familiesOf(state)].map(([root, members]) => ({ root, members }));
-  const goesOn = ({ members }) => members.some((id) => !state.seqs[id].finish_reason);
+  const goesOn = (/** @type {{ members: number[] }} */ { members }) => members.some((id) => !state.seqs[id].finish_reason);
   const alive = families.filter(goesOn);
   const over = families.filter((family) => !goesOn(family)).reverse();
   const rows = alive.flatMap(({ members }) => treeOf(state, kept(state, members)));
@@ -24,57 +25,68 @@ export function familyRows(state) {
   return rows;
 }
 
+/** @param {State} state @param {number} id */
 function parentOf(state, id) {
   const { parent } = state.seqs[id];
   return parent === null || !state.seqs[parent] ? null : parent;
 }
 
 // root -> the ids of the root and all its descendants. A parent's id is always smaller than its children's ids.
+/** @param {State} state */
 function familiesOf(state) {
-  const roots = new Map();
+  /** @type {Map<number, number[]>} */
   const families = new Map();
+  const familyOf = new Map(); // id -> its root's list
   for (const id of Object.keys(state.seqs).map(Number).sort((a, b) => a - b)) {
     const parent = parentOf(state, id);
-    const root = parent === null ? id : roots.get(parent);
-    roots.set(id, root);
-    if (!families.has(root)) families.set(root, []);
-    families.get(root).push(id);
+    const family = parent === null ? [] : familyOf.get(parent);
+    if (parent === null) families.set(id, family);
+    familyOf.set(id, family);
+    family.push(id);
   }
   return families;
 }
 
 // The members of an unfinished family that get a row. A beam search forks hundreds of times, so these are: unfinished
 // sequences, their parents, the ancestors where their lines split, and the last few that ended without being pruned.
+/** @param {State} state @param {number[]} members */
 function kept(state, members) {
   const live = members.filter((id) => !state.seqs[id].finish_reason);
   const chosen = new Set(live);
+  /** @type {Map<number, Set<number>>} */
   const branches = new Map(); // ancestor -> its children that lead to a live one
   for (const id of live) {
-    if (parentOf(state, id) !== null) chosen.add(parentOf(state, id));
-    for (let child = id, at = parentOf(state, id); at !== null; child = at, at = parentOf(state, at)) {
-      if (!branches.has(at)) branches.set(at, new Set());
-      if (branches.get(at).has(child)) break; // the ancestors above are already recorded
-      branches.get(at).add(child);
+    const parent = parentOf(state, id);
+    if (parent !== null) chosen.add(parent);
+    for (let child = id, at = parent; at !== null; child = at, at = parentOf(state, at)) {
+      const children = branches.get(at) ?? new Set();
+      if (children.has(child)) break; // the ancestors above are already recorded
+      branches.set(at, children.add(child));
     }
   }
   for (const [id, children] of branches) if (children.size > 1) chosen.add(id);
-  const ended = members.filter((id) => !["pruned", null].includes(state.seqs[id].finish_reason));
+  const ended = members.filter((id) => ![null, "pruned"].includes(state.seqs[id].finish_reason));
   for (const id of ended.slice(-ENDED)) chosen.add(id);
   return chosen;
 }
 
+/** @param {State} state @param {Set<number>} chosen */
 function treeOf(state, chosen) {
-  const children = new Map([[null, []]]);
+  /** @type {Map<number | null, number[]>} */
+  const children = new Map();
   const skipped = new Map();
   for (const id of [...chosen].sort((a, b) => a - b)) {
     let parent = parentOf(state, id);
     let between = 0;
     for (; parent !== null && !chosen.has(parent); between += 1) parent = parentOf(state, parent);
     skipped.set(id, between);
-    if (!children.has(parent)) children.set(parent, []);
-    children.get(parent).push(id);
+    const siblings = children.get(parent) ?? [];
+    children.set(parent, siblings);
+    siblings.push(id);
   }
+  /** @type {Place[]} */
   const rows = [];
+  /** @param {number | null} parent @param {Place["rails"]} above */
   const visit = (parent, above) => {
     const siblings = children.get(parent) ?? [];
     siblings.forEach((id, index) => {

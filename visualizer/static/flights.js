@@ -10,7 +10,12 @@ const LINGER = 1500; // milliseconds that a line stays if the view is not frozen
 const MOST = 16; // moves drawn at once; a viewer cannot follow more
 const CLOSE = 12; // records: after a longer jump of the view, the moves in between are not drawn
 
+// A block of the pool, or of the CPU.
+/** @typedef {{ block: number, swapped?: boolean }} End */
+/** @typedef {{ from: End, to: End, seq: number, kind: string }} Move */
+
 export class Flights {
+  /** @param {HTMLElement} scene @param {Pool} pool @param {SwapSpace} swap */
   constructor(scene, pool, swap) {
     this.scene = scene;
     this.pool = pool;
@@ -20,9 +25,11 @@ export class Flights {
     this.svg.setAttribute("aria-hidden", "true");
     scene.append(this.svg);
     this.still = window.matchMedia("(prefers-reduced-motion: reduce)");
+    /** @type {Pick<Player, "run" | "position" | "sub">} */
     this.seen = { run: null, position: 0, sub: 0 };
   }
 
+  /** @param {Player} player */
   render(player) {
     const { run, position, sub, mode } = player;
     const before = this.seen;
@@ -34,6 +41,7 @@ export class Flights {
   }
 
   // The events since the last call. A frozen view gets the events of its current record, however it got there.
+  /** @param {Player} player @param {Player | Flights["seen"]} before */
   events(player, before) {
     if (player.mode === "frozen") return player.latest;
     const count = player.position - before.position;
@@ -41,17 +49,19 @@ export class Flights {
     return player.records.slice(before.position - player.first, player.position - player.first).flatMap((record) => record.events);
   }
 
+  /** @param {boolean} all */
   clear(all) {
-    for (const line of [...this.svg.children]) {
+    for (const line of /** @type {SVGElement[]} */ ([...this.svg.children])) {
       if (all || line.dataset.keep === "1") line.remove();
     }
   }
 
+  /** @param {Move} move @param {boolean} keep */
   fly({ from, to, seq, kind }, keep) {
     const [source, target] = [this.cell(from), this.cell(to)];
     if (!source || !target) return;
     const origin = this.scene.getBoundingClientRect();
-    const middle = (cell) => {
+    const middle = (/** @type {HTMLElement} */ cell) => {
       const box = cell.getBoundingClientRect();
       return [box.left + box.width / 2 - origin.left, box.top + box.height / 2 - origin.top];
     };
@@ -66,11 +76,12 @@ export class Flights {
     if (!this.still.matches) this.animate(line, colour(seq), source.getBoundingClientRect().width);
   }
 
+  /** @param {SVGPathElement} line @param {string} hue @param {number} width */
   animate(line, hue, width) {
     const block = document.createElementNS(NS, "rect");
     const size = Math.max(10, Math.min(26, width * 0.6));
     for (const [key, value] of Object.entries({ x: -size / 2, y: -size / 2, width: size, height: size, rx: 4, fill: hue })) {
-      block.setAttribute(key, value);
+      block.setAttribute(key, String(value));
     }
     block.style.offsetPath = `path("${line.getAttribute("d")}")`;
     block.style.offsetRotate = "0deg";
@@ -79,18 +90,21 @@ export class Flights {
     flight.onfinish = flight.oncancel = () => block.remove();
   }
 
+  /** @param {End} end */
   cell({ block, swapped }) {
     return swapped ? this.swap.cellOf(block) : this.pool.cellOf(block);
   }
 }
 
-const name = ({ block, swapped }) => (swapped ? `cpu-${block}` : String(block));
+const name = (/** @type {End} */ { block, swapped }) => (swapped ? `cpu-${block}` : String(block));
 
+/** @param {number} x1 @param {number} y1 @param {number} x2 @param {number} y2 */
 function arc(x1, y1, x2, y2) {
   const bend = Math.min(60, 12 + Math.hypot(x2 - x1, y2 - y1) * 0.2);
   return `M${x1},${y1} Q${(x1 + x2) / 2},${(y1 + y2) / 2 - bend} ${x2},${y2}`;
 }
 
+/** @param {EngineEvent} e @returns {Move[]} */
 function movesOf(e) {
   if (e.type === "copied") return [{ from: { block: e.src }, to: { block: e.dst }, seq: e.seq_id, kind: "copy" }];
   if (e.type !== "swapped_out" && e.type !== "swapped_in") return [];

@@ -4,18 +4,22 @@
 import { colour, element, ink, letter, list, plural, setHidden } from "./names.js";
 
 // Map of block -> the number of the group that keeps it.
-export const keptBlocks = (state) => new Map(
-  Object.entries(state.groups).flatMap(([number, { kept }]) => kept.map((block) => [block, Number(number)]))
+export const keptBlocks = (/** @type {State} */ state) => new Map(
+  Object.entries(state.groups).flatMap(([number, { kept }]) =>
+    kept.map((block) => /** @type {[number, number]} */ ([block, Number(number)])))
 );
 
 export class Groups {
+  /** @param {HTMLElement} root @param {Pool} pool */
   constructor(root, pool) {
     this.node = root.querySelector("[data-part=groups]");
     this.pool = pool;
+    /** @type {HTMLElement[]} */
     this.marked = []; // pool cells that have a group's colour
     this.key = "";
   }
 
+  /** @param {State} state */
   render(state) {
     const groups = Object.entries(state.groups).map(([number, group]) => branchOf(state, Number(number), group));
     setHidden(this.node, !groups.length);
@@ -27,6 +31,7 @@ export class Groups {
   }
 
   // Gives the blocks that a group keeps its colour in the pool, even if sequences also use them.
+  /** @param {ReturnType<typeof branchOf>[]} groups */
   mark(groups) {
     for (const cell of this.marked) {
       delete cell.dataset.kept;
@@ -46,6 +51,7 @@ export class Groups {
 }
 
 // The data to draw of a group. Its colour is its first sequence's; requests dropped from the state have no leaf.
+/** @param {State} state @param {number} number @param {Group} group */
 function branchOf(state, number, { request_ids: ids, num_blocks: length, kept }) {
   const leaves = ids.filter((id) => state.requests[id]).map((id) => {
     const seq = state.requests[id][0];
@@ -55,11 +61,12 @@ function branchOf(state, number, { request_ids: ids, num_blocks: length, kept })
   return { number, length, kept, leaves, all: ids.length, hue: colour(leaves[0]?.seq ?? number) };
 }
 
+/** @param {ReturnType<typeof branchOf>} branch */
 function draw({ number, length, kept, leaves, all, hue }) {
   const row = element("div", "mp-branch", null, { "data-testid": "group", "data-group": number });
   row.style.setProperty("--group", hue);
   const stem = element("span", "mp-stem", row);
-  stem.style.setProperty("--length", length);
+  stem.style.setProperty("--length", String(length));
   stem.classList.toggle("mp-kept", kept.length > 0);
   stem.textContent = kept.length ? kept.join(" ") : "";
   stem.title = `${plural(length, "block")} in common` + (kept.length ? `, kept: ${list(kept.map(String))}` : ", not computed yet");

@@ -6,13 +6,25 @@ import { element, setText } from "./names.js";
 const SHOWN = 16000; // milliseconds that a verdict stays visible
 
 export class Guide {
+  /** @type {Question | null} */
+  asked = null;
+  /** @type {number | null} */
+  chosen = null; // what this viewer answered
+  told = false; // whether the verdict has been shown
+  /** @type {string | null} */
+  paused = null; // the recording that is shown instead
+  /** @type {string | null | undefined} */
+  shownScenario; // undefined before the first status
+
   // `show(tab)` opens the chart that a scenario is about.
+  /** @param {HTMLElement} root @param {Send} send @param {Scenario[]} scenarios @param {(tab: string) => void} show */
   constructor(root, send, scenarios, show) {
+    this.ends = 0; // the time until which the question, or its verdict, is shown
     this.root = root;
     this.send = send;
     this.show = show;
     this.scenarios = new Map(scenarios.map((scenario) => [scenario.key, scenario]));
-    const part = (name) => root.querySelector(`[data-part=${name}]`);
+    const part = (/** @type {string} */ name) => root.querySelector(`[data-part=${name}]`);
     this.lede = part("lede");
     this.general = this.lede.innerHTML; // the default text, from page.html
     this.menu = part("scenario");
@@ -27,7 +39,7 @@ export class Guide {
     for (const { key, name } of scenarios) element("option", "", this.menu, { value: key }).textContent = name;
     this.menu.addEventListener("change", () => send({ do: "play", scenario: this.menu.value }));
     this.asks.addEventListener("change", () => send({ do: "asks", asks: this.asks.checked }));
-    this.choices.addEventListener("click", (event) => {
+    this.choices.addEventListener("click", (/** @type {On} */ event) => {
       const chosen = event.target.closest("button")?.dataset.choice;
       if (chosen !== undefined) this.answer(Number(chosen));
     });
@@ -38,12 +50,13 @@ export class Guide {
   }
 
   // `recording` is the recording shown instead of the engine's run, if any: then no live status is shown.
+  /** @param {Status | null} status @param {Player} player @param {Shown | null} recording */
   render(status, player, recording) {
     this.sayEmpty(recording);
     if (recording) return this.aside(recording);
     if (this.paused) this.resume();
     if (!status) return;
-    const scenario = this.scenarios.get(status.scenario);
+    const scenario = this.scenarios.get(status.scenario ?? "");
     if (this.shownScenario !== status.scenario) {
       const first = this.shownScenario === undefined;
       if (scenario && !(first && scenario.tab === "memory")) this.show(scenario.tab);
@@ -58,12 +71,14 @@ export class Guide {
     this.follow(status, player);
   }
 
+  /** @param {string} name @param {string} words */
   say(name, words) {
     this.lede.replaceChildren();
     element("b", "", this.lede).textContent = `${name}. `;
     this.lede.append(words);
   }
 
+  /** @param {Shown} recording */
   aside({ name }) {
     if (this.paused === name) return;
     this.paused = name;
@@ -80,6 +95,7 @@ export class Guide {
     this.quiz.hidden = !this.open;
   }
 
+  /** @param {Shown | null} recording */
   sayEmpty(recording) {
     const viewer = this.root.dataset.role === "viewer";
     setText(this.empty, recording ? "Nothing is being written at this moment of the recording."
@@ -88,6 +104,7 @@ export class Guide {
   }
 
   // Shows a question once the view has caught up with the live run; shows a verdict only if its question was shown.
+  /** @param {{ question: Question | null, verdict: Verdict | null }} status @param {Player} player */
   follow({ question, verdict }, player) {
     const behind = player.mode === "live" && player.position < player.end;
     if (question && question.id !== this.asked?.id) {
@@ -104,6 +121,7 @@ export class Guide {
     return Boolean(this.asked) && !this.told && !this.paused;
   }
 
+  /** @param {Question} question */
   put(question) {
     this.asked = question;
     this.told = false;
@@ -122,14 +140,17 @@ export class Guide {
   }
 
   // Tells the server only that the question was answered; this page alone knows which choice it was.
+  /** @param {number | null} chosen */
   answer(chosen) {
-    if (!this.open || this.chosen !== null) return;
+    if (!this.asked || !this.open || this.chosen !== null) return;
     this.chosen = chosen;
     for (const button of this.choices.children) button.disabled = true;
     this.send({ do: "answer", id: this.asked.id });
   }
 
+  /** @param {Verdict} verdict */
   tell({ answer, why }) {
+    if (!this.asked) return;
     this.told = true;
     const right = this.chosen === answer;
     const words = this.asked.choices[answer];
@@ -157,10 +178,11 @@ export class Guide {
     this.quiz.hidden = true;
   }
 
+  /** @param {On<KeyboardEvent>} event */
   key(event) {
     if (!this.quiz.isConnected) return;
     const typing = event.target.closest?.("input:not([type=checkbox]), select:not([data-part=scenario]), textarea, dialog");
     const number = Number(event.key) - 1;
-    if (!typing && this.open && number >= 0 && number < this.asked.choices.length) this.answer(number);
+    if (!typing && this.asked && this.open && number >= 0 && number < this.asked.choices.length) this.answer(number);
   }
 }

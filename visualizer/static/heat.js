@@ -3,12 +3,15 @@
 import { element, setText } from "./names.js";
 
 export class Heat {
+  /** @param {Pool} pool */
   constructor(pool) {
     this.pool = pool;
+    /** @type {HTMLElement[]} */
     this.nodes = [];
   }
 
   // `shades` has a number from 0 to 1 for every position attended to, `shares` each block's share of the total weight.
+  /** @param {number[]} blocks @param {number[]} shades @param {number[]} shares @param {string} hue @param {number} size */
   show(blocks, shades, shares, hue, size) {
     this.clear();
     blocks.forEach((block, logical) => {

@@ -5,10 +5,38 @@ import { Latency } from "./latency.js";
 
 const SMOOTH = 12; // steps over which tokens per second are averaged
 
+/** @typedef {"waiting" | "prefill" | "decode" | "preempted" | "swapped"} Phase */
+/** @typedef {{ name: Phase, from: number, to: number | null }} Span */
+/**
+ * A sequence's spans of steps; the last one is open until the sequence has ended.
+ * @typedef {{ request: string, prompt: number, length: number, spans: Span[], ended: number | null, reason?: string }} Life
+ */
+/**
+ * What the charts draw of a record. The first line adds up over the run, but for `ms` and `rate`.
+ * @typedef {{
+ *   step: number, hit: number, known: number, evicted: number, cached: number, ms: number | null, rate: number | null,
+ *   prefill: number, decode: number, evictions: number, p50: number | null, p95: number | null, p99: number | null,
+ * }} Point
+ */
+
 export class History {
+  // `begin` sets these.
+  /** @type {Map<number, Life>} */
+  seqs;
+  /** @type {number} */
+  step;
+  /** @type {Pick<Point, "step" | "hit" | "known" | "evicted" | "cached" | "ms" | "rate">} */
+  now;
+  /** @type {[tokens: number, seconds: number][]} */
+  recent;
+  /** @type {Latency} */
+  latency;
+
   constructor() {
+    /** @type {RunRecord[] | null} */
     this.records = null; // the player's records of the run that this covers
     this.first = 0;
+    /** @type {Point[]} */
     this.points = [];
   }
 
@@ -17,11 +45,13 @@ export class History {
   }
 
   // The point of the last record before a position.
+  /** @param {number} position */
   at(position) {
     return this.points[position - 1 - this.first];
   }
 
   // Reads the player's new records; starts over if they do not continue the known ones.
+  /** @param {Player} player */
   follow(player) {
     if (this.records !== player.records || player.first > this.end) this.begin(player);
     this.points.splice(0, player.first - this.first);
@@ -32,18 +62,20 @@ export class History {
   }
 
   // Drops the sequences that ended before a step.
+  /** @param {number} step */
   forget(step) {
     for (const [id, { ended }] of this.seqs) if (ended !== null && ended < step) this.seqs.delete(id);
   }
 
+  /** @param {Player} player */
   begin(player) {
-    const state = JSON.parse(player.keyframes.get(player.first));
+    const state = player.keyframe(player.first);
     this.records = player.records;
     this.first = player.first;
     this.points = [];
-    this.seqs = new Map(); // id -> {request, prompt, length, spans}; the last span is open until `ended`
+    this.seqs = new Map();
     this.step = state.step - (Object.keys(state.seqs).length ? 0 : 1);
-    this.now = { step: this.step, hit: 0, known: 0, evicted: 0, cached: Object.keys(state.cached).length };
+    this.now = { step: this.step, hit: 0, known: 0, evicted: 0, cached: Object.keys(state.cached).length, ms: null, rate: null };
     this.recent = [];
     this.latency = new Latency();
     for (const [id, seq] of Object.entries(state.seqs)) {
@@ -55,9 +87,11 @@ export class History {
     }
   }
 
+  /** @param {RunRecord} record */
   read({ events }) {
-    const point = { ...this.now, prefill: 0, decode: 0, ms: null, rate: null, evictions: 0 };
-    for (const event of events) READ[event.type]?.(this, event, point);
+    /** @type {Point} */
+    const point = { ...this.now, prefill: 0, decode: 0, ms: null, rate: null, evictions: 0, p50: null, p95: null, p99: null };
+    for (const event of events) /** @type {Handler | undefined} */ (READ[event.type])?.(this, event, point);
     point.step = this.step;
     Object.assign(point, this.latency.read(events, this.end));
     point.rate ??= this.rate();
@@ -73,10 +107,12 @@ export class History {
 
   // --- sequences ---
 
+  /** @param {number} id @param {string} request @param {number} prompt @param {number} length */
   add(id, request, prompt, length) {
     this.seqs.set(id, { request, prompt, length, spans: [], ended: null });
   }
 
+  /** @param {number} id @param {Phase} name @param {number} from */
   span(id, name, from) {
     const seq = this.seqs.get(id);
     if (!seq || seq.ended !== null) return;
@@ -87,12 +123,14 @@ export class History {
     seq.spans.push({ name, from, to: null });
   }
 
+  /** @param {string} request */
   of(request) {
     return [...this.seqs].filter(([, seq]) => seq.request === request).map(([id]) => id);
   }
 }
 
 // Event handlers, by event type; the charts need no other events.
+/** @type {{ [T in EventType]?: (history: History, e: EventOf<T>, point: Point) => void }} */
 const READ = {
   step_started(history, e) {
     history.step = e.step;
@@ -135,7 +173,8 @@ const READ = {
     if (!seq) return;
     seq.ended = history.step + 1;
     seq.reason = e.reason;
-    if (seq.spans.length) seq.spans.at(-1).to = seq.ended;
+    const last = seq.spans.at(-1);
+    if (last) last.to = seq.ended;
   },
   cached(history, e, point) {
     point.cached += 1;

@@ -10,6 +10,7 @@ const STORY = 40; // entries shown of a block's history
 const LINKS = 24; // entries shown of the chain of parent prefixes
 
 export class BlockView {
+  /** @param {HTMLElement} body */
   constructor(body) {
     const title = element("h3", "", body);
     this.title = element("span", "", title);
@@ -27,9 +28,10 @@ export class BlockView {
     this.story = element("ol", "mp-story", body, { "data-testid": "story" });
   }
 
+  /** @param {State} state @param {BlockHistory} history @param {Picked} what */
   render(state, history, what) {
     const swapped = what.swap !== undefined;
-    const block = swapped ? what.swap : what.block;
+    const block = /** @type {number} */ (swapped ? what.swap : what.block);
     const table = swapped ? "swap_table" : "table";
     const own = owners(state, table).get(block) ?? [];
     const prefix = swapped ? undefined : state.cached[block];
@@ -42,11 +44,12 @@ export class BlockView {
     this.renderChain(state, history, prefix);
     const source = this.renderSlots(state, history, places, block, prefix !== undefined, swapped);
     setText(this.note, this.noteOf(state, source, own, prefix !== undefined, swapped));
+    /** @type {(Partial<import("./block_history.js").Entry> & { words: string })[]} */
     const told = (history.blocks.get(swapped ? cpu(block) : block) ?? []).slice(-STORY).reverse();
     if (!told.length || !history.complete) {
-      told.push({ number: "start", words: history.complete ? "Never used so far." : "What came before is not in these records." });
+      told.push({ words: history.complete ? "Never used so far." : "What came before is not in these records." });
     }
-    sync(this.story, told, (entry) => entry.number, () => {
+    sync(this.story, told, (entry) => entry.number ?? "start", () => {
       const item = element("li", "");
       element("small", "", item);
       element("span", "", item);
@@ -58,15 +61,17 @@ export class BlockView {
     });
   }
 
+  /** @param {{ seq: number, logical: number }[]} places @param {boolean} isCached */
   renderOwners(places, isCached) {
     const ids = places.map(({ seq }) => seq);
-    sync(this.owners, ["words", ...ids], (id) => id, (id) => (id === "words" ? element("span", "") : badge(id)));
+    sync(this.owners, [null, ...ids], (id) => id ?? "words", (id) => (id === null ? element("span", "") : badge(id)));
     const logical = new Set(places.map((place) => String(place.logical)));
-    setText(this.owners.firstChild, ids.length ? `logical block ${list([...logical])} of`
+    setText(/** @type {Node} */ (this.owners.firstChild), ids.length ? `logical block ${list([...logical])} of`
       : isCached ? "No text needs it now; one that begins alike can take it over." : "Nobody needs what is in it.");
   }
 
   // The block's prefix id, its parent's, and so on to the prompt's start; each links to its block if still cached.
+  /** @param {State} state @param {BlockHistory} history @param {number | undefined} prefix */
   renderChain(state, history, prefix) {
     const blockOf = new Map(Object.entries(state.cached).map(([block, name]) => [name, Number(block)]));
     const links = [];
@@ -89,12 +94,20 @@ export class BlockView {
   }
 
   // The slots' tokens: of the owner that has filled most slots, or for a cached block of the sequence that wrote them.
+  /**
+   * @param {State} state
+   * @param {BlockHistory} history
+   * @param {{ seq: number, logical: number }[]} places
+   * @param {number} block
+   * @param {boolean} isCached
+   * @param {boolean} swapped
+   */
   renderSlots(state, history, places, block, isCached, swapped) {
     const size = state.config.block_size;
-    const fill = ({ seq, logical }) => filled(state, state.seqs[seq], logical);
+    const fill = (/** @type {{ seq: number, logical: number }} */ { seq, logical }) => filled(state, state.seqs[seq], logical);
     const owner = [...places].sort((a, b) => fill(b) - fill(a))[0];
     const source = owner ?? (isCached ? history.contents.get(block) : undefined);
-    const seq = state.seqs[source?.seq];
+    const seq = source && state.seqs[source.seq];
     const count = !seq ? 0 : owner ? fill(owner) : size;
     this.slots.style.setProperty("--hue", seq ? colour(source.seq) : "transparent");
     sync(this.slots, [...Array(size).keys()], (offset) => offset, (offset) => {
@@ -103,8 +116,8 @@ export class BlockView {
       token(cell);
       return cell;
     }, (cell, offset) => {
-      const position = seq ? source.logical * size + offset : null;
-      const full = offset < count;
+      const full = seq !== undefined && offset < count;
+      const position = source ? source.logical * size + offset : NaN;
       cell.classList.toggle("mp-full", full);
       setText(cell.firstChild, full ? String(position) : "");
       const node = cell.lastChild;
@@ -124,6 +137,13 @@ export class BlockView {
     return { seq: seq && source.seq, count };
   }
 
+  /**
+   * @param {State} state
+   * @param {{ seq?: number, count: number }} source
+   * @param {number[]} own
+   * @param {boolean} isCached
+   * @param {boolean} swapped
+   */
   noteOf(state, { seq, count }, own, isCached, swapped) {
     if (swapped) return own.length ? "Its KV waits here, untouched, until the pool has room again." : "";
     if (isCached && seq === undefined) return "What is in it was written before these records begin.";

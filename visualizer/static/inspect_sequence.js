@@ -9,6 +9,12 @@ const NO_FORK = "Only a request with one running sequence can be forked";
 const ABORT = "End it now; its blocks come back at once";
 
 export class SequenceView {
+  /** @type {number | undefined} */
+  id; // of the sequence that is shown
+  /** @type {string | undefined} */
+  request;
+
+  /** @param {HTMLElement} body @param {Send} send */
   constructor(body, send) {
     this.send = send;
     const title = element("h3", "", body);
@@ -28,12 +34,14 @@ export class SequenceView {
     this.family = element("ul", "mp-family", body, { "data-testid": "family" });
   }
 
+  /** @param {"fork" | "abort"} what */
   async ask(what) {
     setText(this.answer, "");
     const answer = await this.send({ do: what, request_id: this.request });
     setText(this.answer, answer?.ok ? "" : answer?.message ?? "The server does not answer; is it still running?");
   }
 
+  /** @param {State} state @param {BlockHistory} history @param {Picked & { seq: number }} what */
   render(state, history, { seq: id }) {
     const seq = state.seqs[id];
     if (this.id !== id) setText(this.answer, "");
@@ -41,12 +49,13 @@ export class SequenceView {
     setText(this.title, `Sequence ${letter(id)}`);
     setText(this.kind, kindOf(state, seq));
     this.renderActions(state, seq);
-    this.renderFacts(state, history.lives.get(id) ?? {}, seq);
+    this.renderFacts(state, history.life(id), seq);
     this.renderText(state, id, seq);
     this.renderFamily(state, id);
   }
 
   // Fork and abort act on the whole request, not on one sequence.
+  /** @param {State} state @param {Seq} seq */
   renderActions(state, seq) {
     const live = (state.requests[seq.request_id] ?? []).filter((id) => !state.seqs[id]?.finish_reason).length;
     const alone = live < 2;
@@ -57,10 +66,11 @@ export class SequenceView {
     this.abort.title = alone ? ABORT : `End the whole request, all ${live} sequences of it; their blocks come back at once`;
   }
 
+  /** @param {State} state @param {import("./block_history.js").Life} life @param {Seq} seq */
   renderFacts(state, life, seq) {
     const samples = state.requests[seq.request_id]?.length ?? 1;
     const made = seq.tokens.length - seq.num_prompt;
-    const steps = life.last - life.first + 1;
+    const steps = life.first === undefined || life.last === undefined ? 0 : life.last - life.first + 1;
     facts(this.facts, [
       ["request", `${seq.request_id}, ${plural(samples, "sequence")}` +
         (life.max_tokens ? `, at most ${life.max_tokens} new tokens` : "")],
@@ -77,6 +87,7 @@ export class SequenceView {
   }
 
   // One line per logical block: its physical block, and its tokens.
+  /** @param {State} state @param {number} id @param {Seq} seq */
   renderText(state, id, seq) {
     const size = state.config.block_size;
     const lines = [...Array(Math.ceil(seq.tokens.length / size)).keys()];
@@ -107,6 +118,7 @@ export class SequenceView {
   }
 
   // The tree of forks, with children indented under their parents; sequences that have ended are faded.
+  /** @param {State} state @param {number} id */
   renderFamily(state, id) {
     const members = familyOf(state, id);
     this.family.hidden = this.familyTitle.hidden = members.length < 2;
@@ -119,26 +131,28 @@ export class SequenceView {
       return item;
     }, (item, member) => {
       const { table, parent, finish_reason: reason } = state.seqs[member.id];
-      const elder = state.seqs[parent];
+      const elder = parent === null ? undefined : state.seqs[parent];
       const common = elder ? table.filter((block, i) => elder.table[i] === block).length : 0;
       item.style.setProperty("--depth", member.depth);
       item.classList.toggle("mp-gone", Boolean(reason));
       item.classList.toggle("mp-self", member.id === id);
-      const both = table.length && elder?.table.length;
+      const both = parent !== null && table.length && elder?.table.length;
       const sharing = both ? ` · shares ${common} of ${plural(table.length, "block")} with ${letter(parent)}` : "";
       setText(item.lastChild, kindOf(state, state.seqs[member.id]) + sharing);
     });
   }
 }
 
+/** @param {HTMLElement} parent @param {string} words @param {string} title */
 function button(parent, words, title) {
   const node = element("button", "", parent, { type: "button", title, "data-testid": words.toLowerCase() });
   node.textContent = words;
   return node;
 }
 
-const after = (step) => (step === undefined ? undefined : `step ${step}`);
+const after = (/** @type {number | undefined} */ step) => (step === undefined ? undefined : `step ${step}`);
 
+/** @param {State} state @param {Seq} seq */
 export function kindOf(state, seq) {
   if (seq.finish_reason) return { abort: "aborted", pruned: "given up" }[seq.finish_reason] ?? "finished";
   if (state.swapped.includes(seq.request_id)) return "on the CPU";
@@ -146,15 +160,17 @@ export function kindOf(state, seq) {
 }
 
 // The whole tree of forks that a sequence belongs to, parents before children: [{id, depth}].
+/** @param {State} state @param {number} id */
 function familyOf(state, id) {
   let root = id;
-  while (state.seqs[state.seqs[root].parent]) root = state.seqs[root].parent;
+  for (let at = /** @type {number | null} */ (id); at !== null && state.seqs[at]; at = state.seqs[at].parent) root = at;
   const children = new Map();
   for (const [child, { parent }] of Object.entries(state.seqs)) {
     if (parent !== null) children.set(parent, [...(children.get(parent) ?? []), Number(child)]);
   }
+  /** @type {{ id: number, depth: number }[]} */
   const members = [];
-  const visit = (member, depth) => {
+  const visit = (/** @type {number} */ member, /** @type {number} */ depth) => {
     members.push({ id: member, depth });
     for (const child of children.get(member) ?? []) visit(child, depth + 1);
   };
@@ -163,10 +179,11 @@ function familyOf(state, id) {
 }
 
 // The members to show (a beam search forks hundreds of times): unfinished ones with their ancestors, then the latest.
+/** @param {State} state @param {{ id: number, depth: number }[]} members @param {number} id */
 function mostTelling(state, members, id) {
   const chosen = new Set();
-  const withElders = (member) => {
-    for (let at = member; state.seqs[at] && !chosen.has(at); at = state.seqs[at].parent) chosen.add(at);
+  const withElders = (/** @type {number | null} */ member) => {
+    for (let at = member; at !== null && state.seqs[at] && !chosen.has(at); at = state.seqs[at].parent) chosen.add(at);
   };
   withElders(id);
   for (const member of members) if (!state.seqs[member.id].finish_reason) withElders(member.id);

@@ -5,6 +5,7 @@ import { colour, element, letter, setText } from "./names.js";
 import { facts, heading, slotOf, sync, visible } from "./parts.js";
 
 export class TokenView {
+  /** @param {HTMLElement} body @param {Send} send @param {Pool} pool */
   constructor(body, send, pool) {
     const title = element("h3", "", body);
     this.title = element("span", "mp-quote", title, { "data-testid": "token-text" });
@@ -21,6 +22,11 @@ export class TokenView {
     this.attention.heat.clear();
   }
 
+  /**
+   * @param {State} state
+   * @param {BlockHistory} history
+   * @param {Picked & { seq: number, token: number }} what
+   */
   render(state, history, { seq: id, token: position }) {
     const seq = state.seqs[id];
     const slot = slotOf(state, seq, position);
@@ -41,6 +47,14 @@ export class TokenView {
     this.attention.render(state, id, position);
   }
 
+  /**
+   * @param {number} id
+   * @param {Seq} seq
+   * @param {number} position
+   * @param {boolean} given
+   * @param {{ step: number, top?: any[][] } | undefined} sampling
+   * @param {number | null} logprob
+   */
   renderOdds(id, seq, position, given, sampling, logprob) {
     const rows = (sampling?.top ?? []).map(([token, piece, value]) => ({ token, piece, value, chosen: token === seq.tokens[position] }));
     if (rows.length && logprob !== null && !rows.some((row) => row.chosen)) {
@@ -61,4 +75,4 @@ export class TokenView {
   }
 }
 
-const percent = (share) => `${(100 * share).toFixed(share < 0.0995 || share > 0.995 ? 1 : 0)} %`;
+const percent = (/** @type {number} */ share) => `${(100 * share).toFixed(share < 0.0995 || share > 0.995 ? 1 : 0)} %`;

@@ -10,8 +10,23 @@ import { slotOf, sync } from "./parts.js";
 
 export class Inspector {
   // `select(what, how)` is the page's method; `redraw()` requests another frame.
+  /**
+   * @param {HTMLElement} root
+   * @param {Pool} pool
+   * @param {Select} select
+   * @param {Send} send
+   * @param {() => void} redraw
+   */
   constructor(root, pool, select, send, redraw) {
-    Object.assign(this, { pool, select, redraw });
+    this.pool = pool;
+    this.select = select;
+    this.redraw = redraw;
+    this.size = 1; // slots in a block
+    /** @type {Picked | null} */
+    this.what = null; // what the drawer shows
+    /** @type {string | null} */
+    this.marked = null; // the slot that has the marker
+    this.shown = "";
     this.root = root;
     this.drawer = root.querySelector("[data-part=drawer]");
     this.trail = element("nav", "mp-trail", this.drawer, { "aria-label": "Where you are" });
@@ -20,7 +35,7 @@ export class Inspector {
     });
     this.close.textContent = "×";
     this.close.addEventListener("click", () => select(null, "go"));
-    const view = (View) => {
+    const view = (/** @type {new (body: HTMLElement, send: Send, pool: Pool) => any} */ View) => {
       const body = element("div", "mp-view-body", this.drawer, { hidden: "" });
       return { body, view: new View(body, send, pool) };
     };
@@ -33,12 +48,12 @@ export class Inspector {
 
   listen() {
     const { drawer, select } = this;
-    drawer.addEventListener("click", (event) => {
+    drawer.addEventListener("click", (/** @type {On} */ event) => {
       const what = goal(event.target.closest("[data-go]")?.dataset.go, this.what);
       if (what) select(what, "go");
     });
-    drawer.addEventListener("pointerover", (event) => this.hover(event.target.closest("[data-slot], [data-near]")));
-    drawer.addEventListener("focusin", (event) => this.hover(event.target.closest("[data-slot], [data-near]")));
+    drawer.addEventListener("pointerover", (/** @type {On} */ event) => this.hover(event.target.closest("[data-slot], [data-near]")));
+    drawer.addEventListener("focusin", (/** @type {On} */ event) => this.hover(event.target.closest("[data-slot], [data-near]")));
     drawer.addEventListener("pointerleave", () => this.hover(null));
     document.addEventListener("keydown", (event) => {
       this.byKeyboard = true;
@@ -49,6 +64,7 @@ export class Inspector {
 
   // Highlights the block or slot in the pool, and the arrow to it, while the pointer is over a token, a slot or a
   // block's prefix in the drawer.
+  /** @param {HTMLElement | null} node */
   hover(node) {
     const place = node && (node.dataset.slot ?? node.dataset.near);
     const [block, offset] = place ? place.split(":").map(Number) : [];
@@ -58,6 +74,7 @@ export class Inspector {
   }
 
   // Marks the highlighted slot in its pool cell and in the drawer.
+  /** @param {string | null} slot */
   mark(slot) {
     if (slot === this.marked && (!slot || this.marker.isConnected)) return;
     this.marked = slot;
@@ -74,6 +91,7 @@ export class Inspector {
     cell.append(this.marker);
   }
 
+  /** @param {Player} player @param {Picked | null} pinned @param {Lit | null} lit */
   render(player, pinned, lit) {
     const { state } = player;
     this.size = state.config.block_size ?? 1;
@@ -83,7 +101,7 @@ export class Inspector {
     const kind = what && kindOf(what);
     if (kind !== "token") this.views.token.view.hide();
     this.mark(lit?.block === undefined || lit.offset === undefined ? null : `${lit.block}:${lit.offset}`);
-    if (!what) return;
+    if (!what || !kind) return;
     this.history.follow(player);
     for (const [name, { body }] of Object.entries(this.views)) body.hidden = name !== kind;
     this.views[kind].view.render(state, this.history, what);
@@ -93,6 +111,7 @@ export class Inspector {
     this.shown = key;
   }
 
+  /** @param {boolean} open */
   toggle(open) {
     this.drawer.hidden = !open;
     this.root.classList.toggle("mp-inspecting", open);
@@ -100,7 +119,7 @@ export class Inspector {
     this.redraw();
     requestAnimationFrame(() => window.dispatchEvent(new Event("resize"))); // the charts adapt only to this event
     if (open && this.byKeyboard) {
-      this.opener = document.activeElement;
+      this.opener = /** @type {HTMLElement | null} */ (document.activeElement);
       this.close.focus();
     } else if (!open && this.opener) {
       this.opener.focus();
@@ -109,9 +128,11 @@ export class Inspector {
   }
 
   // The breadcrumb trail: sequence, block, token, as far as they are selected.
+  /** @param {State} state @param {Picked} what */
   renderTrail(state, what) {
+    /** @type {{ go: string, words: string }[]} */
     const steps = [];
-    const slot = what.token === undefined ? null : slotOf(state, state.seqs[what.seq], what.token);
+    const slot = what.token === undefined || what.seq === undefined ? null : slotOf(state, state.seqs[what.seq], what.token);
     const block = what.token === undefined ? what.block : slot?.block;
     if (what.seq !== undefined) steps.push({ go: `seq:${what.seq}`, words: `sequence ${letter(what.seq)}` });
     if (block !== undefined) steps.push({ go: `block:${block}`, words: `block ${block}` });
@@ -125,21 +146,24 @@ export class Inspector {
   }
 }
 
+/** @param {Picked} what */
 function kindOf(what) {
   if (what.token !== undefined) return "token";
   return what.block !== undefined || what.swap !== undefined ? "block" : "seq";
 }
 
+/** @param {State} state @param {Picked | null} what */
 function exists(state, what) {
   if (!what) return false;
-  const seq = state.seqs[what.seq];
+  const seq = what.seq === undefined ? undefined : state.seqs[what.seq];
   if (what.seq !== undefined && !seq) return false;
-  if (what.token !== undefined) return what.token < seq.tokens.length;
+  if (what.token !== undefined) return seq !== undefined && what.token < seq.tokens.length;
   if (what.swap !== undefined) return what.swap < state.swap_ref_counts.length;
   return what.block === undefined || what.block < state.ref_counts.length;
 }
 
 // The selection that a `data-go` links to. A block opened from a sequence keeps that sequence selected.
+/** @param {string | undefined} go @param {Picked | null | undefined} from */
 function goal(go, from) {
   if (!go) return null;
   const [kind, ...numbers] = go.split(":");

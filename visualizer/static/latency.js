@@ -8,41 +8,54 @@ const PERCENTILES = { p50: 0.5, p95: 0.95, p99: 0.99 };
 export class Latency {
   constructor() {
     this.clock = 0; // milliseconds
-    this.asked = new Map(); // sequence -> its request's {at: the clock at arrival, served}
+    /** @type {Map<number, { at: number, served: boolean }>} */
+    this.asked = new Map(); // sequence -> its request's clock at arrival, and whether its first token has come
+    /** @type {Map<number, number>} */
     this.last = new Map(); // sequence -> the clock at its newest token
-    this.firsts = []; // {number, step, seq, ms} of the requests' first tokens
+    /** @type {{ number: number, step: number, seq: number, ms: number }[]} */
+    this.firsts = []; // the requests' first tokens
+    /** @type {number[]} */
     this.gaps = [];
+    /** @type {number[]} */
     this.ended = []; // sequences that have finished since the last step
+    /** @type {number[]} */
     this.batch = []; // sequences that got a token in the current step
+    /** @type {{ [name: string]: number | null }} */
     this.now = { p50: null, p95: null, p99: null };
   }
 
   // Reads a record's events; returns the percentiles after it, in milliseconds.
+  /** @param {EngineEvent[]} events @param {number} number */
   read(events, number) {
-    for (const event of events) READ[event.type]?.(this, event, number);
+    for (const event of events) /** @type {Handler | undefined} */ (READ[event.type])?.(this, event, number);
     return this.now;
   }
 
+  /** @param {number} before */
   forget(before) {
     if (this.firsts[0]?.number < before) this.firsts = this.firsts.filter(({ number }) => number >= before);
   }
 
   // The median TTFT of the requests whose first token came before record `end`, and their number.
+  /** @param {number} end */
   median(end) {
     const known = this.firsts.filter(({ number }) => number < end).map(({ ms }) => ms).sort((a, b) => a - b);
     return { count: known.length, ms: percentile(known, 0.5) };
   }
 
   // Called when a step has finished, since that is when a client receives the step's tokens.
-  written(id, { step }, number) {
+  /** @param {number} id @param {number} step @param {number} number */
+  written(id, step, number) {
     const request = this.asked.get(id);
     if (request && !request.served) this.firsts.push({ number, step, seq: id, ms: this.clock - request.at });
     if (request) request.served = true;
-    if (this.last.has(id)) this.gaps.push(this.clock - this.last.get(id));
+    const last = this.last.get(id);
+    if (last !== undefined) this.gaps.push(this.clock - last);
     this.last.set(id, this.clock);
   }
 }
 
+/** @type {{ [T in EventType]?: (latency: Latency, e: EventOf<T>, number: number) => void }} */
 const READ = {
   step_started(latency) {
     latency.batch = [];
@@ -52,15 +65,16 @@ const READ = {
     for (const id of e.seq_ids) latency.asked.set(id, request);
   },
   forked(latency, e) {
-    if (latency.asked.has(e.parent)) latency.asked.set(e.child, latency.asked.get(e.parent));
-    if (latency.last.has(e.parent)) latency.last.set(e.child, latency.last.get(e.parent));
+    const [request, last] = [latency.asked.get(e.parent), latency.last.get(e.parent)];
+    if (request) latency.asked.set(e.child, request);
+    if (last !== undefined) latency.last.set(e.child, last);
   },
   sampled(latency, e) {
     latency.batch.push(e.seq_id);
   },
   step_finished(latency, e, number) {
     latency.clock += 1000 * e.seconds;
-    for (const id of latency.batch) latency.written(id, e, number);
+    for (const id of latency.batch) latency.written(id, e.step, number);
     for (const id of latency.ended) {
       latency.last.delete(id);
       latency.asked.delete(id);
@@ -76,6 +90,7 @@ const READ = {
 };
 
 // The smallest of the sorted numbers that is not exceeded by the given share of them; null if there are none.
+/** @param {number[]} sorted @param {number} share */
 function percentile(sorted, share) {
   return sorted.length ? sorted[Math.ceil(share * sorted.length) - 1] : null;
 }

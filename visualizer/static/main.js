@@ -33,6 +33,7 @@ const NO_ENGINE = { ok: false, message: "This is a recording; there is no engine
 // Starts the page. `server` has the server functions of app.py, `figures` are the charts' figures, `plotly` is the URL
 // of plotly.js. `more` has the sources that the narration links to, the scenarios, the recordings' names, and, without
 // an engine, the recording to replay.
+/** @param {{ element: HTMLElement, server: any, figures: any, plotly: string | null, more?: any }} page */
 export function start({ element: root, server, figures, plotly, more = {} }) {
   const blank = root.innerHTML;
   const page = new Page(root.querySelector(".mp"), server, figures, plotly, more);
@@ -50,22 +51,34 @@ export function start({ element: root, server, figures, plotly, more = {} }) {
 }
 
 class Page {
+  /** @type {Shown | null} */
+  recording = null; // what is shown instead of the engine's run
+  only = false; // whether there is no engine to go back to
+  wake = () => {}; // lets `pull` go on after a recording
+  /** @type {number | null} */
+  statusVersion = null; // of the status that came last
+  served = false; // whether the server has served a page since the last pull failed
+
+  /** @param {HTMLElement} root @param {any} server @param {{ [name: string]: Figure }} figures @param {string | null} plotly @param {any} more */
   constructor(root, server, figures, plotly, more) {
     this.root = root;
     this.server = server;
     this.player = new Player();
-    this.status = null;
+    /** @type {Status | null} */
+    this.status = null; // the engine's
+    /** @type {Picked | null} */
     this.pinned = null; // the selection {seq, block, …} that was clicked
+    /** @type {Picked | null} */
     this.hovered = null;
     this.gone = 0; // consecutive pulls without an answer
-    const select = (what, how) => this.select(what, how);
+    const select = /** @type {Select} */ ((what, how) => this.select(what, how));
     this.pool = new Pool(root, select);
     this.sequences = new Sequences(root, select);
     this.arrows = new Arrows(root.querySelector("[data-part=scene]"));
     this.timeline = new Timeline(root, this.player);
     this.role = new Role(root, server, more);
     // While a recording is shown, commands must not reach the live engine.
-    const send = async (command) => (this.recording ? NO_ENGINE : this.role.send(command));
+    const send = async (/** @type {Command} */ command) => (this.recording ? NO_ENGINE : this.role.send(command));
     this.controls = new Controls(root, send);
     this.settings = new Settings(root, send, more.choices);
     this.controls.extras = () => this.settings.sampling();
@@ -108,7 +121,7 @@ class Page {
   // server answers with a new run, and the player starts over.
   async pull() {
     while (this.root.isConnected) {
-      if (this.recording) await new Promise((resolve) => (this.wake = resolve)); // the live run is not shown
+      if (this.recording) await new Promise((resolve) => (this.wake = () => resolve(null))); // the live run is not shown
       const { run, end } = this.player;
       let answer;
       try {
@@ -147,11 +160,13 @@ class Page {
 
   // --- recordings instead ---
 
+  /** @param {{ name: string, text?: string, note?: string }} replay */
   async replay({ name, text, note }) {
-    this.only = true; // no engine to go back to
+    this.only = true;
     if (this.recordings.show(name, text ?? (await this.server.recording({ name })).text) && note) this.recordings.complain(note);
   }
 
+  /** @param {string} name @param {string} text @param {EngineEvent[][]} records */
   showRecording(name, text, records) {
     this.recording = { name, text };
     this.player.load(name, records);
@@ -167,7 +182,7 @@ class Page {
     this.pinned = null;
     this.player.unload();
     this.showSource();
-    this.wake?.();
+    this.wake();
   }
 
   showSource() {
@@ -176,13 +191,14 @@ class Page {
     notice.hidden = !this.recording;
     if (!this.recording) return;
     setText(notice.querySelector("span"), `Recording: ${this.recording.name}`);
-    notice.querySelector("button").hidden = Boolean(this.only);
+    notice.querySelector("button").hidden = this.only;
   }
 
   // --- selection ---
 
+  /** @param {Picked | null} what @param {How} how */
   select(what, how) {
-    const same = (other) => JSON.stringify(what) === JSON.stringify(other);
+    const same = (/** @type {Picked | null} */ other) => JSON.stringify(what) === JSON.stringify(other);
     if (how === "hover" && same(this.hovered)) return; // the pointer moves often
     if (how === "hover") this.hovered = what;
     else if (how === "go") this.pinned = what;
@@ -208,6 +224,7 @@ class Page {
     requestAnimationFrame((time) => this.frame(time));
   }
 
+  /** @param {number} now */
   frame(now) {
     this.asked = false;
     if (!this.root.isConnected) return;
@@ -229,9 +246,9 @@ class Page {
     if (this.root.dataset.view === "experiments") return; // the scene is not visible
     const { state } = this.player;
     const lit = this.lit();
-    this.root.dataset.step = state.step;
+    this.root.dataset.step = String(state.step);
     this.root.dataset.mode = this.player.mode;
-    this.root.dataset.sub = this.player.sub;
+    this.root.dataset.sub = String(this.player.sub);
     this.root.toggleAttribute("data-ahead", reservesAhead(state));
     this.pool.render(this.player, lit);
     this.inspector.render(this.player, this.pinned, lit);
@@ -281,7 +298,7 @@ class Page {
       dump: () => JSON.parse(JSON.stringify(this.player.state)),
       check: () => check(this.player.state),
       player: this.player,
-      send: (command) => this.role.send(command),
+      send: (/** @type {Command} */ command) => this.role.send(command),
       charts: this.charts,
       inspector: this.inspector,
     };

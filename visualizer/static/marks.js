@@ -5,15 +5,18 @@ export const MARKS = [
   "engine_error", "swapped_out", "preempted", "swapped_in", "copied", "forked", "hit", "finished",
 ];
 
-const HIT = (event) => event.type === "admitted" && event.num_cached > 0;
+const HIT = (/** @type {EngineEvent} */ event) => event.type === "admitted" && event.num_cached > 0;
 
 // The marks of a record's events, most important first.
+/** @param {EngineEvent[]} events */
 export function marksOf(events) {
+  /** @type {Set<string>} */
   const types = new Set(events.map((event) => (HIT(event) ? "hit" : event.type)));
   return MARKS.filter((mark) => types.has(mark));
 }
 
 // The lanes from top to bottom. `there` says whether an engine with this configuration can have such marks.
+/** @type {{ name: string, marks: string[], hue: string, there: (config: Config) => boolean }[]} */
 export const LANES = [
   { name: "fork", marks: ["forked"], hue: "--mp-blue", there: () => true },
   { name: "copy-on-write", marks: ["copied"], hue: "--mp-orange", there: () => true },
@@ -23,9 +26,10 @@ export const LANES = [
   { name: "finish", marks: ["finished"], hue: "--mp-soft", there: () => true },
 ];
 
-export const lanesOf = (config) => LANES.filter(({ there }) => there(config));
+export const lanesOf = (/** @type {Config} */ config) => LANES.filter(({ there }) => there(config));
 
 // The number of events per lane in a record, without empty lanes: [{name, count}].
+/** @param {Pick<RunRecord, "events" | "marks">} record */
 export function happened({ events, marks }) {
   const found = LANES.filter((lane) => lane.marks.some((mark) => marks.includes(mark))).map((lane) => ({
     name: lane.name,
@@ -34,4 +38,5 @@ export function happened({ events, marks }) {
   return marks.includes("engine_error") ? [{ name: "an error", count: 1 }, ...found] : found;
 }
 
-export const told = (found) => found.map(({ name, count }) => (count > 1 ? `${name} ×${count}` : name)).join(", ");
+export const told = (/** @type {{ name: string, count: number }[]} */ found) =>
+  found.map(({ name, count }) => (count > 1 ? `${name} ×${count}` : name)).join(", ");

@@ -8,8 +8,13 @@ const LISTED = 30; // entries in the list
 const NEAR = 5; // pixels: largest distance between the pointer and the mark that it selects
 const TOO_COMMON = ["allocate", "write"];
 
+// An entry of the list of recent events: the number of its record, and what the record says.
+/** @typedef {{ number: number, metrics: Metrics, told: Told }} Entry */
+
 export class Playback {
+  /** @param {HTMLElement} root @param {Player} player */
   constructor(root, player) {
+    this.listed = ""; // names the entries of the list
     this.root = root;
     this.player = player;
     this.panel = root.querySelector("[data-part=events]");
@@ -17,23 +22,25 @@ export class Playback {
     this.toggle = root.querySelector("[data-do=events]");
     this.tip = root.querySelector("[data-part=tip]");
     this.marks = root.querySelector("[data-part=marks]");
-    const on = (name, action) => root.querySelector(`[data-do=${name}]`).addEventListener("click", action);
+    const on = (/** @type {string} */ name, /** @type {() => void} */ action) =>
+      root.querySelector(`[data-do=${name}]`).addEventListener("click", action);
     on("event-back", () => player.stepEvent(-1));
     on("event-forward", () => player.stepEvent(1));
     on("events", () => this.open(this.panel.hidden));
     on("events-close", () => this.open(false));
-    root.querySelector("[data-part=speed]").addEventListener("change", (event) => {
+    root.querySelector("[data-part=speed]").addEventListener("change", (/** @type {On} */ event) => {
       player.speed = Number(event.target.value);
     });
-    this.list.addEventListener("click", (event) => {
+    this.list.addEventListener("click", (/** @type {On} */ event) => {
       const number = event.target.closest("[data-number]")?.dataset.number;
       if (number !== undefined) player.seek(Number(number));
     });
     const scrub = root.querySelector("[data-part=scrub]");
-    scrub.addEventListener("pointermove", (event) => this.point(event, scrub));
+    scrub.addEventListener("pointermove", (/** @type {PointerEvent} */ event) => this.point(event, scrub));
     scrub.addEventListener("pointerleave", () => (this.tip.hidden = true));
   }
 
+  /** @param {boolean} open */
   open(open) {
     this.panel.hidden = !open;
     this.toggle.setAttribute("aria-expanded", String(open));
@@ -42,6 +49,7 @@ export class Playback {
   }
 
   // Shows the tooltip: the events at the mark under the pointer, above the legend of all colours.
+  /** @param {PointerEvent} event @param {HTMLInputElement} scrub */
   point(event, scrub) {
     const { player } = this;
     const box = scrub.getBoundingClientRect();
@@ -70,10 +78,11 @@ export class Playback {
   render() {
     if (this.panel.hidden) return;
     const { player } = this;
+    /** @type {Entry[]} */
     const told = [];
     for (let i = player.records.length - 1; i >= 0 && told.length < LISTED; i -= 1) {
-      const record = player.records[i];
-      if (record.told && !TOO_COMMON.includes(record.told.kind)) told.push({ number: player.first + i + 1, ...record });
+      const { metrics, told: sentence } = player.records[i];
+      if (sentence && !TOO_COMMON.includes(sentence.kind)) told.push({ number: player.first + i + 1, metrics, told: sentence });
     }
     const key = `${player.run} ${told.map(({ number }) => number)}`;
     if (key !== this.listed) {
@@ -86,10 +95,11 @@ export class Playback {
   }
 }
 
+/** @param {Entry} entry */
 function row({ number, metrics, told }) {
   const item = element("li", "");
   const button = element("button", "", item, { type: "button", "data-number": number, "data-testid": "event" });
-  element("small", "", button).textContent = metrics.step;
+  element("small", "", button).textContent = String(metrics.step);
   element("b", "", button, { "data-kind": told.kind }).textContent = told.kind;
   element("span", "", button).textContent = told.text;
   return item;

@@ -11,29 +11,56 @@ const MAX_RECORDS = 6 * KEYFRAME_EVERY; // a minute at 20 steps a second; older 
 const REPLAY_RATE = 12; // records per second when replaying
 // The most important events last only one step. While following live, the view pauses on them (for this many
 // milliseconds), then catches up. A mark that repeats within RESTED milliseconds gets no other pause.
+/** @type {{ [mark: string]: number }} */
 const REST = { forked: 1100, copied: 1100, hit: 1100, preempted: 1400, swapped_out: 1400, swapped_in: 1100 };
 const RESTED = 6000;
 
 export class Player {
+  // `begin` sets these.
+  /** @type {string | null} */
+  run;
+  /** @type {number} */
+  first; // number of the oldest record that is kept
+  /** @type {RunRecord[]} */
+  records;
+  /** @type {Map<number, string>} */
+  keyframes; // number -> state before that record, as JSON
+  /** @type {State} */
+  head; // the state after the newest record
+  /** @type {State} */
+  state; // the state at `position`, which the page shows
+  /** @type {number} */
+  position; // number of the next record to apply to `state`
+  /** @type {number} */
+  sub; // number of events of that record already applied to `state`, when stepping event by event
+  /** @type {{ [mark: string]: number }} */
+  restedAt; // mark -> the time when the view last paused on one
+  /** @type {boolean} */
+  stale; // see `changed`
+  restUntil = 0; // when following live: the time until which the view pauses on a mark
+  nextAt = 0; // when replaying: the time when the next record is due
+
   constructor() {
-    this.mode = "live"; // "live", "frozen" or "replaying"
+    /** @type {"live" | "frozen" | "replaying"} */
+    this.mode = "live";
     this.speed = 1; // factor on REPLAY_RATE
     this.recording = false; // whether a recording is shown: then there is no live run to return to
     this.wake = () => {}; // called when there is something to draw
     this.begin(null, 0, new State());
   }
 
+  /** @param {string | null} run @param {number} first @param {State} state */
   begin(run, first, state) {
     this.run = run;
-    this.first = first; // number of the oldest record that is kept
-    this.records = []; // {events, marks, mark, metrics, told}
-    this.keyframes = new Map([[first, JSON.stringify(state)]]); // number -> state before that record
-    this.head = State.from(state); // the state after the newest record
-    this.state = State.from(state); // the state at `position`, which the page shows
-    this.position = first; // number of the next record to apply to `state`
-    this.sub = 0; // number of events of that record already applied to `state`, when stepping event by event
+    this.first = first;
+    this.records = [];
+    this.keyframes = new Map([[first, JSON.stringify(state)]]);
+    this.head = State.from(state);
+    this.state = State.from(state);
+    this.position = first;
+    this.sub = 0;
     this.restUntil = 0;
-    this.restedAt = {}; // mark -> the time when the view last paused on one
+    this.restedAt = {};
     this.nextAt = 0;
     this.changed = true;
     if (this.mode === "replaying") this.mode = "live";
@@ -60,14 +87,16 @@ export class Player {
   }
 
   // The newest record that `state` contains.
+  /** @returns {RunRecord | undefined} */
   get current() {
     return this.records[this.position - this.first - 1];
   }
 
   // Reads the answer to a pull. An answer with a keyframe (another run, or a cursor too old) starts the player over.
+  /** @param {Answer} answer */
   receive(answer) {
     if (answer.keyframe) {
-      this.begin(answer.run, answer.first, State.from(answer.keyframe));
+      this.begin(answer.run ?? null, answer.first, State.from(answer.keyframe));
       // A viewer who joins late sees the live state first, and can rewind from there.
       for (const events of answer.records) this.ingest(events);
       this.seekTo(this.end);
@@ -76,17 +105,17 @@ export class Player {
     }
   }
 
+  /** @param {EngineEvent[]} events */
   ingest(events) {
     for (const event of events) this.head.apply(event);
-    const marks = marksOf(events);
-    const [mark] = marks; // the most important one
     const told = tell({ events }, this.head);
-    this.records.push(new Record({ events, marks, mark, metrics: measure(this.head), told }));
+    this.records.push(new Record({ events, marks: marksOf(events), metrics: measure(this.head), told }));
     if (this.end % KEYFRAME_EVERY === 0) this.keyframes.set(this.end, JSON.stringify(this.head));
     if (this.records.length > MAX_RECORDS && !this.recording) this.forgetOldest();
   }
 
   // Loads a whole recording: `records` are lists of events; the very first event is engine_started.
+  /** @param {string} run @param {EngineEvent[][]} records */
   load(run, records) {
     this.recording = true;
     this.begin(run, 0, new State());
@@ -122,13 +151,14 @@ export class Player {
   }
 
   // Moves the view to right before record `target`, and then `sub` events into it.
+  /** @param {number} target */
   seekTo(target, sub = 0) {
     const number = Math.max(this.first, Math.min(this.end, target));
     const back = number < this.position || (number === this.position && sub < this.sub);
     const forgotten = this.position < this.first; // the records after the shown state are gone
     if (back || forgotten || number - this.position > KEYFRAME_EVERY) {
       const start = Math.max(...[...this.keyframes.keys()].filter((key) => key <= number));
-      this.state = State.from(JSON.parse(this.keyframes.get(start)));
+      this.state = State.from(this.keyframe(start));
       this.position = start;
       this.sub = 0;
     }
@@ -138,24 +168,33 @@ export class Player {
     this.changed = true;
   }
 
+  // The state before a record that has a keyframe.
+  /** @param {number} number @returns {State} */
+  keyframe(number) {
+    return JSON.parse(/** @type {string} */ (this.keyframes.get(number)));
+  }
+
   freeze() {
     this.mode = "frozen";
     this.changed = true;
   }
 
+  /** @param {number} target */
   seek(target, sub = 0) {
     this.freeze();
     this.seekTo(target, sub);
   }
 
   // Steps by records. Within a record, a step back goes to the record's beginning.
+  /** @param {number} count */
   stepBy(count) {
     this.seek(this.position + count + (this.sub && count < 0 ? 1 : 0));
   }
 
   // Steps one event forward (1) or back (-1).
+  /** @param {number} count */
   stepEvent(count) {
-    const events = (number) => this.records[number - this.first].events.length;
+    const events = (/** @type {number} */ number) => this.records[number - this.first].events.length;
     if (count > 0 && this.position < this.end) {
       const last = this.sub + 1 >= events(this.position);
       this.seek(this.position + (last ? 1 : 0), last ? 0 : this.sub + 1);
@@ -182,12 +221,14 @@ export class Player {
   }
 
   // Milliseconds until the next record is due; Infinity if none is due until a viewer acts or new records arrive.
+  /** @param {number} now */
   wait(now) {
     if (this.mode === "frozen" || (this.position >= this.end && this.mode === "live")) return Infinity;
     return Math.max(0, (this.mode === "live" ? this.restUntil : this.nextAt) - now);
   }
 
   // Applies the records that are due. Called before a frame is drawn.
+  /** @param {number} now */
   advance(now) {
     if (this.mode === "frozen" || this.position >= this.end) {
       if (this.mode === "replaying") this.live();

@@ -9,37 +9,51 @@ const CALM = 60; // milliseconds: new tokens are animated if steps are further a
 const [SMALLEST, LARGEST] = [10, 68]; // a cell's size in pixels
 
 export class Pool {
+  /** @param {HTMLElement} root @param {Select} select */
   constructor(root, select) {
     this.grid = root.querySelector("[data-part=grid]");
     this.count = root.querySelector("[data-part=pool-count]");
     this.inspect = root.querySelector("[data-part=inspect]");
     this.legend = root.querySelector("[data-part=legend]");
+    /** @type {{ cell: HTMLElement, ink: HTMLElement, who: HTMLElement }[]} */
     this.cells = [];
+    /** @type {string[]} */
     this.looks = []; // each cell's kind and owners as a string: the DOM is written only if it changes
+    /** @type {number[]} */
     this.fills = [];
+    this.size = 1; // slots in a block
+    this.ahead = false; // whether the memory manager reserves ahead
+    /** @type {Map<number, number[]>} */
+    this.owners = new Map();
+    /** @type {Map<number, number>} */
+    this.kept = new Map(); // block -> the group that keeps it
     new ResizeObserver(() => this.fit()).observe(this.grid.parentElement);
-    const blockOf = (event) => event.target.closest?.("[data-block]")?.dataset.block;
-    this.grid.addEventListener("click", (event) => {
+    const blockOf = (/** @type {On} */ event) => event.target.closest?.("[data-block]")?.dataset.block;
+    this.grid.addEventListener("click", (/** @type {On} */ event) => {
       const block = blockOf(event);
       if (block !== undefined) select({ block: Number(block) }, "click");
     });
-    this.grid.addEventListener("pointermove", (event) => {
+    this.grid.addEventListener("pointermove", (/** @type {On<PointerEvent>} */ event) => {
       const block = blockOf(event);
       select(block === undefined ? null : { block: Number(block), offset: this.slotAt(event) }, "hover");
     });
     this.grid.addEventListener("pointerleave", () => select(null, "hover"));
     rovingCells(this.grid, (cell) => select(cell && { block: Number(cell.dataset.block) }, "hover"));
+    /** @type {{ moment?: string, at: number, position: number }} */
     this.drawn = { at: -CALM, position: 0 }; // when a position was last drawn, and which
+    /** @type {Map<number, HTMLElement>} */
     this.landed = new Map(); // block -> the mark on the slots filled last
   }
 
   // The slot under the pointer, from its position within the cell.
+  /** @param {On<PointerEvent>} event */
   slotAt(event) {
     const box = event.target.closest("[data-block]").getBoundingClientRect();
     const offset = Math.floor(((event.clientX - box.left) / box.width) * this.size);
     return Math.max(0, Math.min(this.size - 1, offset));
   }
 
+  /** @param {number} count */
   build(count) {
     this.grid.replaceChildren();
     this.looks = [];
@@ -51,7 +65,7 @@ export class Pool {
       });
       const ink = element("span", "mp-ink", cell);
       const id = element("span", "mp-id", cell);
-      id.textContent = block;
+      id.textContent = String(block);
       const who = element("span", "mp-who", cell);
       return { cell, ink, who };
     });
@@ -65,7 +79,7 @@ export class Pool {
     if (!count || !width) return;
     const gap = count > 200 ? 2 : 4;
     // Contiguous pieces begin at multiples of powers of two; with such row lengths they are easy to see.
-    const suits = (columns) => !this.ahead || Number.isInteger(Math.log2(columns));
+    const suits = (/** @type {number} */ columns) => !this.ahead || Number.isInteger(Math.log2(columns));
     // If the cells do not fit, they get the smallest size, and the panel scrolls.
     let best = { score: 0, size: SMALLEST, columns: Math.floor((width + gap) / (SMALLEST + gap)) };
     for (let columns = 4; columns <= count; columns += 1) {
@@ -84,6 +98,7 @@ export class Pool {
     this.grid.classList.toggle("mp-tiny", size < 19);
   }
 
+  /** @param {Player} player @param {Lit | null} lit */
   render(player, lit, now = performance.now()) {
     const { state } = player;
     this.size = state.config.block_size ?? 1;
@@ -102,8 +117,8 @@ export class Pool {
       if (own.length || this.kept.has(block)) used += 1;
       else if (block in state.cached) cached += 1;
       this.renderCell(state, block, own, calm);
-      this.cells[block].cell.classList.toggle("mp-dim", Boolean(lit) && !lit.blocks.has(block));
-      this.cells[block].cell.classList.toggle("mp-lit", Boolean(lit) && lit.block === block);
+      this.cells[block].cell.classList.toggle("mp-dim", lit !== null && !lit.blocks.has(block));
+      this.cells[block].cell.classList.toggle("mp-lit", lit?.block === block);
     }
     const free = this.cells.length - used - cached;
     const empty = this.ahead && this.cells.filter(({ cell }) => cell.dataset.kind === "reserved").length;
@@ -116,6 +131,7 @@ export class Pool {
 
   // Whether steps are slow enough to animate changes. Faster animations would only flicker, and delay the next frame.
   // Returns null if the current position has already been drawn.
+  /** @param {Player} player @param {number} now */
   pace({ run, position, sub, mode, end }, now) {
     const moment = `${run} ${position} ${sub}`;
     if (moment === this.drawn.moment) return null;
@@ -125,6 +141,7 @@ export class Pool {
     return calm;
   }
 
+  /** @param {State} state @param {number} block @param {number[]} own @param {boolean | null} calm */
   renderCell(state, block, own, calm) {
     const size = state.config.block_size;
     const fill = fillOf(state, block, own);
@@ -133,7 +150,7 @@ export class Pool {
     const { cell, ink: inkNode, who } = this.cells[block];
     if (fill !== this.fills[block]) {
       this.fills[block] = fill;
-      cell.dataset.fill = fill;
+      cell.dataset.fill = String(fill);
       inkNode.style.width = `${(100 * fill) / size}%`;
     }
     const bit = kind === "cached" ? state.predicted[block] : undefined;
@@ -142,22 +159,24 @@ export class Pool {
     const before = this.looks[block]?.split(" ", 1)[0];
     this.looks[block] = look;
     cell.className = `mp-cell mp-${kind}`;
-    cell.dataset.refs = own.length;
+    cell.dataset.refs = String(own.length);
     // The label for screen readers: small cells show no number, and free cells no owner.
     const guess = bit === undefined ? "" : `, bit ${Number(bit)}: ${bit ? "not needed again" : "needed again"}`;
     cell.setAttribute("aria-label", `block ${block}, ${own.length ? `of ${list(own.map(letter))}` : kind}${guess}`);
     cell.dataset.kind = kind;
-    cell.dataset.bit = bit === undefined ? "" : Number(bit);
+    const digit = bit === undefined ? "" : String(Number(bit));
+    cell.dataset.bit = digit;
     cell.style.setProperty("--hue", own.length ? colour(own[0]) : "transparent");
-    cell.style.setProperty("--slots", size);
+    cell.style.setProperty("--slots", String(size));
     inkNode.style.backgroundImage = own.length > 1 ? stripes(own) : "";
     who.style.background = own.length ? colour(own[0]) : "";
     who.style.color = own.length ? ink(own[0]) : "";
-    setText(who, own.length ? letter(own[0]) + (own.length > 1 ? `×${own.length}` : "") : cell.dataset.bit);
+    setText(who, own.length ? letter(own[0]) + (own.length > 1 ? `×${own.length}` : "") : digit);
     if (calm && (before === "free" || before === "cached")) cell.dataset.flash = other(cell.dataset.flash);
   }
 
   // Marks the slots of the newest tokens; CSS animates the marks.
+  /** @param {Player} player @param {boolean | null} calm */
   land(player, calm) {
     const slots = landings(player.latest, player.state);
     for (const [block, node] of this.landed) {
@@ -166,8 +185,8 @@ export class Pool {
       this.landed.delete(block);
     }
     for (const [block, [start, end]] of slots) {
-      if (!this.landed.has(block)) this.landed.set(block, element("span", "mp-landed", this.cells[block].cell));
-      const node = this.landed.get(block);
+      const node = this.landed.get(block) ?? element("span", "mp-landed", this.cells[block].cell);
+      this.landed.set(block, node);
       node.dataset.slots = `${start}-${end}`;
       if (calm) node.dataset.turn = other(node.dataset.turn);
       else delete node.dataset.turn;
@@ -177,6 +196,7 @@ export class Pool {
   }
 
   // The line under the pool: the highlighted block's description, or the legend.
+  /** @param {State} state @param {Lit | null} lit */
   renderInspect(state, lit) {
     const block = lit?.block;
     this.inspect.hidden = block === undefined;
@@ -193,7 +213,7 @@ export class Pool {
       words = `Block ${block} · ${own.length > 1 ? `shared by ${list(own.map(letter))}` : `owned by ${letter(own[0])}`}` +
         ` · logical ${logical} · ${fill} of ${plural(size, "slot")} filled` + (quote ? ` · “${quote}”` : "");
     } else if (this.kept.has(block)) {
-      words = `Block ${block} · kept for group ${this.kept.get(block) + 1}: its texts begin with it, and some of them wait.`;
+      words = `Block ${block} · kept for group ${Number(this.kept.get(block)) + 1}: its texts begin with it, and some of them wait.`;
     } else if (block in state.cached) {
       const bit = state.predicted[block];
       const guess = bit === undefined ? "" : bit ? " Bit 1: it will probably not be needed again." : " Bit 0: it will probably be needed again.";
@@ -202,12 +222,14 @@ export class Pool {
     setText(this.inspect, words);
   }
 
+  /** @param {number} block */
   cellOf(block) {
     return this.cells[block]?.cell;
   }
 }
 
 // Map of block -> its slots [start, end) that these events filled.
+/** @param {EngineEvent[]} events @param {State} state */
 function landings(events, state) {
   const size = state.config.block_size;
   const slots = new Map();
@@ -225,6 +247,7 @@ function landings(events, state) {
 }
 
 // The filled slots of a block: the maximum over its owners, whose tokens agree as far as both have written them.
+/** @param {State} state @param {number} block @param {number[]} own */
 function fillOf(state, block, own) {
   if (!own.length) return block in state.cached ? state.config.block_size : 0;
   return Math.max(...own.map((seqId) => {
@@ -234,4 +257,4 @@ function fillOf(state, block, own) {
 }
 
 // Switching to an identical animation of another name restarts it without forcing the browser to compute the layout.
-const other = (turn) => (turn === "1" ? "0" : "1");
+const other = (/** @type {string | undefined} */ turn) => (turn === "1" ? "0" : "1");

@@ -5,20 +5,25 @@
 
 export class Record {
   #text;
+  /** @type {WeakRef<EngineEvent[]>} */
   #events;
 
-  constructor({ events, ...rest }) {
-    Object.assign(this, rest);
+  /** @param {{ events: EngineEvent[], marks: string[], metrics: Metrics, told: Told | null }} about */
+  constructor({ events, marks, metrics, told }) {
+    this.marks = marks;
+    this.mark = marks.at(0); // the most important one
+    this.metrics = metrics;
+    this.told = told;
     this.#text = JSON.stringify(events);
     this.#events = new WeakRef(events);
   }
 
+  /** @returns {EngineEvent[]} */
   get events() {
-    let events = this.#events.deref();
-    if (!events) {
-      events = JSON.parse(this.#text);
-      this.#events = new WeakRef(events);
-    }
+    const kept = this.#events.deref();
+    if (kept) return kept;
+    const events = JSON.parse(this.#text);
+    this.#events = new WeakRef(events);
     return events;
   }
 }

@@ -9,11 +9,13 @@ const LARGEST = 50e6; // characters; browsers cannot handle much more
 
 // Parses a recording into records: one per step, or the events between two steps. It applies all events once, so that a
 // recording that loads also plays. Throws an Error whose message names the line that is wrong.
+/** @param {string} text */
 export function parse(text) {
   if (text.length > LARGEST) throw new Error("it is larger than 50 MB");
   const lines = text.split("\n");
   if (lines.at(-1) === "") lines.pop();
   const state = new State();
+  /** @type {EngineEvent[][]} */
   const records = [];
   let open = false; // whether the next event belongs to the last record
   lines.forEach((line, index) => {
@@ -25,12 +27,12 @@ export function parse(text) {
       }
       if ((index === 1) !== (event?.type === "engine_started")) throw new Error("a recording begins with one engine_started");
       state.apply(event);
-      if (!open || event.type === "step_started" || event.type === "request_added") records.push([]);
-      records.at(-1).push(event);
+      if (!open || event.type === "step_started" || event.type === "request_added") records.push([event]);
+      else records[records.length - 1].push(event);
       open = !["engine_started", "step_finished"].includes(event.type);
       if (!open) check(state);
     } catch (error) {
-      throw new Error(`line ${index + 1}: ${error.message}`);
+      throw new Error(`line ${index + 1}: ${/** @type {Error} */ (error).message}`);
     }
   });
   if (!records.length) throw new Error("there is nothing in it");
@@ -38,6 +40,12 @@ export function parse(text) {
 }
 
 export class Recordings {
+  /**
+   * @param {HTMLElement} root
+   * @param {any} server
+   * @param {string[]} shipped
+   * @param {{ load: (name: string, text: string, records: EngineEvent[][]) => void, leave: () => void, text: () => string | undefined }} page
+   */
   // `shipped`: names of the server's recordings; `load(name, text, records)`, `leave()` and `text()` are the page's.
   constructor(root, server, shipped, { load, leave, text }) {
     this.root = root;
@@ -47,7 +55,8 @@ export class Recordings {
     this.menu = root.querySelector("[data-part=recordings]");
     this.notice = root.querySelector("[data-part=notice]");
     this.toggle = root.querySelector("[data-do=recordings]");
-    const on = (name, action) => root.querySelector(`[data-do=${name}]`).addEventListener("click", action);
+    const on = (/** @type {string} */ name, /** @type {() => void} */ action) =>
+      root.querySelector(`[data-do=${name}]`).addEventListener("click", action);
     on("recordings", () => this.open(this.menu.hidden));
     on("leave", leave);
     on("save", () => this.save());
@@ -65,28 +74,31 @@ export class Recordings {
       button.textContent = `▶ ${name.replaceAll("-", " ")}`;
       button.addEventListener("click", () => this.fetch(name));
     }
-    document.addEventListener("pointerdown", (event) => {
+    document.addEventListener("pointerdown", (/** @type {On<PointerEvent>} */ event) => {
       if (!event.target.closest("[data-part=recordings], [data-do=recordings]")) this.open(false);
     });
   }
 
+  /** @param {boolean} open */
   open(open) {
     this.menu.hidden = !open;
     this.toggle.setAttribute("aria-expanded", String(open));
   }
 
   // Returns true if the recording plays; otherwise the page says why, and continues with what it showed before.
+  /** @param {string} name @param {string} text */
   show(name, text) {
     this.open(false);
     try {
       this.load(name, text, parse(text));
     } catch (error) {
-      return this.complain(`${name} is not a recording this page can play: ${error.message}`);
+      return this.complain(`${name} is not a recording this page can play: ${/** @type {Error} */ (error).message}`);
     }
     this.complain("");
     return true;
   }
 
+  /** @param {string} name */
   async fetch(name) {
     const answer = await this.server.recording({ name }).catch(() => null);
     if (answer?.ok) this.show(name, answer.text);
@@ -117,6 +129,7 @@ export class Recordings {
     this.open(false);
   }
 
+  /** @param {string} words */
   complain(words) {
     const node = this.root.querySelector("[data-part=trouble]");
     setText(node.querySelector("span"), words);
@@ -126,6 +139,7 @@ export class Recordings {
   }
 }
 
+/** @param {string} name @param {string} text @param {string} type */
 function download(name, text, type) {
   const link = element("a", "", document.body, { download: name });
   link.href = URL.createObjectURL(new Blob([text], { type }));

@@ -5,36 +5,57 @@ const KEPT = 12; // finished requests that stay in the state
 
 export class State {
   constructor() {
-    this.config = {};
+    this.config = /** @type {Config} */ ({}); // empty until engine_started
     this.step = 0;
+    /** @type {{ [seqId: number]: Seq }} */
     this.seqs = {};
+    /** @type {{ [requestId: string]: number[] }} */
     this.requests = {};
+    /** @type {{ [requestId: string]: number }} */
     this.ranks = {}; // of requests with a rank other than 0
+    /** @type {string[]} */
     this.waiting = [];
+    /** @type {string[]} */
     this.running = [];
+    /** @type {string[]} */
     this.swapped = [];
+    /** @type {string[]} */
     this.finished = [];
     this.forgotten = 0;
+    /** @type {number[]} */
     this.ref_counts = [];
+    /** @type {number[]} */
     this.swap_ref_counts = [];
+    /** @type {{ [block: number]: number }} */
     this.cached = {};
+    /** @type {{ [block: number]: boolean }} */
     this.predicted = {};
+    /** @type {{ [group: number]: Group }} */
     this.groups = {};
+    /** @type {[seqId: number, start: number, tokens: number, draft: number][]} */
     this.scheduled = [];
+    /** @type {string | null} */
     this.error = null;
   }
 
+  /** @param {State} data */
   static from(data) {
     return Object.assign(new State(), structuredClone(data));
   }
 
+  /** @param {EngineEvent} event */
   apply(event) {
-    const handler = Object.hasOwn(HANDLERS, event.type) && HANDLERS[event.type];
+    const handler = Object.hasOwn(HANDLERS, event.type) && /** @type {Handler} */ (HANDLERS[event.type]);
     if (!handler) throw new Error(`unknown event ${event.type}`);
     handler(this, event);
   }
 }
 
+/**
+ * @template T
+ * @param {T[]} array
+ * @param {T} value
+ */
 function remove(array, value) {
   const index = array.indexOf(value);
   if (index < 0) throw new Error(`${value} is not in [${array}]`);
@@ -42,13 +63,15 @@ function remove(array, value) {
 }
 
 // Inserts a request by its rank, then by its first sequence id, which is the order of arrival.
+/** @param {State} state @param {string[]} array @param {string} requestId */
 function queue(state, array, requestId) {
   array.push(requestId);
-  const rank = (id) => state.ranks?.[id] ?? 0; // keyframes of old recordings have no ranks
+  const rank = (/** @type {string} */ id) => state.ranks?.[id] ?? 0; // keyframes of old recordings have no ranks
   array.sort((a, b) => rank(a) - rank(b) || state.requests[a][0] - state.requests[b][0]);
 }
 
 // Moves one sequence's references to blocks from the pool to the CPU's swap space (change -1) or back (+1).
+/** @param {State} state @param {SwappedOut | SwappedIn} e @param {number} change */
 function move(state, e, change) {
   e.blocks.forEach((block, i) => {
     state.ref_counts[block] += change;
@@ -56,6 +79,7 @@ function move(state, e, change) {
   });
 }
 
+/** @param {State} state @param {string} requestId */
 function forget(state, requestId) {
   remove(state.finished, requestId);
   for (const seqId of state.requests[requestId]) {
@@ -66,6 +90,7 @@ function forget(state, requestId) {
   delete state.ranks[requestId];
 }
 
+/** @param {State} state @param {Allocated | Shared} e */
 function allocated(state, e) {
   const table = state.seqs[e.seq_id].table;
   if (e.logical !== table.length) throw new Error(`block tables grow at their end: ${JSON.stringify(e)}`);
@@ -74,6 +99,7 @@ function allocated(state, e) {
 }
 
 // Event handlers: one function per event type, named after it.
+/** @type {{ [T in EventType]: (state: State, e: EventOf<T>) => void }} */
 const HANDLERS = {
   engine_started(state, e) {
     Object.assign(state, new State()); // a run starts from the empty state
@@ -236,27 +262,33 @@ const HANDLERS = {
 // --- queries for the views -------------------------------------------------------------------------------------
 
 // Map of block -> the sorted ids of the sequences whose block tables contain it; for CPU blocks pass "swap_table".
+/** @param {State} state @param {"table" | "swap_table"} name */
 export function owners(state, name = "table") {
+  /** @type {Map<number, number[]>} */
   const result = new Map();
-  for (const [id, seq] of Object.entries(state.seqs)) {
+  for (const [key, seq] of Object.entries(state.seqs)) {
+    const id = Number(key);
     for (const block of seq[name]) {
-      if (!result.has(block)) result.set(block, []);
-      result.get(block).push(Number(id));
+      const own = result.get(block);
+      if (own) own.push(id);
+      else result.set(block, [id]);
     }
   }
   return result;
 }
 
 // Whether the memory manager is contiguous: it reserves a sequence's maximum length when the sequence is admitted.
-export const reservesAhead = (state) => String(state.config.memory).startsWith("orca-");
+export const reservesAhead = (/** @type {State} */ state) => String(state.config.memory).startsWith("orca-");
 
 // The number of slots of a sequence's logical block whose keys and values are computed.
+/** @param {State} state @param {Seq} seq @param {number} logical */
 export function filled(state, seq, logical) {
   const size = state.config.block_size;
   return Math.max(0, Math.min(size, seq.num_computed - logical * size));
 }
 
 // Memory use in slots: logical (all sequences' tokens), used (filled, shared ones once), reserved (blocks in use).
+/** @param {State} state @returns {Metrics} */
 export function measure(state) {
   const slots = new Map();
   let logical = 0;
@@ -272,6 +304,7 @@ export function measure(state) {
 }
 
 // Checks what must hold after every event: a block's reference count equals its occurrences in tables and groups.
+/** @param {State} state */
 export function check(state) {
   const counts = new Array(state.config.num_blocks).fill(0);
   for (const seq of Object.values(state.seqs)) for (const block of seq.table) counts[block] += 1;

@@ -4,6 +4,7 @@
 const KEPT = "minipaged-presenter";
 
 export class Role {
+  /** @param {HTMLElement} root @param {any} server @param {{ classroom?: boolean, replay?: any }} more */
   constructor(root, server, { classroom, replay }) {
     this.root = root;
     this.server = server;
@@ -18,11 +19,13 @@ export class Role {
     this.show(Boolean(answer?.ok && answer.result === "presenter"));
   }
 
+  /** @param {boolean} presenter */
   show(presenter) {
     this.root.dataset.role = presenter ? "presenter" : "viewer";
     this.root.querySelector("[data-part=watching]").hidden = presenter;
   }
 
+  /** @param {Command} command */
   send(command) {
     return this.server.command(this.token ? { ...command, token: this.token } : command);
   }

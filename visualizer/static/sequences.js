@@ -13,23 +13,32 @@ const INDENT = 18; // pixels per generation, if there is room
 const CROWDED = 11; // block table entries; from this number on they omit the logical number
 
 export class Sequences {
+  /** @type {State} */
+  state; // the state that is drawn
+
+  /** @param {HTMLElement} root @param {Select} select */
   constructor(root, select) {
     this.list = root.querySelector("[data-part=rows]");
     this.empty = root.querySelector("[data-part=empty]");
     this.budget = root.querySelector("[data-part=budget]");
     this.budgetText = root.querySelector("[data-part=budget-text]");
     this.queues = root.querySelector("[data-part=queues]");
+    this.deepest = 0; // generations in the deepest family
+    /** @type {Map<number, "still" | Range>} */
+    this.spots = new Map(); // see renderText
+    /** @type {Map<number, Row>} */
     this.rows = new Map(); // seq id -> row
     this.select = select;
-    this.list.addEventListener("click", (event) => this.pointed(event, "click"));
-    this.list.addEventListener("pointermove", (event) => this.pointed(event, "hover"));
+    this.list.addEventListener("click", (/** @type {PointerEvent} */ event) => this.pointed(event, "click"));
+    this.list.addEventListener("pointermove", (/** @type {PointerEvent} */ event) => this.pointed(event, "hover"));
     this.list.addEventListener("pointerleave", () => select(null, "hover"));
-    this.list.addEventListener("keydown", (event) => {
+    this.list.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
       if (event.key === "Enter") this.pointed(event, "click");
     });
   }
 
   // Selects what is under the pointer: an entry of the block table, a token of the text, or else the row's sequence.
+  /** @param {On<PointerEvent> | On<KeyboardEvent>} event @param {How} how */
   pointed(event, how) {
     const node = event.target.closest("[data-seq]");
     if (!node) return how === "hover" && this.select(null, how);
@@ -37,11 +46,13 @@ export class Sequences {
     const { chip, swap } = event.target.closest("[data-chip], [data-swap]")?.dataset ?? {};
     if (chip !== undefined) return this.select({ seq, block: Number(chip) }, how);
     if (swap !== undefined) return this.select({ seq, swap: Number(swap) }, how);
-    const inText = event.type !== "keydown" && event.target.closest(".mp-line");
-    const token = inText ? tokenAt(this.rows.get(seq), this.state.seqs[seq], event.clientX, event.clientY) : undefined;
+    const row = this.rows.get(seq);
+    const inText = row && "clientX" in event && event.target.closest(".mp-line");
+    const token = inText ? tokenAt(row, this.state.seqs[seq], event.clientX, event.clientY) : undefined;
     this.select(token === undefined ? { seq } : { seq, token }, how);
   }
 
+  /** @param {State} state @param {Lit | null} lit */
   render(state, lit) {
     this.state = state;
     const tree = familyRows(state);
@@ -62,8 +73,8 @@ export class Sequences {
     const own = owners(state);
     tree.forEach((place, index) => {
       const { id } = place;
-      if (!this.rows.has(id)) this.rows.set(id, this.build(id));
-      const row = this.rows.get(id);
+      const row = this.rows.get(id) ?? this.build(id);
+      this.rows.set(id, row);
       if (this.list.children[index] !== row.node) this.list.insertBefore(row.node, this.list.children[index] ?? null);
       renderPlace(row, place);
       this.renderRow(state, id, row, own, lit);
@@ -71,22 +82,28 @@ export class Sequences {
     });
     this.renderQueues(state);
     this.renderBudget(state);
-    this.spots = this.renderText(state, ids, lit);
+    this.spots = this.renderText(state, lit);
   }
 
   // Paints the text in the highlighted block and slot; returns a map of sequence -> the range to scroll into view.
-  renderText(state, ids, lit) {
-    const [blocks, slots, spots] = [[], [], new Map()];
+  /** @param {State} state @param {Lit | null} lit */
+  renderText(state, lit) {
+    const blocks = [];
+    const slots = [];
+    /** @type {Sequences["spots"]} */
+    const spots = new Map();
     const size = state.config.block_size;
-    for (const id of lit ? ids : []) {
-      const [row, seq] = [this.rows.get(id), state.seqs[id]];
+    for (const [id, row] of this.rows) {
+      if (!lit) break;
+      const seq = state.seqs[id];
       const span = lit.seqs.has(id) && tokensIn(lit, seq, size);
       const words = span && rangeOf(row, seq, ...span);
       if (words) blocks.push(words);
       const token = lit.token ?? (span && lit.offset !== undefined ? span[0] + lit.offset : undefined);
       const word = lit.seqs.has(id) && token !== undefined && (!span || token < span[1]) && rangeOf(row, seq, token, token + 1);
       if (word) slots.push(word);
-      if (words ?? word) spots.set(id, lit.hovered && lit.token !== undefined ? "still" : word || words);
+      const spot = word || words;
+      if (spot) spots.set(id, lit.hovered && lit.token !== undefined ? "still" : spot);
     }
     paint("mp-block", blocks);
     paint("mp-slot", slots);
@@ -98,7 +115,7 @@ export class Sequences {
   showNewest() {
     const { state, spots } = this;
     const ids = [...this.rows.keys()];
-    const lines = ids.map((id) => this.rows.get(id).line);
+    const lines = [...this.rows.values()].map(({ line }) => line);
     const at = lines.map((line) => line.scrollLeft);
     const wanted = lines.map((line, i) => {
       const hidden = line.scrollWidth - line.clientWidth;
@@ -116,6 +133,7 @@ export class Sequences {
     });
   }
 
+  /** @param {number} id */
   build(id) {
     const node = element("article", "mp-row", null, { "data-testid": "sequence", "data-seq": id, tabindex: "0" });
     node.style.setProperty("--hue", colour(id));
@@ -134,12 +152,13 @@ export class Sequences {
     return { node, rails, line, prompt, output, guess, meta, state, table, hit, chips: [] };
   }
 
+  /** @param {State} state @param {number} id @param {Row} row @param {Map<number, number[]>} own @param {Lit | null} lit */
   renderRow(state, id, row, own, lit) {
     const seq = state.seqs[id];
     const status = statusOf(state, seq);
     row.node.dataset.state = status.name;
-    row.node.classList.toggle("mp-dim", Boolean(lit) && !lit.seqs.has(id));
-    row.node.classList.toggle("mp-lit", Boolean(lit) && lit.seq === id);
+    row.node.classList.toggle("mp-dim", lit !== null && !lit.seqs.has(id));
+    row.node.classList.toggle("mp-lit", lit?.seq === id);
     row.node.classList.toggle("mp-open", lit?.open === id);
     setText(row.prompt, text(seq, 0, seq.num_prompt).trimStart());
     growText(row.output, text(seq, seq.num_prompt));
@@ -151,8 +170,9 @@ export class Sequences {
     renderSwapped(row, seq, lit);
   }
 
+  /** @param {State} state @param {Seq} seq @param {Row} row @param {Map<number, number[]>} own @param {Lit | null} lit */
   renderTable(state, seq, row, own, lit) {
-    while (row.chips.length > seq.table.length) row.chips.pop().node.remove();
+    for (const { node } of row.chips.splice(seq.table.length)) node.remove();
     seq.table.forEach((block, logical) => {
       if (!row.chips[logical]) row.chips.push(buildChip(row.table, logical));
       const chip = row.chips[logical];
@@ -162,7 +182,7 @@ export class Sequences {
       chip.node.classList.toggle("mp-lit", lit?.block === block);
       if (key === chip.key) return;
       chip.key = key;
-      chip.node.dataset.chip = block;
+      chip.node.dataset.chip = String(block);
       chip.node.title = `logical block ${logical} → physical block ${block}`;
       setText(chip.block, String(block));
       chip.fill.style.width = `${(100 * fill) / state.config.block_size}%`;
@@ -172,10 +192,11 @@ export class Sequences {
     });
   }
 
+  /** @param {State} state */
   renderQueues(state) {
     setHidden(this.queues.querySelector("[data-queue=swapped]"), !state.config.swap_blocks);
-    const live = (id) => !state.seqs[id].finish_reason;
-    const queue = (requests) => requests.flatMap((request) => state.requests[request]).filter(live);
+    const live = (/** @type {number} */ id) => !state.seqs[id].finish_reason;
+    const queue = (/** @type {string[]} */ requests) => requests.flatMap((request) => state.requests[request]).filter(live);
     const queues = {
       running: queue(state.running),
       waiting: queue(state.waiting),
@@ -200,6 +221,7 @@ export class Sequences {
   }
 
   // Draws how this step spends its token budget: each decode takes one token, prefills take the rest.
+  /** @param {State} state */
   renderBudget(state) {
     const limit = state.config.max_num_batched_tokens ?? 1;
     const kinds = state.scheduled.map(([id, start, count, draft]) => workOf(state.seqs[id], start, count - draft));
@@ -220,64 +242,72 @@ export class Sequences {
     });
   }
 
+  /** @param {number} id */
   rowOf(id) {
     return this.rows.get(id)?.node;
   }
 
+  /** @param {number} id */
   chipsOf(id) {
     return this.rows.get(id)?.chips.map((chip) => chip.node) ?? [];
   }
 
+  /** @param {number} id */
   swapChipsOf(id) {
     return [...(this.rows.get(id)?.table.querySelectorAll(".mp-on-cpu") ?? [])];
   }
 }
 
 // "decode" computes only the token that was sampled last; everything else is "prefill".
+/** @param {Seq | undefined} seq @param {number} start @param {number} count */
 const workOf = (seq, start, count) => (count === 1 && start >= (seq?.num_prompt ?? 0) ? "decode" : "prefill");
 
+/** @param {HTMLElement} table @param {number} logical */
 function buildChip(table, logical) {
   const node = element("span", "mp-chip", table, { "data-testid": "chip" });
   const fill = element("span", "mp-chip-fill", node);
-  element("small", "", node).textContent = logical;
+  element("small", "", node).textContent = String(logical);
   const block = element("b", "", node);
   return { node, fill, block, key: "" };
 }
 
 // Draws the blocks of a swapped-out sequence, which are on the CPU.
+/** @param {Row} row @param {Seq} seq @param {Lit | null} lit */
 function renderSwapped(row, seq, lit) {
   sync(row.table, seq.swap_table.map((block, logical) => ({ block, logical })), ({ block }) => block, ({ block, logical }) => {
     const node = element("span", "mp-chip mp-on-cpu", null, {
       "data-swap": block, title: `logical block ${logical} → block ${block} on the CPU`,
     });
-    element("small", "", node).textContent = logical;
+    element("small", "", node).textContent = String(logical);
     element("b", "", node).textContent = `CPU ${block}`;
     return node;
   }, (node, { block }) => node.classList.toggle("mp-lit", lit?.swap === block));
 }
 
 // Draws a row's place in its family's tree: the indentation and the lines from its ancestors.
+/** @param {Row} row @param {Place} place */
 function renderPlace(row, { id, parent, depth, skipped, rails }) {
   const key = JSON.stringify([parent, depth, skipped, rails]);
   if (key === row.place) return;
   row.place = key;
   const { node } = row;
-  node.dataset.depth = depth;
-  node.style.setProperty("--depth", depth);
-  node.dataset.parent = parent ?? "";
+  node.dataset.depth = String(depth);
+  node.style.setProperty("--depth", String(depth));
+  node.dataset.parent = String(parent ?? "");
   const by = parent === null ? "" : `, a child of ${letter(parent)}` +
     (skipped ? `, ${plural(skipped, "generation")} that have ended between` : "");
   node.setAttribute("aria-label", `sequence ${letter(id)}${by}`);
   row.rails.title = by.slice(2);
   row.rails.replaceChildren(...rails.map(({ kind, of }, level) => {
     const rail = element("i", skipped && level === depth - 1 ? "mp-skips" : "", null, { "data-rail": kind });
-    rail.style.setProperty("--level", level);
+    rail.style.setProperty("--level", String(level));
     rail.style.setProperty("--from", colour(of));
     return rail;
   }));
 }
 
 // Shows the prefix cache hit: as a label, and as a mark on the block table's entries.
+/** @param {State} state @param {number} id @param {Row} row */
 function renderHit(state, id, row) {
   const { table, num_cached: tokens } = state.seqs[id];
   setHidden(row.hit, !tokens || !table.length);
@@ -287,9 +317,10 @@ function renderHit(state, id, row) {
   });
 }
 
+/** @param {State} state @param {Seq} seq */
 function statusOf(state, seq) {
   if (seq.finish_reason) {
-    const label = { stop: "finished", length: "finished", abort: "aborted", pruned: "given up" }[seq.finish_reason];
+    const label = { abort: "aborted", pruned: "given up" }[seq.finish_reason] ?? "finished";
     return { name: "finished", label };
   }
   if (state.running.includes(seq.request_id)) {

@@ -4,6 +4,8 @@
 import { element, setText } from "./names.js";
 
 // A field is a number, unless it has a `kind`, or `options` from the server.
+/** @typedef {{ name: string, label: string, hint: string, kind?: "text" | "checkbox" | "lines", options?: boolean }} Field */
+/** @type {Field[]} */
 const ENGINE = [
   { name: "model", label: "Model", kind: "text", hint: "tiny, a directory, or a hub id such as HuggingFaceTB/SmolLM2-135M" },
   { name: "memory", label: "Memory", options: true, hint: "who decides which slots a text gets; orca-…: neighbouring blocks, set aside ahead" },
@@ -16,6 +18,7 @@ const ENGINE = [
   { name: "swap_blocks", label: "Swap blocks", hint: "on the CPU; empty: as many as the pool has" },
   { name: "enable_prefix_caching", label: "Prefix cache", kind: "checkbox", hint: "share what begins alike" },
 ];
+/** @type {Field[]} */
 const SAMPLING = [
   { name: "top_k", label: "Top-k", hint: "keep the k likeliest tokens; 0 keeps all" },
   { name: "top_p", label: "Top-p", hint: "keep the likeliest that add up to p" },
@@ -29,23 +32,27 @@ const SAMPLING = [
 ];
 
 export class Settings {
+  /** @type {Config} */
+  config; // the running engine's
+
+  /** @param {HTMLElement} root @param {Send} send @param {{ [name: string]: string[] }} choices */
   constructor(root, send, choices = {}) {
-    const part = (name) => root.querySelector(`[data-part=${name}]`);
+    const part = (/** @type {string} */ name) => root.querySelector(`[data-part=${name}]`);
     this.send = send;
     this.drawer = part("settings");
     this.form = part("engine-form");
     this.message = part("engine-message");
     this.apply = this.form.querySelector("[type=submit]");
     this.refining = part("sampling-form");
-    for (const field of ENGINE) build(part("engine-fields"), { ...field, options: field.options && (choices[field.name] ?? []) });
+    for (const field of ENGINE) build(part("engine-fields"), field, field.options ? choices[field.name] ?? [] : undefined);
     for (const field of SAMPLING) build(part("sampling-fields"), field);
     root.querySelector("[data-do=settings]").addEventListener("click", () => this.open());
-    this.form.addEventListener("submit", (event) => this.submit(event));
+    this.form.addEventListener("submit", (/** @type {SubmitEvent} */ event) => this.submit(event));
     this.form.elements.preemption.addEventListener("change", () => this.suit());
     this.form.elements.memory.addEventListener("change", () => this.suit());
-    this.refining.addEventListener("submit", (event) => event.preventDefault());
+    this.refining.addEventListener("submit", (/** @type {SubmitEvent} */ event) => event.preventDefault());
     this.refining.addEventListener("change", () => this.check());
-    this.drawer.addEventListener("click", (event) => {
+    this.drawer.addEventListener("click", (/** @type {On} */ event) => {
       if (event.target === this.drawer) this.drawer.close(); // a click on the backdrop
     });
   }
@@ -65,6 +72,7 @@ export class Settings {
   }
 
   // Shows the message of a prompt that was rejected because of a field in the drawer.
+  /** @param {{ field: string, message: string }} answer */
   refused({ field, message }) {
     if (SAMPLING.some(({ name }) => name === field)) blame(this.refining, field, message);
   }
@@ -74,8 +82,9 @@ export class Settings {
     this.form.elements.enable_prefix_caching.disabled = this.config.memory.startsWith("orca-");
     for (const { name, kind } of ENGINE) {
       const input = this.form.elements[name];
-      if (kind === "checkbox") input.checked = this.config[name];
-      else input.value = this.config[name] ?? "";
+      const value = this.config[/** @type {keyof Config} */ (name)];
+      if (kind === "checkbox") input.checked = value;
+      else input.value = value ?? "";
     }
     this.suit();
   }
@@ -92,8 +101,10 @@ export class Settings {
     if (swap_blocks.disabled) swap_blocks.value = "";
   }
 
+  /** @param {SubmitEvent} event */
   async submit(event) {
     event.preventDefault();
+    /** @type {Command} */
     const command = { do: "configure" };
     for (const { name, kind, options } of ENGINE) {
       const input = this.form.elements[name];
@@ -109,12 +120,14 @@ export class Settings {
     else this.tell("bad", answer ? `${answer.message} The engine goes on as it was.` : "The server does not answer.");
   }
 
+  /** @param {string} kind @param {string} words */
   tell(kind, words) {
     this.message.dataset.kind = kind;
     setText(this.message, words);
     this.apply.disabled = kind === "busy";
   }
 
+  /** @param {Status | null} status @param {State} head */
   render(status, head) {
     this.config = head.config;
     if (status?.loading && this.drawer.open) this.tell("busy", `Loading ${status.loading}… The engine goes on meanwhile.`);
@@ -122,17 +135,18 @@ export class Settings {
 
   // The sampling parameters for every prompt. An invalid number is sent as typed, so that the server rejects it.
   sampling() {
-    const value = (name) => this.refining.elements[name].value;
+    const value = (/** @type {string} */ name) => this.refining.elements[name].value;
     const filled = SAMPLING.filter(({ name }) => value(name) !== "");
     return Object.fromEntries(filled.map(({ name, kind }) => [name, kind === "lines" ? lines(value(name)) : number(value(name))]));
   }
 }
 
 // An invalid number is sent as typed, so that the server's message quotes it.
-const number = (text) => (text.trim() === "" || Number.isNaN(Number(text)) ? text : Number(text));
-const lines = (text) => text.split("\n").filter((line) => line !== "").map((line) => line.replaceAll("\\n", "\n"));
+const number = (/** @type {string} */ text) => (text.trim() === "" || Number.isNaN(Number(text)) ? text : Number(text));
+const lines = (/** @type {string} */ text) => text.split("\n").filter((line) => line !== "").map((line) => line.replaceAll("\\n", "\n"));
 
-function build(parent, { name, label, kind = "number", options, hint }) {
+/** @param {HTMLElement} parent @param {Field} field @param {string[]} [options] */
+function build(parent, { name, label, kind, hint }, options) {
   const row = element("label", "mp-field", parent);
   element("span", "", row).textContent = label;
   const common = { name, "data-testid": `set-${name}`, "aria-describedby": `mp-hint-${name} mp-bad-${name}` };
@@ -143,16 +157,17 @@ function build(parent, { name, label, kind = "number", options, hint }) {
     element("textarea", "", row, { rows: 2, spellcheck: "false", ...common });
   } else {
     // Not type="number": for an invalid number a browser returns an empty value, so the input would be ignored.
-    element("input", "", row, kind === "number" ? { type: "text", inputmode: "decimal", ...common } : { type: kind, ...common });
+    element("input", "", row, kind ? { type: kind, ...common } : { type: "text", inputmode: "decimal", ...common });
   }
   element("small", "", row, { id: `mp-hint-${name}` }).textContent = hint;
   element("em", "mp-bad", row, { id: `mp-bad-${name}`, "data-testid": `bad-${name}`, role: "status" });
 }
 
 // Marks the field `name` of a form as wrong and shows the reason; without a name, clears all marks.
+/** @param {HTMLFormElement} form */
 function blame(form, name = "", words = "") {
   for (const note of form.querySelectorAll(".mp-bad")) {
-    const input = note.parentNode.querySelector("[name]");
+    const input = note.parentElement?.querySelector("[name]");
     const wrong = input.name === name;
     setText(note, wrong ? words : "");
     input.setAttribute("aria-invalid", String(wrong));

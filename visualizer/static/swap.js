@@ -7,18 +7,21 @@ import { filled, owners } from "./reducer.js";
 const MANY = 40; // cells; with more they are smaller
 
 export class SwapSpace {
+  /** @param {HTMLElement} root @param {Select} select */
   constructor(root, select) {
     this.node = root.querySelector("[data-part=swap]");
     this.grid = root.querySelector("[data-part=swap-grid]");
     this.count = root.querySelector("[data-part=swap-count]");
+    /** @type {{ node: HTMLElement, fill: HTMLElement, who: HTMLElement }[]} */
     this.cells = [];
-    this.last = [];
-    const blockOf = (event) => event.target.closest?.("[data-swap-block]")?.dataset.swapBlock;
-    this.grid.addEventListener("click", (event) => {
+    /** @type {string[]} */
+    this.last = []; // each cell's owners and filled slots: the DOM is written only if they change
+    const blockOf = (/** @type {On} */ event) => event.target.closest?.("[data-swap-block]")?.dataset.swapBlock;
+    this.grid.addEventListener("click", (/** @type {On} */ event) => {
       const block = blockOf(event);
       if (block !== undefined) select({ swap: Number(block) }, "click");
     });
-    this.grid.addEventListener("pointermove", (event) => {
+    this.grid.addEventListener("pointermove", (/** @type {On} */ event) => {
       const block = blockOf(event);
       select(block === undefined ? null : { swap: Number(block) }, "hover");
     });
@@ -26,6 +29,7 @@ export class SwapSpace {
     rovingCells(this.grid, (cell) => select(cell && { swap: Number(cell.dataset.swapBlock) }, "hover"));
   }
 
+  /** @param {State} state @param {Lit | null} lit */
   render(state, lit) {
     const size = state.swap_ref_counts.length;
     setHidden(this.node, size === 0);
@@ -34,12 +38,13 @@ export class SwapSpace {
     const own = owners(state, "swap_table");
     this.cells.forEach((cell, block) => {
       this.renderCell(state, cell, block, own.get(block) ?? []);
-      cell.node.classList.toggle("mp-dim", Boolean(lit) && !lit.swaps.has(block));
-      cell.node.classList.toggle("mp-lit", Boolean(lit) && lit.swap === block);
+      cell.node.classList.toggle("mp-dim", lit !== null && !lit.swaps.has(block));
+      cell.node.classList.toggle("mp-lit", lit?.swap === block);
     });
     setText(this.count, `${own.size} of ${size} in use`);
   }
 
+  /** @param {number} size */
   build(size) {
     this.last = [];
     this.cells = Array.from({ length: size }, (_, block) => {
@@ -52,6 +57,7 @@ export class SwapSpace {
     this.grid.replaceChildren(...this.cells.map(({ node }) => node));
   }
 
+  /** @param {State} state @param {SwapSpace["cells"][number]} cell @param {number} block @param {number[]} own */
   renderCell(state, { node, fill, who }, block, own) {
     const size = state.config.block_size;
     const slots = Math.max(0, ...own.map((id) => filled(state, state.seqs[id], state.seqs[id].swap_table.indexOf(block))));
@@ -59,8 +65,8 @@ export class SwapSpace {
     if (this.last[block] === key) return;
     this.last[block] = key;
     const [first] = own;
-    node.dataset.refs = own.length;
-    node.dataset.fill = slots;
+    node.dataset.refs = String(own.length);
+    node.dataset.fill = String(slots);
     node.title = own.length
       ? `CPU block ${block}: ${list(own.map(letter))}, ${slots} of ${plural(size, "slot")} filled` : `CPU block ${block} is free`;
     node.setAttribute("aria-label", node.title);
@@ -72,6 +78,7 @@ export class SwapSpace {
     setText(who, own.length ? letter(first) + (own.length > 1 ? `×${own.length}` : "") : "");
   }
 
+  /** @param {number} block */
   cellOf(block) {
     return this.cells[block]?.node;
   }

@@ -3,13 +3,15 @@
 
 import { letter, list, plural } from "./names.js";
 
-const blocks = (ids) => (ids.length ? `block${ids.length > 1 ? "s" : ""} ${list([...new Set(ids)].map(String))}` : "no block");
+const blocks = (/** @type {number[]} */ ids) => (ids.length ? `block${ids.length > 1 ? "s" : ""} ${list([...new Set(ids)].map(String))}` : "no block");
 
+/** @type {{ [reason: string]: string }} */
 const REASON = {
   stop: "has told its story", length: "has reached its length", abort: "was aborted",
   pruned: "was a beam with too little chance: it is given up",
 };
 
+/** @type {{ [T in EventType]: (e: EventOf<T>, state: State) => string }} */
 export const TELLING = {
   engine_started: (e) => `The engine starts with ${plural(e.num_blocks, "free block")} of ${plural(e.block_size, "token")} each.`,
   request_added: (e) => `A request of ${plural(e.prompt_token_ids.length, "token")} joins the queue: ${list(e.seq_ids.map(letter))}.`,
@@ -51,4 +53,5 @@ export const TELLING = {
   engine_error: (e) => `Something went wrong: ${e.message}.`,
 };
 
-export const describe = (event, state) => TELLING[event.type]?.(event, state) ?? event.type;
+/** @param {EngineEvent} event @param {State} state @returns {string} */
+export const describe = (event, state) => /** @type {Handler} */ (TELLING[event.type])?.(event, state) ?? event.type;

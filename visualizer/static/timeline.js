@@ -7,6 +7,7 @@ import { setAttribute } from "./parts.js";
 const EVERY = 250; // milliseconds between drawings of the marks
 
 export class Timeline {
+  /** @param {HTMLElement} root @param {Player} player */
   constructor(root, player) {
     this.player = player;
     this.scrub = root.querySelector("[data-part=scrub]");
@@ -16,8 +17,11 @@ export class Timeline {
     this.freezeButton = root.querySelector("[data-do=freeze]");
     this.liveButton = root.querySelector("[data-do=live]");
     this.drawn = "";
+    /** @type {string | null} */
+    this.marked = null; // the run whose marks are drawn
     this.nextAt = 0;
-    const on = (name, action) => root.querySelector(`[data-do=${name}]`).addEventListener("click", action);
+    const on = (/** @type {string} */ name, /** @type {() => void} */ action) =>
+      root.querySelector(`[data-do=${name}]`).addEventListener("click", action);
     on("freeze", () => this.toggle());
     on("back", () => player.stepBy(-1));
     on("forward", () => player.stepBy(1));
@@ -31,6 +35,7 @@ export class Timeline {
     else this.player.freeze();
   }
 
+  /** @param {On<KeyboardEvent>} event @param {HTMLElement} root */
   key(event, root) {
     if (!root.isConnected || event.ctrlKey || event.metaKey || event.altKey) return;
     if (root.dataset.view === "experiments") return; // the scene is not visible
@@ -38,6 +43,7 @@ export class Timeline {
     const pressing = event.key === " " && event.target.closest?.("button");
     if (typing || pressing) return;
     const { player } = this;
+    /** @type {{ [key: string]: () => void }} */
     const actions = {
       " ": () => this.toggle(),
       ArrowLeft: () => (event.shiftKey ? player.stepEvent(-1) : player.stepBy(-1)),
@@ -74,6 +80,7 @@ export class Timeline {
   }
 
   // Draws a coloured mark per record and kind of event, each kind in its own lane.
+  /** @param {number} now */
   drawTicks(now) {
     const { player, ticks } = this;
     if (now < this.nextAt && player.run === this.marked) return;
@@ -89,7 +96,8 @@ export class Timeline {
     const style = getComputedStyle(ticks);
     const lanes = lanesOf(player.head.config);
     const span = Math.max(1, player.end - player.first);
-    const place = (index) => Math.round(((index + 1) / span) * (ticks.width - 14 * scale) + 6 * scale);
+    const place = (/** @type {number} */ index) => Math.round(((index + 1) / span) * (ticks.width - 14 * scale) + 6 * scale);
+    /** @param {string[]} marks @param {string} hue @param {number} top @param {number} height */
     const draw = (marks, hue, top, height) => {
       pen.fillStyle = style.getPropertyValue(hue);
       let last = -1;
@@ -108,6 +116,7 @@ export class Timeline {
     this.drawLegend(lanes);
   }
 
+  /** @param {typeof import("./marks.js").LANES} lanes */
   drawLegend(lanes) {
     const names = lanes.map(({ name }) => name).join();
     if (this.legend.dataset.lanes === names) return;

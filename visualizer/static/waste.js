@@ -7,9 +7,11 @@ import { element, setText } from "./names.js";
 
 const SCALE = 2.5; // a bar's largest length in pools; longer bars are cut off, to keep the others readable
 const CLASSES = ["token", "reserved", "internal", "external"];
+/** @type {{ [kind: string]: string }} */
 const WORDS = {
   token: "holds a token", reserved: "kept for tokens to come", internal: "will never be used", external: "lost to rounding",
 };
+/** @type {{ [name: string]: string[] }} */
 const MANAGERS = {
   "orca-max": ["FT, Orca Max", "Sets aside the longest possible text for each, as FasterTransformer (FT) does"],
   "orca-pow2": ["Orca Pow2", "Sets aside the prompt and the output's length rounded up to a power of two"],
@@ -20,12 +22,26 @@ const MANAGERS = {
 const NAMES = Object.keys(MANAGERS); // in the order of accounts.js
 
 export class Waste extends PlotlyChart {
+  /** @type {HTMLElement} */
+  sentence;
+  /** @type {HTMLElement} */
+  table;
+  /** @type {HTMLElement} */
+  toggle;
+  /** @type {ReturnType<Waste["buildBar"]>[]} */
+  bars;
+  /** @type {string | null} */
+  drawn = null; // names the lines over time that are drawn
+  told = ""; // names the step that the bars show
+
+  /** @param {HTMLElement} panel @param {Figure} figure */
   constructor(panel, figure) {
     super(panel, figure, element("div", "mp-waste-line", null, { "data-testid": "waste-line" }));
     this.accounts = new Accounts();
     this.build(panel);
   }
 
+  /** @param {HTMLElement} panel */
   build(panel) {
     this.sentence = element("p", "mp-waste-say", panel, { "data-testid": "waste-say" });
     const body = element("div", "mp-waste-body", panel);
@@ -55,6 +71,7 @@ export class Waste extends PlotlyChart {
     });
   }
 
+  /** @param {string} name */
   buildBar(name) {
     const [title, meaning] = MANAGERS[name];
     const row = element("div", "mp-w-row", this.table, { role: "row", "data-manager": name });
@@ -67,6 +84,7 @@ export class Waste extends PlotlyChart {
     return { row, track, parts, words, fit, meaning };
   }
 
+  /** @param {Player} player */
   render(player) {
     this.accounts.follow(player);
     const row = this.accounts.at(player.position - 1);
@@ -78,10 +96,11 @@ export class Waste extends PlotlyChart {
 
   // --- now ---
 
+  /** @param {Player} player @param {number[] | undefined} row */
   tell(player, row) {
     const { num_blocks, block_size } = player.state.config;
     const slots = num_blocks * block_size;
-    this.table.dataset.number = row?.[0] ?? "";
+    this.table.dataset.number = String(row?.[0] ?? "");
     const held = NAMES.map((_, i) => (row ? row.slice(3 + 5 * i, 7 + 5 * i) : [0, 0, 0, 0]));
     const totals = held.map((parts) => parts.reduce((a, b) => a + b));
     const scale = Math.max(slots, Math.min(SCALE * slots, Math.max(...totals)));
@@ -105,6 +124,7 @@ export class Waste extends PlotlyChart {
 
   // --- over time ---
 
+  /** @param {Player} player */
   drawLine(player) {
     const { first, end } = windowOf(player);
     const key = `${player.run} ${this.accounts.revision} ${first} ${end}`;
@@ -112,9 +132,10 @@ export class Waste extends PlotlyChart {
     let data = null;
     if (key !== this.drawn) {
       const rows = this.accounts.rows.slice(first - this.accounts.first, end - this.accounts.first);
-      const traces = this.figure.data.map((_, i) => i);
+      /** @type {number[]} */
+      const traces = Object.keys(this.figure.data).map(Number);
       const x = rows.map((row) => row[1]);
-      const total = (row, i) => row[3 + 5 * i] + row[4 + 5 * i] + row[5 + 5 * i] + row[6 + 5 * i];
+      const total = (/** @type {number[]} */ row, /** @type {number} */ i) => row[3 + 5 * i] + row[4 + 5 * i] + row[5 + 5 * i] + row[6 + 5 * i];
       const y = traces.map((i) => rows.map((row) => (i < NAMES.length ? total(row, i) : row[3 + 5 * (NAMES.length - 1)])));
       data = { x: traces.map(() => x), y };
       this.drawn = key;
@@ -124,6 +145,7 @@ export class Waste extends PlotlyChart {
 }
 
 // The sentence about Orca Max, which wastes the most. `row` and `totals` as in `tell`.
+/** @param {number[]} row @param {number[]} totals @param {string} memory */
 function sentence(row, totals, memory) {
   const [, , running] = row;
   const paged = totals.at(-1);
