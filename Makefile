@@ -13,7 +13,10 @@ VENV := .venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check \
 	--constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test test-fast test-optimized check gpu-check clean
+# From npm's registry, into npm's cache; nothing is installed.
+TSC := npx --yes --package typescript@7.0.2 tsc
+
+.PHONY: help demo test test-fast test-optimized check check-js typescript gpu-check clean
 
 help:
 	@echo "make demo    install into .venv if necessary and start the visualizer on http://127.0.0.1:$(PORT)"
@@ -21,6 +24,7 @@ help:
 	@echo "make test-fast  the tests of the heart and what most changes touch, in under 90 seconds"
 	@echo "make test-optimized  some of the tests under python -O"
 	@echo "make check   ruff and mypy"
+	@echo "make check-js  the types of the page's JavaScript (needs npm and its registry)"
 	@echo "make gpu-check  on a machine with a GPU: kernels, parity, benchmarks (no .venv; PYTHON=python3)"
 	@echo "make clean   remove .venv and all other generated files"
 	@echo "Variables: PORT=7860, TORCH_INDEX=https://download.pytorch.org/whl/cpu (small torch for Linux)"
@@ -43,6 +47,14 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+
+check-js:
+	$(TSC) --project visualizer/static/jsconfig.json
+	$(TSC) --project tests/visualizer/jsconfig.json
+
+# Whether check-js can run.
+typescript:
+	$(TSC) --version
 
 # Uses $(PYTHON), which needs only torch, triton, transformers and pytest: GPU machines usually have them installed.
 gpu-check:
