@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from minipaged.kernels.backend import Kernels
     from minipaged.models.loader import LoadedModel
 
-__all__ = ["BatchItem", "assemble", "build_engine", "load", "make_manager", "rebuild"]
+__all__ = ["BatchItem", "assemble", "build_engine", "kv_tensors", "load", "make_manager", "rebuild"]
 
 
 # --- the scheduler's side -----------------------------------------------------------------------------------------
@@ -96,6 +96,17 @@ def rebuild(engine: Engine) -> Engine:
         eos_token_ids=engine.eos_token_ids,
         bytes_per_block=engine.bytes_per_block,
     )
+
+
+def kv_tensors(engine: Engine) -> list[torch.Tensor]:
+    """All tensors that hold an engine's KV: those of its pool, of a draft model's pool, and of the swap space."""
+    found, runners = [], [engine.runner]
+    while runners:
+        parts = vars(runners.pop())
+        runners += [parts[name] for name in ("inner", "draft") if name in parts]
+        stores = [parts[name].stores for name in ("kv_cache", "space") if name in parts]
+        found += [tensor for lists in stores for tensors in lists for tensor in tensors]
+    return found
 
 
 def make_manager(config: EngineConfig, events: EventLog, closing: Closing | None = None) -> MemoryManager:
@@ -190,9 +201,10 @@ def build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel |
         wanted=config.num_blocks,
         useful=config.max_num_seqs * -(-max_model_len // (config.block_size or 1)),
         swap_blocks=config.swap_blocks if config.preemption == "swap" else 0,
+        kv_memory=None if config.kv_memory is None else int(config.kv_memory),
     )
     num_blocks = fit() if shard is None else min(gather(on_all_ranks(fit)))  # block tables are the same on all ranks
-    config = replace(config, num_blocks=num_blocks)
+    config = replace(config, num_blocks=num_blocks, kv_memory=None)
     return assemble(
         config,
         _runner(config, loaded, draft),

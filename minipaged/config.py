@@ -5,9 +5,11 @@ Each feature checks its own values in a function ``check`` next to its code.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 from minipaged.core.params import CoreConfig, SamplingParams
 from minipaged.core.prefix_cache import EvictionPolicy
@@ -28,6 +30,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "int8")
 ATTENTIONS = ("auto", "triton", "native", "torch", "flex")
 MANAGERS = ("paged", *AHEAD, "vattention")
+SIZE_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 CHOICES = {
     "device": DEVICES,
     "dtype": DTYPES,
@@ -52,8 +55,22 @@ __all__ = [
     "PREEMPTIONS",
     "PROMPT_LOOKUP",
     "SCHEDULES",
+    "SIZE_UNITS",
     "SamplingParams",
+    "num_bytes",
 ]
+
+
+def num_bytes(size: int | str, name: str) -> int:
+    """A size of memory in bytes: 2147483648, "2147483648" or "2GiB". Raises `InvalidConfig`, which says ``name``."""
+    if isinstance(size, str):
+        found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) ?([A-Za-z]*)", size.strip(), re.ASCII)
+        if not found or found[2] not in SIZE_UNITS or ("." in found[1] and not found[2]):
+            units = ", ".join(unit for unit in SIZE_UNITS if unit)
+            raise InvalidConfig(f"{name} must be a number of bytes, or a number and one of {units}, not {size!r}")
+        size = int(Decimal(found[1]) * SIZE_UNITS[found[2]])
+    whole_number(size, name, 1, InvalidConfig)
+    return size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +94,10 @@ class EngineConfig(CoreConfig):
         block_size: tokens per KV block (paper §4.1). ``None``: 16, the paper's default, unless vAttention needs
             more to fill whole pages of memory.
         num_blocks: physical blocks in the pool. ``None``: as many as fit in free memory, but never more than
-            ``max_num_seqs`` sequences of ``max_model_len`` tokens could fill.
+            ``max_num_seqs`` sequences of ``max_model_len`` tokens could fill. On a CPU the memory is committed as it is
+            used, and limits of control groups (containers) count as the machine's memory.
+        kv_memory: the pool's size in bytes instead: a number, or text with a unit, such as ``"2GiB"`` (`SIZE_UNITS`).
+            The engine turns it into ``num_blocks``. Swap space is not part of it.
         max_num_seqs: maximum number of sequences in the running batch. A request with ``n`` samples counts ``n``.
         max_num_batched_tokens: maximum number of tokens computed in one step, decodes and prefill chunks together.
         max_model_len: maximum number of tokens in a sequence, prompt included. ``None``: the model's own limit.
@@ -123,6 +143,7 @@ class EngineConfig(CoreConfig):
     cuda_graphs: bool | None = None
     block_size: int | None = None
     num_blocks: int | None = None
+    kv_memory: int | str | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024
     max_model_len: int | None = None
@@ -157,6 +178,10 @@ class EngineConfig(CoreConfig):
         if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
             raise InvalidConfig(f"cuda_graphs must be True, False or None, not {self.cuda_graphs!r}")
         super().__post_init__()
+        if self.kv_memory is not None:
+            if self.num_blocks is not None:
+                raise InvalidConfig("kv_memory and num_blocks exclude each other; leave one of them out")
+            object.__setattr__(self, "kv_memory", num_bytes(self.kv_memory, "kv_memory"))
         for check in (contiguous.check, eviction.check, swap.check, vattention.check, speculative.check):
             check(self)
         if self.attention == "flex" and ((self.block_size or 0) % 16 or self.kv_dtype != "auto"):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from minipaged.execution.batch import Batch
+from minipaged.execution.lazy_memory import zeros  # on a CPU, memory that is committed as it is written
 from minipaged.kernels.backend import TORCH, Kernels  # functions of kernels/reference.py, or faster ones
 
 
@@ -32,8 +33,8 @@ class KVCache:
         kernels: Kernels = TORCH,
     ) -> None:
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.k = [zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.v = [zeros(shape, dtype, device) for _ in range(num_layers)]
         self.k_scale: Seq[Tensor | None] = [None] * num_layers
         self.v_scale: Seq[Tensor | None] = [None] * num_layers
         self.stores = [self.k + self.v]  # lists of tensors of one shape: all data of a block, for copies and swaps

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minipaged.execution.kv_cache import KVCache
+from minipaged.execution.lazy_memory import zeros
 from minipaged.kernels.backend import TORCH, Kernels
 
 KV_DTYPES = ("auto", "int8")
@@ -36,7 +37,7 @@ class Int8KVCache(KVCache):
 
         def scales() -> list[Tensor]:
             shape = (num_blocks, block_size, num_kv_heads)
-            return [torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(num_layers)]
+            return [zeros(shape, torch.float32, device) for _ in range(num_layers)]
 
         k_scale, v_scale = scales(), scales()
         self.k_scale, self.v_scale = k_scale, v_scale

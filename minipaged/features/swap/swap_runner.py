@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minipaged.core.plan import StepPlan
 from minipaged.execution.kv_cache import KVCache
+from minipaged.execution.lazy_memory import zeros
 from minipaged.execution.runner import WrappedRunner
 
 
@@ -18,21 +19,24 @@ class SwapSpace:
 
     def __init__(self, kv_cache: KVCache, num_blocks: int) -> None:
         self.kv_cache = kv_cache
-        pinned = (
-            kv_cache.k[0].device.type == "cuda"
-        )  # the GPU copies pinned memory by itself, so the host need not wait
-        self._stores = [
-            [torch.zeros(num_blocks, *t.shape[1:], dtype=t.dtype, pin_memory=pinned) for t in store]
-            for store in kv_cache.stores
-        ]
+        # The GPU copies pinned memory by itself, so the host need not wait. Pinned memory is committed at once.
+        pinned = kv_cache.k[0].device.type == "cuda"
+
+        def empty(like: Tensor) -> Tensor:
+            shape = (num_blocks, *like.shape[1:])
+            if pinned:
+                return torch.zeros(shape, dtype=like.dtype, pin_memory=True)
+            return zeros(shape, like.dtype, torch.device("cpu"))
+
+        self.stores = [[empty(tensor) for tensor in store] for store in kv_cache.stores]
 
     def swap_out(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copies blocks (source in the pool, target in the swap space) in all layers."""
-        self._transfer(pairs, self.kv_cache.stores, self._stores)
+        self._transfer(pairs, self.kv_cache.stores, self.stores)
 
     def swap_in(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copies blocks (source in the swap space, target in the pool) in all layers."""
-        self._transfer(pairs, self._stores, self.kv_cache.stores)
+        self._transfer(pairs, self.stores, self.kv_cache.stores)
 
     def _transfer(self, pairs: Seq[tuple[int, int]], sources: list[list[Tensor]], targets: list[list[Tensor]]) -> None:
         if pairs:
