@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from minipaged import cli, doctor
-from minipaged.cli import chat_command, generate_command, visualize_command
+from minipaged.cli import chat_command, generate_command, serve_commands, visualize_command
 from minipaged.errors import InvariantViolation, StepFailed
 from minipaged.outputs import CompletionOutput, Delta
 from tests.checkpoints import save_llama
@@ -138,6 +138,22 @@ print("SLOW", {"torch", "transformers", "gradio", "plotly"} & set(sys.modules))
         (["batch", "x", "-o", "y", "--schedule", "batchllm", "--memory", "orca-max"], 'needs memory="paged"'),
         (["chat", "--max-tokens", "0"], "max_tokens must be a whole number"),
         (["visualize", "--block-size", "0"], "block_size must be"),
+        (["chat", "--kv-memory", "2gib"], "--kv-memory must be a number of bytes, or a number and one of MB, GB, MiB"),
+        (["generate", "x", "--kv-memory", "0"], "--kv-memory must be a"),
+        (["generate", "x", "--kv-memory", "1000"], "kv_memory = 1000 holds no KV block"),
+        (["generate", "x", "--num-blocks", "0"], "num_blocks must be a whole number of at least 1"),
+        (["visualize", "--max-model-len", "1"], "max_model_len must be a whole number of at least 2"),
+        *(
+            ([*command, "--kv-memory", "1GiB", "--num-blocks", "9"], "--kv-memory and --num-blocks exclude each other")
+            for command in (
+                ["chat"],
+                ["generate", "x"],
+                ["serve", "--port", "0"],
+                ["visualize"],
+                ["batch", "x", "-o", "y"],
+            )
+        ),
+        (["chat", "--url", "http://127.0.0.1:1/v1", "--num-blocks", "5"], "the server's business"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(run, args, complaint):
@@ -205,6 +221,44 @@ def test_generate_streams_what_generate_returns(run, checkpoint):
     assert len(output["token_ids"]) <= 12
     assert output["finish_reason"] in ("stop", "length")
     assert output["cumulative_logprob"] < 0
+
+
+def test_one_line_tells_the_size_of_the_pool(run):
+    args = ["generate", "Once", "--max-tokens", "2", "--device", "cpu"]
+    code, _, told = run(*args)
+    line = "KV cache: 64 blocks of 16 tokens, 1,024 tokens in all; it takes 4 MiB at most, 0 MiB of them now\n"
+    assert (code, told) == (0, line), "for one user"
+    assert "192 blocks" in run(*args, "-n", "3")[2], "for three samples"
+    assert "48 blocks" in run(*args, "--kv-memory", "3MiB")[2]
+    assert "5 blocks" in run(*args, "--num-blocks", "5", "--max-num-seqs", "2")[2]
+    assert "16 blocks" in run(*args, "--max-num-seqs", "2", "--max-model-len", "128")[2]
+
+
+@pytest.mark.parametrize(
+    ("command", "known"),
+    [
+        ("chat", {"max_num_seqs": 1}),
+        ("chat --max-num-seqs 3 --num-blocks 7", {"max_num_seqs": 3, "num_blocks": 7}),
+        ("generate x", {"max_num_seqs": 1}),
+        ("generate x -n 4 --kv-memory 2GiB", {"max_num_seqs": 4, "kv_memory": 2 << 30}),
+        ("generate x -n 4 --max-model-len 99", {"max_num_seqs": 4, "max_model_len": 99}),
+        ("serve --port 0 --kv-memory 1GB --max-model-len 50", {"kv_memory": 10**9, "max_model_len": 50}),
+    ],
+)
+def test_the_size_of_the_pool_reaches_the_engine(monkeypatch, run, command, known):
+    asked: dict = {}
+
+    def load(*_, **settings):
+        asked.update(settings)
+        raise StepFailed("enough", [])
+
+    for module in (chat_command, generate_command, serve_commands):
+        monkeypatch.setattr(module, "load", load)
+    assert run(*command.split())[0] == 1
+    names = ("num_blocks", "kv_memory", "max_num_seqs", "max_model_len")
+    assert {name: asked[name] for name in names if name in asked} == {
+        name: known[name] for name in names if name in known
+    }
 
 
 def test_generate_without_a_seed_differs_from_run_to_run(run, checkpoint):
@@ -330,7 +384,7 @@ def test_chat_goes_on_when_a_message_is_refused(run, type_lines, checkpoint):
     type_lines("x " * 9000, "hello")
     code, out, err = run("chat", "--model", checkpoint, "--max-tokens", "3", "--seed", "1")
     assert code == 0
-    assert "/reset forgets the conversation" in err and err.count("\n") == 1
+    assert "/reset forgets the conversation" in err and err.count("\n") == 2  # the first one tells the pool's size
     assert out.count("\n") >= 3  # the greeting, an answer, the end of the input
 
 
@@ -469,6 +523,16 @@ def test_sharing_is_asked_for(run, launched):
     assert launched["share"] is False
     run("visualize", "--share")
     assert launched["share"] is True and launched["host"] == "127.0.0.1"
+
+
+def test_the_pages_pool_can_be_sized_in_bytes(run, launched, tmp_path):
+    run(*"visualize --kv-memory 4MiB --max-num-seqs 3 --max-model-len 99".split())
+    changes = {"device": "auto", "dtype": "auto", "kv_memory": 4 << 20, "max_num_seqs": 3, "max_model_len": 99}
+    assert launched["settings"] == {name: v for name, v in DEMO_SETTINGS.items() if name != "num_blocks"} | changes
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text("SETTINGS = {'kv_memory': '1MiB'}\n")
+    run("visualize", "--plugin", str(plugin))
+    assert launched["settings"]["kv_memory"] == "1MiB" and "num_blocks" not in launched["settings"]
 
 
 def test_visualize_hands_on_what_was_given(run, launched):

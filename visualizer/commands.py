@@ -9,11 +9,11 @@ from concurrent.futures import Future
 from dataclasses import fields, replace
 from typing import Any
 
-from minipaged.config import EngineConfig, SamplingParams
-from minipaged.errors import InvalidRequest, MinipagedError
+from minipaged.config import EngineConfig, SamplingParams, num_bytes
+from minipaged.errors import InvalidConfig, InvalidRequest, MinipagedError
 from minipaged.events.waste import AHEAD
 from visualizer.attention_weights import look
-from visualizer.paced_loop import PacedLoop
+from visualizer.paced_loop import MAX_BLOCKS, PacedLoop
 from visualizer.scenarios import SCENARIOS, Arrival, Scenario
 
 MAX_CHARACTERS = 20_000
@@ -25,9 +25,10 @@ MAX_MESSAGES = 100  # per conversation
 # Upper limits of the settings that a viewer can change: the page draws every block, and memory must not run out.
 LIMITS = {
     "block_size": 256,
-    "num_blocks": 4096,
+    "num_blocks": MAX_BLOCKS,
     "max_num_seqs": 256,
     "max_num_batched_tokens": 16384,
+    "max_model_len": 1_000_000,
     "swap_blocks": 4096,
 }
 # Optional sampling parameters of an arrival, which viewers change rarely.
@@ -192,8 +193,15 @@ def _config(payload: dict[str, Any], old: EngineConfig) -> EngineConfig:
     for name, most in LIMITS.items():
         if payload.get(name) is not None:
             changes[name] = int(_number(payload, name, name.replace("_", " "), 1, most, whole=True))
-    if payload.get("block_size", 0) is None:
-        changes["block_size"] = None  # the memory manager's default
+    for name in ("block_size", "max_model_len"):
+        if payload.get(name, 0) is None:
+            changes[name] = None  # the default of the memory manager or the model
+    if payload.get("kv_memory"):
+        try:
+            changes["kv_memory"] = num_bytes(_text(payload, "kv_memory", 40), "kv_memory")
+        except InvalidConfig as error:
+            raise BadCommand(str(error), "kv_memory") from None
+        changes.setdefault("num_blocks", None)
     if "model" in payload:
         changes["model"] = _text(payload, "model", 300).strip()
     for name in ("memory", "batching", "preemption", "enable_prefix_caching"):
@@ -202,7 +210,7 @@ def _config(payload: dict[str, Any], old: EngineConfig) -> EngineConfig:
     if changes.get("preemption", old.preemption) != "swap":
         changes["swap_blocks"] = None
     if changes.get("model", old.model) != old.model:
-        changes["max_model_len"] = None  # the new model's default
+        changes.setdefault("max_model_len", None)  # the new model's default
     if changes.get("enable_prefix_caching") is False or changes.get("memory") in AHEAD:
         changes |= {"eviction": None, "eviction_policy": None}
     if changes.get("memory", old.memory) != "vattention":

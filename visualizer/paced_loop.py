@@ -22,6 +22,7 @@ from visualizer.scenarios import Arrival, Scenario
 
 MAX_WAITING = 50  # requests; with more, repeated clicks would only lengthen the queue for all viewers
 TIME_TO_ANSWER = 20.0  # seconds a step is held back for a viewer's prediction before it is shown
+MAX_BLOCKS = 4096  # in a pool that a viewer asks for: the page draws every block
 DEFAULT_RATE = 12.0  # steps per second: fast enough to feel alive, slow enough to follow
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,9 @@ class PacedLoop(EngineLoop):
 
         def configure() -> None:
             engine = llm.engine if llm else self._engine(config)
+            if engine.num_blocks > MAX_BLOCKS:
+                blocks = f"{engine.num_blocks:,} blocks; this page shows at most {MAX_BLOCKS:,}"
+                raise InvalidConfig(f"the pool would have {blocks}: make it smaller")
             self.llm = llm or self.llm
             self._home = engine.config
             self._adopt(engine)

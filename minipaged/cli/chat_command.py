@@ -20,10 +20,14 @@ from minipaged.cli.options import (
     Device,
     Dtype,
     KvDtype,
+    KvMemory,
+    MaxModelLen,
+    MaxNumSeqs,
     MaxTokens,
     Memory,
     MinP,
     Model,
+    NumBlocks,
     NumSpeculativeTokens,
     Seed,
     Speculate,
@@ -33,6 +37,7 @@ from minipaged.cli.options import (
     fail,
     given,
     load,
+    pool,
     sampling,
 )  # fmt: skip
 from minipaged.config import SamplingParams
@@ -70,6 +75,10 @@ def chat(
     memory: Memory = None,
     attention: Attention = None,
     kv_dtype: KvDtype = None,
+    num_blocks: NumBlocks = None,
+    kv_memory: KvMemory = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_model_len: MaxModelLen = None,
     speculate: Speculate = None,
     num_speculative_tokens: NumSpeculativeTokens = None,
 ) -> None:
@@ -78,12 +87,13 @@ def chat(
     settings = given(
         memory=memory, attention=attention, kv_dtype=kv_dtype, speculate=speculate,
         num_speculative_tokens=num_speculative_tokens,
-    )  # fmt: skip
+    ) | pool(num_blocks, kv_memory, max_num_seqs, max_model_len)  # fmt: skip
     if url is None:
         params = sampling(**options)  # rejects wrong values before the model is loaded
+        settings = {"max_num_seqs": 1} | settings  # there is one user
         backend = _embedded(load(model, device=device, dtype=dtype, **settings), params)
     elif settings or (device, dtype) != (DEFAULT.device, DEFAULT.dtype):
-        what = "device, dtype, memory, attention, kv-dtype and speculate"
+        what = "device, dtype, memory, attention, kv-dtype, speculate and the pool's size"
         raise InvalidRequest(f"{what} are the server's business; leave them out with --url")
     else:
         backend = _remote(url, api_key, model, options)

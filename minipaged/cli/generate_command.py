@@ -15,10 +15,14 @@ from minipaged.cli.options import (
     Device,
     Dtype,
     KvDtype,
+    KvMemory,
+    MaxModelLen,
+    MaxNumSeqs,
     MaxTokens,
     Memory,
     MinP,
     Model,
+    NumBlocks,
     NumSpeculativeTokens,
     Seed,
     Speculate,
@@ -28,7 +32,9 @@ from minipaged.cli.options import (
     TopP,
     given,
     load,
+    pool,
     sampling,
+    tell_pool,
     torchrun,
 )  # fmt: skip
 from minipaged.config import SamplingParams
@@ -54,6 +60,10 @@ def generate(
     memory: Memory = None,
     attention: Attention = None,
     kv_dtype: KvDtype = None,
+    num_blocks: NumBlocks = None,
+    kv_memory: KvMemory = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_model_len: MaxModelLen = None,
     speculate: Speculate = None,
     num_speculative_tokens: NumSpeculativeTokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -74,10 +84,13 @@ def generate(
         device=device, dtype=dtype, memory=memory, attention=attention, kv_dtype=kv_dtype, speculate=speculate,
         num_speculative_tokens=num_speculative_tokens,
     )  # fmt: skip
+    # There is one request: by default the pool is as large as its sequences can make use of.
+    wanted = min(n, DEFAULT.max_num_batched_tokens)
+    settings |= {"max_num_seqs": wanted} | pool(num_blocks, kv_memory, max_num_seqs, max_model_len)
     if torchrun():
         from minipaged.features.tensor_parallel.launch import run
 
-        run(lambda llm: _answer(llm, prompt, params, as_json), model, **settings)
+        run(lambda llm: _answer(tell_pool(llm), prompt, params, as_json), model, **settings)
     else:
         _answer(load(model, **settings), prompt, params, as_json)
 

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minipaged.config import ATTENTIONS, DEVICES, DTYPES, EVICTIONS, KV_DTYPES, MANAGERS, EngineConfig, SamplingParams
+from minipaged.config import (
+    ATTENTIONS,
+    DEVICES,
+    DTYPES,
+    EVICTIONS,
+    KV_DTYPES,
+    MANAGERS,
+    EngineConfig,
+    SamplingParams,
+    num_bytes,
+)
+from minipaged.errors import InvalidConfig
 
 if TYPE_CHECKING:
     from minipaged.llm import LLM
@@ -27,6 +38,12 @@ Speculate = Annotated[
     str | None, typer.Option(help="Speculative decoding: prompt-lookup, or the name of a draft model.")
 ]
 NumSpeculativeTokens = Annotated[int | None, typer.Option(help="Draft tokens per step, with --speculate. Default: 4.")]
+NumBlocks = Annotated[int | None, typer.Option(help="KV blocks in the pool. Default: as many as fit and are of use.")]
+KvMemory = Annotated[
+    str | None, typer.Option(help="The pool's size in bytes instead, with a unit if you like: 512MiB, 2GiB, 2GB.")
+]
+MaxNumSeqs = Annotated[int | None, typer.Option(help="Most sequences in the running batch.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Most tokens in a sequence, prompt included.")]
 Temperature = Annotated[float | None, typer.Option(help="Divides the logits; 0 is greedy. Default: 1.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this total probability.")]
 TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens.")]
@@ -37,10 +54,37 @@ Seed = Annotated[int | None, typer.Option(help="Makes the output repeat. Default
 
 
 def load(model: str, **settings: Any) -> LLM:
+    """Makes the `LLM`, and tells on stderr how large its pool is."""
     EngineConfig(model=model, **settings)  # reject wrong settings before the slow import
     from minipaged.llm import LLM
 
-    return LLM(model, **settings)
+    return tell_pool(LLM(model, **settings))
+
+
+def pool(
+    num_blocks: int | None, kv_memory: str | None, max_num_seqs: int | None, max_model_len: int | None
+) -> dict[str, Any]:
+    """The settings of the pool's size that were given. Raises `InvalidConfig` with the options' names."""
+    if num_blocks is not None and kv_memory is not None:
+        raise InvalidConfig("--kv-memory and --num-blocks exclude each other; leave one of them out")
+    size = None if kv_memory is None else num_bytes(kv_memory, "--kv-memory")
+    return given(num_blocks=num_blocks, kv_memory=size, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+
+
+def tell_pool(llm: LLM) -> LLM:
+    """Prints the size of the pool on stderr, and how much of it is in memory now. Returns ``llm``."""
+    from minipaged.build import kv_tensors
+    from minipaged.execution.lazy_memory import committed
+
+    tensors, blocks, size = kv_tensors(llm.engine), llm.engine.num_blocks, llm.engine.config.block_size or 0
+    most, now = sum(tensor.nbytes for tensor in tensors) / 2**20, committed(tensors) / 2**20
+    swap = " with its swap space" if llm.engine.config.preemption == "swap" else ""
+    print(
+        f"KV cache: {blocks:,} blocks of {size} tokens, {blocks * size:,} tokens in all; "
+        f"it takes {most:,.0f} MiB at most{swap}, {now:,.0f} MiB of them now",
+        file=sys.stderr,
+    )
+    return llm
 
 
 def torchrun() -> bool:

@@ -19,19 +19,21 @@ from minipaged.cli.options import (
     Dtype,
     Eviction,
     KvDtype,
+    KvMemory,
+    MaxModelLen,
+    MaxNumSeqs,
     Memory,
     Model,
+    NumBlocks,
     NumSpeculativeTokens,
     Speculate,
     fail,
     given,
     load,
+    pool,
 )
 from minipaged.config import EngineConfig
 
-NumBlocks = Annotated[int | None, typer.Option(help="KV blocks in the pool. Default: as many as fit.")]
-MaxNumSeqs = Annotated[int | None, typer.Option(help="Most sequences in the running batch.")]
-MaxModelLen = Annotated[int | None, typer.Option(help="Most tokens in a sequence.")]
 EXTRA = dict.fromkeys(("fastapi", "uvicorn", "starlette", "pydantic", "pydantic_core"), "serve")
 EXTRA |= dict.fromkeys(("ray", "pyarrow"), "ray")  # module: the extra that installs it
 
@@ -45,6 +47,7 @@ def serve(
     attention: Attention = None,
     kv_dtype: KvDtype = None,
     num_blocks: NumBlocks = None,
+    kv_memory: KvMemory = None,
     max_num_seqs: MaxNumSeqs = None,
     max_model_len: MaxModelLen = None,
     speculate: Speculate = None,
@@ -68,13 +71,14 @@ def serve(
         from minipaged.server.service import Limits
     if any(not key for key in api_key or ()):
         raise typer.Exit(fail("an API key must not be empty"))
+    sizes = pool(num_blocks, kv_memory, max_num_seqs, max_model_len)
     limits = Limits(max_concurrent=max_concurrent, max_queue=max_queue, timeout=timeout, grace=grace)
     sock = bind(host, port)
     settings = given(
-        memory=memory, eviction=eviction, attention=attention, kv_dtype=kv_dtype, num_blocks=num_blocks,
-        max_num_seqs=max_num_seqs, max_model_len=max_model_len, speculate=speculate,
+        memory=memory, eviction=eviction, attention=attention, kv_dtype=kv_dtype, speculate=speculate,
         num_speculative_tokens=num_speculative_tokens,
     )  # fmt: skip
+    settings |= sizes
     llm = load(model, device=device, dtype=dtype, **settings)
     server = Server(llm, name=name, keys=api_key or (), host=host, limits=limits, visualize=visualize)
     if not api_key and not server.local:
@@ -92,6 +96,7 @@ def batch(
     attention: Attention = None,
     kv_dtype: KvDtype = None,
     num_blocks: NumBlocks = None,
+    kv_memory: KvMemory = None,
     max_num_seqs: MaxNumSeqs = None,
     max_model_len: MaxModelLen = None,
     speculate: Speculate = None,
@@ -115,9 +120,10 @@ def batch(
     if workers and not ray:
         raise typer.Exit(fail("--workers is for --ray; without --ray there is one engine"))
     settings = given(
-        memory=memory, attention=attention, kv_dtype=kv_dtype, num_blocks=num_blocks, max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len, speculate=speculate, num_speculative_tokens=num_speculative_tokens,
+        memory=memory, attention=attention, kv_dtype=kv_dtype, speculate=speculate,
+        num_speculative_tokens=num_speculative_tokens,
     )  # fmt: skip
+    settings |= pool(num_blocks, kv_memory, max_num_seqs, max_model_len)
     settings |= {"model": model, "device": device, "dtype": dtype}
     EngineConfig(**settings).check_schedule(schedule)  # before the slow start of a model or cluster
     todo = offline_batch.open_batch(prompts, out)

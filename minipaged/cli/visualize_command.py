@@ -13,13 +13,18 @@ from minipaged.cli.options import (
     Device,
     Dtype,
     Eviction,
+    KvMemory,
+    MaxModelLen,
+    MaxNumSeqs,
     Memory,
     Model,
+    NumBlocks,
     NumSpeculativeTokens,
     Speculate,
     fail,
     given,
     load,
+    pool,
 )
 from minipaged.config import EngineConfig
 
@@ -35,10 +40,11 @@ def visualize(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None,
-    num_blocks: Annotated[int | None, typer.Option(help="KV blocks in the pool.")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences in the running batch.")] = None,
+    num_blocks: NumBlocks = None,
+    kv_memory: KvMemory = None,
+    max_num_seqs: MaxNumSeqs = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens computed in one step.")] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Most tokens in a sequence.")] = None,
+    max_model_len: MaxModelLen = None,
     preemption: Annotated[str | None, typer.Option(help="When the pool is full: recompute or swap.")] = None,
     memory: Memory = None,
     eviction: Eviction = None,
@@ -74,23 +80,17 @@ def visualize(
         raise typer.Exit(130)
 
     plugged, scenario = _plugin(plugin)
-    settings = (
-        DEMO_SETTINGS
-        | plugged
-        | given(
-            device=device,
-            dtype=dtype,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            preemption=preemption,
-            memory=memory,
-            eviction=eviction,
-            speculate=speculate,
-            num_speculative_tokens=num_speculative_tokens,
-        )
+    sizes = pool(num_blocks, kv_memory, max_num_seqs, max_model_len)
+    settings = _resized(_resized(DEMO_SETTINGS, plugged), sizes) | given(
+        device=device,
+        dtype=dtype,
+        block_size=block_size,
+        max_num_batched_tokens=max_num_batched_tokens,
+        preemption=preemption,
+        memory=memory,
+        eviction=eviction,
+        speculate=speculate,
+        num_speculative_tokens=num_speculative_tokens,
     )
     if lab is not None:
         from minipaged.labs.live import settings_of
@@ -114,6 +114,13 @@ def _plugin(path: Path | None) -> tuple[dict[str, Any], Any]:
     from visualizer.plugins import load_plugin
 
     return load_plugin(path)
+
+
+def _resized(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Settings with changes; if the changes give the pool's size, an earlier size no longer counts."""
+    names = {"num_blocks", "kv_memory"}
+    kept = {name: value for name, value in settings.items() if not (names & set(changes) and name in names)}
+    return kept | changes
 
 
 def _visualizer() -> Callable[..., Any]:

@@ -92,6 +92,13 @@ def test_a_scenario_brings_its_own_engine_and_applied_settings_stay(thread: Pace
         ({"model": ""}, "model"),
         ({"model": "no/such/model"}, "no directory"),
         ({"model": 7}, "text"),
+        ({"max_model_len": 1}, "max_model_len"),
+        ({"max_model_len": 2000}, "supports 1024"),
+        ({"kv_memory": "2gib"}, "kv_memory must be a number of bytes"),
+        ({"kv_memory": 5}, "text"),
+        ({"kv_memory": "10"}, "holds no kv block"),
+        ({"kv_memory": "1GiB"}, "16,384 blocks; this page shows at most 4,096"),
+        ({"kv_memory": "4MiB", "num_blocks": 64}, "exclude each other"),
     ],
 )
 def test_bad_settings_get_words_and_the_old_engine_goes_on(thread: PacedLoop, change: dict, words: str) -> None:
@@ -100,6 +107,22 @@ def test_bad_settings_get_words_and_the_old_engine_goes_on(thread: PacedLoop, ch
     assert not answer["ok"] and words in answer["message"].lower()
     until(lambda: not now(thread).get("loading"))
     assert thread.engine is engine and ask(thread, SUBMIT)["ok"]
+
+
+def test_the_pool_can_be_sized_in_bytes(thread: PacedLoop) -> None:
+    answer = ask(thread, {"do": "configure", "kv_memory": "4MiB", "max_model_len": 200, "max_num_seqs": 3})
+    assert answer["ok"] and "64 blocks" in answer["result"]
+    assert (thread.engine.num_blocks, thread.engine.max_model_len, thread.engine.config.max_num_seqs) == (64, 200, 3)
+    assert ask(thread, {"do": "configure", "max_model_len": None, "kv_memory": ""})["ok"]
+    assert (thread.engine.num_blocks, thread.engine.max_model_len) == (64, 1024), "the model's own length again"
+    assert ask(thread, {"do": "configure", "model": "another", "max_model_len": 150}, LLM_OF_TINY)["ok"]
+    assert thread.engine.max_model_len == 150
+    assert ask(thread, {"do": "configure", "model": "a third"}, LLM_OF_TINY)["ok"]
+    assert thread.engine.max_model_len == 1024
+
+
+def LLM_OF_TINY(**settings: Any) -> LLM:
+    return LLM(**(settings | {"model": "tiny"}))
 
 
 def LLM_OF(**settings: Any) -> LLM:
@@ -208,6 +231,7 @@ def test_min_tokens_and_stop_do_what_they_say(thread: PacedLoop) -> None:
         (SUBMIT | {"max_tokens": 0}, "max_tokens"),
         ({"do": "configure", "num_blocks": "many"}, "num_blocks"),
         ({"do": "configure", "model": 3}, "model"),
+        ({"do": "configure", "kv_memory": "much"}, "kv_memory"),
     ],
 )
 def test_the_field_that_is_wrong_is_named(thread: PacedLoop, payload: dict, field: str) -> None:

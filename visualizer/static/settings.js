@@ -12,7 +12,9 @@ const ENGINE = [
   { name: "batching", label: "Batching", options: true, hint: "static: nobody begins before all have ended" },
   { name: "block_size", label: "Block size", hint: "tokens in a KV block; empty: what suits the memory manager" },
   { name: "num_blocks", label: "Blocks", hint: "physical blocks in the pool" },
+  { name: "kv_memory", label: "KV memory", kind: "text", hint: "the pool's size instead: 64MiB, 2GiB" },
   { name: "max_num_seqs", label: "Sequences", hint: "that may run at once" },
+  { name: "max_model_len", label: "Tokens", hint: "in a sequence, at most; empty: the model's own limit" },
   { name: "max_num_batched_tokens", label: "Token budget", hint: "tokens computed in one step" },
   { name: "preemption", label: "Out of blocks", options: true, hint: "what the last to come loses" },
   { name: "swap_blocks", label: "Swap blocks", hint: "on the CPU; empty: as many as the pool has" },
@@ -50,6 +52,7 @@ export class Settings {
     this.form.addEventListener("submit", (/** @type {SubmitEvent} */ event) => this.submit(event));
     this.form.elements.preemption.addEventListener("change", () => this.suit());
     this.form.elements.memory.addEventListener("change", () => this.suit());
+    this.form.elements.kv_memory.addEventListener("input", () => this.suit());
     this.refining.addEventListener("submit", (/** @type {SubmitEvent} */ event) => event.preventDefault());
     this.refining.addEventListener("change", () => this.check());
     this.drawer.addEventListener("click", (/** @type {On} */ event) => {
@@ -89,16 +92,19 @@ export class Settings {
     this.suit();
   }
 
-  // Disables the fields that do not apply: contiguous memory neither preempts nor shares prefixes, and only swapping
-  // needs a swap space.
+  // Disables the fields that do not apply: contiguous memory neither preempts nor shares prefixes, only swapping needs
+  // a swap space, and the pool has one size.
   suit() {
-    const { memory, preemption, swap_blocks, enable_prefix_caching: cache } = this.form.elements;
+    const { memory, preemption, swap_blocks, num_blocks, kv_memory, enable_prefix_caching: cache } = this.form.elements;
     const ahead = memory.value.startsWith("orca-");
     if (ahead) preemption.value = "recompute";
     if (ahead !== cache.disabled) cache.checked = !ahead; // the default
     preemption.disabled = cache.disabled = ahead;
     swap_blocks.disabled = preemption.value !== "swap";
     if (swap_blocks.disabled) swap_blocks.value = "";
+    const sized = kv_memory.value.trim() !== "";
+    if (sized !== num_blocks.disabled) num_blocks.value = sized ? "" : this.config.num_blocks;
+    num_blocks.disabled = sized;
   }
 
   /** @param {SubmitEvent} event */
@@ -109,10 +115,12 @@ export class Settings {
     for (const { name, kind, options } of ENGINE) {
       const input = this.form.elements[name];
       if (kind === "checkbox") command[name] = input.disabled ? null : input.checked;
-      else if (name === "block_size" && input.value === "") command[name] = null;
+      else if (["block_size", "max_model_len"].includes(name) && input.value === "") command[name] = null;
       else if (kind || options) command[name] = input.value;
-      else if (input.value !== "" || name !== "swap_blocks") command[name] = number(input.value);
+      else if (input.value !== "" || !(name === "swap_blocks" || input.disabled)) command[name] = number(input.value);
     }
+    // Another model has a limit of its own, unless the viewer gave one.
+    if (command.model !== this.config.model && command.max_model_len === this.config.max_model_len) delete command.max_model_len;
     this.tell("busy", command.model === this.config.model ? "Restarting…" : `Loading ${command.model}…`);
     const answer = await this.send(command).catch(() => null);
     blame(this.form, answer?.field, answer?.message);
