@@ -98,8 +98,8 @@ def reading_list() -> str:
         f"| [`{file.removeprefix('minipaged/')}`]({file}) | {lines(file)} | {what} |"
         for file, what in READING_LIST.items()
     ]
-    heart = sum(map(lines, CORE))
-    whole = sum(map(lines, BUDGETS[-1].files))
+    whole = sum(map(lines, READING_LIST))
+    heart = sum(map(lines, READING_LIST.keys() & CORE))
     about = (
         f"{len(READING_LIST)} files, {whole:,} lines, docstrings included; the heart, `core/`, has {heart:,} of them."
     )

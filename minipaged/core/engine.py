@@ -238,7 +238,7 @@ class Engine:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """Rejects re-entrant changes, for example from a subscriber of events: both would be corrupted."""
+        """Rejects re-entrant changes, for example from a subscriber of events: they would corrupt both changes."""
         if self._busy:
             raise RuntimeError("the engine is in the midst of a change; subscribers may watch, and act when it is over")
         self._busy, collecting = True, gc.isenabled()
@@ -292,7 +292,7 @@ class Engine:
         return outputs
 
     def give_up(self, plan: StepPlan, error: BaseException) -> None:
-        """A step failed midway: copies may be missing, KV half written. Aborts every request whose state is unknown."""
+        """A step failed midway: copies may be missing, KV half written. Aborts the plan's requests."""
         kept = [request for stage in self.scheduler.stages for request in stage.failed(plan)]
         requests = list(dict.fromkeys([*(chunk.request for chunk in plan.chunks), *plan.outgrown, *kept]))
         message = f"step {plan.step} failed: {type(error).__name__}: {error}"

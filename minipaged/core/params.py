@@ -16,12 +16,12 @@ class CoreConfig:
 
     Attributes:
         model: a name, for recordings.
-        block_size: tokens that a KV block holds (paper §4.1). ``None`` here or below: `minipaged.build` decides.
-        num_blocks: physical blocks in the pool. The engine needs a number; `LLM` works one out.
+        block_size: tokens that a KV block holds (paper §4.1). ``None``: `minipaged.build` decides.
+        num_blocks: physical blocks in the pool. The engine needs a number; `minipaged.build` works one out.
         max_num_seqs: sequences that may run at once. A request with ``n`` samples counts ``n``.
         max_num_batched_tokens: tokens computed in one step, decodes and prefill chunks together.
         max_model_len: tokens a sequence may reach, prompt included. The engine needs a number.
-        enable_prefix_caching: share full blocks with prompts that start alike, also after their request has ended.
+        enable_prefix_caching: prompts that start alike share full blocks. ``None``: if the memory manager can.
         seed: seeds the random numbers of requests that have no seed of their own.
     """
 

@@ -28,7 +28,7 @@ class Chunk:
     """Tokens [start, start + num_tokens) of one sequence, computed in this step: one (a decode) or several (prefill).
 
     ``samples`` are the sequences that take their next token from the last row of logits: none in the middle of a
-    prompt, usually the sequence itself, and all n of a request whose common prompt ends here.
+    prompt, usually the sequence itself, and where a request forks, all whose tokens end here.
 
     The last tokens may be a ``draft``: guesses that the sequence does not have yet, verified in this step
     (`features.speculative`). Each has a row, too, so ``samples`` has the sequence 1 + len(draft) times; the sampler

@@ -23,7 +23,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, cache: PrefixCache | None = None) -> None:
         self.num_blocks = num_blocks
         self.ref_counts = [0] * num_blocks
-        self._free = OrderedDict.fromkeys(range(num_blocks))  # a queue; a dict, so that any block can be taken
+        self._free = OrderedDict.fromkeys(range(num_blocks))  # a queue; a dict, because vAttention takes chosen blocks
         self._cache = cache
 
     @property

@@ -29,7 +29,7 @@ class Sequence:
     text: Any = None  # a text.TextStream where there is a tokenizer: tokens in, readable text out
 
     def copy(self, seq_id: int, rng: Random | None = None) -> Sequence:
-        """For features that fork: its block table must be forked, too. Without ``rng`` both share a generator."""
+        """For features that fork; they fork its block table, too. Beams need no ``rng``: they draw no numbers."""
         text = self.text.fork() if self.text is not None else None
         return replace(
             self, seq_id=seq_id, tokens=list(self.tokens), logprobs=list(self.logprobs), text=text, rng=rng or self.rng

@@ -1,6 +1,7 @@
 """Where features plug in: four Protocols and a base class (`Stage`), with the heart's own defaults.
 
-What each decides, and who implements it (a smaller seam is `prefix_cache.EvictionPolicy`):
+What each decides, and who implements it. Smaller seams: `prefix_cache.EvictionPolicy`, the engine's ``sampler``, the
+runner's ``forward``, and subclasses of `KVCache`.
 
     MemoryManager     who owns which slot           BlockTables; features.contiguous, features.vattention
     Runner            how a plan is executed        execution.runner; runners of features wrap each other
@@ -78,8 +79,7 @@ class AdmissionPolicy(Protocol):
         """The requests that may start now, in order: ``waiting`` itself, or some of it."""
 
     def limits(self, request: Request | None) -> Limits:
-        """For this request to start: all but ``num_tokens``. ``None``: ``num_tokens`` of a step, and ``num_seqs`` for
-        `Scheduler.check`."""
+        """For a request (all but ``num_tokens`` count); with ``None``, ``num_tokens`` and ``num_seqs`` of a step."""
 
     def hits(self, request: Request) -> list[Hit]:
         """Blocks whose KV the request need not compute."""
@@ -117,7 +117,7 @@ class Stage:
         self.scheduler = scheduler
 
     def before_admission(self, plan: StepPlan) -> bool:
-        """Running sequences are on the plan, and none was preempted. False: no request is admitted in this step."""
+        """Those that run are on the plan; none was preempted or outgrew the pool. False: no request is admitted now."""
         return True
 
     def preempting(self, request: Request, plan: StepPlan) -> bool:

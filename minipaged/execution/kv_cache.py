@@ -16,8 +16,9 @@ class KVCache:
     """Keys and values of all layers, in KV blocks.
 
     ``k[layer]`` and ``v[layer]`` are [num_blocks, block_size, kv_heads, head_dim]. ``k_scale`` and ``v_scale`` are for
-    quantized caches (`features.kv_int8`); here they are ``None``. ``kernels`` read and write the cache: plain torch
-    (kernels/reference.py), or what `kernels.backend` chose for the device, on a GPU kernels/paged_decode.py and others.
+    quantized caches (`features.kv_int8`); here they are ``None``. ``kernels``: functions that read and write the cache,
+    and one for the model (``add_norm``): plain torch (kernels/reference.py), or what `kernels.backend` chose for the
+    device, on a GPU kernels/paged_decode.py and others.
     This class is only storage; `core.block_table` records which block belongs to which sequence.
     """
 

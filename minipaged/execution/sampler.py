@@ -14,7 +14,7 @@ from minipaged.errors import InvalidRequest  # typed errors
 
 
 class Sampler:
-    """The core's sampler: the next token of every sequence in ``plan.samples``, in that order."""
+    """The heart's sampler: the next token of every sequence in ``plan.samples``, in that order. It knows no drafts."""
 
     @staticmethod
     def check(params: SamplingParams) -> None:

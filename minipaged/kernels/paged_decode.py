@@ -153,7 +153,7 @@ def paged_decode(
 
     q: [B, H, D]; caches: [N, S, KH, D]; block_tables: [B, M]; context_lens: [B]. Returns [B, H, D].
     The last dimension of q and of the caches must have stride 1. Other strides may be any, but the same in both caches;
-    with int8 caches the scales are found by them, so a token's heads must be contiguous.
+    with int8 caches they must be D times those of the scales.
     """
     B, H, D = q.shape
     S, KH = k_cache.shape[1:3]

@@ -159,7 +159,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
         delta = self.self_attn(self.input_layernorm(x), cos, sin, batch, kv_cache)
-        between = self.post_attention_layernorm  # sum and norm are fused: each backend has its own kernel for it
+        between = self.post_attention_layernorm  # Triton computes sum and norm in one kernel; other norms are torch's
         x, normed = kv_cache.kernels.add_norm(x, delta, between.weight, between.eps)
         return x + self.mlp(normed)
 
