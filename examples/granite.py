@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minipaged.execution.batch import Batch
 from minipaged.execution.kv_cache import KVCache
-from minipaged.models.layers import need
+from minipaged.models.config_json import need
 from minipaged.models.llama import Llama, LlamaConfig
 
 
@@ -47,7 +47,7 @@ class Granite(Llama):
     def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:
         config = self.multipliers
         x = self.embed_tokens(batch.token_ids) * config.embedding_multiplier  # [T, C]
-        cos, sin = self.rotary(batch.positions, x.dtype)
+        cos, sin = self.rotary(batch, x.dtype)
         for layer in self.layers:
             attended = layer.self_attn(layer.input_layernorm(x), cos, sin, batch, kv_cache)
             x = x + attended * config.residual_multiplier

@@ -6,6 +6,7 @@ also builds the runner for a loaded model: its KV cache, and the code that compu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from minipaged.execution.kv_cache import KVCache
     from minipaged.kernels.backend import Kernels
     from minipaged.models.loader import LoadedModel
+
+log = logging.getLogger(__name__)
 
 __all__ = ["BatchItem", "assemble", "build_engine", "kv_tensors", "load", "make_manager", "rebuild"]
 
@@ -192,6 +195,8 @@ def build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel |
     if max_model_len > spec.max_model_len:
         raise InvalidConfig(f"max_model_len is {max_model_len}, but {config.model} supports {spec.max_model_len}")
     config = replace(config, max_model_len=max_model_len)
+    for model in filter(None, (loaded, draft)):
+        config = _without_fixed_keys(config, model.spec.dynamic_after)
     config = replace(config, block_size=_block_size(config, loaded))
     bytes_per_block = sum(_bytes_per_block(config, model) for model in (loaded, draft) if model is not None)
     fit = partial(
@@ -215,6 +220,24 @@ def build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel |
         bytes_per_block=bytes_per_block,
         **parts,
     )
+
+
+def _without_fixed_keys(config: EngineConfig, after: int | None) -> EngineConfig:
+    """The settings for dynamic RoPE: beyond ``after`` tokens, prompts of different lengths cannot share blocks.
+
+    Raises `InvalidConfig` if the user asked for what shares them, or for CUDA graphs, which know no prompts.
+    """
+    if after is None or (config.max_model_len or 0) <= after:
+        return config
+    for name in ("enable_prefix_caching", "cuda_graphs"):
+        if getattr(config, name):
+            raise InvalidConfig(
+                f"{name}=True and dynamic RoPE exclude each other beyond {after} tokens, from where keys depend on the "
+                f"length of their prompt; set max_model_len to {after} or less, or leave {name} out"
+            )
+    if config.caches_prefixes:
+        log.warning("dynamic RoPE: the prefix cache is off; max_model_len=%d or less would allow it", after)
+    return replace(config, enable_prefix_caching=False, cuda_graphs=False)
 
 
 def _runner(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None) -> Any:
@@ -264,8 +287,11 @@ def _forward(config: EngineConfig, loaded: LoadedModel, kv_cache: KVCache, graph
             max_blocks=-(-config.max_model_len // config.block_size),
             scratch_block=config.num_blocks,  # padding rows write their KV to the cache's last block
         )
-    if loaded.shard is None and NativeForward.serves(loaded.model, kv_cache):  # it has no all-reduce
+    lacking = "it has no all-reduce" if loaded.shard else NativeForward.unserved(loaded.model, kv_cache)
+    if not lacking:
         return NativeForward(loaded.model, kv_cache)
+    if kv_cache.kernels.name == "native":
+        log.info("steps run in torch (minipaged/models/), not in one C++ call: %s", lacking)
     return None
 
 

@@ -29,6 +29,7 @@ class Batch:
     context_lens_list: list[int]  # context_lens on the host, so that host code need not wait for the device
     num_decodes: int
     virtual_slots: list[int] | None = None  # [B], only with features.vattention: each sequence's contiguous region
+    prompt_lens: list[int] | None = None  # [B], tokens in each sequence's prompt; only dynamic RoPE asks
 
 
 def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
@@ -68,4 +69,5 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
         context_lens_list=context_lens,
         num_decodes=num_decodes,
         virtual_slots=[plan.maps.slots[chunk.seq.seq_id] for chunk in plan.chunks] if plan.maps else None,
+        prompt_lens=[chunk.seq.num_prompt for chunk in plan.chunks],
     )

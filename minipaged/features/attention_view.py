@@ -57,7 +57,7 @@ def attention(engine: Engine, seq_id: int, position: int) -> Tensor:
         raise InvalidRequest("this engine runs without a model, so it has no attention weights")
     if getattr(runner, "has_part_of_the_heads", False):
         raise InvalidRequest("other processes have the other heads, and compute only scheduled tokens; use one process")
-    return _forward(runner, seq.tokens[position], position, engine.memory.tables[seq_id])
+    return _forward(runner, seq, position, engine.memory.tables[seq_id])
 
 
 def _running(engine: Engine, seq_id: int) -> Sequence:
@@ -75,14 +75,14 @@ def _running(engine: Engine, seq_id: int) -> Sequence:
 
 
 @torch.inference_mode()
-def _forward(runner: Any, token_id: int, position: int, table: list[int]) -> Tensor:
+def _forward(runner: Any, seq: Sequence, position: int, table: list[int]) -> Tensor:
     def tensor(data: list) -> Tensor:
         return torch.tensor(data, dtype=torch.int64, device=runner.device)
 
     block_table = tensor(table)
     size = runner.kv_cache.block_size
     batch = Batch(
-        token_ids=tensor([token_id]),
+        token_ids=tensor([seq.tokens[position]]),
         positions=tensor([position]),
         slot_mapping=tensor([table[position // size] * size + position % size]),
         block_tables=block_table[None],
@@ -91,6 +91,7 @@ def _forward(runner: Any, token_id: int, position: int, table: list[int]) -> Ten
         query_lens=[1],
         context_lens_list=[position + 1],
         num_decodes=1,
+        prompt_lens=[seq.num_prompt],
     )
     observed = ObservedCache(runner.kv_cache, block_table, position + 1)
     runner.model(batch, observed)

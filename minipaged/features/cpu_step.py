@@ -40,7 +40,7 @@ _Layer = _structure(
     "k_cache v_cache", "window",
 )  # fmt: skip
 _Model = _structure(
-    "num_layers C H KH D F V S gated centered", "eps scale",
+    "num_layers C H KH D F V S gated centered", "eps scale rotary_scale",
     "embedding positions frequencies norm norm_bias head layers",
 )  # fmt: skip
 _Step = _structure(
@@ -55,6 +55,7 @@ class NativeForward:
         config = model.config
         family = FAMILIES[type(model)]
         layers, ends = family.parts(model)
+        rope = getattr(config, "rope", None)  # GPT-2 has none
         self._kept: list[Tensor] = []  # keeps alive what the pointers point to
         self._layers = (_Layer * len(layers))(*(
             _Layer(**self._pointers(parts | {"k_cache": kv_cache.k[i], "v_cache": kv_cache.v[i]}),
@@ -65,32 +66,50 @@ class NativeForward:
             num_layers=len(layers), C=config.hidden_size, H=config.num_heads, KH=config.num_kv_heads, D=config.head_dim,
             F=config.intermediate_size, V=config.vocab_size, S=kv_cache.block_size, gated=family.gated,
             centered="norm_bias" in ends, eps=config.norm_eps, scale=config.head_dim**-0.5,
-            layers=ctypes.addressof(self._layers), **self._pointers(ends),
+            rotary_scale=rope.attention_factor if rope else 1.0, layers=ctypes.addressof(self._layers),
+            **self._pointers(ends),
         )  # fmt: skip
         self._forward = native.function("forward", kv_cache.k[0].dtype)
+        self._model_forward, self._dynamic_after = model, rope and rope.dynamic_after
         self._vocab_size = config.vocab_size
         self._weights = sum(parameter.numel() for parameter in model.parameters())
 
     @staticmethod
     def serves(model: Any, kv_cache: KVCache) -> bool:
-        """Whether the kernels support the model's class, the dtype of its weights and the widths of its layers.
+        """Whether the kernels support this model on this KV cache: whether `unserved` has no reason against it."""
+        return not NativeForward.unserved(model, kv_cache)
 
-        A subclass of a family's class may compute something else, so it runs its own ``forward``.
+    @staticmethod
+    def unserved(model: Any, kv_cache: KVCache) -> str:
+        """Why the model must run its own ``forward``, in torch; empty if the kernels support it.
+
+        They support some classes, dtypes and widths. A subclass may compute something else.
         """
+        if kv_cache.kernels.name != "native":
+            return f"attention is {kv_cache.kernels.name!r}"
         if type(model) not in FAMILIES:
-            return False
+            return f"there is none for {type(model).__name__}"
         dtype, config = kv_cache.k[0].dtype, model.config
-        if kv_cache.kernels.name != "native" or {p.dtype for p in model.parameters()} != {dtype}:
-            return False
+        if dtype not in native.TYPES or {p.dtype for p in model.parameters()} != {dtype}:
+            return f"weights and KV cache must both be {' or '.join(native.TYPES.values())}"
         if config.head_dim * dtype.itemsize % 4:  # attention reads bfloat16 in pairs
-            return False
+            return f"head_dim is {config.head_dim}, which is odd"
         if config.head_dim % 16 and any("q_norm" in name for name, _ in model.named_parameters()):
-            return False  # a norm processes one register at a time, up to 16 numbers
-        widths = (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
-        return dtype in native.TYPES and all(width * dtype.itemsize % 64 == 0 for width in widths)
+            # A norm processes one register at a time, up to 16 numbers.
+            return f"heads have norms, and head_dim is {config.head_dim}, not a multiple of 16"
+        for width in (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size):
+            if width * dtype.itemsize % 64:
+                return f"a layer is {width} wide, not a multiple of {64 // dtype.itemsize}"
+        return ""
 
     def __call__(self, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """Runs one step; ``kv_cache`` must be the one that this object was made for."""
+        """Runs one step; ``kv_cache`` must be the one that this object was made for.
+
+        With dynamic RoPE the model itself runs steps with sequences so long that they rotate more slowly.
+        """
+        if self._dynamic_after is not None:
+            if max(*batch.context_lens_list, *(batch.prompt_lens or ())) > self._dynamic_after:
+                return self._model_forward(batch, kv_cache)
         return self.run(batch)
 
     def run(self, batch: Batch) -> Tensor:
@@ -127,9 +146,12 @@ def _llama(model: Any) -> tuple[list[Parts], Parts]:
             "q_norm": getattr(layer.self_attn.q_norm, "weight", None),
             "k_norm": getattr(layer.self_attn.k_norm, "weight", None),
             "out": layer.self_attn.o_proj.weight,
+            "out_bias": layer.self_attn.o_proj.bias,
             "mlp_norm": layer.post_attention_layernorm.weight,
             "up": layer.mlp.gate_up_proj.weight,
+            "up_bias": layer.mlp.gate_up_proj.bias,
             "down": layer.mlp.down_proj.weight,
+            "down_bias": layer.mlp.down_proj.bias,
         }
         for layer in model.layers
     ]

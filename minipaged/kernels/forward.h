@@ -18,7 +18,7 @@ struct Layer {
 struct Model {
     int64_t num_layers, C, H, KH, D, F, V, S;
     int64_t gated, centered;  // gated: SwiGLU, else GELU; centered: LayerNorm, else RMSNorm
-    double eps, scale;
+    double eps, scale, rotary_scale;  // rotary_scale: cosines and sines are multiplied by it
     const void *embedding, *positions, *frequencies, *norm, *norm_bias, *head;
     const Layer *layers;
 };
@@ -124,9 +124,10 @@ static void widen(const Model &m, const Layer &l, const T *x, T *up, T *act, int
             }
     } else if (m.gated) {
         multiply_columns(x, w, M, F, m.C, F, [&](int64_t t, int64_t n, int64_t, const float *sums) {
-            const auto one = [&](int64_t i) {
-                return swiglu<T>(rounded<T>(load(sums + i * LANES)), rounded<T>(load(sums + (LANES + i) * LANES)));
+            const auto sum = [&](int64_t i, int64_t channel) {
+                return rounded<T>(load(sums + i * LANES) + (bias ? float(bias[channel]) : 0.f));
             };
+            const auto one = [&](int64_t i) { return swiglu<T>(sum(i, n + i), sum(LANES + i, F + n + i)); };
             T *to = act + t * F + n * LANES;
             for (int64_t i = 0; i < LANES; i += 2) store_in_column(to + i * LANES, one(i), one(i + 1));
         });
@@ -218,7 +219,8 @@ static void forward(const Model &m, const Step &s) {
             if (m.frequencies)
                 for (int64_t d = 0; d < m.D / 2; d++) {
                     const float angle = float(s.positions[t]) * ((const float *)m.frequencies)[d];
-                    a.cos[t * m.D + d] = T(std::cos(angle)), a.sin[t * m.D + d] = T(std::sin(angle));
+                    a.cos[t * m.D + d] = T(std::cos(angle) * float(m.rotary_scale));
+                    a.sin[t * m.D + d] = T(std::sin(angle) * float(m.rotary_scale));
                 }
         }
         for (int64_t i = 0; i < m.num_layers; i++) {

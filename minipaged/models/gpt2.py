@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from minipaged.errors import ModelError
 from minipaged.execution.batch import Batch
 from minipaged.execution.kv_cache import KVCache
-from minipaged.models.layers import embedding, need, paged_attention, require_plain
+from minipaged.models.config_json import flag, need, require_plain
+from minipaged.models.layers import embedding, paged_attention
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class GPT2Config:
             max_model_len=need(config, "n_positions"),
             norm_eps=need(config, "layer_norm_epsilon", float, default=1e-5),
             windows=(None,) * num_layers,
-            tied=config.get("tie_word_embeddings", True),
+            tied=flag(config, "tie_word_embeddings", True),
         )
 
 

@@ -1,7 +1,8 @@
 """Llama and models of the same architecture: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3. From config to logits.
 
 They are one model with small differences, each a field of `LlamaConfig`: Qwen2 adds biases to the query, key
-and value projections, Qwen3 norms queries and keys, Mistral (and optionally Qwen) has a sliding window.
+and value projections (Llama and Qwen3 optionally to all), Qwen3 norms queries and keys, Mistral (and optionally Qwen)
+has a sliding window.
 
 The tokens of all sequences are flattened, without padding: [T, C]. Only attention distinguishes sequences, with
 the block tables and lengths in the batch. Shapes use the letters of ``layers.py``.
@@ -20,15 +21,9 @@ from minipaged.errors import ModelError  # typed errors
 from minipaged.execution.batch import Batch
 from minipaged.execution.kv_cache import KVCache
 from minipaged.kernels import reference
-from minipaged.models.layers import (
-    RMSNorm,
-    Rope,
-    RotaryEmbedding,
-    embedding,
-    need,
-    paged_attention,
-    require_plain,
-)
+from minipaged.models.config_json import flag, need, require_plain
+from minipaged.models.layers import RMSNorm, RotaryEmbedding, embedding, paged_attention
+from minipaged.models.rope import Rope  # the parameters of rotary positions
 
 
 @dataclass(frozen=True)
@@ -49,14 +44,20 @@ class LlamaConfig:
     qkv_bias: bool
     qk_norm: bool
     tied: bool  # the output head is the token embedding
+    out_bias: bool = False  # of attention's output projection
+    mlp_bias: bool = False
 
     @classmethod
     def from_config(cls, config: dict[str, Any], architecture: str) -> LlamaConfig:
         """Reads a parsed ``config.json``. Raises ModelError for missing or unsupported values."""
-        require_plain(config, hidden_act="silu", mlp_bias=False, rope_interleaved=False)
-        require_plain(config, num_experts=0, num_local_experts=0)
-        if architecture != "Qwen2ForCausalLM":  # which always has these biases
+        require_plain(config, hidden_act="silu", rope_interleaved=False, num_experts=0, num_local_experts=0)
+        if architecture != "LlamaForCausalLM":
+            require_plain(config, mlp_bias=False)
+        if architecture == "MistralForCausalLM":
             require_plain(config, attention_bias=False)
+        qwen2 = architecture == "Qwen2ForCausalLM"  # always has the first three biases, and never the fourth
+        biased = not qwen2 and flag(config, "attention_bias")
+        rope = Rope.from_config(config)
         num_heads, hidden_size = need(config, "num_attention_heads"), need(config, "hidden_size")
         num_layers = need(config, "num_hidden_layers")
         return cls(
@@ -67,13 +68,15 @@ class LlamaConfig:
             num_heads=num_heads,
             num_kv_heads=need(config, "num_key_value_heads", default=num_heads),
             head_dim=need(config, "head_dim", default=hidden_size // num_heads),
-            max_model_len=need(config, "max_position_embeddings"),
+            max_model_len=rope.max_len(need(config, "max_position_embeddings")),
             norm_eps=need(config, "rms_norm_eps", float, default=1e-6),
-            rope=Rope.from_config(config),
+            rope=rope,
             windows=_windows(config, architecture, num_layers),
-            qkv_bias=architecture == "Qwen2ForCausalLM",
+            qkv_bias=qwen2 or biased,
             qk_norm=architecture == "Qwen3ForCausalLM",
-            tied=config.get("tie_word_embeddings", False),
+            tied=flag(config, "tie_word_embeddings"),
+            out_bias=biased,
+            mlp_bias=flag(config, "mlp_bias"),
         )
 
     def __post_init__(self) -> None:
@@ -82,6 +85,8 @@ class LlamaConfig:
             raise ModelError(f"config.json: {self.num_heads} heads cannot share {shared} evenly")
         if self.head_dim % 2:
             raise ModelError(f"config.json: head_dim must be even for rotary positions, but is {self.head_dim}")
+        if self.rope.dynamic_after is not None and self.head_dim < 4:
+            raise ModelError(f"config.json: head_dim must be 4 or more for dynamic RoPE, but is {self.head_dim}")
 
 
 def _windows(config: dict[str, Any], architecture: str, num_layers: int) -> tuple[int | None, ...]:
@@ -118,7 +123,7 @@ class Attention(nn.Module):
         self.q_size, self.kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         # One wide matrix product uses a device better than three narrow ones.
         self.qkv_proj = nn.Linear(config.hidden_size, self.q_size + 2 * self.kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(self.q_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(self.q_size, config.hidden_size, bias=config.out_bias)
         if config.qk_norm:  # one norm per head, hence the size
             self.q_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
@@ -140,8 +145,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(reference.silu_mul(self.gate_up_proj(x)))  # [T, C] → [T, 2·F] → [T, F] → [T, C]
@@ -183,7 +188,7 @@ class Llama(nn.Module):
     def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:
         """One step. Writes the KV of the T tokens into ``kv_cache``; returns logits [R, V] in float32."""
         x = self.embed_tokens(batch.token_ids)  # [T, C]
-        cos, sin = self.rotary(batch.positions, x.dtype)  # [T, 1, D] each
+        cos, sin = self.rotary(batch, x.dtype)  # [T, 1, D] each
         for layer in self.layers:
             x = layer(x, cos, sin, batch, kv_cache)
         # A prompt of 1,000 tokens needs one row of logits: selecting it first saves 999 products with the vocabulary.

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minipaged.errors import ModelError
-from minipaged.models.layers import require_plain
+from minipaged.models.config_json import require_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +54,7 @@ class ModelSpec:
         eos_token_ids: every token that ends a sequence; may be empty.
         sliding_window: the window if *all* layers have one, the largest of them: older KV is never read again.
             ``None`` if any layer has none.
+        dynamic_after: with dynamic RoPE, the tokens after which a token's key depends on its prompt's length.
     """
 
     architecture: str
@@ -65,6 +66,7 @@ class ModelSpec:
     max_model_len: int
     eos_token_ids: frozenset[int]
     sliding_window: int | None
+    dynamic_after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,7 @@ def _spec(architecture: str, config: Any, eos_token_ids: frozenset[int]) -> Mode
         max_model_len=config.max_model_len,
         eos_token_ids=eos_token_ids,
         sliding_window=None if None in config.windows else max(w for w in config.windows if w is not None),
+        dynamic_after=config.rope.dynamic_after if hasattr(config, "rope") else None,
     )
 
 

@@ -24,6 +24,13 @@ LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=64,  # with theta 500, some pairs are kept, some blended, some slowed down
 )
+YARN_ROPE = dict(
+    rope_type="yarn",
+    rope_theta=500.0,
+    factor=4.0,
+    beta_fast=8.0,
+    original_max_position_embeddings=64,  # some pairs are kept, some blended, some slowed down
+)
 
 
 def config_of(family: str) -> transformers.PreTrainedConfig:
@@ -40,6 +47,11 @@ def config_of(family: str) -> transformers.PreTrainedConfig:
         "llama-linear": lambda: t.LlamaConfig(
             **SMALL, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)
         ),
+        "llama-yarn": lambda: t.LlamaConfig(**SMALL, rope_parameters=YARN_ROPE),
+        "llama-dynamic": lambda: t.LlamaConfig(
+            **SMALL, rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)
+        ),
+        "llama-biased": lambda: t.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
         "smollm2": lambda: t.LlamaConfig(
             **SMALL | dict(num_attention_heads=3, num_key_value_heads=1), tie_word_embeddings=True
         ),
@@ -48,6 +60,7 @@ def config_of(family: str) -> transformers.PreTrainedConfig:
         "qwen2": lambda: t.Qwen2Config(**SMALL, tie_word_embeddings=True),
         "qwen2-window": lambda: t.Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=6, max_window_layers=1),
         "qwen3": lambda: t.Qwen3Config(**SMALL, head_dim=20),
+        "qwen3-biased": lambda: t.Qwen3Config(**SMALL, head_dim=16, attention_bias=True),
         "qwen3-window": lambda: t.Qwen3Config(
             **SMALL,
             head_dim=16,
@@ -60,8 +73,8 @@ def config_of(family: str) -> transformers.PreTrainedConfig:
 
 
 FAMILIES = (
-    *("gpt2", "gpt2-untied", "llama2", "llama3", "llama-linear", "smollm2"),
-    *("mistral", "mistral-full", "qwen2", "qwen2-window", "qwen3", "qwen3-window"),
+    *("gpt2", "gpt2-untied", "llama2", "llama3", "llama-linear", "llama-yarn", "llama-dynamic", "llama-biased"),
+    *("smollm2", "mistral", "mistral-full", "qwen2", "qwen2-window", "qwen3", "qwen3-biased", "qwen3-window"),
 )
 
 

@@ -26,6 +26,12 @@ PATIENCE = timedelta(days=1)  # rank 0 may be idle for long; if it ends, the oth
 _groups = count()
 
 
+class PlainSequence(NamedTuple):
+    """The part of a sequence that `build_batch` needs."""
+
+    num_prompt: int = 0
+
+
 class PlainChunk(NamedTuple):
     """The part of a chunk that `build_batch` needs: a worker has no requests and no sequences."""
 
@@ -34,11 +40,15 @@ class PlainChunk(NamedTuple):
     num_rows: int
     token_ids: list[int]
     block_table: list[int]
+    seq: PlainSequence = PlainSequence()
 
 
 def plain(plan: StepPlan) -> StepPlan:
     """The plan for a worker. It requests no logits: rank 0 has them all."""
-    chunks: list[Any] = [PlainChunk(c.start, c.num_tokens, 0, c.token_ids, c.block_table) for c in plan.chunks]
+    chunks: list[Any] = [
+        PlainChunk(c.start, c.num_tokens, 0, c.token_ids, c.block_table, PlainSequence(c.seq.num_prompt))
+        for c in plan.chunks
+    ]
     return StepPlan(plan.step, chunks, plan.swap_outs, plan.swap_ins, plan.copies)
 
 
