@@ -24,6 +24,9 @@ OTHER_WEIGHTS = {
     "*.gguf": "GGUF; give that file instead of the directory",
     "*.safetensors": "a file of another name",
 }
+QUANTIZED = (".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".SCB", ".absmax")
+AGAIN = "; copy or download it again"
+SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package → module
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
@@ -35,7 +38,7 @@ def without_config(directory: Path) -> str:
             f"{directory} holds a LoRA adapter, not a whole model. Merge it into its base model ({base}) with peft: "
             "AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…); give that directory"
         )
-    nested = sorted(path.parent for path in _find(directory, "config.json", "*/config.json", "snapshots/*/config.json"))
+    nested = sorted(path.parent for path in _find(directory, "*/config.json", "snapshots/*/config.json"))
     if nested:
         return f"{directory} holds no config.json, but {nested[0]} does; give that directory"
     held = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
@@ -49,14 +52,19 @@ def without_config(directory: Path) -> str:
 
 def without_weights(directory: Path) -> str:
     """Why a directory with a config.json has no weights that minipaged reads."""
-    for pattern, what in OTHER_WEIGHTS.items():
-        # Settings of a trainer are pickled, too, and are no weights.
-        others = [path for path in sorted(directory.glob(pattern)) if path.name != "training_args.bin"]
-        if others:
-            link = "; the download was cut off" if not others[0].exists() else ""
-            return f"{directory} holds only {others[0].name}, {what}{link}. {READS}{_cut_off(directory)}"
     if (directory / "adapter_config.json").exists():
         return without_config(directory)
+    link = directory / "model.safetensors"
+    if link.is_symlink():
+        return f"{link} is a link to a file that is not there{_cut_off(directory) or AGAIN}"
+    if shards := sorted(directory.glob("model-*-of-*.safetensors")):
+        index = "model.safetensors.index.json, which names all shards"
+        return f"{directory} holds {shards[0].name}, but not {index}{_cut_off(directory) or AGAIN}"
+    for pattern, what in OTHER_WEIGHTS.items():
+        # The settings of a trainer are pickled, too, and are no weights.
+        others = [path.name for path in directory.glob(pattern) if path.name != "training_args.bin"]
+        if others:
+            return f"{directory} holds only {min(others)}, {what}. {READS}{_cut_off(directory)}"
     return f"{directory} holds no weights. {READS}{_cut_off(directory)}"
 
 
@@ -64,9 +72,28 @@ def without_shards(index: Path, missing: list[Path], total: int, example: str) -
     """What to say if files that the index names are not there."""
     more = f" (and {len(missing) - 1} more of {total})" if len(missing) > 1 else ""
     return (
-        f"{missing[0]}{more} is missing; {index.name} says that it holds {example!r} and others"
-        f"{_cut_off(index.parent) or '; copy it there, or download the model again'}"
+        f"{missing[0]} is missing{more}; {index.name} says that it holds {example!r} and others"
+        f"{_cut_off(index.parent) or AGAIN}"
     )
+
+
+def without_tensors(directory: Path, missing: set[str]) -> str:
+    """What to say if the files lack tensors of the model."""
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    tied = '; if its head is the token embedding, config.json must say "tie_word_embeddings": true'
+    hint = tied if missing == {"lm_head.weight"} else ""
+    return f"{directory}: the checkpoint lacks tensor {min(missing)!r}{more}{hint}"
+
+
+def strange_tensors(file: Path, names: list[str]) -> str:
+    """What to say of tensors that the model does not have."""
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    hint = ""
+    if any("lora_" in name for name in names):
+        hint = "; it is of a LoRA adapter, which must be merged into its base model with peft first"
+    elif any(name.endswith(QUANTIZED) for name in names):
+        hint = "; it is of quantized weights, which are not supported"
+    return f"{file}: tensor {names[0]!r}{more} is not part of this architecture, or occurs twice{hint}"
 
 
 def damaged(file: Path, error: Exception) -> str:
@@ -87,9 +114,6 @@ def damaged(file: Path, error: Exception) -> str:
         return f"{file} is damaged: it ends after {size:,} of {expected:,} bytes{_cut_off(file.parent) or AGAIN}"
     what = "is damaged: it is empty" if size == 0 else "is damaged, or not a safetensors file"
     return f"{file} {what}; download it again ({error})"
-
-
-AGAIN = "; copy or download it again"
 
 
 def quantized(config: dict[str, Any], directory: Path) -> str | None:
@@ -135,9 +159,6 @@ def unreadable_tokenizer(directory: Path, error: Exception | None = None) -> str
     return None if error is None else f"the tokenizer in {directory} cannot be read: {_line(error)}"
 
 
-SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package → module
-
-
 def _installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
@@ -151,7 +172,9 @@ def _cut_off(directory: Path) -> str:
     hub = resolved.parent.parent if resolved.parent.name == "snapshots" else None  # …/models--owner--name/snapshots/…
     if hub is not None and hub.name.startswith("models--"):
         name = hub.name.removeprefix("models--").replace("--", "/")
-        return f". The download of {name} was not completed; with a network, run `hf download {name}`"
+        return (
+            f". This is what the cache of the hub has of {name}; if its download was cut off, run `hf download {name}`"
+        )
     if any(_find(directory, "*.incomplete", ".cache/huggingface/download/*.incomplete")):
         return ". Its download was not completed (there are *.incomplete files); run the same download again"
     return ""

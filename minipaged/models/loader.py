@@ -7,6 +7,7 @@ import json
 import logging
 import mmap
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minipaged.errors import ModelError
-from minipaged.models.config_json import require_plain
+from minipaged.models import diagnosis
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -195,7 +196,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path.parent} holds no {path.name}: not a model in Hugging Face format") from None
+        raise ModelError(diagnosis.without_config(path.parent)) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
@@ -206,10 +207,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _architecture(config: dict[str, Any], directory: Path, families: Families) -> tuple[str, Any, Any]:
     """The architecture's name, its network class and its configuration class."""
     named = config.get("architectures") or [f"model_type {config.get('model_type')!r} without architectures"]
+    named = named if isinstance(named, list) else [named]
     if named[0] not in families and named[0] not in ARCHITECTURES:
         supported = ", ".join([*ARCHITECTURES, *families])
         raise ModelError(f"{directory / 'config.json'}: {named[0]} is not supported. Supported: {supported}")
-    require_plain(config, quantization_config=None)
+    if why := diagnosis.quantized(config, directory):
+        raise ModelError(why)
     if named[0] in families:
         return named[0], *families[named[0]]
     module, network, its_config = ARCHITECTURES[named[0]]
@@ -243,6 +246,8 @@ def _eos_token_ids(directory: Path, config: dict[str, Any], tokenizer: Any) -> f
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     if not any((directory / name).exists() for name in TOKENIZER_FILES):
         return None
+    if why := diagnosis.unreadable_tokenizer(directory):  # transformers would make an empty tokenizer of some of these
+        raise ModelError(why)
     from transformers import AutoTokenizer, PreTrainedConfig  # takes seconds to import, and is needed only here
 
     try:
@@ -255,11 +260,13 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
             known["config"] = PreTrainedConfig.from_dict(_read_json(directory / "config.json"))
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **known)
     except Exception as error:  # a damaged tokenizer file can make its parser raise anything
-        raise ModelError(f"the tokenizer in {directory} cannot be read: {error}") from error
+        raise ModelError(diagnosis.unreadable_tokenizer(directory, error)) from error
 
 
 # --- weights ------------------------------------------------------------------------------------------------
 
+HEAD = "lm_head.weight"
+STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes of weights that are not quantized
 LARGE_PAGE = 2 << 20  # bytes in a huge page, on most CPUs
 
 
@@ -290,39 +297,74 @@ def _load_weights(network: Any, directory: Path, shapes: dict[str, torch.Size], 
 
     ``shapes``: the shapes of the whole tensors, even if a shard takes only a part of them.
     """
-    places = dict(network.checkpoint_views())
-    head = None
-    for file, name, tensor in _tensors(directory):
+    places, files = dict(network.checkpoint_views()), _weight_files(directory)
+    head = ""  # the name of the embedding, if it is also the head: checkpoints hold it under either name, or both
+    if network.config.tied:
+        head = next(name for name, parameter in network.named_parameters() if parameter is network.lm_head.weight)
+    _check_names(directory, files, network.PREFIX, {*places}, head)
+    filled = set()
+    for file, name, tensor in _tensors(files):
         name = name.removeprefix(network.PREFIX)
-        if name == "lm_head.weight" and network.config.tied:
-            head = tensor  # some checkpoints contain it nevertheless
-        elif not name.endswith(COMPUTED):
-            place, what = places.pop(name, None), f"{file}: tensor {name!r}"
-            if place is None:
-                raise ModelError(f"{what} is not part of this architecture, or occurs twice")
-            if tensor.shape != shapes[name]:
-                raise ModelError(f"{what} has shape {list(tensor.shape)}, but config.json implies {list(shapes[name])}")
-            place.copy_(tensor if shard is None else shard.part(name, tensor, place.shape))
-    if places:
-        more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
-        raise ModelError(f"{directory}: the checkpoint lacks tensor {min(places)!r}{more}")
-    tied = network.lm_head.weight
-    if head is not None and not torch.equal(head.to(tied), tied):
-        raise ModelError(
-            f"{directory}: config.json ties the head to the token embedding (tie_word_embeddings), but the "
-            "checkpoint's tensor 'lm_head.weight' differs from it"
-        )
+        target = head if head and name == HEAD else name
+        if target not in places:  # computed by the model
+            continue
+        place = places[target]
+        if tensor.shape != shapes[target]:
+            wanted = f"config.json implies {list(shapes[target])}"
+            raise ModelError(f"{file}: tensor {name!r} has shape {list(tensor.shape)}, but {wanted}")
+        if tensor.dtype not in STORED:
+            what = f"{str(tensor.dtype).removeprefix('torch.')}, as in quantized checkpoints"
+            raise ModelError(f"{file}: tensor {name!r} is stored as {what}; give one in bfloat16, float16 or float32")
+        if target not in filled:
+            place.copy_(tensor if shard is None else shard.part(target, tensor, place.shape))
+        elif not torch.equal(tensor.to(place), place):
+            raise ModelError(
+                f"{directory}: config.json ties the head to the token embedding (tie_word_embeddings), but the "
+                f"checkpoint's tensor {HEAD!r} differs from it"
+            )
+        filled.add(target)
 
 
-def _tensors(directory: Path) -> Iterator[tuple[Path, str, Tensor]]:
+def _check_names(directory: Path, files: list[Path], prefix: str, wanted: set[str], head: str) -> None:
+    """Raises ModelError, before any weight is read, if the checkpoint has other tensors than the model, or lacks some.
+
+    ``head``: the name of the embedding, if that is the head, too.
+    """
+    found: set[str] = set()
+    known = wanted | {HEAD} if head else wanted
+    for file in files:
+        strange = []
+        for name in _names(file):
+            name = name.removeprefix(prefix)
+            if name in found or name not in known and not f".{name}".endswith(COMPUTED):
+                strange.append(name)
+            found.add(name)
+        if strange:
+            raise ModelError(diagnosis.strange_tensors(file, strange))
+    if missing := wanted - found - ({head} if HEAD in found else set()):
+        raise ModelError(diagnosis.without_tensors(directory, missing))
+
+
+def _names(file: Path) -> list[str]:
+    with _opened(file) as tensors:
+        return list(tensors.keys())
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
     """Yields (file, name, tensor) for every tensor of the checkpoint, and reads one tensor at a time."""
-    for file in _weight_files(directory):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
-                    yield file, name, tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} is damaged, or not a safetensors file; download it again ({error})") from None
+    for file in files:
+        with _opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
+                yield file, name, tensors.get_tensor(name)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise ModelError(diagnosis.damaged(file, error)) from None
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -330,18 +372,13 @@ def _weight_files(directory: Path) -> list[Path]:
     if single.exists():
         return [single]
     if not index.exists():
-        pickled = next((path.name for path in directory.glob("*.bin")), None)
-        found = f"only {pickled}, a pickle, which can run code when read" if pickled else "no weights"
-        raise ModelError(
-            f"{directory} holds {found}. minipaged reads model.safetensors or its shards; "
-            "transformers' save_pretrained writes them"
-        )
+        raise ModelError(diagnosis.without_weights(directory))
     weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelError(f"{index} has no weight_map, so the files of the weights are unknown; download it again")
     files = [directory / name for name in sorted(set(weight_map.values()))]
-    for file in files:
-        if not file.exists():
-            lost = min(name for name, shard in weight_map.items() if shard == file.name)
-            raise ModelError(f"{file} is missing; {index.name} says that it holds {lost!r} and others")
+    missing = [file for file in files if not file.exists()]
+    if missing:
+        lost = min(name for name, shard in weight_map.items() if shard == missing[0].name)
+        raise ModelError(diagnosis.without_shards(index, missing, len(files), lost))
     return files

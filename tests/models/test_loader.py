@@ -356,3 +356,195 @@ def test_large_weights_are_asked_to_lie_on_large_pages(tmp_path):
         elif first == "VmFlags:" and start <= middle < end:
             flags = line.split()[1:]
     assert flags is not None and "hg" in flags
+
+
+# --- checkpoints as they come ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "embedding", "prefix"), [
+    ("smollm2", "model.embed_tokens.weight", "model."),
+    ("qwen2", "model.embed_tokens.weight", "model."),
+    ("gpt2", "transformer.wte.weight", "transformer."),
+])  # fmt: skip
+@pytest.mark.parametrize("way", ["plain", "sharded", "without prefix", "prefix before the head"])
+def test_tied_weights_of_which_only_the_head_was_saved(family, embedding, prefix, way, copy, checkpoint):
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors.pop(embedding)
+        if way == "without prefix":
+            for name in list(tensors):
+                tensors[name.removeprefix(prefix)] = tensors.pop(name)
+        if way == "prefix before the head":
+            tensors[f"{prefix}lm_head.weight"] = tensors.pop("lm_head.weight")
+
+    directory = edit_weights(copy(family), change)
+    if way == "sharded":
+        tensors = load_file(directory / "model.safetensors")
+        (directory / "model.safetensors").unlink()
+        names, weight_map = sorted(tensors), {}
+        for part in range(3):
+            file = f"model-{part + 1:05}-of-00003.safetensors"
+            save_file({name: tensors[name] for name in names[part::3]}, directory / file)
+            weight_map |= {name: file for name in names[part::3]}
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert same_weights(directory, checkpoint(family))
+
+
+def test_neither_head_nor_embedding(copy):
+    directory = edit_weights(copy("smollm2"), lambda t: t.pop("model.embed_tokens.weight"))
+    refused(directory, "lacks tensor 'embed_tokens.weight'$")
+    refused(edit_weights(directory, lambda t: t.update({"lm_head.weight": torch.ones(7, 48)})), r"'lm_head.*\[7, 48\]")
+
+
+def test_a_tensor_under_two_names(copy):
+    directory = copy("llama2")
+    refused(
+        edit_weights(directory, lambda t: t.update({"norm.weight": t["model.norm.weight"].clone()})), "occurs twice"
+    )
+
+
+def test_how_many_tensors_are_strange_or_missing(copy):
+    def change(tensors):
+        for name in [name for name in tensors if "mlp" in name]:
+            tensors[f"{name.removesuffix('.weight')}.qweight"] = tensors.pop(name).to(torch.int32)
+
+    directory = edit_weights(copy("llama2"), change)
+    refused(directory, r"down_proj.qweight' \(and 8 more\) is not part.*quantized weights, which are not supported")
+    edit_weights(directory, lambda t: [t.pop(name) for name in list(t) if "mlp" in name])
+    refused(directory, r"lacks tensor 'layers.0.mlp.down_proj.weight' \(and 8 more\)$")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_numbers_of_quantized_weights_are_not_taken_for_weights(dtype, copy):
+    directory = edit_weights(copy("llama2"), lambda t: t.update({PICKED: t[PICKED].to(dtype)}))
+    refused(directory, f"k_proj.weight' is stored as {str(dtype)[6:]}, as in quantized checkpoints")
+
+
+@pytest.mark.parametrize(("given", "match"), [
+    ({"quant_method": "gptq", "bits": 4}, r"quantized \(gptq, 4 bits"),
+    ({"quant_method": "awq", "w_bit": 4}, r"quantized \(awq, 4 bits"),
+    ({"load_in_4bit": True}, r"quantized \(bitsandbytes, 4 bits"),
+    ({"quant_method": "fp8"}, r"quantized \(fp8; quantization_config"),
+    ("?", "unknown method"),
+])  # fmt: skip
+def test_quantized_checkpoints_are_named(given, match, copy):
+    refused(edit_config(copy(), quantization_config=given), match)
+
+
+def test_old_gptq_checkpoints_are_named(copy):
+    directory = copy()
+    (directory / "quantize_config.json").write_text('{"bits": 3}')
+    refused(directory, r"quantized \(gptq, 3 bits")
+
+
+def test_a_lora_adapter(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    refused(tmp_path, r"a LoRA adapter, not a whole model. Merge it into its base model \(owner/base\) with peft")
+    config = config_of("llama2").to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    refused(tmp_path, "a LoRA adapter, not a whole model")
+
+
+def test_directories_without_a_config(tmp_path, checkpoint):
+    refused(tmp_path, r"holds no config.json.*\(it holds nothing: it is empty\)")
+    (tmp_path / "notes.txt").write_text("")
+    refused(tmp_path, r"holds no config.json.*\(it holds only notes.txt\)")
+    (tmp_path / "consolidated.00.pth").write_bytes(b"")
+    refused(tmp_path, "format of Meta or Mistral")
+    shutil.copytree(checkpoint("gpt2"), tmp_path / "final")
+    refused(tmp_path, "holds no config.json, but .*final does; give that directory")
+
+
+@pytest.mark.parametrize(("name", "match"), [
+    ("model.gguf", "model.gguf, GGUF; give that file"),
+    ("tf_model.h5", "TensorFlow's format"),
+    ("flax_model.msgpack", "Flax's format"),
+    ("consolidated.safetensors", "a file of another name"),
+    ("model-00001-of-00003.safetensors", "not model.safetensors.index.json, which names all shards"),
+    ("training_args.bin", "holds no weights. minipaged reads model.safetensors"),
+])  # fmt: skip
+def test_weights_in_other_formats(name, match, copy):
+    directory = copy()
+    (directory / "model.safetensors").rename(directory / name)
+    refused(directory, match)
+
+
+def cached(checkpoint: Path, tmp_path: Path) -> Path:
+    """A snapshot as it lies in the hub's cache: links to blobs."""
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "0a1b"
+    shutil.copytree(checkpoint, snapshot)
+    blob = tmp_path / "models--owner--name" / "blobs" / "2c3d"
+    blob.parent.mkdir()
+    (snapshot / "model.safetensors").rename(blob)
+    (snapshot / "model.safetensors").symlink_to(blob)
+    return snapshot
+
+
+@pytest.mark.parametrize(("damage", "match"), [
+    ("blob", "model.safetensors is a link to a file that is not there"),
+    ("weights", "holds no weights"),
+    ("config.json", "holds no config.json"),
+    ("truncated", r"is damaged: it ends after 5,000 of [\d,]+ bytes"),
+])  # fmt: skip
+def test_a_snapshot_of_the_hub_that_was_cut_off(damage, match, checkpoint, tmp_path, monkeypatch):
+    snapshot = cached(checkpoint("llama2"), tmp_path)
+    weights = snapshot / "model.safetensors"
+    if damage == "blob":
+        weights.resolve().unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    else:
+        (weights if damage == "weights" else snapshot / damage).unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda model, **options: str(snapshot))
+    refused("owner/name", f"{match}.*if its download was cut off, run `hf download owner/name`")
+
+
+def test_other_downloads_that_were_cut_off(copy):
+    directory = copy()
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:5000])
+    refused(directory, "it ends after 5,000 of .* bytes; copy or download it again")
+    partial = directory / ".cache" / "huggingface" / "download" / "x.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"")
+    refused(directory, "download was not completed .*incomplete files.*run the same download again")
+    path.unlink()
+    refused(directory, "holds no weights.*download was not completed")
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    refused(directory, "is a pointer of Git LFS.*git lfs pull")
+
+
+def test_several_shards_are_missing(checkpoint, tmp_path):
+    transformers.AutoModelForCausalLM.from_pretrained(checkpoint("gpt2")).save_pretrained(
+        tmp_path, max_shard_size="50KB"
+    )
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    for shard in shards[1:]:
+        shard.unlink()
+    refused(tmp_path, rf"{shards[1].name} is missing \(and {len(shards) - 2} more of {len(shards)}\)")
+
+
+@pytest.mark.parametrize(("files", "match"), [
+    ({"tokenizer.model": "x"}, r"only as tokenizer.model \(SentencePiece\).*: pip install sentencepiece protobuf$"),
+    ({"tokenizer.model": "x", "tokenizer_config.json": "{}"}, "pip install sentencepiece protobuf"),
+    ({"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'}, "a tokenizer_config.json, but no vocabulary"),
+    ({"vocab.json": '{"a": 0}'}, "vocab.json, but no merges.txt"),
+])  # fmt: skip
+def test_incomplete_tokenizers(files, match, copy, monkeypatch):
+    monkeypatch.setattr("minipaged.models.diagnosis._installed", lambda module: False)
+    directory = copy()
+    for name, content in files.items():
+        (directory / name).write_text(content)
+    refused(directory, match)
+
+
+def test_a_sentencepiece_model_that_is_damaged(copy, monkeypatch):
+    monkeypatch.setattr("minipaged.models.diagnosis._installed", lambda module: True)
+    directory = copy()
+    (directory / "tokenizer.model").write_text("x")
+    refused(directory, "tokenizer.model cannot be read as a SentencePiece model; download it again")
+
+
+def test_a_config_that_names_its_architecture_alone(copy, checkpoint):
+    assert same_weights(edit_config(copy(), architectures="LlamaForCausalLM"), checkpoint("llama2"))
