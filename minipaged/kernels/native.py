@@ -3,7 +3,7 @@
 ``paged_decode`` is one of the functions that a model calls; ``forward`` computes a whole step
 (`minipaged.features.cpu_step`). They need a C++ compiler (``c++``, or the one that ``CXX`` names), and support float32
 and bfloat16 tensors on a CPU; other calls go to `reference`, which documents the functions. The library is cached
-in ``~/.cache/minipaged`` (or ``XDG_CACHE_HOME``) under a name that depends on source, compiler and processor.
+in ``~/.cache/minipaged`` (or ``XDG_CACHE_HOME``) under a name that depends on source, compiler, processor and content.
 """
 
 from __future__ import annotations
@@ -78,27 +78,40 @@ def _built(compiler: str, flags: tuple[str, ...]) -> dict[tuple[str, torch.dtype
 
 
 def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
-    """The path of the library built with these flags, from the cache or newly compiled."""
+    """The path of the library built with these flags, from the cache or newly compiled.
+
+    The name ends with a hash of the content: to load a truncated file would kill the process, so it is compiled again.
+    """
     about = (*(path.read_text() for path in [SOURCE, *HEADERS]), compiler, *flags, platform.machine(), _processor())
     name = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minipaged"
-    target = folder / f"native-{name}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            options = [flag for flag in flags if flag.startswith("-")]
-            libraries = [flag for flag in flags if not flag.startswith("-")]
-            # In two steps: given -fopenmp, the linker would add its own OpenMP library.
-            steps = [
-                [compiler, "-c", *FLAGS, *options, str(SOURCE), "-o", f"{scratch}/native.o"],
-                [compiler, "-shared", f"{scratch}/native.o", *libraries, "-o", f"{scratch}/native.so"],
-            ]
-            for step in steps:
-                done = subprocess.run(step, capture_output=True, text=True, timeout=120)
-                if done.returncode:
-                    raise OSError(f"{compiler} fails: {(done.stderr.strip() or 'no reason given').splitlines()[0]}")
-            os.replace(f"{scratch}/native.so", target)  # atomic: another process may build it, too
-    return target
+    for cached in folder.glob(f"native-{name}-*.so"):
+        if cached.stem.endswith(_digest(cached)):
+            return cached
+        cached.unlink(missing_ok=True)  # another process may have found it, too
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        options = [flag for flag in flags if flag.startswith("-")]
+        libraries = [flag for flag in flags if not flag.startswith("-")]
+        # In two steps: given -fopenmp, the linker would add its own OpenMP library.
+        steps = [
+            [compiler, "-c", *FLAGS, *options, str(SOURCE), "-o", f"{scratch}/native.o"],
+            [compiler, "-shared", f"{scratch}/native.o", *libraries, "-o", f"{scratch}/native.so"],
+        ]
+        for step in steps:
+            done = subprocess.run(step, capture_output=True, text=True, timeout=120)
+            if done.returncode:
+                raise OSError(f"{compiler} fails: {(done.stderr.strip() or 'no reason given').splitlines()[0]}")
+        built = Path(scratch, "native.so")
+        # Atomic: another process may build it at the same time.
+        return built.replace(folder / f"native-{name}-{_digest(built)}.so")
+
+
+def _digest(library: Path) -> str:
+    try:
+        return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+    except OSError as error:  # another process has removed it since, or it cannot be read
+        return f"unreadable: {error}"
 
 
 def _processor() -> str:

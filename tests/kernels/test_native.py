@@ -1,5 +1,7 @@
 """The C++ kernels against their oracles, and the behaviour where they cannot be compiled."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -76,3 +78,46 @@ def test_without_a_compiler_torch_does_it_and_the_reason_is_told(monkeypatch, tm
 def test_on_a_gpu_they_are_refused():
     with pytest.raises(InvalidConfig, match="it is for a CPU, and this is cuda"):
         choose("native", torch.device("cuda"))
+
+
+# --- the cache ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """A compiler that takes no time: it writes a line to its output, and notes each call in a file."""
+    script = tmp_path / "compiler"
+    script.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nfor last; do :; done\necho "made by the stub" > "$last"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return str(script), lambda: len((tmp_path / "calls").read_text().splitlines())
+
+
+@pytest.mark.parametrize("damage", [b"", b"made by", b"something else, of the same kind\n", None])
+def test_a_damaged_library_in_the_cache_is_built_again(stub, damage):
+    compiler, calls = stub
+    path = native._compiled(compiler, ("-O1",))
+    content = path.read_bytes()
+    assert content.startswith(b"made by") and native._compiled(compiler, ("-O1",)) == path and calls() == 2
+    path.unlink() if damage is None else path.write_bytes(damage)
+    again = native._compiled(compiler, ("-O1",))
+    assert again.read_bytes().startswith(b"made by the stub") and calls() == 4
+    assert sorted(again.parent.iterdir()) == [again], "the damaged file and the scratch folder should be gone"
+
+
+def test_an_interrupted_build_leaves_nothing_to_load(stub, tmp_path, monkeypatch):
+    compiler, calls = stub
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(native.Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        native._compiled(compiler, ())
+    assert list((tmp_path / "cache" / "minipaged").iterdir()) == []
+    assert native._compiled(compiler, ()).exists()
+
+
+def test_processes_that_build_at_once_do_not_disturb_each_other(stub):
+    compiler, calls = stub
+    with ThreadPoolExecutor(4) as threads:
+        paths = list(threads.map(lambda _: native._compiled(compiler, ()), range(4)))
+    assert all(path.exists() and path.stem.endswith(native._digest(path)) for path in paths)
