@@ -8,6 +8,7 @@ passes a function and gets a `Future`. The server runs `EngineLoop` as it is. Th
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 from minipaged.build import rebuild
 from minipaged.core.engine import Engine
-from minipaged.errors import StepFailed
+from minipaged.errors import StepFailed, same_process
 from minipaged.outputs import RequestOutput
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Listener(Protocol):
 class EngineLoop:
     """Steps ``llm.engine`` as long as there is work, and runs commands between steps.
 
-    Methods without an underscore may be called from any thread.
+    Methods without an underscore may be called from any thread of this process, but not from a process forked from it.
     """
 
     def __init__(self, llm: Any) -> None:
@@ -43,6 +44,7 @@ class EngineLoop:
         self.engine: Engine = llm.engine
         self._listener: Listener | None = None
         self._stopping = False
+        self._pid = os.getpid()
         self._commands: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="minipaged-engine", daemon=True)
 
@@ -50,7 +52,9 @@ class EngineLoop:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the current command or step."""
+        """Ends the thread after the current command or step. A forked process has no such thread to end."""
+        if os.getpid() != self._pid:
+            return
 
         def stop() -> None:
             self._stopping = True
@@ -63,7 +67,11 @@ class EngineLoop:
         self._listener = listener
 
     def call(self, command: Callable[[], Any]) -> Future[Any]:
-        """Runs ``command()`` in the engine's thread, between two steps. The future returns or raises what it does."""
+        """Runs ``command()`` in the engine's thread, between two steps. The future returns or raises what it does.
+
+        Raises `UsedAfterFork` in a process forked from this one.
+        """
+        same_process(self._pid, "engine")
         future: Future[Any] = Future()
         self._commands.put((command, future))
         return future

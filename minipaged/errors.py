@@ -6,6 +6,7 @@ The ones that a user can cause (`InvalidRequest`, `InvalidConfig`, `ModelError`,
 
 from __future__ import annotations
 
+import os
 from numbers import Integral, Real
 from typing import Any
 
@@ -58,6 +59,23 @@ class StepFailed(MinipagedError, RuntimeError):
     def __init__(self, message: str, outputs: list) -> None:  # of `RequestOutput`; errors import nothing
         super().__init__(message)
         self.outputs = outputs
+
+
+class UsedAfterFork(MinipagedError, RuntimeError):
+    """An LLM was used in a process that was forked from the one that built it: its threads do not exist there."""
+
+
+def same_process(pid: int, what: str) -> None:
+    """Raises `UsedAfterFork` unless this is process ``pid``, which built ``what``.
+
+    Only the thread that calls ``fork()`` lives on in the child. A lock that another one held stays locked there for
+    ever, as does the engine's queue of commands, and OpenMP waits for threads that are gone.
+    """
+    if os.getpid() != pid:
+        raise UsedAfterFork(
+            f"this {what} was built in process {pid}, and this is process {os.getpid()}, forked from it without its "
+            'threads; build another one here, in a process started with multiprocessing.get_context("spawn")'
+        )
 
 
 def whole_number(value: Any, name: str, least: int, error: type[ValueError]) -> None:

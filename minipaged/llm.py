@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any
 from minipaged.build import BatchItem, build_engine, load
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.core.engine import Engine
-from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed
+from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed, same_process
 from minipaged.models.loader import LoadedModel, load_model
 from minipaged.outputs import CompletionOutput, Delta, RequestOutput, differences
 
@@ -28,7 +29,8 @@ class LLM:
     """A model and an engine that serves it. Threads may share it: their requests are batched together.
 
     Takes the fields of `EngineConfig` as keywords. Raises `InvalidConfig` or `ModelError`, if possible before it loads
-    any weights. ``shard`` is for `features.tensor_parallel.launch.run`, which runs one LLM on several processes.
+    any weights. In a process forked from this one it raises `UsedAfterFork`. ``shard`` is for
+    `features.tensor_parallel.launch.run`, which runs one LLM on several processes.
 
     >>> llm = LLM("tiny")
     >>> print(llm.generate("Once upon a time", SamplingParams(seed=1))[0].outputs[0].text)
@@ -45,6 +47,7 @@ class LLM:
         self.engine = build_engine(config, loaded, self._draft(config))
         self._ids = count()
         self._lock = threading.RLock()
+        self._pid = os.getpid()
         self._in_engine = False
         self._dropped: list[str] = []  # streams that the garbage collector closed during a step
         self._inboxes: dict[str, deque[RequestOutput]] = {}
@@ -54,6 +57,7 @@ class LLM:
 
         ``config`` may differ in everything except model, device and dtype. Raises `InvalidConfig`.
         """
+        same_process(self._pid, "LLM")
         if self._loaded.shard is not None:
             raise InvalidConfig("with tensor parallelism an LLM has only one engine; launch another LLM instead")
         parts = {"make_memory": self.engine.make_memory, "make_scheduler": self.engine.make_scheduler}
@@ -207,6 +211,7 @@ class LLM:
     @contextmanager
     def _engine_alone(self) -> Iterator[None]:
         """Gives exclusive access to the engine, also against a generator's finalizer in the same thread."""
+        same_process(self._pid, "LLM")
         with self._lock:
             self._in_engine = True
             try:
@@ -218,6 +223,8 @@ class LLM:
 
     def _close(self, request_id: str) -> None:
         """Aborts the request, if it has not finished, and wakes a thread that still waits for it."""
+        if os.getpid() != self._pid:  # a forked process drops its copy of a stream
+            return
         with self._lock:
             if self._in_engine:  # the garbage collector closed a stream while this thread was inside the engine
                 self._dropped.append(request_id)
