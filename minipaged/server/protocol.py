@@ -6,13 +6,14 @@ for the default (``"response_format": {"type": "text"}``). It rejects every othe
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from minipaged.config import SamplingParams
 from minipaged.errors import InvalidRequest
+from minipaged.text.parts import text_of
 
 MAX_PROMPTS = 256  # in one completions request
 MAX_MESSAGE = 600  # characters of an error message, which may quote the request
@@ -53,19 +54,13 @@ class TextFormat(_Strict):
     type: Literal["text"]
 
 
-class TextPart(_Strict):
-    type: Literal["text"]
-    text: str
-
-
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[str, BeforeValidator(text_of)]  # OpenAI's text parts, joined
 
     def plain(self) -> dict[str, str]:
         """The message as chat templates expect it. "developer" is OpenAI's newer word for "system"."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
 class _Request(_Strict):
@@ -204,7 +199,7 @@ def _bad_field(invalid: ValidationError) -> ApiError:
                         code="unknown_parameter")  # fmt: skip
     if error["type"] == "missing":
         return ApiError(400, f"{param!r} is missing", param=param, code="missing_required_parameter")
-    return ApiError(400, f"{param!r}: {error['msg']}", param=param, code="invalid_value")
+    return ApiError(400, f"{param!r}: {error['msg'].removeprefix('Value error, ')}", param=param, code="invalid_value")
 
 
 def _biases(logit_bias: dict[str, float]) -> dict[int, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minipaged.errors import InvalidRequest
+from minipaged.text.parts import text_of
 
 ROLES = ("system", "user", "assistant")
 
@@ -14,13 +15,14 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        messages: ``[{"role": "system" | "user" | "assistant", "content": "…"}, …]``, oldest first.
+        messages: ``[{"role": "system" | "user" | "assistant", "content": "…"}, …]``, oldest first. The content may
+            be a list of OpenAI's text parts.
 
     Raises:
         InvalidRequest: if messages have another shape or the template refuses them; also if the model has no
             chat template, that is, was not trained to chat.
     """
-    _validate(messages)
+    messages = _validated(messages)
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidRequest("this model has no chat template; give it a plain prompt, or load a chat model")
     try:
@@ -31,9 +33,10 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _validate(messages: Any) -> None:
+def _validated(messages: Any) -> list[dict[str, str]]:
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest(f"messages must be a list with at least one message, not {messages!r}")
+    plain = []
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         if not isinstance(message, dict):
@@ -43,5 +46,5 @@ def _validate(messages: Any) -> None:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise InvalidRequest(f"{where}: role must be one of {', '.join(ROLES)}, not {role!r}")
-        if not isinstance(content, str):
-            raise InvalidRequest(f"{where}: content must be a string, not {content!r}")
+        plain.append({"role": role, "content": text_of(content, f"{where}: ")})
+    return plain

@@ -175,15 +175,18 @@ def test_sampling_parameters_have_their_effect(client, llm) -> None:
 
 def test_what_openai_calls_bookkeeping_is_taken_and_the_rest_refused_by_name(client) -> None:
     chat(client, user="me", metadata={"a": "b"}, store=False, service_tier="auto", response_format={"type": "text"})
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     for options, param in (
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"extra_body": {"beam_width": 2}}, "beam_width"),
         ({"messages": [{"role": "user", "content": "Hi", "name": "Ann"}]}, "messages.0.name"),
+        ({"messages": [{"role": "user", "content": [image]}]}, "messages.0.content"),
     ):
         with pytest.raises(openai.BadRequestError) as refusal:
             chat(client, **options)
         assert refusal.value.param == param, options
+    assert "'messages.0.content': content[0] is an image (type 'image_url')" in str(refusal.value)
     parts = [{"type": "text", "text": "The quick "}, {"type": "text", "text": "brown fox"}]
     in_parts = chat(client, messages=[{"role": "user", "content": parts}], temperature=0)
     assert in_parts.choices[0].message.content == chat(client, temperature=0).choices[0].message.content
