@@ -61,7 +61,7 @@ class Chunk:
 class StepPlan:
     """One step. Runners execute maps, swap-outs, swap-ins, copies, chunks, in this order; `Scheduler.commit` ends it.
 
-    ``swap_outs`` and ``swap_ins`` are for `features.swap`, ``maps`` (its `PageMaps`) is for `features.vattention`.
+    ``swap_outs`` and ``swap_ins`` are for `features.swap`, ``maps`` is the `PageMaps` of `features.vattention`.
     """
 
     step: int

@@ -25,7 +25,7 @@ class Hit(NamedTuple):
 
 
 class EvictionPolicy(Protocol):
-    """Decides which cached block without owner is evicted first. `features.eviction` has others than `LRU`.
+    """Decides which cached block is evicted first. `features.eviction` has others than `LRU`.
 
     Optional: ``bind(cache)``, called once with the `PrefixCache`; ``reason``, why the last block was evicted.
     """

@@ -61,7 +61,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         request.rank = self.admission.rank(request)
-        real_number(request.rank, "an admission policy's rank", -1e15, 1e15)  # NaN has no order; JavaScript sorts, too
+        real_number(request.rank, "an admission policy's rank", -1e15, 1e15)  # exact in the page's JavaScript; not NaN
         self.insert(request, self.waiting, Status.WAITING)
 
     def has_unfinished(self) -> bool:
@@ -201,8 +201,8 @@ class Scheduler:
             self.outgrow(request, plan)
 
     def _growth_beside(self, request: Request, limits: Limits) -> int:
-        """Blocks to leave free at admission. A preempted request needs one for each running sequence on top: else it
-        would soon be preempted again."""
+        """Blocks to leave free at admission. A request that was preempted after it had output needs one more for each
+        running sequence: else it would soon be preempted again."""
         resumes = any(seq.num_output for seq in request.live)
         return self.growth() * (limits.headroom + int(resumes)) if limits.headroom or resumes else 0
 
@@ -294,7 +294,7 @@ class Scheduler:
                 seq.logprobs.append(dict(top) | {token.token_id: logprob})
         text = ""
         if seq.text is not None:
-            if reason != "stop":  # the text of a token that ends the sequence is not shown; push may hold text back
+            if reason != "stop":  # a stop token's own text is not shown; push may hold text back
                 text = seq.text.push(token.token_id)
                 reason = "stop" if seq.text.stopped is not None else reason
             if reason and seq.text.stopped is None:

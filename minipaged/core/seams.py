@@ -26,7 +26,7 @@ from minipaged.events.waste import Held, Progress  # Held: slots by class of was
 
 
 class MemoryManager(Protocol):
-    """What scheduler and features ask of memory; see `BlockTables`. It emits an event for every change of a table."""
+    """What the scheduler, and features that go with any manager, ask of memory: see `BlockTables`."""
 
     block_size: int
     tables: dict[int, list[int]]  # of all sequences that have blocks, by sequence id
@@ -79,7 +79,7 @@ class AdmissionPolicy(Protocol):
         """The requests that may start now, in order: ``waiting`` itself, or some of it."""
 
     def limits(self, request: Request | None) -> Limits:
-        """For a request (all but ``num_tokens`` count); with ``None``, ``num_tokens`` and ``num_seqs`` of a step."""
+        """Of a request, where all but ``num_tokens`` count; for ``None`` ``num_tokens`` and ``num_seqs`` of a step."""
 
     def hits(self, request: Request) -> list[Hit]:
         """Blocks whose KV the request need not compute."""
@@ -110,7 +110,7 @@ class FCFS:
 
 class Stage:
     """Base of what acts between the scheduler's decisions. Each hook does nothing here; override what you need.
-    Of hooks that return a bool, the first stage that decides is the last that is asked."""
+    Where a hook returns a bool, stages are asked until one answers other than the default."""
 
     def bind(self, scheduler: Any) -> None:
         """Called first, with the `Scheduler`."""

@@ -16,7 +16,8 @@ from minipaged.core.plan import StepPlan
 class Batch:
     """One step as tensors. T tokens of B sequences, flattened: no padding between sequences.
 
-    The first ``num_decodes`` sequences have one token each (decodes); prefill chunks follow.
+    The first ``num_decodes`` sequences have one token each: for attention they are decodes, even in a prompt.
+    Longer chunks follow.
     """
 
     token_ids: Tensor  # [T] int64

@@ -57,8 +57,8 @@ def tile_of(head_dim: int, itemsize: int) -> tuple[int, int]:
     """The size of a tile, (keys, dims), both powers of two, for queries of ``itemsize`` bytes.
 
     At most 8,192 numbers of 16 bits (16 KiB), so that the tiles of keys and values that are loaded ahead fit into
-    shared memory. A quarter of that in float32, whose products need more registers: tensor cores cannot compute them.
-    ``tl.dot`` needs at least 16 in each dimension; dims beyond ``head_dim`` are masked.
+    shared memory. In float32 2,048 numbers: its products need more registers, because they do not use tensor cores. At
+    least 16 in each dimension, which ``tl.dot`` needs; dims beyond ``head_dim`` are masked.
     """
     dims = max(16, triton.next_power_of_2(head_dim))
     return min(128, max(16, (8192 if itemsize == 2 else 2048) // dims)), dims

@@ -71,6 +71,7 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns the cosines and sines of the batch's T tokens, each [T, 1, D]: the 1 broadcasts over the heads."""
+        # Dynamic RoPE adapts the frequencies to each sequence's length.
         angles = batch.positions.float()[:, None] * self.rope.adapted(self.frequencies, batch)  # [T, D/2]
         angles = torch.cat((angles, angles), dim=-1)[:, None]  # [T, 1, D]
         scale = self.rope.attention_factor  # 1, except for yarn

@@ -1,8 +1,8 @@
 """Llama and models of the same architecture: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3. From config to logits.
 
 They are one model with small differences, each a field of `LlamaConfig`: Qwen2 adds biases to the query, key
-and value projections (Llama and Qwen3 optionally to all), Qwen3 norms queries and keys, Mistral (and optionally Qwen)
-has a sliding window.
+and value projections (Llama and Qwen3 optionally, and to the output projection, too), Qwen3 norms queries and keys,
+Mistral (and optionally Qwen) has a sliding window.
 
 The tokens of all sequences are flattened, without padding: [T, C]. Only attention distinguishes sequences, with
 the block tables and lengths in the batch. Shapes use the letters of ``layers.py``.
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         # One wide matrix product uses a device better than three narrow ones.
         self.qkv_proj = nn.Linear(config.hidden_size, self.q_size + 2 * self.kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(self.q_size, config.hidden_size, bias=config.out_bias)
-        if config.qk_norm:  # one norm per head, hence the size
+        if config.qk_norm:  # each head by itself, all with the same weights: hence the size
             self.q_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
         else:
