@@ -85,7 +85,8 @@ class EngineConfig(CoreConfig):
         kv_dtype: data type of the KV cache. ``"auto"``: that of the weights. ``"int8"``: quantized, one scale per token
             and head; memory then holds almost twice as many tokens as with 16 bits, and results change a little.
         attention: the attention backend. ``"triton"``: kernels that follow the block tables, on CUDA. ``"native"``: C++
-            on a CPU, compiled at first use; one call computes a whole step; int8 and float16 fall back to torch.
+            on a CPU, compiled at first use; one call computes a whole step; int8, float16 and widths that it does not
+            support fall back to torch, and the log (INFO) says why.
             ``"torch"``: plain torch, on any device. ``"flex"``: torch's FlexAttention, on CUDA, with a block size that
             is a multiple of 16. ``"auto"``: Triton on CUDA if Triton is installed, native on a CPU with a C++ compiler,
             else torch.
@@ -113,7 +114,8 @@ class EngineConfig(CoreConfig):
         batching: ``"continuous"`` admits requests whenever there is room, ``"static"`` only when the whole previous
             batch has finished (as in FasterTransformer, paper §6.1).
         enable_prefix_caching: keep full blocks of finished requests and share them with prompts that have the same
-            prefix. ``None``: if the memory manager supports it.
+            prefix. ``None``: if the memory manager supports it, and the model does. With dynamic RoPE, prompts beyond
+            the length of the training share none: the cache is on if ``max_model_len`` is at most that length.
         eviction: which cached block is evicted first: ``"lru"``, ``"fifo"``, ``"marker"``, or, by predicting a chat's
             last turn, ``"flush-when-all-0"``, ``"mark-0"``, ``"mark-and-predict"`` (see `minipaged.features.eviction`).
             ``None``: the least recently used.

@@ -22,7 +22,7 @@ from minipaged.models.loader import LoadedModel, load_model
 from minipaged.outputs import CompletionOutput, Delta, RequestOutput, differences
 
 Prompt = str | list[int]
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]  # contents are strings, or lists of OpenAI's text parts
 
 
 class LLM:

@@ -107,9 +107,9 @@ class NativeForward:
 
         With dynamic RoPE the model itself runs steps with sequences so long that they rotate more slowly.
         """
-        if self._dynamic_after is not None:
-            if max(*batch.context_lens_list, *(batch.prompt_lens or ())) > self._dynamic_after:
-                return self._model_forward(batch, kv_cache)
+        lengths = (*batch.context_lens_list, *(batch.prompt_lens or ()))
+        if self._dynamic_after is not None and max(lengths) > self._dynamic_after:
+            return self._model_forward(batch, kv_cache)
         return self.run(batch)
 
     def run(self, batch: Batch) -> Tensor:

@@ -74,5 +74,7 @@ class RotaryEmbedding(nn.Module):
         # Dynamic RoPE adapts the frequencies to each sequence's length.
         angles = batch.positions.float()[:, None] * self.rope.adapted(self.frequencies, batch)  # [T, D/2]
         angles = torch.cat((angles, angles), dim=-1)[:, None]  # [T, 1, D]
-        scale = self.rope.attention_factor  # 1, except for yarn
-        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+        cos, sin, scale = angles.cos(), angles.sin(), self.rope.attention_factor
+        if scale != 1:  # yarn
+            cos, sin = cos * scale, sin * scale
+        return cos.to(dtype), sin.to(dtype)

@@ -124,7 +124,7 @@ def test_every_family_in_float32(tmp_path, family):
     assert_same(load(tmp_path, family, "float32"), torch.float32)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama3", "smollm2", "mistral", "qwen2", "qwen3-window"])
+@pytest.mark.parametrize("family", ["gpt2", "llama-yarn", "llama-biased", "mistral", "qwen2", "qwen3-window"])
 def test_families_in_bfloat16(tmp_path, family):
     assert_same(load(tmp_path, family, "bfloat16"), torch.bfloat16, tolerance=0.06)
 
