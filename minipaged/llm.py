@@ -19,6 +19,7 @@ from minipaged.config import EngineConfig, SamplingParams
 from minipaged.core.engine import Engine
 from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed, same_process
 from minipaged.models.loader import LoadedModel, load_model
+from minipaged.models.sampling_defaults import stated
 from minipaged.outputs import CompletionOutput, Delta, RequestOutput, differences
 
 Prompt = str | list[int]
@@ -32,6 +33,9 @@ class LLM:
     any weights. In a process forked from this one it raises `UsedAfterFork`. ``shard`` is for
     `features.tensor_parallel.launch.run`, which runs one LLM on several processes.
 
+    ``default_params`` are the sampling parameters of requests that bring none: `SamplingParams`' defaults, updated with
+    what the model's ``generation_config.json`` states. Assign to it to change them.
+
     >>> llm = LLM("tiny")
     >>> print(llm.generate("Once upon a time", SamplingParams(seed=1))[0].outputs[0].text)
     """
@@ -43,6 +47,8 @@ class LLM:
             raise InvalidConfig(f"{error}; see EngineConfig for the settings") from None
         loaded = load(config, shard)
         self.tokenizer = loaded.tokenizer
+        self.generation_config = loaded.generation_config
+        self.default_params = SamplingParams(**stated(loaded.generation_config))
         self._loaded, self._drafts = loaded, dict[str, LoadedModel]()
         self.engine = build_engine(config, loaded, self._draft(config))
         self._ids = count()
@@ -72,16 +78,17 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes one prompt or many, batched together; results come in the order of the prompts.
 
-        A prompt is text or token ids. ``params`` is one for all prompts, or a list with one for each. On a terminal,
-        long runs show a progress bar. ``schedule``: ``"fcfs"`` starts the prompts in their order; ``"batchllm"`` groups
-        prompts that share a prefix and computes each shared prefix once. The outputs are the same.
+        A prompt is text or token ids. ``params`` is one for all prompts, or a list with one for each; without them
+        ``default_params`` apply. On a terminal, long runs show a progress bar. ``schedule``: ``"fcfs"`` starts the
+        prompts in their order; ``"batchllm"`` groups prompts that share a prefix and computes each shared prefix once.
+        The outputs are the same.
         Raises `InvalidRequest` if any prompt cannot be served (then none is), `InvalidConfig` if the engine does not
         support the schedule, `StepFailed` if a step fails.
         """
         self.engine.config.check_schedule(schedule)
         prompt_list = _as_list(prompts)
         if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompt_list)
+            params = [params or self.default_params] * len(prompt_list)
         if not isinstance(params, (list, tuple)):
             raise InvalidRequest(f"params must be a SamplingParams or a list of them, not {type(params).__name__}")
         if len(params) != len(prompt_list):
@@ -200,7 +207,7 @@ class LLM:
         return self.encode(prompt) if isinstance(prompt, str) else prompt
 
     def _submit_stream(self, prompt: Prompt, params: SamplingParams | None) -> str:
-        params = params or SamplingParams()
+        params = self.default_params if params is None else params
         if isinstance(params, SamplingParams):
             if params.beam_width:
                 raise InvalidRequest("a beam search has no text before it ends and cannot be streamed; use generate")

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from minipaged import cli, doctor
+from minipaged import SamplingParams, cli, doctor
 from minipaged.cli import chat_command, generate_command, serve_commands, visualize_command
 from minipaged.errors import InvariantViolation, StepFailed
 from minipaged.outputs import CompletionOutput, Delta
@@ -40,6 +40,14 @@ def checkpoint(tmp_path_factory):
     )
     tokenizer.save_pretrained(directory)
     return str(directory)
+
+
+SAMPLING = "sampling: temperature 1 — the default\n"
+
+
+def stub(**methods):
+    """A stand-in for the LLM of a model that states no sampling parameters."""
+    return SimpleNamespace(default_params=SamplingParams(), generation_config=None, **methods)
 
 
 @pytest.fixture
@@ -188,9 +196,9 @@ def test_what_went_wrong_while_running_is_one_line_and_exit_code_1(monkeypatch, 
     def stream(*args):
         raise error
 
-    monkeypatch.setattr(generate_command, "load", lambda *args, **given: SimpleNamespace(stream=stream))
+    monkeypatch.setattr(generate_command, "load", lambda *args, **given: stub(stream=stream))
     code, out, err = run("generate", "x")
-    assert (code, out.strip(), err) == (1, "", f"minipaged: {error}\n")
+    assert (code, out.strip(), err) == (1, "", f"{SAMPLING}minipaged: {error}\n")
 
 
 # --- generate ---------------------------------------------------------------------------------------------
@@ -273,7 +281,7 @@ def test_sampling_options_reach_the_engine(monkeypatch, run):
         asked.update(prompt=prompt, params=params)
         return [SimpleNamespace(outputs=[])]
 
-    monkeypatch.setattr(generate_command, "load", lambda *_, **__: SimpleNamespace(generate=generate))
+    monkeypatch.setattr(generate_command, "load", lambda *_, **__: stub(generate=generate))
     options = "-n 2 --temperature 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 --max-tokens 9 --stop a --stop b --seed 4"
     assert run("generate", "Hi", *options.split())[0] == 0
     params = asked["params"]
@@ -284,7 +292,7 @@ def test_sampling_options_reach_the_engine(monkeypatch, run):
 def test_samples_stand_under_rules_and_their_brackets_are_no_markup(monkeypatch, run):
     texts = ["[red]one[/red] [/]", "two"]
     outputs = [CompletionOutput(i, text, [1], None, None, "stop") for i, text in enumerate(texts)]
-    llm = SimpleNamespace(generate=lambda prompt, params: [SimpleNamespace(outputs=outputs)])
+    llm = stub(generate=lambda prompt, params: [SimpleNamespace(outputs=outputs)])
     monkeypatch.setattr(generate_command, "load", lambda *_, **__: llm)
     code, out, _ = run("generate", "Hi", "-n", "2")
     assert code == 0
@@ -293,8 +301,8 @@ def test_samples_stand_under_rules_and_their_brackets_are_no_markup(monkeypatch,
 
 def test_streamed_brackets_are_no_markup(monkeypatch, run):
     deltas = [Delta(0, "[bold]", [1], None), Delta(0, "[/x]", [2], "stop")]
-    monkeypatch.setattr(generate_command, "load", lambda *_, **__: SimpleNamespace(stream=lambda *_: iter(deltas)))
-    assert run("generate", "Hi") == (0, "[bold][/x]\n", "")
+    monkeypatch.setattr(generate_command, "load", lambda *_, **__: stub(stream=lambda *_: iter(deltas)))
+    assert run("generate", "Hi") == (0, "[bold][/x]\n", SAMPLING)
 
 
 def test_a_terminal_that_knows_no_unicode(checkpoint):
@@ -321,6 +329,8 @@ def test_ctrl_c_while_generating(checkpoint, tmp_path):
 
 class Parrot:
     """A stand-in for the LLM that repeats the user's message and records the conversations."""
+
+    default_params, generation_config = SamplingParams(), None
 
     def __init__(self):
         self.asked = []

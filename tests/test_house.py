@@ -157,7 +157,8 @@ def test_each_wing_says_what_it_is_in_a_few_lines():
 
 ALONE = re.compile(
     r"minipaged(\.(core|events|execution|text|tiny)(\.\w+)*|\.errors|\.outputs|\.models"
-    r"|\.models\.(llama|layers|rope|config_json|loader|diagnosis)|\.kernels|\.kernels\.(reference|backend))?"
+    r"|\.models\.(llama|layers|rope|config_json|loader|diagnosis|sampling_defaults)"
+    r"|\.kernels|\.kernels\.(reference|backend))?"
 )
 # Runs the script in a process in which every other room of the project cannot be imported; tells tokens and events.
 HARNESS = """

@@ -13,7 +13,7 @@ from minipaged.config import EngineConfig, SamplingParams, num_bytes
 from minipaged.errors import InvalidConfig, InvalidRequest, MinipagedError
 from minipaged.events.waste import AHEAD
 from visualizer.attention_weights import look
-from visualizer.paced_loop import MAX_BLOCKS, PacedLoop
+from visualizer.paced_loop import MAX_BLOCKS, PacedLoop, own_sampling
 from visualizer.scenarios import SCENARIOS, Arrival, Scenario
 
 MAX_CHARACTERS = 20_000
@@ -124,12 +124,17 @@ class Commands:
             max_tokens=int(_number(payload, "max_tokens", "Max tokens", 1, room, whole=True)),
             temperature=_number(payload, "temperature", "Temperature", 0, MAX_TEMPERATURE),
             chat=payload.get("chat") is True,
-            **_sampling(payload),
+            **(self._own(payload) | _sampling(payload)),
         )
         arrival.params()  # raises InvalidRequest for invalid values
         if (arrival.beam_width or 1) > MAX_SAMPLES:
             raise BadCommand(f"Beams must be at most {MAX_SAMPLES}.")
         return arrival
+
+    def _own(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """The model's own values of the optional parameters. A beam search, which does not sample, takes none."""
+        own = {} if payload.get("beam_width") else own_sampling(self._thread.llm)
+        return {name: value for name, value in own.items() if name in REFINED}
 
     def _turn(self, payload: dict[str, Any]) -> Arrival:
         """The request for a conversation's next answer. The page sends all messages; the server keeps none."""

@@ -17,6 +17,7 @@ from minipaged.engine_thread import EngineLoop
 from minipaged.errors import InvalidConfig, InvalidRequest
 from minipaged.events import EngineError, EngineStarted, Event
 from minipaged.features.batchllm.groups import BatchItem
+from minipaged.models.sampling_defaults import CHAT_TEMPERATURE, FIELDS, stated
 from visualizer.questions import Question, Quiz
 from visualizer.scenarios import Arrival, Scenario
 
@@ -320,5 +321,12 @@ class PacedLoop(EngineLoop):
                     "seconds": TIME_TO_ANSWER,
                 },
                 "verdict": self._verdict,
+                "sampling": own_sampling(self.llm),
             }
         )
+
+
+def own_sampling(llm: Any) -> dict[str, float]:
+    """The sampling parameters that apply where the viewer gives none: the model's own, if it states any."""
+    own = {name: getattr(llm.default_params, name) for name in FIELDS}
+    return own if stated(llm.generation_config) else own | {"temperature": CHAT_TEMPERATURE}

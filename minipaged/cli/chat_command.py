@@ -37,11 +37,13 @@ from minipaged.cli.options import (
     fail,
     given,
     load,
+    own_sampling,
     pool,
     sampling,
 )  # fmt: skip
 from minipaged.config import SamplingParams
 from minipaged.errors import InvalidRequest, MinipagedError
+from minipaged.models.sampling_defaults import CHAT_TEMPERATURE
 
 HELP = """\
 /system TEXT  set the system prompt; without TEXT, show it
@@ -89,9 +91,12 @@ def chat(
         num_speculative_tokens=num_speculative_tokens,
     ) | pool(num_blocks, kv_memory, max_num_seqs, max_model_len)  # fmt: skip
     if url is None:
-        params = sampling(**options)  # rejects wrong values before the model is loaded
+        sampling(**options)  # rejects wrong values before the model is loaded
         settings = {"max_num_seqs": 1} | settings  # there is one user
-        backend = _embedded(load(model, device=device, dtype=dtype, **settings), params)
+        llm = load(model, device=device, dtype=dtype, **settings)
+        params, line = own_sampling(llm, options, temperature=CHAT_TEMPERATURE)
+        backend = _embedded(llm, params)
+        print(line)
     elif settings or (device, dtype) != (DEFAULT.device, DEFAULT.dtype):
         what = "device, dtype, memory, attention, kv-dtype, speculate and the pool's size"
         raise InvalidRequest(f"{what} are the server's business; leave them out with --url")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -32,12 +33,12 @@ from minipaged.cli.options import (
     TopP,
     given,
     load,
+    own_sampling,
     pool,
     sampling,
     tell_pool,
     torchrun,
 )  # fmt: skip
-from minipaged.config import SamplingParams
 
 if TYPE_CHECKING:
     from minipaged.llm import LLM
@@ -69,7 +70,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Continue a text. With torchrun, several processes share the model (tensor parallelism)."""
-    params = sampling(
+    options = sampling(
         n=n,
         temperature=temperature,
         top_p=top_p,
@@ -90,12 +91,14 @@ def generate(
     if torchrun():
         from minipaged.features.tensor_parallel.launch import run
 
-        run(lambda llm: _answer(tell_pool(llm), prompt, params, as_json), model, **settings)
+        run(lambda llm: _answer(tell_pool(llm), prompt, options, as_json), model, **settings)
     else:
-        _answer(load(model, **settings), prompt, params, as_json)
+        _answer(load(model, **settings), prompt, options, as_json)
 
 
-def _answer(llm: LLM, prompt: str, params: SamplingParams, as_json: bool) -> None:
+def _answer(llm: LLM, prompt: str, options: dict[str, Any], as_json: bool) -> None:
+    params, line = own_sampling(llm, options)
+    print(line, file=sys.stderr)
     if params.n == 1 and not as_json:
         _print_stream(llm.stream(prompt, params))
         return

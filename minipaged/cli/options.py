@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ from minipaged.config import (
     num_bytes,
 )
 from minipaged.errors import InvalidConfig
+from minipaged.models.sampling_defaults import describe, stated
 
 if TYPE_CHECKING:
     from minipaged.llm import LLM
@@ -44,7 +46,7 @@ KvMemory = Annotated[
 ]
 MaxNumSeqs = Annotated[int | None, typer.Option(help="Most sequences in the running batch.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Most tokens in a sequence, prompt included.")]
-Temperature = Annotated[float | None, typer.Option(help="Divides the logits; 0 is greedy. Default: 1.")]
+Temperature = Annotated[float | None, typer.Option(help="Divides the logits; 0 is greedy. Default: the model's own.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this total probability.")]
 TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens.")]
 MinP = Annotated[float | None, typer.Option(help="Drop tokens less likely than this times the likeliest.")]
@@ -92,13 +94,22 @@ def torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
 
 
-def sampling(**options: Any) -> SamplingParams:
-    """SamplingParams from the options that were given; a random seed if none was."""
-    if options.get("seed") is None:
-        import secrets
+def sampling(**options: Any) -> dict[str, Any]:
+    """The options that were given, checked before the model is loaded. Raises `InvalidRequest`."""
+    SamplingParams(**given(**options))
+    return given(**options)
 
-        options["seed"] = secrets.randbits(31)
-    return SamplingParams(**given(**options))
+
+def own_sampling(llm: LLM, options: dict[str, Any], **defaults: Any) -> tuple[SamplingParams, str]:
+    """The model's own sampling parameters, updated with the user's ``options``, and a line that shows them.
+
+    ``defaults`` apply if the model states no sampling parameter. The seed is random unless given.
+    """
+    import secrets
+
+    own = {"seed": secrets.randbits(31)} | ({} if stated(llm.generation_config) else defaults)
+    params = replace(llm.default_params, **(own | options))
+    return params, describe(params, llm.generation_config, options)
 
 
 def given(**options: Any) -> dict[str, Any]:

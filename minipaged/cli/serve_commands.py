@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -33,6 +34,7 @@ from minipaged.cli.options import (
     pool,
 )
 from minipaged.config import EngineConfig
+from minipaged.models.sampling_defaults import describe
 
 EXTRA = dict.fromkeys(("fastapi", "uvicorn", "starlette", "pydantic", "pydantic_core"), "serve")
 EXTRA |= dict.fromkeys(("ray", "pyarrow"), "ray")  # module: the extra that installs it
@@ -130,7 +132,9 @@ def batch(
     if ray:
         answers = offline_batch_ray.answers(partial(load, **settings), todo, device, workers, schedule)
     else:
-        answers = offline_batch.answers(load(**settings), todo, schedule)
+        llm = load(**settings)
+        print(describe(llm.default_params, llm.generation_config, {}), file=sys.stderr)
+        answers = offline_batch.answers(llm, todo, schedule)
     columns = TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(todo))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minipaged.errors import ModelError
-from minipaged.models import diagnosis
+from minipaged.models import diagnosis, sampling_defaults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,6 +81,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     shard: Any = None  # a features.tensor_parallel Shard; None: the whole model
+    generation_config: dict[str, Any] | None = None  # what generation_config.json holds; None: there is no such file
 
 
 def load_model(
@@ -101,6 +102,7 @@ def load_model(
     where = device_of(device)
     directory = resolve(model)
     config = _read_json(directory / "config.json")
+    generation_config = _generation_config(directory)
     architecture, network_class, config_class = _architecture(config, directory, families or {})
     with torch.device("meta"):  # shapes without memory: initialising random weights would take minutes
         whole = network_class(config_class.from_config(config, architecture))
@@ -112,8 +114,8 @@ def load_model(
     if shard is not None:
         shard.join(network)
     tokenizer = None if shard and shard.rank else _load_tokenizer(directory)  # other ranks handle no text
-    spec = _spec(architecture, network.config, _eos_token_ids(directory, config, tokenizer))
-    return LoadedModel(network.eval(), spec, tokenizer, directory, where, what, shard)
+    spec = _spec(architecture, network.config, _eos_token_ids(generation_config or {}, config, tokenizer))
+    return LoadedModel(network.eval(), spec, tokenizer, directory, where, what, shard, generation_config)
 
 
 # --- where --------------------------------------------------------------------------------------------------
@@ -234,10 +236,18 @@ def _spec(architecture: str, config: Any, eos_token_ids: frozenset[int]) -> Mode
     )
 
 
-def _eos_token_ids(directory: Path, config: dict[str, Any], tokenizer: Any) -> frozenset[int]:
-    # A chat model ends a turn and a document with different tokens; often only generation_config.json lists both.
+def _generation_config(directory: Path) -> dict[str, Any] | None:
     path = directory / "generation_config.json"
-    stated = _read_json(path).get("eos_token_id") if path.exists() else None
+    if not path.exists():
+        return None
+    generation_config = _read_json(path)
+    sampling_defaults.check(generation_config, path)
+    return generation_config
+
+
+def _eos_token_ids(generation: dict[str, Any], config: dict[str, Any], tokenizer: Any) -> frozenset[int]:
+    # A chat model ends a turn and a document with different tokens; often only generation_config.json lists both.
+    stated = generation.get("eos_token_id")
     stated = config.get("eos_token_id") if stated is None else stated
     ids = stated if isinstance(stated, list) else [stated]
     return frozenset(i for i in [*ids, getattr(tokenizer, "eos_token_id", None)] if i is not None)

@@ -27,7 +27,7 @@ def prepare(llm: Any, model: str, request: ChatRequest | CompletionRequest) -> P
     """
     if request.model != model:
         raise no_model(request.model, model)
-    params = request.params()
+    params = request.params(llm.default_params)
     if isinstance(request, ChatRequest):
         prompts = [render_chat(llm.tokenizer, [message.plain() for message in request.messages])]
         return ChatAnswer(llm.tokenizer, model, request, prompts), prompts, params

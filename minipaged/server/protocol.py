@@ -6,6 +6,7 @@ for the default (``"response_format": {"type": "text"}``). It rejects every othe
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -64,7 +65,10 @@ class Message(_Strict):
 
 
 class _Request(_Strict):
-    """Fields that completions and chat completions share. `SamplingParams` checks their limits."""
+    """Fields that completions and chat completions share. `SamplingParams` checks their limits.
+
+    Sampling parameters that a request leaves out are the model's own (`LLM.default_params`), not the values here.
+    """
 
     model: str
     n: int = 1
@@ -96,17 +100,17 @@ class _Request(_Strict):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def _params(self, **own: Any) -> SamplingParams:
-        """Raises `InvalidRequest`."""
+    def _params(self, defaults: SamplingParams, **own: Any) -> SamplingParams:
+        """``defaults``, updated with the fields that the request gives, and with ``own``. Raises `InvalidRequest`."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options has no effect without stream=true")
         same = (
             "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
             "min_tokens", "stop", "stop_token_ids", "ignore_eos", "seed",
         )  # fmt: skip
-        given: dict[str, Any] = {name: getattr(self, name) for name in same}
+        given: dict[str, Any] = {name: getattr(self, name) for name in same if name in self.model_fields_set}
         given |= {"n": self.n, "logit_bias": _biases(self.logit_bias)}
-        return SamplingParams(**(given | own))
+        return replace(defaults, **(given | own))
 
 
 class ChatRequest(_Request):
@@ -118,14 +122,15 @@ class ChatRequest(_Request):
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
 
-    def params(self) -> SamplingParams:
-        """Raises `InvalidRequest`."""
+    def params(self, defaults: SamplingParams) -> SamplingParams:
+        """Fields that the request leaves out are taken from ``defaults``. Raises `InvalidRequest`."""
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs has no effect without logprobs=true")
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise InvalidRequest("max_tokens and max_completion_tokens are the same thing; give one of them")
         return self._params(
+            defaults,
             max_tokens=limits.pop() if limits else None,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
@@ -138,8 +143,8 @@ class CompletionRequest(_Request):
     echo: bool = False
     best_of: int | None = None
 
-    def params(self) -> SamplingParams:
-        """Raises `InvalidRequest`."""
+    def params(self, defaults: SamplingParams) -> SamplingParams:
+        """Fields that the request leaves out are taken from ``defaults``. Raises `InvalidRequest`."""
         if self.stream and self.echo and self.logprobs is not None:
             raise InvalidRequest("the prompt's logprobs cannot be streamed; leave out stream, echo or logprobs")
         if self.max_tokens == 0 and (self.stream or not self.echo):
@@ -154,7 +159,7 @@ class CompletionRequest(_Request):
         if self.echo and self.logprobs is not None:
             more["prompt_logprobs"] = self.logprobs
         # The prompt's log-probabilities come with the first token, so max_tokens=0 still generates one.
-        return self._params(max_tokens=self.max_tokens or 1, **more)
+        return self._params(defaults, max_tokens=self.max_tokens or 1, **more)
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one or many. Raises `InvalidRequest` for none, or for more than `MAX_PROMPTS`."""

@@ -10,6 +10,7 @@ import uvicorn
 
 from minipaged.engine_thread import EngineLoop
 from minipaged.errors import InvalidConfig, PortInUse
+from minipaged.models.sampling_defaults import describe
 from minipaged.server.answers import model_name
 from minipaged.server.counters import Metrics
 from minipaged.server.routes import build_app
@@ -77,6 +78,7 @@ class Server(uvicorn.Server):
             host, port = sockets[0].getsockname()[:2]
             url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             page = f", the page on {url}{PAGE}" if self._page is not None else ""
+            print(describe(self.thread.llm.default_params, self.thread.llm.generation_config, {}), flush=True)
             print(f"minipaged serves {self.service.model!r} on {url}/v1{page}", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -7,8 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
+from copy import copy
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -128,7 +128,8 @@ def start(llm) -> Iterator[Callable[..., Running]]:
 
     def start(limits: Limits | None = None, keys: tuple[str, ...] = (), visualize: bool = False, **settings: Any):
         engine = llm.build_engine(replace(llm.engine.config, **settings))
-        twin = SimpleNamespace(engine=engine, tokenizer=llm.tokenizer, encode=llm.encode, render_chat=llm.render_chat)
+        twin = copy(llm)
+        twin.engine = engine
         running.append(Running(twin, limits=limits, keys=keys, visualize=visualize))
         return running[-1]
 

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def fake_llm(**settings: Any) -> Any:
-    return SimpleNamespace(engine=fake_engine(**settings), tokenizer=None)
+    return SimpleNamespace(engine=fake_engine(**settings), tokenizer=None, default_params=SamplingParams())
 
 
 def line(custom_id: str, **body: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from minipaged import SamplingParams
 from minipaged.errors import InvalidConfig, PortInUse
 from minipaged.server.routes import EventStream
 from minipaged.server.run import Server, bind
@@ -44,6 +45,14 @@ def connection(server: Running, body: dict[str, Any], read_buffer: int | None = 
     data = json.dumps(body).encode()
     sock.sendall(f"{HEAD}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return sock
+
+
+def test_the_models_own_sampling_parameters_apply_where_a_request_gives_none(server, monkeypatch) -> None:
+    greedy = post(server, GOOD | {"temperature": 0, "max_tokens": 8}).json()["choices"][0]["text"]
+    monkeypatch.setattr(server.llm, "default_params", SamplingParams(temperature=100, top_k=1))
+    assert post(server, GOOD | {"max_tokens": 8}).json()["choices"][0]["text"] == greedy
+    assert post(server, GOOD | {"max_tokens": 8, "top_k": None}).json()["choices"][0]["text"] == greedy
+    assert post(server, GOOD | {"max_tokens": 8, "top_k": 0, "seed": 1}).json()["choices"][0]["text"] != greedy
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
-from minipaged import LLM, EngineConfig
+from minipaged import LLM, EngineConfig, SamplingParams
 from tests.aio import run
 from tests.fake import swap_of
 from visualizer import paced_loop
@@ -58,6 +59,19 @@ def until(condition: Callable[[], Any], seconds: float = 20) -> None:
 
 def now(thread: PacedLoop) -> dict[str, Any]:
     return thread._sink._status
+
+
+def test_the_models_own_sampling_parameters_apply_where_the_viewer_gives_none(thread: PacedLoop, monkeypatch) -> None:
+    assert now(thread)["sampling"]["temperature"] == 0.8, "as generation_config.json of the embedded model says"
+    monkeypatch.setattr(thread.llm, "generation_config", None)
+    monkeypatch.setattr(thread.llm, "default_params", SamplingParams(top_k=20, repetition_penalty=1.1))
+    assert paced_loop.own_sampling(thread.llm)["temperature"] == 0.7
+    arrivals = []
+    monkeypatch.setattr(thread, "submit", lambda arrival: arrivals.append(arrival) or Future())
+    commands = Commands(thread, OPENING)
+    for more in ({}, {"top_k": 3}, {"beam_width": 2, "temperature": 0}):
+        commands._dispatch(SUBMIT | more)
+    assert [(a.top_k, a.repetition_penalty) for a in arrivals] == [(20, 1.1), (3, 1.1), (0, 1.0)]
 
 
 def test_a_scenario_brings_its_own_engine_and_applied_settings_stay(thread: PacedLoop) -> None:

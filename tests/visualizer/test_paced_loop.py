@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from minipaged import SamplingParams
 from minipaged.errors import InvalidRequest
 from tests.aio import run
 from tests.fake import fake_engine
@@ -23,6 +24,7 @@ GOOD = {"do": "submit", "prompt": "hello", "n": 1, "temperature": 0.5, "max_toke
 def thread() -> Iterator[PacedLoop]:
     llm: Any = SimpleNamespace(engine=fake_engine(), encode=lambda text: [len(text) % 50] * len(text.split()))
     llm.render_chat = lambda messages: llm.encode(messages[0]["content"])
+    llm.default_params, llm.generation_config = SamplingParams(), None
     thread = PacedLoop(llm, RecordLog(), rate=None)
     thread.start()
     yield thread

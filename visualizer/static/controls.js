@@ -35,9 +35,8 @@ export class Controls {
     });
     const { temperature, beams } = this.form.elements;
     beams.addEventListener("change", () => (temperature.disabled = beams.value !== "1")); // beam search does not sample
-    const showTemperature = () => setText(root.querySelector("[data-part=temperature]"), Number(temperature.value).toFixed(1));
-    temperature.addEventListener("input", showTemperature);
-    showTemperature();
+    temperature.addEventListener("input", () => this.showTemperature());
+    this.showTemperature();
   }
 
   // A sample prompt fills in the form and submits it, so that one click is enough.
@@ -90,6 +89,8 @@ export class Controls {
   /** @param {Status | null} status */
   render(status) {
     if (!status || JSON.stringify(status) === JSON.stringify(this.status)) return;
+    const { temperature } = status.sampling; // the model's own; what the viewer chose stays until the model changes
+    if (temperature !== this.status?.sampling.temperature) this.showTemperature(temperature);
     this.status = status;
     this.pause.textContent = status.paused ? "▶ Resume" : "‖ Pause";
     this.pause.classList.toggle("mp-on", status.paused);
@@ -98,6 +99,13 @@ export class Controls {
     const rate = status.rate ?? "max";
     this.showRate(rate);
     if (document.activeElement !== this.rate) this.rate.value = nearest(rate);
+  }
+
+  /** @param {number} [value] */
+  showTemperature(value) {
+    const { temperature } = this.form.elements;
+    temperature.value = value ?? temperature.value;
+    setText(this.root.querySelector("[data-part=temperature]"), Number(temperature.value).toFixed(2).replace(/0$/, ""));
   }
 
   /** @param {number | "max"} rate */

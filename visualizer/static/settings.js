@@ -138,6 +138,12 @@ export class Settings {
   /** @param {Status | null} status @param {State} head */
   render(status, head) {
     this.config = head.config;
+    if (status && status !== this.status) {
+      for (const [name, value] of Object.entries(status.sampling)) {
+        if (name in this.refining.elements) this.refining.elements[name].placeholder = value; // applies if left empty
+      }
+    }
+    this.status = status;
     if (status?.loading && this.drawer.open) this.tell("busy", `Loading ${status.loading}… The engine goes on meanwhile.`);
   }
 

@@ -49,6 +49,7 @@ interface Shown { name: string; text: string }
 interface Status {
   paused: boolean; rate: number | null; busy: boolean; loading: string; scenario: string | null; asks: boolean;
   question: Question | null; verdict: Verdict | null;
+  sampling: { temperature: number; [name: string]: number }; // the model's own values
 }
 
 interface Figure { data: any[]; layout: any } // as plotly takes it
