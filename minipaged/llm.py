@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from itertools import count
@@ -105,9 +105,13 @@ class LLM:
             for request_id in ids:
                 self._close(request_id)
 
-    def chat(self, messages: Messages, params: SamplingParams | None = None) -> RequestOutput:
-        """Answers a conversation: dicts with ``role`` ("system", "user" or "assistant") and ``content``."""
-        return self.generate([self.render_chat(messages)], params)[0]
+    def chat(self, messages: Messages, params: SamplingParams | None = None, **template: Any) -> RequestOutput:
+        """Answers a conversation: dicts with ``role`` ("system", "user" or "assistant") and ``content``.
+
+        ``template`` takes `text.render_chat`'s keywords: ``continue_final_message=True`` goes on with the last message,
+        the beginning of an answer; ``chat_template_kwargs`` are variables of the model's chat template.
+        """
+        return self.generate([self.render_chat(messages, **template)], params)[0]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Completes one prompt and yields what each step adds, for each of its n sequences.
@@ -140,9 +144,9 @@ class LLM:
         finally:
             self._close(request_id)
 
-    def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """`stream` for a conversation."""
-        return self.stream(self.render_chat(messages), params)
+    def stream_chat(self, messages: Messages, params: SamplingParams | None = None, **template: Any) -> Iterator[Delta]:
+        """`stream` for a conversation, with the keywords of `chat`."""
+        return self.stream(self.render_chat(messages, **template), params)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the beginning-of-text token if the model's tokenizer adds one."""
@@ -150,11 +154,25 @@ class LLM:
             raise InvalidRequest("this model has no tokenizer; give token ids instead of text")
         return list(self.tokenizer(text)["input_ids"])
 
-    def render_chat(self, messages: Messages) -> list[int]:
-        """Token ids of a conversation, formatted by the model's chat template and ready for the assistant's answer."""
+    def render_chat(
+        self,
+        messages: Messages,
+        *,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, formatted by the model's chat template and ready for the assistant's answer.
+
+        The keywords are those of `text.render_chat`.
+        """
         from minipaged.text import render_chat  # transformers is slow to import; only chats need it
 
-        return render_chat(self.tokenizer, messages)
+        return render_chat(
+            self.tokenizer,
+            messages,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
 
     # --- driving the engine -----------------------------------------------------------------------------------
     # A thread that waits for output runs engine steps, which serve all threads' requests; a lock lets them take turns.

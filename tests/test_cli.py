@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import select
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import termios
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from minipaged import SamplingParams, cli, doctor
 from minipaged.cli import chat_command, generate_command, serve_commands, visualize_command
+from minipaged.cli.screen import shown
 from minipaged.errors import InvariantViolation, StepFailed
 from minipaged.outputs import CompletionOutput, Delta
 from tests.checkpoints import save_llama
@@ -224,7 +223,7 @@ def test_generate_streams_what_generate_returns(run, checkpoint):
     answer = json.loads(out)
     assert answer["prompt"] == "The quick" and answer["model"] == checkpoint
     (output,) = answer["outputs"]
-    assert output["text"] + "\n" == streamed
+    assert shown(output["text"]) + "\n" == streamed
     assert run(*args, "--memory", "orca-pow2")[:2] == (0, streamed)
     assert len(output["token_ids"]) <= 12
     assert output["finish_reason"] in ("stop", "length")
@@ -235,7 +234,7 @@ def test_one_line_tells_the_size_of_the_pool(run):
     args = ["generate", "Once", "--max-tokens", "2", "--device", "cpu"]
     code, _, told = run(*args)
     line = "KV cache: 64 blocks of 16 tokens, 1,024 tokens in all; it takes 4 MiB at most, 0 MiB of them now\n"
-    assert (code, told) == (0, line), "for one user"
+    assert (code, told) == (0, line + "sampling: temperature 0.8 — from generation_config.json\n"), "for one user"
     assert "192 blocks" in run(*args, "-n", "3")[2], "for three samples"
     assert "48 blocks" in run(*args, "--kv-memory", "3MiB")[2]
     assert "5 blocks" in run(*args, "--num-blocks", "5", "--max-num-seqs", "2")[2]
@@ -305,6 +304,23 @@ def test_streamed_brackets_are_no_markup(monkeypatch, run):
     assert run("generate", "Hi") == (0, "[bold][/x]\n", SAMPLING)
 
 
+def test_control_characters_are_shown_and_not_executed(monkeypatch, run):
+    texts = ["red \x1b", "[31m \x9b2J", "\x1b]0;title\x07 \x7f\ttab\r\n", "end"]
+    outputs = [CompletionOutput(0, "".join(texts), [1], None, None, "stop")]
+    llm = stub(
+        stream=lambda *_: iter([Delta(0, text, [1], None) for text in texts]),
+        generate=lambda *_: [SimpleNamespace(outputs=outputs)],
+        engine=SimpleNamespace(config=SimpleNamespace(model="m")),
+    )
+    monkeypatch.setattr(generate_command, "load", lambda *_, **__: llm)
+    visible = "red ␛[31m �2J␛]0;title␇ ␡\ttab\nend\n"
+    assert run("generate", "Hi")[1] == visible
+    assert run("generate", "Hi", "-n", "2")[1].endswith(visible)
+    exact = run("generate", "Hi", "--json")[1]
+    assert json.loads(exact)["outputs"][0]["text"] == "".join(texts)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", exact)
+
+
 def test_a_terminal_that_knows_no_unicode(checkpoint):
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     process = start("generate", "🙂", "--model", checkpoint, "--json", "--max-tokens", "2", env=env)
@@ -324,78 +340,7 @@ def test_ctrl_c_while_generating(checkpoint, tmp_path):
     interrupt(process)
 
 
-# --- chat -------------------------------------------------------------------------------------------------
-
-
-class Parrot:
-    """A stand-in for the LLM that repeats the user's message and records the conversations."""
-
-    default_params, generation_config = SamplingParams(), None
-
-    def __init__(self):
-        self.asked = []
-
-    def render_chat(self, messages):
-        return [1]
-
-    def stream_chat(self, messages, params):
-        self.asked.append(list(messages))
-        yield Delta(0, "You said ", [1], None)
-        yield Delta(0, messages[-1]["content"], [2], "stop")
-
-
-@pytest.fixture
-def type_lines(monkeypatch):
-    """``type_lines("a", "b")`` sets the lines that the user types before the input ends."""
-
-    def type_lines(*lines: str):
-        todo = iter(lines)
-
-        def type_one(prompt):
-            try:
-                return next(todo)
-            except StopIteration:
-                raise EOFError from None
-
-        monkeypatch.setattr("builtins.input", type_one)
-
-    return type_lines
-
-
-@pytest.fixture
-def say(monkeypatch, run, type_lines):
-    """``say(*lines, args=())`` -> (exit code, stdout, stderr, the conversations sent to the model)."""
-
-    def say(*lines: str, args: tuple[str, ...] = ()):
-        parrot = Parrot()
-        monkeypatch.setattr(chat_command, "load", lambda *_, **__: parrot)
-        type_lines(*lines)
-        return *run("chat", *args), parrot.asked
-
-    return say
-
-
-def test_chat_keeps_the_conversation(say):
-    code, out, _, asked = say("one", "", "two", args=("--system", "Be brief."))
-    assert code == 0
-    assert "You said one\nYou said two\n" in out
-    assert [m["content"] for m in asked[1]] == ["Be brief.", "one", "You said one", "two"]
-    assert [m["role"] for m in asked[1]] == ["system", "user", "assistant", "user"]
-
-
-def test_chat_commands(say):
-    code, out, _, asked = say("one", "/help", "/reset", "two", "/exit", "three", args=("--system", "S"))
-    assert code == 0
-    assert "/reset" in out
-    assert [[m["content"] for m in messages] for messages in asked] == [["S", "one"], ["S", "two"]]
-
-
-def test_chat_goes_on_when_a_message_is_refused(run, type_lines, checkpoint):
-    type_lines("x " * 9000, "hello")
-    code, out, err = run("chat", "--model", checkpoint, "--max-tokens", "3", "--seed", "1")
-    assert code == 0
-    assert "/reset forgets the conversation" in err and err.count("\n") == 2  # the first one tells the pool's size
-    assert out.count("\n") >= 3  # the greeting, an answer, the end of the input
+# --- chat: tests/test_chat_command.py has more -------------------------------------------------------------
 
 
 def test_chat_with_a_model_that_cannot(run, tmp_path):
@@ -408,95 +353,6 @@ def test_ctrl_c_at_the_prompt_of_a_chat(checkpoint):
     process = start("chat", "--model", checkpoint)
     read_until(process, b"> ")
     interrupt(process)
-
-
-def test_a_system_prompt_can_be_given_and_changed(say):
-    _, out, _, asked = say("one", "/system Be kind.", "/system", "two", args=("--system", "Be brief."))
-    assert out.count("System prompt: Be kind.") == 2
-    assert [messages[0]["content"] for messages in asked] == ["Be brief.", "Be kind."]
-    assert [m["content"] for m in asked[1]][1:] == ["one", "You said one", "two"], "the conversation continues"
-
-
-def test_a_conversation_is_saved_and_goes_on_elsewhere(say, tmp_path):
-    file = tmp_path / "a talk.json"
-    say("one", f"/save {file}", args=("--system", "S"))
-    _, out, _, asked = say(f"/load {file}", "two")
-    assert "Loaded 2 messages" in out
-    assert [(m["role"], m["content"]) for m in asked[0]] == [
-        ("system", "S"), ("user", "one"), ("assistant", "You said one"), ("user", "two"),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"messages": [{"role": "king", "content": "x"}]}'])
-def test_what_cannot_be_loaded_changes_nothing(say, tmp_path, content):
-    file = tmp_path / "talk.json"
-    if content is not None:
-        file.write_text(content)
-    code, _, err, asked = say("one", f"/load {file}", "/save", "two")
-    assert code == 0 and err.count("\n") == 2
-    assert len(asked[1]) == 3
-
-
-def test_texts_of_several_lines(say):
-    lines = ["one \\", "two", '"""first', "  second", 'third"""', "/nonsense"]
-    code, out, _, asked = say(*lines)
-    assert [messages[-1]["content"] for messages in asked] == ["one \ntwo", "first\n  second\nthird"]
-    assert code == 0 and "There is no /nonsense" in out
-
-
-class Terminal:
-    """A command in a pseudo-terminal, with the text that a user sees and types."""
-
-    def __init__(self, *args, **options):
-        self._file, follower = os.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "minipaged", *args], stdin=follower, stdout=follower, stderr=follower,
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), **options,
-        )  # fmt: skip
-        os.close(follower)
-        self.seen = ""
-
-    def type(self, text):
-        os.write(self._file, text.encode())
-
-    def until(self, text):
-        """Reads until ``text`` appears, returns the output before it, and drops both."""
-        while text not in self.seen:
-            assert select.select([self._file], [], [], 120)[0], self.seen
-            try:
-                self.seen += os.read(self._file, 4096).decode(errors="replace")
-            except OSError:  # the other end is closed
-                raise AssertionError(self.seen) from None
-        before, _, self.seen = self.seen.partition(text)
-        return before
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        os.close(self._file)
-
-
-def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_chat(checkpoint, tmp_path):
-    env = os.environ | {"XDG_STATE_HOME": str(tmp_path)}
-    terminal = Terminal("chat", "--model", checkpoint, "--max-tokens", "8000", "--seed", "1", env=env)
-    try:
-        terminal.until("> ")
-        terminal.type("hello\n")
-        terminal.until("hello\r\n")
-        while not terminal.seen:  # until the answer starts
-            terminal.seen += os.read(terminal._file, 1).decode(errors="replace")
-        terminal.type("\x03")
-        told = terminal.until("> ")
-        assert "[stopped; " in told and "tokens/s]" in told
-        terminal.type("/help\n")
-        terminal.until("/system TEXT")
-        terminal.until("> ")
-        terminal.type("/exit\n")
-        assert terminal.process.wait(60) == 0
-    finally:
-        terminal.close()
-    history = tmp_path / "minipaged" / "chat_history"
-    assert "hello" in history.read_text() and history.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn"])

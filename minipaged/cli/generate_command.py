@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,6 +40,7 @@ from minipaged.cli.options import (
     tell_pool,
     torchrun,
 )  # fmt: skip
+from minipaged.cli.screen import shown
 
 if TYPE_CHECKING:
     from minipaged.llm import LLM
@@ -107,12 +109,18 @@ def _answer(llm: LLM, prompt: str, options: dict[str, Any], as_json: bool) -> No
         keys = ("index", "text", "token_ids", "finish_reason", "cumulative_logprob")
         samples = [{key: getattr(output, key) for key in keys} for output in outputs]
         answer = {"model": llm.engine.config.model, "prompt": prompt, "outputs": samples}
-        print(json.dumps(answer, ensure_ascii=False))
+        print(_json(answer))
         return
     console = Console()
     for output in outputs:
         console.rule(f"{output.index + 1} of {params.n}, finished by {output.finish_reason}")
-        print(output.text)
+        print(shown(output.text))
+
+
+def _json(answer: Any) -> str:
+    """One line of JSON without control characters: json escapes most of them, but not DEL and the C1 controls."""
+    text = json.dumps(answer, ensure_ascii=False)
+    return re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _print_stream(deltas: Iterator[Delta]) -> str:
@@ -120,7 +128,7 @@ def _print_stream(deltas: Iterator[Delta]) -> str:
     pieces = []
     try:
         for delta in deltas:
-            print(delta.text, end="", flush=True)
+            print(shown(delta.text), end="", flush=True)
             pieces.append(delta.text)
     finally:
         print()  # also after Ctrl-C, so that the shell's prompt starts on a new line

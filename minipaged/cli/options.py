@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from minipaged.cli.screen import shown
 from minipaged.config import (
     ATTENTIONS,
     DEVICES,
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 DEFAULT = EngineConfig()
 
 # None means not given: EngineConfig and SamplingParams have the defaults and check the limits.
-Model = Annotated[str, typer.Option(help="'tiny' (embedded), a directory (Hugging Face), or a hub id.")]
+MODEL_HELP = "'tiny' (embedded), a directory (Hugging Face), or a hub id."
+Model = Annotated[str, typer.Option(help=MODEL_HELP)]
 Device = Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}.")]
 Dtype = Annotated[str, typer.Option(help=f"Data type of weights and KV cache: {', '.join(DTYPES)}.")]
 Memory = Annotated[str | None, typer.Option(help=f"Memory manager: {', '.join(MANAGERS)}.")]
@@ -118,5 +120,5 @@ def given(**options: Any) -> dict[str, Any]:
 
 def fail(message: str) -> int:
     """Prints one line on stderr; returns exit code 2."""
-    print(f"minipaged: {' '.join(message.split())}", file=sys.stderr)
+    print(f"minipaged: {shown(' '.join(message.split()))}", file=sys.stderr)
     return 2

@@ -29,7 +29,8 @@ def prepare(llm: Any, model: str, request: ChatRequest | CompletionRequest) -> P
         raise no_model(request.model, model)
     params = request.params(llm.default_params)
     if isinstance(request, ChatRequest):
-        prompts = [render_chat(llm.tokenizer, [message.plain() for message in request.messages])]
+        messages = [message.plain() for message in request.messages]
+        prompts = [render_chat(llm.tokenizer, messages, **request.template())]
         return ChatAnswer(llm.tokenizer, model, request, prompts), prompts, params
     given = request.prompts()
     if "" in given:

@@ -121,6 +121,19 @@ class ChatRequest(_Request):
     top_logprobs: int | None = None
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
+    # Extensions of OpenAI's API, with vLLM's names.
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def template(self) -> dict[str, Any]:
+        """The keywords of `text.render_chat`. Raises `InvalidRequest`."""
+        if self.add_generation_prompt is self.continue_final_message:  # None: not given
+            raise InvalidRequest("either add_generation_prompt or continue_final_message must be true, and not both")
+        return {
+            "continue_final_message": self.continue_final_message,
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
         """Fields that the request leaves out are taken from ``defaults``. Raises `InvalidRequest`."""

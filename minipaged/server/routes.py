@@ -53,7 +53,9 @@ def build_app(service: Service, keys: Sequence[str] = (), local: bool = True) ->
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
-    model = {"id": service.model, "object": "model", "created": 0, "owned_by": "minipaged"}
+    def model() -> dict[str, Any]:
+        length = service.thread.engine.max_model_len  # vLLM's name; the page's settings can change it
+        return {"id": service.model, "object": "model", "created": 0, "owned_by": "minipaged", "max_model_len": length}
 
     @app.get("/health")
     async def health() -> Response:
@@ -65,13 +67,13 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [model()]}
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
         if name != service.model:
             raise no_model(name, service.model)
-        return model
+        return model()
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 
 import pytest
 
 from minipaged import SamplingParams, cli
+from minipaged.cli.screen import shown
 from tests.server.conftest import Running
 
 
@@ -25,7 +27,7 @@ def say(server: Running, monkeypatch, capsys) -> Callable[..., tuple[int, str, s
                 raise EOFError from None
 
         monkeypatch.setattr("builtins.input", type_one)
-        monkeypatch.setattr(sys, "argv", ["minipaged", "chat", "--url", url, "--model", "babbler", *args])
+        monkeypatch.setattr(sys, "argv", ["minipaged", "chat", "--url", url, *args])
         with pytest.raises(SystemExit) as leaving:
             cli.main()
         return leaving.value.code, *capsys.readouterr()
@@ -33,13 +35,17 @@ def say(server: Running, monkeypatch, capsys) -> Callable[..., tuple[int, str, s
     return say
 
 
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens)
+
+
 def test_a_server_says_what_the_engine_here_says(say, llm) -> None:
     code, out, err = say("Hello", "And then?", args=("--temperature", "0", "--max-tokens", "6", "--system", "S"))
     messages = [{"role": "system", "content": "S"}]
     for text in ("Hello", "And then?"):
         messages.append({"role": "user", "content": text})
-        answer = llm.chat(messages, SamplingParams(temperature=0, max_tokens=6)).outputs[0].text
-        assert answer + "\n" in out
+        answer = llm.chat(messages, greedy(6)).outputs[0].text
+        assert shown(answer) + "\n" in out
         messages.append({"role": "assistant", "content": answer})
     assert (code, err) == (0, "")
 
@@ -50,5 +56,29 @@ def test_errors_are_one_line_and_the_chat_goes_on(say, server) -> None:
     server.fail(RuntimeError("out of memory"))
     code, _, err = say("Hello", "Hello", args=("--max-tokens", "3"))
     assert code == 0 and err.count("\n") == 1 and "a step of the engine failed" in err
-    code, _, err = say("Hello", url="http://127.0.0.1:9/v1")
+    code, _, err = say("Hello", url="http://127.0.0.1:9/v1", args=("--model", "babbler"))
     assert code == 0 and err.count("\n") == 1 and "http://127.0.0.1:9/v1" in err
+    code, _, err = say("Hello", url="http://127.0.0.1:9/v1")
+    assert code == 1 and err.count("\n") == 1 and "give --model" in err
+    code, _, err = say("Hello", args=("--model", "gpt-9"))
+    assert code == 0 and "404: there is no model 'gpt-9' here; use 'babbler'" in err
+
+
+def test_the_server_is_asked_for_its_model_and_the_commands_work(say, llm, server, tmp_path) -> None:
+    messages: list[dict[str, str]] = [{"role": "user", "content": "Hello"}]
+    args = ("--temperature", "0", "--max-tokens", "4")
+    _, out, err = say(
+        "Hello", "/more", f"/save {tmp_path / 'talk'}", "/retry", "/undo", "/no-think", "Hello", args=args
+    )
+    assert out.startswith(f"babbler on {server.url}/v1; sampling: temperature 0 — as given; else its own")
+    messages.append({"role": "assistant", "content": llm.chat(messages, greedy(4)).outputs[0].text.rstrip("\ufffd")})
+    rest = llm.chat(messages, greedy(4), continue_final_message=True).outputs[0].text
+    messages[1]["content"] += rest
+    assert json.loads((tmp_path / "talk").read_text())["messages"] == messages
+    assert err.count("\n") == 1 and "does not read 'enable_thinking'" in err
+
+
+def test_a_full_context_drops_the_oldest_turns(say, llm) -> None:
+    lines = [f"{number}" + " word" * 300 for number in range(5)]  # about 500 tokens each, of 2,048
+    _, out, err = say(*lines, args=("--temperature", "0", "--max-tokens", "4"))
+    assert err == "" and "the model no longer sees 1 turn: “0 word" in out

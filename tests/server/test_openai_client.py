@@ -41,8 +41,38 @@ def complete(client: Any, **options: Any) -> Any:
 def test_models(client) -> None:
     assert [model.id for model in client.models.list()] == ["babbler"]
     assert client.models.retrieve("babbler").owned_by == "minipaged"
+    assert client.models.list().data[0].max_model_len == 2048
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nobody/nothing")
+
+
+def test_an_answer_is_continued_and_the_template_gets_its_variables(client, llm, monkeypatch) -> None:
+    begun = [*HELLO, {"role": "assistant", "content": "The quick"}]
+    body = {"continue_final_message": True, "add_generation_prompt": False}
+    answer = chat(client, messages=begun, temperature=0, extra_body=body)
+    expected = llm.chat(begun, SamplingParams(temperature=0, max_tokens=6), continue_final_message=True)
+    assert answer.choices[0].message.content == expected.outputs[0].text
+    assert answer.usage.prompt_tokens == len(expected.prompt_token_ids)
+    template = llm.tokenizer.chat_template + "{% if not enable_thinking | default(true) %}brown fox{% endif %}"
+    monkeypatch.setattr(llm.tokenizer, "chat_template", template)
+    quick = chat(client, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+    assert quick.usage.prompt_tokens > chat(client).usage.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"continue_final_message": True},  # the last message is the user's
+        {"continue_final_message": True, "add_generation_prompt": True},
+        {"add_generation_prompt": False},
+        {"chat_template_kwargs": {"enable_thinkng": False}},
+        {"chat_template_kwargs": {"add_generation_prompt": False}},
+        {"chat_template_kwargs": [1]},
+    ],
+)
+def test_wrong_uses_of_the_template_are_refused(client, body) -> None:
+    with pytest.raises(openai.BadRequestError):
+        chat(client, extra_body=body)
 
 
 def test_a_chat_is_what_the_engine_says(client, llm) -> None:
