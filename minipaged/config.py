@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from decimal import Decimal
+from os import PathLike, fspath
 
 from minipaged.core.params import CoreConfig, SamplingParams
 from minipaged.core.prefix_cache import EvictionPolicy
@@ -126,7 +127,7 @@ class EngineConfig(CoreConfig):
         speculate: draft a sequence's next tokens and verify them in one step; rejected tokens are taken back, so that
             outputs keep their distribution. ``"prompt-lookup"`` drafts the tokens that followed the newest ones when
             they last occurred; otherwise the name of a smaller draft model with the same vocabulary. With prompt lookup
-            a seed gives the same tokens as without speculation. Beam searches do not speculate.
+            a seed gives the same tokens as without speculation, up to rounding. Beam searches do not speculate.
         num_speculative_tokens: maximum length of a draft, in tokens. ``None`` with ``speculate``: 4.
         seed: seed of the random numbers of requests that have no seed of their own.
         admission_policy: decides which request is admitted next, in place of first come, first served: a class, or any
@@ -167,6 +168,9 @@ class EngineConfig(CoreConfig):
     model_families: Mapping[str, tuple[type, type]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("model", "speculate"):  # a Path is a directory's name, too
+            if isinstance(getattr(self, name), PathLike):
+                object.__setattr__(self, name, fspath(getattr(self, name)))
         if not isinstance(self.model, str) or not self.model:
             raise InvalidConfig(f"model must be 'tiny', a directory or a hub id, not {self.model!r}")
         for name, allowed in CHOICES.items():

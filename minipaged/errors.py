@@ -7,6 +7,7 @@ The ones that a user can cause (`InvalidRequest`, `InvalidConfig`, `ModelError`,
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -52,13 +53,20 @@ class WorkerFailed(MinipagedError, RuntimeError):
     process of a tensor-parallel group ended too early."""
 
 
-class StepFailed(MinipagedError, RuntimeError):
+class RequestFailed(MinipagedError, RuntimeError):
+    """A request ended with an error while it ran: no token could be drawn from its logits. The others are not affected.
+
+    ``outputs``: from `LLM.generate` those of all its requests, the failed ones with the ``finish_reason`` "error".
+    """
+
+    def __init__(self, message: str, outputs: list[Any] | None = None) -> None:  # of `RequestOutput`, unknown here
+        super().__init__(message)
+        self.outputs = outputs or []
+
+
+class StepFailed(RequestFailed):
     """A step raised (out of memory, a kernel error). Its requests were aborted and their blocks freed; the engine
     continues with the others. ``outputs`` holds what the aborted requests had generated."""
-
-    def __init__(self, message: str, outputs: list) -> None:  # of `RequestOutput`; errors import nothing
-        super().__init__(message)
-        self.outputs = outputs
 
 
 class UsedAfterFork(MinipagedError, RuntimeError):
@@ -89,3 +97,24 @@ def real_number(value: Any, name: str, low: float, high: float) -> None:
     """Raises `InvalidRequest` unless ``value`` is a number from ``low`` to ``high``."""
     if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
         raise InvalidRequest(f"{name} must be a number between {low:g} and {high:g}, not {value!r}")
+
+
+def unicode_text(text: str, name: str) -> None:
+    """Raises `InvalidRequest` for a string that is not Unicode text: it holds half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{name} holds {text[error.start]!r} at position {error.start}, half of a surrogate pair, which is no "
+            'character; remove it, for example with text.encode("utf-8", "replace").decode()'
+        ) from None
+
+
+def stop_strings(stop: Any) -> tuple[str, ...]:
+    """The stop strings of a request: one, several or none. Raises `InvalidRequest` for an empty one, or no text."""
+    stops = (stop,) if isinstance(stop, str) else stop if stop is not None else ()
+    if not isinstance(stops, Sequence) or not all(isinstance(text, str) and text for text in stops):
+        raise InvalidRequest(f"stop must be a string or a list of strings, none of them empty; got {stop!r}")
+    for text in stops:
+        unicode_text(text, "a stop string")
+    return tuple(stops)

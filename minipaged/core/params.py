@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from minipaged.errors import InvalidConfig, InvalidRequest, real_number, whole_number  # typed errors
+from minipaged.errors import InvalidConfig, InvalidRequest, real_number, stop_strings, whole_number  # typed errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class SamplingParams:
         frequency_penalty: taken off the logits of output tokens once for each time they occur.
         logit_bias: added to the logits, by token id.
         max_tokens: end with ``"length"`` after this many new tokens; ``None``: up to the model's length.
-        stop: strings that end the sequence; the text is cut before them.
+        stop: strings that end the sequence, names of special tokens too; the text is cut before them.
         stop_token_ids: tokens that end the sequence besides the model's own end-of-text tokens.
         ignore_eos: go on past the model's end-of-text tokens (for benchmarks).
         min_tokens: end-of-text and stop tokens are impossible before this many new tokens.
@@ -86,7 +86,7 @@ class SamplingParams:
         length_penalty: hypotheses are compared by log-probability / length ** length_penalty.
         early_stopping: ``True`` ends the search at ``beam_width`` finished hypotheses, ``False`` when a better one is
             unlikely, ``"never"`` when it is impossible (transformers' definitions).
-        seed: makes this request repeat, whatever else is in the batch. ``None``: drawn from the engine's seed.
+        seed: repeats this request on the same machine and schedule, else up to rounding. ``None``: the engine's.
         extra_args: for the engine's admission policy, by name; names that it does not read are refused.
     """
 
@@ -127,10 +127,7 @@ class SamplingParams:
         if self.top_p == 0:
             raise InvalidRequest("top_p must be above 0 (1 keeps every token); for greedy decoding use temperature=0")
         real_number(self.min_p, "min_p", 0.0, 1.0)
-        stops = (self.stop,) if isinstance(self.stop, str) else self.stop if self.stop is not None else ()
-        if not isinstance(stops, Seq) or not all(isinstance(text, str) and text for text in stops):
-            raise InvalidRequest(f"stop must be a string or a list of strings, none of them empty; got {self.stop!r}")
-        object.__setattr__(self, "stop", tuple(stops))
+        object.__setattr__(self, "stop", stop_strings(self.stop))
         ids = self.stop_token_ids if self.stop_token_ids is not None else ()
         if not isinstance(ids, (list, tuple, set, frozenset)):
             raise InvalidRequest(f"stop_token_ids must be a list of token ids, not {ids!r}")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from minipaged.errors import InvalidRequest
+from minipaged.errors import InvalidRequest, unicode_text
 from minipaged.text.parts import text_of
 
 ROLES = ("system", "user", "assistant")
@@ -52,6 +52,7 @@ def render_chat(
         )
     except Exception as error:  # templates are programs and can raise any error
         raise InvalidRequest(f"the model's chat template refused these messages: {error}") from error
+    unicode_text(text, "the chat, by the model's template,")  # variables of the template hold text, too
     # The template already contains all special tokens; the tokenizer must not add a second beginning-of-text token.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -82,9 +83,12 @@ def _validated(messages: Any) -> list[dict[str, str]]:
         if not isinstance(message, dict):
             raise InvalidRequest(f"{where} must be a dict with 'role' and 'content', not {message!r}")
         if unknown := sorted(set(message) - {"role", "content"}, key=str):
-            raise InvalidRequest(f"{where} has unknown keys: {', '.join(map(str, unknown))}")
+            names = ", ".join(map(str, unknown)).encode("utf-8", "backslashreplace").decode()  # can be printed
+            raise InvalidRequest(f"{where} has unknown keys: {names}")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise InvalidRequest(f"{where}: role must be one of {', '.join(ROLES)}, not {role!r}")
-        plain.append({"role": role, "content": text_of(content, f"{where}: ")})
+        said = text_of(content, f"{where}: ")
+        unicode_text(said, f"{where}: content")
+        plain.append({"role": role, "content": said})
     return plain
