@@ -187,7 +187,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel |
     ``parts``: keywords of `assemble`. Raises `InvalidConfig` for settings that the model or the machine does not allow.
     """
     from minipaged.execution.pool_size import blocks_that_fit
-    from minipaged.features.full_sampler import sample
+    from minipaged.features.full_sampler import FullSampler
     from minipaged.features.tensor_parallel.ranks import gather, neighbours, on_all_ranks
 
     spec, shard = loaded.spec, loaded.shard
@@ -213,7 +213,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel |
     return assemble(
         config,
         _runner(config, loaded, draft),
-        sample,
+        FullSampler(spec.vocab_size, spec.eos_token_ids),
         tokenizer=loaded.tokenizer,
         vocab_size=spec.vocab_size,
         eos_token_ids=spec.eos_token_ids,

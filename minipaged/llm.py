@@ -8,21 +8,30 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from itertools import count
+from os import PathLike
 from typing import Any
 
 from minipaged.build import BatchItem, build_engine, load
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.core.engine import Engine
-from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed, same_process
+from minipaged.errors import (
+    InvalidConfig,
+    InvalidRequest,
+    RequestFailed,
+    StepFailed,
+    same_process,
+    unicode_text,
+)
 from minipaged.models.loader import LoadedModel, load_model
 from minipaged.models.sampling_defaults import stated
 from minipaged.outputs import CompletionOutput, Delta, RequestOutput, differences
+from minipaged.text.prompts import as_prompts, read_prompt
 
-Prompt = str | list[int]
+Prompt = str | list[int] | Mapping[str, Any]
 Messages = list[dict[str, Any]]  # contents are strings, or lists of OpenAI's text parts
 
 
@@ -40,9 +49,9 @@ class LLM:
     >>> print(llm.generate("Once upon a time", SamplingParams(seed=1))[0].outputs[0].text)
     """
 
-    def __init__(self, model: str = "tiny", *, shard: Any = None, **settings: Any) -> None:
+    def __init__(self, model: str | PathLike[str] = "tiny", *, shard: Any = None, **settings: Any) -> None:
         try:
-            config = EngineConfig(model=model, **settings)
+            config = EngineConfig(model=model, **settings)  # type: ignore[arg-type]  # it takes a Path, too
         except TypeError as error:
             raise InvalidConfig(f"{error}; see EngineConfig for the settings") from None
         loaded = load(config, shard)
@@ -78,15 +87,16 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes one prompt or many, batched together; results come in the order of the prompts.
 
-        A prompt is text or token ids. ``params`` is one for all prompts, or a list with one for each; without them
-        ``default_params`` apply. On a terminal, long runs show a progress bar. ``schedule``: ``"fcfs"`` starts the
-        prompts in their order; ``"batchllm"`` groups prompts that share a prefix and computes each shared prefix once.
-        The outputs are the same.
+        A prompt is text, a list of token ids, or vLLM's ``{"prompt": …}`` or ``{"prompt_token_ids": …}``. ``params`` is
+        one for all prompts, or a list with one for each; without them ``default_params`` apply. On a terminal, long
+        runs show a progress bar. ``schedule``: ``"fcfs"`` starts the prompts in their order; ``"batchllm"`` groups
+        prompts that share a prefix and computes each shared prefix once. The outputs are the same, up to rounding.
         Raises `InvalidRequest` if any prompt cannot be served (then none is), `InvalidConfig` if the engine does not
-        support the schedule, `StepFailed` if a step fails.
+        support the schedule, `StepFailed` if a step fails, `RequestFailed` if a request fails alone: the others are
+        computed to their end, and the exception's ``outputs`` has them all.
         """
         self.engine.config.check_schedule(schedule)
-        prompt_list = _as_list(prompts)
+        prompt_list = as_prompts(prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params or self.default_params] * len(prompt_list)
         if not isinstance(params, (list, tuple)):
@@ -141,6 +151,7 @@ class LLM:
                 finished = output.finished
                 for delta in differences(output, seen):
                     yield delta
+                _raise_error(output)
         finally:
             self._close(request_id)
 
@@ -152,6 +163,9 @@ class LLM:
         """Token ids of a text, with the beginning-of-text token if the model's tokenizer adds one."""
         if self.tokenizer is None:
             raise InvalidRequest("this model has no tokenizer; give token ids instead of text")
+        if not isinstance(text, str):
+            raise InvalidRequest(f"a text must be a string, not {type(text).__name__}")
+        unicode_text(text, "the text")
         return list(self.tokenizer(text)["input_ids"])
 
     def render_chat(
@@ -199,7 +213,7 @@ class LLM:
         return draft
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> str:
-        tokens, text = self._tokens(prompt), prompt if isinstance(prompt, str) else None
+        tokens, text = self._read(prompt)
         with self._engine_alone():
             request_id = f"llm-{next(self._ids)}"
             self.engine.add_request(request_id, tokens, params, prompt=text)
@@ -209,20 +223,18 @@ class LLM:
     def _submit_batch(self, prompts: list[Prompt], params: Seq[SamplingParams]) -> list[str]:
         """Adds all prompts to the engine as one batch, or none if one of them is invalid."""
         batch = [
-            BatchItem(f"llm-{next(self._ids)}", self._tokens(prompt), one, prompt if isinstance(prompt, str) else None)
-            for prompt, one in zip(prompts, params, strict=True)
+            BatchItem(f"llm-{next(self._ids)}", tokens, one, text)
+            for (tokens, text), one in zip(map(self._read, prompts), params, strict=True)
         ]
         with self._engine_alone():
             self.engine.add_batch(batch)
             self._inboxes |= {item.request_id: deque(maxlen=1) for item in batch}
         return [item.request_id for item in batch]
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, (str, list)):
-            raise InvalidRequest(f"a prompt is a string or a list of token ids, not {type(prompt).__name__}")
-        if prompt == "":
-            raise InvalidRequest("the prompt is empty; give at least one character")
-        return self.encode(prompt) if isinstance(prompt, str) else prompt
+    def _read(self, prompt: Prompt) -> tuple[list[int], str | None]:
+        """A prompt's token ids, and its text if it has one."""
+        text, tokens = read_prompt(prompt)
+        return self.encode(text or "") if tokens is None else tokens, text
 
     def _submit_stream(self, prompt: Prompt, params: SamplingParams | None) -> str:
         params = self.default_params if params is None else params
@@ -261,7 +273,7 @@ class LLM:
     def _step(self, inboxes: dict[str, deque[RequestOutput]]) -> None:
         """Runs one engine step, unless another thread's step has just delivered output to one of these inboxes.
 
-        Raises `StepFailed` only if one of these requests failed; the others continue.
+        Outputs of requests that failed have an ``error``: whoever waits for them raises it.
         """
         with self._engine_alone():
             if any(inboxes.values()):
@@ -271,11 +283,11 @@ class LLM:
                     raise RuntimeError(f"{request_id} was ended through llm.engine, whose caller got its output")
             try:
                 outputs = self.engine.step()
-            except BaseException as error:
+            except StepFailed as error:
+                outputs = error.outputs
+            except BaseException as error:  # Ctrl-C and its kind
                 self._deliver(getattr(error, "outputs", []))
-                if not isinstance(error, StepFailed) or any(inboxes.values()):
-                    raise
-                return
+                raise
             self._deliver(outputs)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
@@ -289,7 +301,10 @@ class LLM:
         return inbox.popleft()
 
     def _finish(self, ids: list[str]) -> list[RequestOutput]:
-        """Steps the engine until all these requests are finished; returns their last outputs in order."""
+        """Steps the engine until all these requests are finished; returns their last outputs in order.
+
+        Raises `StepFailed` at once, `RequestFailed` when all are finished.
+        """
         open_: dict[str, deque[RequestOutput]] = {request_id: self._inboxes[request_id] for request_id in ids}
         last: dict[str, RequestOutput] = {}
         with _Progress(len(ids)) as progress:
@@ -298,10 +313,18 @@ class LLM:
                 for request_id, inbox in list(open_.items()):
                     if inbox:
                         last[request_id] = inbox.popleft()
+                        if isinstance(last[request_id].error, StepFailed):
+                            _raise_error(last[request_id])
                         if last[request_id].finished:
                             del open_[request_id]
                 progress.update(last)
-        return [last[i] for i in ids]
+        outputs = [last[i] for i in ids]
+        failed = [number for number, output in enumerate(outputs) if output.error is not None]
+        if failed:
+            error = outputs[failed[0]].error
+            which = f"prompt {failed[0]} of {len(ids)} ({len(failed)} failed): " if len(ids) > 1 else ""
+            raise RequestFailed(f"{which}{error}", outputs) from error
+        return outputs
 
     def _deltas(self, request_id: str) -> Iterator[Delta]:
         inbox = self._inboxes[request_id]
@@ -313,22 +336,16 @@ class LLM:
                 output = self._next(request_id, inbox)
                 finished = output.finished
                 yield from differences(output, seen)
+                _raise_error(output)
         finally:
             self._close(request_id)
 
 
-def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Iterable):
-        raise InvalidRequest(f"prompts are strings or lists of token ids, not {type(prompts).__name__}")
-    items: list[Any] = list(prompts)
-    if items and all(isinstance(item, int) for item in items):
-        return [items]
-    for item in items:
-        if not isinstance(item, (str, list)):
-            raise InvalidRequest(f"a prompt is a string or a list of token ids, not {type(item).__name__}")
-    return items
+def _raise_error(output: RequestOutput) -> None:
+    """Raises what ended the request, if it failed; a new exception each time, since several threads may raise it."""
+    error = output.error
+    if isinstance(error, RequestFailed):
+        raise type(error)(str(error), error.outputs or [output]) from error
 
 
 class _Progress:

@@ -182,14 +182,16 @@ def _step(engine: Any, running: dict[str, _Open]) -> list[bytes]:
             continue
         open_ = running[output.request_id]
         open_.outputs[output.request_id] = output
-        aborted = any(out.finish_reason == "abort" for out in output.outputs)
-        if not aborted and None in open_.outputs.values():
+        failed = output.error is not None or any(out.finish_reason == "abort" for out in output.outputs)
+        if not failed and None in open_.outputs.values():
             continue
         for request_id in open_.outputs:
             engine.abort(request_id)  # does something only if the task failed: the requests of its other prompts
             running.pop(request_id, None)
-        if aborted:
-            lines.append(_line(open_.task, 500, ApiError(500, "a step of the engine failed").body()))
+        if failed:
+            alone = output.error is not None and not isinstance(output.error, StepFailed)
+            why = str(output.error) if alone else "a step of the engine failed"
+            lines.append(_line(open_.task, 500, ApiError(500, why).body()))
         else:
             lines.append(_line(open_.task, 200, open_.answer.whole([o for o in open_.outputs.values() if o])))
     return lines

@@ -33,7 +33,8 @@ class CompletionOutput(_Output):
 
     ``logprobs[i]`` maps token ids to log-probabilities at output position i (``None`` unless requested); the sampled
     token is always among them. ``cumulative_logprob`` is the sum over the sampled tokens. ``finish_reason`` is
-    ``"stop"``, ``"length"``, ``"abort"``, or ``None`` while it runs. A beam search lists its best sequence first.
+    ``"stop"``, ``"length"``, ``"abort"`` (also by a failed step), ``"error"`` if the request failed alone, or ``None``
+    while it runs. A beam search lists its best sequence first.
     """
 
     fields = ("index", "text", "token_ids", "logprobs", "cumulative_logprob", "finish_reason")
@@ -68,7 +69,8 @@ class RequestOutput(_Output):
     """A request and its sequences so far; ``finished`` once all of them have ended.
 
     A beam search has no outputs until it is finished. ``prompt_logprobs``, if requested, has an entry per prompt token
-    (``None`` for the first token, which has no predecessor).
+    (``None`` for the first token, which has no predecessor). ``error`` is the `RequestFailed` or `StepFailed` that
+    ended the request, if one did.
     """
 
     fields = ("request_id", "prompt", "prompt_token_ids", "outputs", "finished", "prompt_logprobs")
@@ -81,12 +83,14 @@ class RequestOutput(_Output):
         outputs: list[CompletionOutput],
         finished: bool,
         prompt_logprobs: list[dict[int, float] | None] | None = None,
+        error: Exception | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
         self.outputs = outputs
         self.finished = finished
         self.prompt_logprobs = prompt_logprobs
+        self.error = error
         self._prompt_tokens = prompt_token_ids
 
     @cached_property
@@ -111,7 +115,7 @@ def output_of(request: Any) -> RequestOutput:
     ]
     prompt_logprobs = list(request.prompt_logprobs) if request.prompt_logprobs is not None else None
     return RequestOutput(
-        request.request_id, request.prompt, request.prompt_token_ids, outputs, finished, prompt_logprobs
+        request.request_id, request.prompt, request.prompt_token_ids, outputs, finished, prompt_logprobs, request.error
     )
 
 

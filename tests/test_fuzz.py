@@ -4,12 +4,17 @@ from collections import Counter
 from random import Random
 
 import pytest
+import torch
 
 from minipaged.config import EVICTIONS, SamplingParams
-from minipaged.errors import InvalidConfig, InvalidRequest
+from minipaged.core.plan import Chunk, SampledToken, StepPlan
+from minipaged.core.request import Request, Sequence
+from minipaged.core.seams import Sampling
+from minipaged.errors import InvalidConfig, InvalidRequest, RequestFailed
 from minipaged.events import State
 from minipaged.events.waste import AHEAD
 from minipaged.features.batchllm.groups import BatchItem
+from minipaged.features.full_sampler import FullSampler
 from minipaged.features.speculative.drafts import speculation_of
 from tests.fake import (
     fake_engine,
@@ -103,6 +108,23 @@ class Trace:
                 self.seen["reclaimed"] += 1
 
         self.engine.scheduler.outgrow = watched
+        self.failing: set[str] = set()
+        if self.random.random() < 0.2:
+            self.engine.sampler = self.failing_sampler(self.engine.sampler)
+
+    def failing_sampler(self, sample):
+        """Sometimes finds nothing to draw for one row, also of a draft, of several samples, or of a beam."""
+
+        def sampler(logits, plan):
+            sampled = sample(logits, plan)
+            rows = [row for row, token in enumerate(sampled) if token is not None]
+            if rows and self.random.random() < 0.05:
+                row = self.random.choice(rows)
+                sampled[row] = SampledToken(-1, error=RequestFailed("nothing can be drawn"))
+                self.failing.add(plan.samples[row][0].request_id)
+            return sampled
+
+        return sampler
 
     def listen(self, event):
         self.state.apply(event)
@@ -125,6 +147,10 @@ class Trace:
             for output in self.engine.step():
                 if output.finished:
                     self.done[output.request_id] = output
+                    if output.error is not None:
+                        assert output.request_id in self.failing
+                        self.cut.add(output.request_id)
+                        self.seen["failed"] += 1
             self.check_step()
             if self.engine.config.batching == "static" and ran:
                 assert self.seen["admitted"] == admitted, "a request joined a static batch"
@@ -242,9 +268,73 @@ def test_random_traces_give_the_tokens_of_an_unbatched_loop(part):
             raise
     # A fuzz that never meets the hard cases proves nothing.
     rare = ["preempted", "swapped_out", "swapped_in", "resumed", "copied", "forked", "shared", "cached", "evicted"]
-    rare += ["aborted", "outgrown", "refused", "searched", "forked by hand", "static"]
+    rare += ["aborted", "failed", "outgrown", "refused", "searched", "forked by hand", "static"]
     rare += ["accepted", "rejected", "taken back", "predicted"]
     rare += ["prefix_kept", "prefix_released", "batches refused"]
     rare += [*AHEAD, *(f"{manager} copied" for manager in AHEAD)]
     assert not [name for name in rare if totals[name] < 20], totals
     assert totals["all wings at once"] and totals["reclaimed"], totals
+
+
+# --- masks --------------------------------------------------------------------------------------------------------
+
+FEW = 6  # tokens, so that random masks often forbid them all
+ENDS = frozenset({1, 2})
+
+
+def random_masks(random: Random) -> SamplingParams:
+    """Parameters that forbid tokens, in every combination."""
+
+    def some() -> list[int]:
+        return random.sample(range(FEW), random.randint(0, FEW))
+
+    biases = {token: random.choice((-1e9, -100, -99, 0.5, 100)) for token in some()}
+    return SamplingParams(
+        temperature=random.choice((0, 1e-30, 0.7, 1, 100)),
+        top_k=random.choice((0, 1, 3, 10**9)),
+        top_p=random.choice((1, 0.5, 1e-9)),
+        min_p=random.choice((0, 0.3, 1)),
+        repetition_penalty=random.choice((1, 0.01, 1.3, 100)),
+        presence_penalty=random.choice((0, -100, 100)),
+        frequency_penalty=random.choice((0, 2, -2)),
+        logit_bias=biases if random.random() < 0.7 else {},
+        min_tokens=random.choice((0, 0, 3)),
+        stop_token_ids=some(),
+        ignore_eos=random.random() < 0.3,
+        logprobs=random.choice((None, 0, 3)),
+    )
+
+
+def possible(row: list[float], params: SamplingParams, num_output: int) -> set[int]:
+    """The tokens that these parameters allow, by their definition."""
+    ends = set(params.stop_token_ids) | (set() if params.ignore_eos else ENDS)
+    forbidden = ends if num_output < params.min_tokens else set()
+    return {token for token, logit in enumerate(row) if logit > -float("inf")} - forbidden
+
+
+def test_every_combination_of_masks_leaves_a_token_or_fails_alone():
+    random, seen, door = Random(0), Counter(), FullSampler(FEW, ENDS)
+    for _ in range(300):
+        rows, plan, allowed = [], StepPlan(0), []
+        while len(rows) < 4:
+            params = random_masks(random)
+            try:
+                door.check(params)
+            except InvalidRequest:
+                seen["refused"] += 1
+                banned = {token for token, bias in params.logit_bias.items() if bias <= -100}
+                assert possible([0.0] * FEW, params, 0) <= banned, "a token was left"
+                continue
+            output = [random.randrange(FEW) for _ in range(random.choice((0, 1, 5)))]
+            row = [random.choice((-float("inf"), random.gauss(0, 3))) for _ in range(FEW)]
+            seq = Sequence(len(rows), [0, *output], 1, Random(len(rows)))
+            ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else ENDS)
+            request = Request(str(len(rows)), [0], params, [seq], ends, 99, 0, Sampling(params, frozenset()))
+            plan.chunks.append(Chunk(request, seq, len(output), 1, [seq], [0]))
+            allowed.append(possible(row, params, len(output)))
+            rows.append(row)
+        for token, some in zip(door(torch.tensor(rows), plan), allowed, strict=True):
+            assert (token.error is None) == bool(some)
+            assert token.error is not None or token.token_id in some
+            seen["failed" if token.error else "drawn"] += 1
+    assert min(seen.values()) > 30 and len(seen) == 3, seen

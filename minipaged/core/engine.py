@@ -19,7 +19,7 @@ from minipaged.core.plan import SampledToken, StepPlan
 from minipaged.core.request import Request, Sequence
 from minipaged.core.scheduler import Scheduler, piece
 from minipaged.core.seams import FCFS, AdmissionPolicy, Decoding, MemoryManager, Runner, Sampling, Stage
-from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed  # typed errors
+from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed, unicode_text  # typed errors
 from minipaged.events import EngineError, EngineStarted, EventLog, RequestAdded, StepFinished, StepStarted  # events
 from minipaged.events.waste import Held, held_now  # Held: slots by class of waste (paper, Fig. 2)
 from minipaged.outputs import RequestOutput, output_of  # what callers get back: plain data
@@ -48,8 +48,8 @@ def paged(config: Any, events: EventLog) -> BlockTables:
 class Engine:
     """Continuous batching over a paged KV cache. Not thread-safe: one thread calls it.
 
-    ``config`` must have numbers for its sizes. ``sampler(logits, plan)`` returns a token for each of ``plan.samples``;
-    its method ``check(params)``, if any, raises `InvalidRequest` for parameters that it does not know.
+    ``config`` must have numbers for its sizes. ``sampler(logits, plan)`` returns a token, or an error, for each of
+    ``plan.samples``; its method ``check(params)``, if any, raises `InvalidRequest` for parameters that it refuses.
     ``make_text(prompt, stops)`` makes a `text.TextStream`. ``tokenizer`` and ``bytes_per_block`` are for callers.
     """
 
@@ -166,15 +166,14 @@ class Engine:
         self.check_id(request_id)
         if not isinstance(params, SamplingParams):
             raise InvalidRequest(f"params must be a SamplingParams, not {type(params).__name__}")
-        tokens = list(token_ids)
-        if not tokens:
-            raise InvalidRequest("the prompt is empty; give at least one token")
-        for token in tokens:
+        if not isinstance(token_ids, (list, tuple)) or not token_ids:
+            raise InvalidRequest(f"the prompt is empty or no list: {token_ids!r:.80}; give a list of token ids")
+        for token in token_ids:
             if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < self.vocab_size:
                 raise InvalidRequest(f"token id {token!r} is not a whole number from 0 to {self.vocab_size - 1}")
-        if len(tokens) >= self.max_model_len:
+        if len(token_ids) >= self.max_model_len:
             raise InvalidRequest(
-                f"the prompt has {len(tokens)} tokens, but a sequence can have {self.max_model_len} at most "
+                f"the prompt has {len(token_ids)} tokens, but a sequence can have {self.max_model_len} at most "
                 "and needs room for one more; shorten it"
             )
         if params.stop and self.make_text is None:
@@ -184,17 +183,15 @@ class Engine:
         if unread := set(params.extra_args) - getattr(self.scheduler.admission, "extra_args", frozenset()):
             raise InvalidRequest(f"extra_args: the admission policy does not read {', '.join(map(str, unread))}")
         name, width = ("beam_width", params.beam_width) if params.beam_width else ("n", params.n)
-        most = self.config.max_num_seqs
-        if width > most:
-            raise InvalidRequest(f"{name} is {width}, but at most max_num_seqs = {most} sequences run at once")
-        for token in [*params.logit_bias, *params.stop_token_ids]:
-            if token >= self.vocab_size:
-                raise InvalidRequest(f"token id {token} of logit_bias or stop_token_ids is not in the vocabulary")
-        num = len(tokens)  # at arrival every sequence equals the prompt
-        demand = Demand([num] * width, common=num, num_prompt=num, max_output=self.max_output(tokens, params))
+        if width > self.config.max_num_seqs:
+            raise InvalidRequest(f"{name} is {width}, but max_num_seqs = {self.config.max_num_seqs} is the limit")
+        if strange := [token for token in (*params.logit_bias, *params.stop_token_ids) if token >= self.vocab_size]:
+            raise InvalidRequest(f"token id {strange[0]} of logit_bias or stop_token_ids is not in the vocabulary")
+        num = len(token_ids)  # at arrival every sequence equals the prompt
+        demand = Demand([num] * width, common=num, num_prompt=num, max_output=self.max_output(token_ids, params))
         if refusal := self.memory.refusal(demand):
             raise InvalidRequest(refusal)
-        return [int(token) for token in tokens]
+        return [int(token) for token in token_ids]
 
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished()
@@ -254,6 +251,7 @@ class Engine:
     def check_id(self, request_id: str) -> None:
         if not isinstance(request_id, str) or not request_id:
             raise InvalidRequest(f"request_id must be a string that is not empty, not {request_id!r}")
+        unicode_text(request_id, "request_id")
         if request_id in self.requests:
             raise InvalidRequest(f"a request {request_id!r} is running already; give each its own id")
 
@@ -297,11 +295,12 @@ class Engine:
         requests = list(dict.fromkeys([*(chunk.request for chunk in plan.chunks), *plan.outgrown, *kept]))
         message = f"step {plan.step} failed: {type(error).__name__}: {error}"
         self.events.emit(EngineError, message)
+        failure = StepFailed(f"{message}; aborted: {', '.join(request.request_id for request in requests)}")
         for request in requests:
+            request.error = failure
             self.scheduler.abort(request)
-        outputs = self._outputs(requests)
+        failure.outputs = self._outputs(requests)
         self.scheduler.step += 1
         if isinstance(error, Exception):
-            ids = ", ".join(request.request_id for request in requests)
-            raise StepFailed(f"{message}; aborted: {ids}", outputs) from error
-        error.outputs = outputs  # type: ignore[attr-defined]  # Ctrl-C: the caller tells those who wait for them
+            raise failure from error
+        error.outputs = failure.outputs  # type: ignore[attr-defined]  # Ctrl-C: the caller tells those who wait for them

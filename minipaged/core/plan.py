@@ -89,3 +89,4 @@ class SampledToken:
 
     token_id: int
     logprobs: dict[int, float] | None = None
+    error: Exception | None = None  # no token could be drawn: the request ends with it, and token_id means nothing

@@ -21,7 +21,7 @@ class Sequence:
     seq_id: int
     tokens: list[int]  # prompt, then output
     num_prompt: int
-    rng: Random  # its own, so that its samples depend on neither the batch nor preemption
+    rng: Random  # its own, so that its random numbers depend on neither the batch nor preemption
     num_computed: int = 0
     finish_reason: str | None = None
     logprobs: list[dict[int, float]] = field(default_factory=list)  # one per output token, if asked for
@@ -73,6 +73,7 @@ class Request:
     fork_at: int = 0  # tokens that all live sequences share: the prompt, and after each preemption what still agrees
     status: Status = Status.WAITING
     prompt_logprobs: list[dict[int, float] | None] | None = None  # one per prompt token, if asked for
+    error: Exception | None = None  # what ended it, if it failed
     live: list[Sequence] = field(init=False)  # the sequences that have not finished
 
     def __post_init__(self) -> None:

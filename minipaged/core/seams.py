@@ -22,6 +22,7 @@ from minipaged.core.plan import Copy, SampledToken, StepPlan, Write
 from minipaged.core.prefix_cache import Hit
 from minipaged.core.request import Request, Sequence
 from minipaged.errors import InvalidRequest  # typed errors
+from minipaged.events import EngineError  # events
 from minipaged.events.waste import Held, Progress  # Held: slots by class of waste; Progress: lengths
 
 
@@ -197,13 +198,15 @@ class Sampling:
 
     def advance(self, request: Request, rows: list[tuple[Sequence, SampledToken]], scheduler: Any) -> None:
         for seq, token in rows:
+            if token.error is not None and seq.finish_reason is None:
+                scheduler.events.emit(EngineError, f"{request.request_id} failed: {token.error}")
+                request.error = token.error
+                self.end(request, list(request.live), "error", scheduler)
             if seq.finish_reason is not None:
-                continue  # an earlier token of its draft ended it
-            reason = "stop" if token.token_id in request.stop_token_ids else None
-            if reason is None and seq.num_output + 1 >= request.max_output:
-                reason = "length"
-            reason = scheduler.take(request, seq, token, reason)
-            if reason:
+                continue  # this ended it, or an earlier token of its draft
+            at_limit = "length" if seq.num_output + 1 >= request.max_output else None
+            reason = "stop" if token.token_id in request.stop_token_ids else at_limit
+            if reason := scheduler.take(request, seq, token, reason):
                 scheduler.finish(request, seq, reason)
 
     def end(self, request: Request, seqs: list[Sequence], reason: str, scheduler: Any) -> None:

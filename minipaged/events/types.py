@@ -314,7 +314,7 @@ class GroupEnded(Event):
 
 @dataclass(frozen=True, slots=True)
 class Finished(Event):
-    """A sequence finished: ``"stop"``, ``"length"``, ``"abort"``, or ``"pruned"`` for a beam that was dropped."""
+    """A sequence finished: ``"stop"``, ``"length"``, ``"abort"``, ``"error"``, or ``"pruned"`` for a dropped beam."""
 
     type: ClassVar[str] = "finished"
     seq_id: int
@@ -332,7 +332,7 @@ class StepFinished(Event):
 @dataclass(frozen=True, slots=True)
 class EngineError(Event):
     """An error occurred. If a step failed, ``message`` begins with "step": the requests that it was computing were
-    aborted, and the engine continues."""
+    aborted. If a request failed alone, ``message`` begins with its id. The engine continues with the others."""
 
     type: ClassVar[str] = "engine_error"
     message: str

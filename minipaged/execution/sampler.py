@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from minipaged.core.params import SamplingParams
 from minipaged.core.plan import SampledToken, StepPlan
 from minipaged.core.request import Sequence
-from minipaged.errors import InvalidRequest  # typed errors
+from minipaged.errors import InvalidRequest, RequestFailed  # typed errors
+
+NOTHING = -1  # stands for the token of a row from which none can be drawn
 
 
 class Sampler:
@@ -34,22 +34,35 @@ class Sampler:
         if not rows:
             return []
         logits = logits.float()[rows]
-        tokens = likeliest(logits)
+        tokens, drawable = likeliest(logits)
         requests, seqs = zip(*plan.samples, strict=True)
         params = [request.params for request in requests]
         random = [i for i, p in enumerate(params) if p.temperature > 0]
         if random:
             scaled = scale(logits[random], [params[i] for i in random])
             tokens[random] = draw(scaled, [seqs[i] for i in random])
-        return [SampledToken(token) for token in tokens.tolist()]  # tolist: the host waits for the device
+        chosen = tokens.where(drawable, NOTHING).tolist()  # tolist: the host waits for the device
+        return [SampledToken(token, error=why_nothing(token, logits, row)) for row, token in enumerate(chosen)]
 
 
-def likeliest(logits: Tensor) -> Any:
-    """The index of each row's largest entry, the first of equal ones: [rows], a tensor, or on a CPU a numpy array,
-    since numpy needs a third of torch's time."""
-    if logits.device.type == "cpu":
-        return logits.detach().numpy().argmax(axis=-1)
-    return logits.argmax(dim=-1)
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The index of each row's largest entry, the first of equal ones, and whether it is finite; both are [rows].
+
+    If it is not, no token can be drawn from the row: all entries are -inf, or one is NaN, which counts as the largest.
+    """
+    on_cpu = logits.device.type == "cpu"  # where numpy needs a third of torch's time
+    tokens = torch.as_tensor(logits.detach().numpy().argmax(axis=-1) if on_cpu else logits.argmax(dim=-1))
+    return tokens, logits.gather(1, tokens[:, None])[:, 0].isfinite()
+
+
+def why_nothing(token: int, logits: Tensor, row: int) -> RequestFailed | None:
+    """Why no token could be drawn from a row of the model's own logits, [rows, vocab]; ``None`` if one was."""
+    if token != NOTHING:
+        return None
+    why = "the model's logits are NaN or infinite; check its weights, or load them with dtype='float32'"
+    if logits[row].isfinite().any() and (logits[row] < torch.inf).all():
+        why = "min_tokens, stop_token_ids and logit_bias together forbid every token; leave one"
+    return RequestFailed(f"no token can be drawn: {why}")
 
 
 def scale(logits: Tensor, params: list[SamplingParams]) -> Tensor:
@@ -62,7 +75,7 @@ def scale(logits: Tensor, params: list[SamplingParams]) -> Tensor:
 def draw(scaled: Tensor, seqs: list[Sequence]) -> Tensor:
     """Samples one column per row, by inverting the cumulative distribution at a number from the sequence's generator.
 
-    One number per token, drawn on the host: a sequence's samples do not depend on the rest of the batch or the device.
+    One number per token, drawn on the host: it depends on neither the batch nor the device (logits do, by rounding).
     scaled: [rows, vocab], logits → [rows].
     """
     # In double precision where supported. A GPU sums each entry in a different order, so rounding may make the sum grow
@@ -73,4 +86,4 @@ def draw(scaled: Tensor, seqs: list[Sequence]) -> Tensor:
     uniform = torch.tensor([[seq.rng.random()] for seq in seqs], device=scaled.device, dtype=dtype)
     # The first entry whose cumulative probability exceeds the number, but at most the last one of probability > 0.
     rank = torch.searchsorted(cumulative, uniform * total, right=True)
-    return rank.minimum(torch.searchsorted(cumulative, total))[:, 0]
+    return rank.minimum(torch.searchsorted(cumulative, total)).clamp_max(scaled.shape[1] - 1)[:, 0]  # a row may be NaN

@@ -19,7 +19,7 @@ from minipaged.core.plan import SampledToken
 from minipaged.core.request import Request, Sequence
 from minipaged.core.scheduler import Scheduler
 from minipaged.core.seams import Decoding, Sampling
-from minipaged.events import Finished, Forked
+from minipaged.events import EngineError, Finished, Forked
 
 
 def decoding_of(params: SamplingParams, stop_token_ids: frozenset[int]) -> Decoding:
@@ -73,6 +73,10 @@ class BeamSearch:
 
     def advance(self, request: Request, rows: list[tuple[Sequence, SampledToken]], scheduler: Scheduler) -> None:
         """Takes one token for every beam: forks good beams, frees pruned ones and keeps finished hypotheses."""
+        for error in (token.error for _, token in rows if token.error):
+            scheduler.events.emit(EngineError, f"{request.request_id} failed: {error}")
+            request.error = error
+            return self.end(request, list(request.live), "error", scheduler)
         length = rows[0][0].num_output + 1
         live, ended = self.choose(rows, request.max_output)
         for c in ended:

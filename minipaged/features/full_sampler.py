@@ -19,7 +19,30 @@ from torch import Tensor
 from minipaged.core.params import SamplingParams
 from minipaged.core.plan import Chunk, SampledToken, StepPlan
 from minipaged.core.request import Request, Sequence
-from minipaged.execution.sampler import draw, likeliest, scale
+from minipaged.errors import InvalidRequest
+from minipaged.execution.sampler import NOTHING, draw, likeliest, scale, why_nothing
+
+BANNED = -100.0  # a logit_bias this low or lower bans a token (OpenAI's definition)
+
+
+class FullSampler:
+    """`sample`, as the sampler of an engine with this vocabulary and these end-of-text tokens."""
+
+    def __init__(self, vocab_size: int, eos_token_ids: frozenset[int] = frozenset()) -> None:
+        self.vocab_size, self.eos_token_ids = vocab_size, eos_token_ids
+
+    def check(self, params: SamplingParams) -> None:
+        """Raises `InvalidRequest` for parameters that forbid every token."""
+        forbidden = {token for token, bias in params.logit_bias.items() if bias <= BANNED}
+        why = f"a logit_bias of {BANNED:g} or less bans {len(forbidden)} of {self.vocab_size} tokens"
+        if params.min_tokens:
+            forbidden.update(params.stop_token_ids, () if params.ignore_eos else self.eos_token_ids)
+            why += f", min_tokens ({params.min_tokens}) forbids stop and end-of-text tokens, and no other token is left"
+        if len(forbidden) >= self.vocab_size and forbidden.issuperset(range(self.vocab_size)):
+            raise InvalidRequest(f"no token can be drawn: {why}; leave one")
+
+    def __call__(self, logits: Tensor, plan: StepPlan) -> list[SampledToken | None]:
+        return sample(logits, plan)
 
 
 @torch.inference_mode()
@@ -28,7 +51,8 @@ def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken | None]:
 
     logits: [R, vocab], ``num_rows`` rows per chunk; the last of them is sampled. If n sequences sample from one row, it
     is repeated. A sequence with a draft samples from all its rows up to the first mismatch; rows after it return
-    ``None``. Prompt log-probabilities, if requested, are written into their request.
+    ``None``. A row from which no token can be drawn gets an error, and the others are not affected. Prompt
+    log-probabilities, if requested, are written into their request.
     """
     logits = logits.float()
     rows: list[int] = []
@@ -50,15 +74,16 @@ def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken | None]:
         seqs = _foreseen(plan)
 
     adjusted = adjust(logits, requests, seqs)
-    tokens = likeliest(adjusted)
+    tokens, drawable = likeliest(adjusted)
     random = [i for i, p in enumerate(params) if p.temperature > 0]
     if random:
         tokens[random] = _draw(adjusted[random], [params[i] for i in random], [seqs[i] for i in random])
-    chosen = tokens.tolist()  # here the host waits for the device, once for the whole batch
+    chosen = tokens.where(drawable, NOTHING).tolist()  # the host waits for the device, once for the whole batch
     kept = _accept(plan, adjusted, chosen) if drafted else [True] * len(chosen)
     logprobs = _logprobs(logits, chosen, [request.decoding.num_logprobs for request in requests])
     return [
-        SampledToken(token, entry) if keep else None for token, entry, keep in zip(chosen, logprobs, kept, strict=True)
+        SampledToken(token, logprobs[row], why_nothing(token, logits, row)) if keep else None
+        for row, (token, keep) in enumerate(zip(chosen, kept, strict=True))
     ]
 
 
@@ -148,8 +173,13 @@ def _accept(plan: StepPlan, logits: Tensor, chosen: list[int]) -> list[bool]:
     for chunk in plan.chunks:
         start, end, draft = len(kept), len(kept) + len(chunk.samples), chunk.draft
         if draft and chunk.draft_probs is not None:
-            probs = distribution(logits[start:end], [chunk.request.params] * (end - start))
-            said = rejection_sample(probs, chunk.draft_probs, draft, chunk.seq.rng)
+            # Up to the first row from which nothing can be drawn; it matters if the draft is accepted up to there.
+            known = next((i for i, token in enumerate(chosen[start:end]) if token == NOTHING), len(draft))
+            failing = chosen[start + known] == NOTHING
+            probs = distribution(logits[start : start + known + 1], [chunk.request.params] * (known + 1))
+            said = rejection_sample(probs, chunk.draft_probs, draft[:known], chunk.seq.rng)
+            if failing and len(said) > known:
+                said[known] = NOTHING
             chosen[start : start + len(said)] = said
             kept += [True] * len(said)
         elif draft:
@@ -238,7 +268,7 @@ def _logprobs(logits: Tensor, tokens: list[int], counts: list[int | None]) -> li
     logprobs = logits[asked].log_softmax(dim=-1)
     most = min(max(counts[i] or 0 for i in asked), logits.shape[1])
     top = logprobs.topk(most)
-    own = logprobs.gather(1, torch.tensor([[tokens[i]] for i in asked], device=logits.device))[:, 0]
+    own = logprobs.gather(1, torch.tensor([[max(tokens[i], 0)] for i in asked], device=logits.device))[:, 0]
     for i, ids, values, value in zip(asked, top.indices.tolist(), top.values.tolist(), own.tolist(), strict=True):
         best = dict(zip(ids[: counts[i]], values[: counts[i]], strict=True))
         entries[i] = best | {tokens[i]: value}

@@ -203,7 +203,9 @@ class Service:
             job = self._jobs.get(output.request_id)
             if job is None:
                 continue  # its client has disconnected
-            if any(out.finish_reason == "abort" for out in output.outputs):
+            if output.error is not None and why is None:
+                job.fail(ApiError(500, str(output.error), code="request_failed"))
+            elif output.error is not None or any(out.finish_reason == "abort" for out in output.outputs):
                 job.fail(ApiError(500, why or "the request was aborted", code="aborted"))
             else:
                 job.put(output)

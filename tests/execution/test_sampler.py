@@ -17,7 +17,9 @@ from minipaged.config import SamplingParams
 from minipaged.core.plan import Chunk, StepPlan
 from minipaged.core.request import Request, Sequence
 from minipaged.core.seams import Sampling
-from minipaged.features.full_sampler import adjust, distribution, sample
+from minipaged.errors import InvalidRequest, RequestFailed
+from minipaged.execution.sampler import Sampler
+from minipaged.features.full_sampler import FullSampler, adjust, distribution, sample
 
 VOCAB = 40
 
@@ -130,11 +132,62 @@ def test_no_number_leads_to_a_forbidden_token():
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_there_is_nothing_to_draw_from_logits_that_are_no_distribution(settings, bad):
-    logits = torch.stack([logits_of(0), logits_of(1)])
+def test_a_row_from_which_nothing_can_be_drawn_fails_alone(settings, bad):
+    logits = torch.stack([logits_of(0), logits_of(1), logits_of(2)])
     logits[1, slice(None) if bad < 0 else 3] = bad
-    with pytest.raises(RuntimeError, match="out of bounds"):
-        sample(logits, plan_for([SamplingParams(**settings)] * 2))
+    for params in (SamplingParams(**settings), SamplingParams(temperature=0, **settings)):
+        plans = [plan_for([params] * 3) for _ in range(2)]
+        good, failed, other = sample(logits, plans[0])
+        assert isinstance(failed.error, RequestFailed) and "NaN or infinite" in str(failed.error)
+        expected = sample(logits_of(0).expand(3, -1), plans[1])[0], sample(logits[2:], plan_for([params], [2]))[0]
+        assert (good.token_id, other.token_id) == tuple(token.token_id for token in expected)
+        assert good.error is other.error is None
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_the_hearts_own_sampler_fails_such_a_row_alone(bad):
+    logits = torch.stack([logits_of(0), logits_of(1)])
+    logits[1] = bad
+    for temperature in (0, 1):
+        good, failed = Sampler()(logits, plan_for([SamplingParams(temperature=temperature)] * 2))
+        assert good.error is None and 0 <= good.token_id < VOCAB and "NaN or infinite" in str(failed.error)
+
+
+def test_masks_that_leave_no_token_are_named():
+    params = SamplingParams(min_tokens=1, stop_token_ids=[3], logprobs=2)
+    (failed,) = sample(only(logits_of(0), [3])[None], plan_for([params]))
+    assert "min_tokens, stop_token_ids and logit_bias" in str(failed.error)
+
+
+ALL = list(range(VOCAB))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"min_tokens": 1, "stop_token_ids": ALL},
+        {"min_tokens": 1, "stop_token_ids": ALL[2:]},  # the end-of-text tokens are 0 and 1
+        {"logit_bias": dict.fromkeys(ALL, -100)},
+        {"logit_bias": dict.fromkeys(ALL[:30], -1e9), "min_tokens": 2, "stop_token_ids": ALL[30:]},
+    ],
+)
+def test_parameters_that_forbid_every_token_are_refused(params):
+    door = FullSampler(VOCAB, frozenset({0, 1}))
+    with pytest.raises(InvalidRequest, match="no token can be drawn: .* of 40 tokens"):
+        door.check(SamplingParams(**params))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"stop_token_ids": ALL},
+        {"min_tokens": 1, "stop_token_ids": ALL[2:], "ignore_eos": True},
+        {"min_tokens": 1, "stop_token_ids": ALL[3:]},
+        {"logit_bias": dict.fromkeys(ALL, -99.9)},  # the same for all: it changes nothing
+    ],
+)
+def test_parameters_that_leave_a_token_are_not(params):
+    FullSampler(VOCAB, frozenset({0, 1})).check(SamplingParams(**params))
 
 
 def test_temperature_zero_is_greedy_whatever_else_is_set():

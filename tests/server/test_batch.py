@@ -19,7 +19,8 @@ import minipaged
 pytest.importorskip("pydantic", reason="the server's extra is not installed: pip install 'minipaged[serve]'")
 from minipaged import SamplingParams  # noqa: E402
 from minipaged.cli import app  # noqa: E402
-from minipaged.errors import InvalidConfig, InvalidRequest  # noqa: E402
+from minipaged.core.plan import SampledToken  # noqa: E402
+from minipaged.errors import InvalidConfig, InvalidRequest, RequestFailed  # noqa: E402
 from minipaged.offline_batch import ANSWER, Task, open_batch, partition, run  # noqa: E402
 from tests.fake import fake_engine, unbatched  # noqa: E402
 
@@ -89,6 +90,35 @@ def test_in_groups_the_answers_are_the_same_and_what_is_refused_is_refused_alone
         assert bool(groups) == (schedule == "batchllm")
     assert bodies[0] == bodies[1] and len(bodies[0]) == 22
     assert [key for key, (status, _) in bodies[0].items() if status != 200] == ["bad"]
+
+
+def test_a_request_that_fails_has_a_line_of_its_own_and_the_others_are_answered(tmp_path) -> None:
+    lines = [line(f"r{i}", prompt=[i % 7, 2, i], max_tokens=6, seed=i, ignore_eos=True) for i in range(6)]
+    lines.append(line("two", prompt=[[1, 2], [3, 4]], max_tokens=6, seed=3))
+    path = written(tmp_path / "in.jsonl", lines)
+    llm, out = fake_llm(), tmp_path / "out.jsonl"
+    sample = llm.engine.sampler
+
+    def sampler(contexts, plan):
+        tokens = zip(sample(contexts, plan), plan.samples, strict=True)
+        failed = SampledToken(-1, error=RequestFailed("no token can be drawn"))
+        return [
+            failed if request.params.seed == 3 and seq.num_output == 2 else token for token, (request, seq) in tokens
+        ]
+
+    llm.engine.sampler = sampler
+    run(llm, open_batch(path, out), out)
+    got = answers(out)
+    assert [key for key, one in sorted(got.items()) if one["status_code"] != 200] == ["r3", "two"]
+    assert got["r3"]["body"]["error"]["message"] == "no token can be drawn"
+    assert [got[f"r{i}"]["body"]["usage"]["completion_tokens"] for i in (0, 1, 2, 4, 5)] == [6] * 5
+    assert not llm.engine.has_unfinished()
+
+
+def test_a_line_with_half_of_a_surrogate_pair_is_refused_by_its_number(tmp_path) -> None:
+    path = written(tmp_path / "in.jsonl", [line("fine"), line("half", prompt="\ud800")])
+    with pytest.raises(InvalidRequest, match="line 2: this is not valid JSON"):
+        open_batch(path, tmp_path / "out.jsonl")
 
 
 def test_an_engine_without_a_prefix_cache_has_no_groups(files) -> None:

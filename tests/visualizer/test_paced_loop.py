@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from minipaged import SamplingParams
-from minipaged.errors import InvalidRequest
+from minipaged.core.plan import SampledToken
+from minipaged.errors import InvalidRequest, RequestFailed
 from tests.aio import run
 from tests.fake import fake_engine
 from visualizer.commands import Commands
@@ -52,6 +53,23 @@ def test_a_request_runs_to_its_end_and_is_logged(thread: PacedLoop) -> None:
     until(lambda: request_id in thread._sink.state.finished)
     assert len(thread._sink.state.requests[request_id]) == 3
     thread.call(thread.engine.check).result(5)
+
+
+def test_a_request_that_fails_alone_is_told_and_the_other_goes_on(thread: PacedLoop) -> None:
+    sample, told = thread.engine.sampler, []
+
+    def sampler(contexts: Any, plan: Any) -> Any:
+        tokens = zip(sample(contexts, plan), plan.samples, strict=True)
+        failed = SampledToken(-1, error=RequestFailed("no token can be drawn"))
+        return [failed if request.params.seed == 13 else token for token, (request, _) in tokens]
+
+    thread.engine.sampler = sampler
+    thread.engine.events.subscribe(lambda event: told.append(event) if event.type == "engine_error" else None)
+    good, bad = (thread.submit(Arrival(0, "a b c", max_tokens=9, seed=seed)).result(5) for seed in (1, 13))
+    until(lambda: {good, bad} <= set(thread._sink.state.finished))
+    state = thread._sink.state
+    assert [state.seqs[state.requests[one][0]].finish_reason for one in (good, bad)] == ["length", "error"]
+    assert [event.message for event in told] == [f"{bad} failed: no token can be drawn"]
 
 
 def test_paused_it_computes_nothing_and_steps_one_at_a_time(thread: PacedLoop) -> None:

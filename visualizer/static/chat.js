@@ -3,7 +3,7 @@
 
 import { colour, element, ink, letter, setText, text } from "./names.js";
 
-const REMARKS = new Map([["abort", "stopped"], ["length", "cut at max tokens"]]); // by finish reason
+const REMARKS = new Map([["abort", "stopped"], ["error", "failed"], ["length", "cut at max tokens"]]); // by finish reason
 
 // The elements of an answer that is being generated; the request's id once the server has accepted it; the text so far;
 // the cached tokens of the prompt once the request is admitted.

@@ -154,7 +154,7 @@ const after = (/** @type {number | undefined} */ step) => (step === undefined ? 
 
 /** @param {State} state @param {Seq} seq */
 export function kindOf(state, seq) {
-  if (seq.finish_reason) return { abort: "aborted", pruned: "given up" }[seq.finish_reason] ?? "finished";
+  if (seq.finish_reason) return { abort: "aborted", error: "failed", pruned: "given up" }[seq.finish_reason] ?? "finished";
   if (state.swapped.includes(seq.request_id)) return "on the CPU";
   return state.running.includes(seq.request_id) ? "running" : "waiting";
 }

@@ -320,7 +320,7 @@ function renderHit(state, id, row) {
 /** @param {State} state @param {Seq} seq */
 function statusOf(state, seq) {
   if (seq.finish_reason) {
-    const label = { abort: "aborted", pruned: "given up" }[seq.finish_reason] ?? "finished";
+    const label = { abort: "aborted", error: "failed", pruned: "given up" }[seq.finish_reason] ?? "finished";
     return { name: "finished", label };
   }
   if (state.running.includes(seq.request_id)) {

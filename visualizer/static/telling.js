@@ -7,7 +7,7 @@ const blocks = (/** @type {number[]} */ ids) => (ids.length ? `block${ids.length
 
 /** @type {{ [reason: string]: string }} */
 const REASON = {
-  stop: "has told its story", length: "has reached its length", abort: "was aborted",
+  stop: "has told its story", length: "has reached its length", abort: "was aborted", error: "has failed",
   pruned: "was a beam with too little chance: it is given up",
 };
 

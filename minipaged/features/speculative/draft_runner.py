@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minipaged.core.plan import Chunk, StepPlan
 from minipaged.execution.runner import WrappedRunner
+from minipaged.execution.sampler import NOTHING
 from minipaged.features.full_sampler import adjust, distribution, sample
 
 
@@ -42,21 +43,25 @@ class DraftRunner(WrappedRunner):
             step = StepPlan(plan.step, [_ahead(chunk, i) for chunk in drafted if i <= len(chunk.draft)])
             logits = self.draft.execute(step)
             guessing = [chunk for chunk in drafted if i < len(chunk.draft)]
-            for chunk, token in zip(guessing, sample(logits, step), strict=True):
-                assert token is not None
-                chunk.draft[i] = token.token_id
-            self._remember(logits, step, probs)
+            guesses = [token.token_id for token in sample(logits, step) if token is not None]
+            for chunk, token in zip(guessing, guesses, strict=True):
+                chunk.draft[i] = max(token, 0)  # any guess will do where the draft model can draw nothing
+            self._remember(logits, guesses, step, probs)
         for chunk in drafted:
             if chunk.seq.seq_id in probs:
                 chunk.draft_probs = torch.stack(probs[chunk.seq.seq_id])
 
-    def _remember(self, logits: Tensor, step: StepPlan, probs: dict[int, list[Tensor]]) -> None:
+    def _remember(self, logits: Tensor, guesses: list[int], step: StepPlan, probs: dict[int, list[Tensor]]) -> None:
         """Adds the distributions of the step's random tokens to ``probs``, by sequence."""
         rows = [i for i, (request, _) in enumerate(step.samples) if request.params.temperature > 0]
         if rows:
             requests, seqs = zip(*(step.samples[i] for i in rows), strict=True)
             adjusted = adjust(logits[rows].float(), list(requests), list(seqs))
-            for seq, row in zip(seqs, distribution(adjusted, [r.params for r in requests]), strict=True):
+            said = distribution(adjusted, [r.params for r in requests])
+            for i, seq, row in zip(rows, seqs, said, strict=True):
+                if guesses[i] == NOTHING:  # then its guess was token 0, for certain
+                    row = torch.zeros_like(row)
+                    row[0] = 1
                 probs.setdefault(seq.seq_id, []).append(row)
 
 
