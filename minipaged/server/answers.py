@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from minipaged.errors import InvalidRequest
 from minipaged.outputs import CompletionOutput, Delta, RequestOutput, differences
 from minipaged.server.protocol import ApiError, ChatRequest, CompletionRequest
 from minipaged.text.chat import render_chat
-from minipaged.text.stream import decode, special_token_ids
+from minipaged.text.spelling import Reader, Spelled, spelling_of
+from minipaged.text.stream import context_of, decode
 
 Prepared = tuple["Answer", list[list[int]], SamplingParams]
 LOWEST = -9999.0  # OpenAI's log-probability of an impossible token; JSON has no infinity
@@ -69,6 +69,8 @@ class Answer:
         self._tokenizer, self._request, self._prompts = tokenizer, request, prompts
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._seen: list[dict[int, CompletionOutput]] = [{} for _ in prompts]
+        self._spelling = spelling_of(tokenizer)
+        self._readers: dict[tuple[int, int], Reader] = {}  # of each continuation, by prompt and number
         self.sampled = 0  # tokens of all continuations, including those that best_of discards
 
     @property
@@ -126,8 +128,12 @@ class Answer:
     def _piece(self, prompt: int, delta: Delta) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _spell(self, token: int) -> str:
-        return self._tokenizer.decode([token]) if self._tokenizer is not None else f"<{token}>"
+    def _reader(self, prompt: int, index: int, offset: int = 0) -> Reader:
+        """What reads the tokens of a continuation, which come in parts if they are streamed."""
+        if (prompt, index) not in self._readers:
+            first = self._tokenizer is None or not context_of(self._tokenizer, self._prompts[prompt])
+            self._readers[prompt, index] = Reader(self._spelling, offset, first)
+        return self._readers[prompt, index]
 
 
 class ChatAnswer(Answer):
@@ -143,28 +149,29 @@ class ChatAnswer(Answer):
 
     def _choice(self, prompt: int, output: RequestOutput, out: CompletionOutput) -> dict[str, Any]:
         message = {"role": "assistant", "content": out.text, "refusal": None}
-        return {"message": message, "logprobs": self._logprobs(out.token_ids, out.logprobs)}
+        return {"message": message, "logprobs": self._logprobs(prompt, out.index, out.token_ids, out.logprobs)}
 
     def _piece(self, prompt: int, delta: Delta) -> dict[str, Any]:
         content = {"content": delta.text} if delta.text else {}
-        logprobs = self._logprobs(delta.token_ids, delta.logprobs)
+        logprobs = self._logprobs(prompt, delta.index, delta.token_ids, delta.logprobs)
         return {"index": delta.index, "delta": content, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
-    def _logprobs(self, tokens: list[int], logprobs: list[dict[int, float]] | None) -> dict[str, Any] | None:
+    def _logprobs(
+        self, prompt: int, index: int, tokens: list[int], logprobs: list[dict[int, float]] | None
+    ) -> dict[str, Any] | None:
         if logprobs is None:
             return None
         number = self._request.top_logprobs or 0
         content = []
-        for token, likely in zip(tokens, logprobs, strict=True):
-            top = [self._entry(*pair) for pair in _likeliest(likely, number)]
-            content.append(self._entry(token, likely[token]) | {"top_logprobs": top})
+        for (token, _, first), likely in zip(self._reader(prompt, index).read(tokens), logprobs, strict=True):
+            top = [self._entry(*pair, first) for pair in _likeliest(likely, number)]
+            content.append(self._entry(token, likely[token], first) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        piece = self._spell(token)
-        # A token that holds part of a character has no bytes of its own here: OpenAI's API uses null.
-        spelled = None if "\ufffd" in piece else list(piece.encode())
-        return {"token": piece, "logprob": max(logprob, LOWEST), "bytes": spelled}
+    def _entry(self, token: int, logprob: float, first: bool) -> dict[str, Any]:
+        """The ``bytes`` of all entries add up to the text; those of a special token are none."""
+        spelled = list(self._spelling.bytes_of(token, first))
+        return {"token": self._spelling.name(token, first), "logprob": max(logprob, LOWEST), "bytes": spelled}
 
 
 class TextAnswer(Answer):
@@ -176,8 +183,6 @@ class TextAnswer(Answer):
         super().__init__(tokenizer, model, request, prompts)
         given = request.prompts()
         self._texts = [self._as_text(one) for one in given] if request.echo else [""] * len(given)
-        self._special = special_token_ids(tokenizer) if tokenizer is not None else frozenset()
-        self._offsets: dict[tuple[int, int], int] = {}  # characters sent so far, for text_offset
 
     def opening(self) -> Iterator[dict[str, Any]]:
         """The prompts, if ``echo`` is set."""
@@ -191,20 +196,20 @@ class TextAnswer(Answer):
         text = echo if empty else echo + out.text
         if self._request.logprobs is None:
             return {"text": text, "logprobs": None}
-        tokens = [] if empty else out.token_ids
+        spelled = [] if empty else self._reader(prompt, out.index, len(echo)).read(out.token_ids)
         logprobs: list[Any] = [] if empty else list(out.logprobs or ())
         if output.prompt_logprobs is not None:
-            tokens, logprobs = output.prompt_token_ids + tokens, output.prompt_logprobs + logprobs
-        start = 0 if output.prompt_logprobs is not None else len(echo)
-        choice: dict[str, Any] = {"text": text, "logprobs": self._logprobs(tokens, logprobs, start)}
+            before = Reader(self._spelling, first=True).read(output.prompt_token_ids)
+            # The given text may be shorter than its tokens' text: some tokenizers normalize it.
+            spelled = [token._replace(offset=min(token.offset, len(echo))) for token in before] + spelled
+            logprobs = output.prompt_logprobs + logprobs
+        choice: dict[str, Any] = {"text": text, "logprobs": self._logprobs(spelled, logprobs)}
         return choice | {"finish_reason": "length"} if empty else choice
 
     def _piece(self, prompt: int, delta: Delta) -> dict[str, Any]:
         logprobs = None
         if delta.logprobs is not None:
-            start = self._offsets.get((prompt, delta.index), 0)
-            logprobs = self._logprobs(delta.token_ids, delta.logprobs, start)
-            self._offsets[prompt, delta.index] = start + sum(self._lengths(delta.token_ids))
+            logprobs = self._logprobs(self._reader(prompt, delta.index).read(delta.token_ids), delta.logprobs)
         return self._text(prompt, delta.index, delta.text, logprobs, delta.finish_reason)
 
     def _text(
@@ -213,30 +218,30 @@ class TextAnswer(Answer):
         number = prompt * self._request.n + index
         return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def _logprobs(self, tokens: list[int], logprobs: list[Any], start: int) -> dict[str, Any]:
-        """Log-probabilities in OpenAI's format; null for a prompt's first token. ``start``: its character offset."""
-        offsets = list(accumulate(self._lengths(tokens), initial=start))[:-1]
+    def _logprobs(self, tokens: list[Spelled], logprobs: list[Any]) -> dict[str, Any]:
+        """Log-probabilities in OpenAI's format; null for a prompt's first token."""
         number = self._request.logprobs or 0
+        both = list(zip(tokens, logprobs, strict=True))
         return {
-            "tokens": [self._spell(token) for token in tokens],
-            "token_logprobs": [
-                max(likely[token], LOWEST) if likely else None for token, likely in zip(tokens, logprobs, strict=True)
-            ],
-            "top_logprobs": [self._top(likely, number) if likely else None for likely in logprobs],
-            "text_offset": offsets,
+            "tokens": [self._spelling.name(token.token_id, token.first) for token in tokens],
+            "token_logprobs": [max(likely[token.token_id], LOWEST) if likely else None for token, likely in both],
+            "top_logprobs": [self._top(likely, number, token.first) if likely else None for token, likely in both],
+            "text_offset": [token.offset for token in tokens],
         }
-
-    def _lengths(self, tokens: list[int]) -> list[int]:
-        """The number of characters of each token; special tokens have 0, since they are not in the text."""
-        return [0 if token in self._special else len(self._spell(token)) for token in tokens]
 
     def _as_text(self, prompt: str | list[int]) -> str:
         if isinstance(prompt, str):
             return prompt
-        return decode(self._tokenizer, prompt) if self._tokenizer is not None else "".join(map(self._spell, prompt))
+        if self._tokenizer is None:
+            return "".join(map(self._spelling.name, prompt))
+        return decode(self._tokenizer, prompt)
 
-    def _top(self, likely: dict[int, float], number: int) -> dict[str, float]:
-        return {self._spell(token): max(logprob, LOWEST) for token, logprob in _likeliest(likely, number)}
+    def _top(self, likely: dict[int, float], number: int, first: bool) -> dict[str, float]:
+        """By name; of tokens with the same name, the likeliest."""
+        top: dict[str, float] = {}
+        for token, logprob in _likeliest(likely, number):
+            top.setdefault(self._spelling.name(token, first), max(logprob, LOWEST))
+        return top
 
 
 def _likeliest(logprobs: dict[int, float], number: int) -> list[tuple[int, float]]:

@@ -3,6 +3,7 @@
 Decoding each token on its own is wrong in three ways: a character may be split over tokens (``"é"`` is
 two bytes), SentencePiece drops the space before the first word that it decodes, and a stop string may
 begin in one token and end in another. `TextStream` handles all three, at the same cost for every token.
+Special tokens are not in the text, but a stop string may name them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class TextStream:
 
     The pieces returned by `push` and `finish`, joined, equal the tokenizer's own decoding of all tokens without
     the special ones, cut before the stop string that is completed first (if one character completes two of them,
-    before the longer one).
+    before the longer one). A stop string matches the text; one that contains the name of a special token, such as
+    ``"<|im_end|>"``, also matches where the model generates that token.
 
     Each push decodes a short window of tokens again and compares the text with the previous one. The window starts
     at a *clean point*, a token boundary where no character is unfinished, and contains some tokens of context so
@@ -46,11 +48,13 @@ class TextStream:
         self._tokenizer = tokenizer
         self._special = special_token_ids(tokenizer)
         self._stop = tuple(stop)
+        self._marks, self._marked = _marks(tokenizer, self._special, self._stop) if stop else ({}, {})
+        self._tail = ""  # the end of the text processed so far, with marks
         self.stopped: str | None = None
         self._finished = False
         self._pieces: list[str] = []  # returned so far
         self._held = ""  # decoded, but may be the start of a stop string
-        self._window = self._context(prompt_token_ids)
+        self._window = context_of(tokenizer, prompt_token_ids)
         self._shown = self._decode()  # the part of the window's text that has been processed
         self._clean = len(self._window)  # all bytes of window[:clean] have been processed
 
@@ -63,7 +67,12 @@ class TextStream:
         if self.stopped is not None or self._finished:
             raise RuntimeError("this text has ended; no token can follow")
         if token_id in self._special:
-            return ""
+            mark = self._marks.get(token_id)
+            if mark is None:
+                return ""
+            tail = self._decode()[len(self._shown) :]  # an unfinished character, which is final if the text ends here
+            ends = (self._tail + tail + mark).endswith(tuple(self._marked))
+            return self._emit(tail if ends else "", mark)
         self._window.append(token_id)
         text = self._decode()
         if not text.startswith(self._shown):
@@ -107,15 +116,6 @@ class TextStream:
     def _decode(self) -> str:
         return decode(self._tokenizer, self._window)
 
-    def _context(self, prompt_token_ids: list[int]) -> list[int]:
-        """The shortest suffix of the prompt that decodes to valid text: it must not start inside a character."""
-        tail = [token for token in prompt_token_ids[-MAX_WINDOW:] if token not in self._special]
-        for start in range(len(tail) - 1, -1, -1):
-            text = decode(self._tokenizer, tail[start:])
-            if text and REPLACEMENT not in text:
-                return tail[start:]
-        return []
-
     def _slide(self, unfinished: int) -> None:
         """Keeps the window short. Its last ``unfinished`` characters have not been returned yet."""
         full = len(self._window) >= MAX_WINDOW
@@ -133,27 +133,71 @@ class TextStream:
         if unfinished == 0:
             self._clean = len(self._window)
 
-    def _emit(self, ready: str) -> str:
-        """Adds decoded text, looks for stop strings, and returns the text that is now final."""
+    def _emit(self, ready: str, mark: str = "") -> str:
+        """Adds decoded text and a mark, looks for stop strings, and returns the text that is now final."""
         text = self._held + ready
         hits = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
+        if self._marked:
+            self._tail += ready + mark
+            for marked, stop in self._marked.items():
+                if (at := self._tail.find(marked)) >= 0:
+                    start, end = (len(text) - self._length(self._tail[i:]) for i in (at, at + len(marked)))
+                    hits.append((end, start, stop))
         if hits:
             _, start, self.stopped = min(hits)
             text, self._held = text[:start], ""
         else:
-            keep = 0 if self._finished else self._stop_overlap(text)
+            keep = 0 if self._finished else len(_overlap(text, self._stop))
+            if self._marked:
+                self._tail = _overlap(self._tail, tuple(self._marked))
+                keep = 0 if self._finished else max(keep, self._length(self._tail))
             text, self._held = text[: len(text) - keep], text[len(text) - keep :]
         if text:
             self._pieces.append(text)
         return text
 
-    def _stop_overlap(self, text: str) -> int:
-        """Length of the longest suffix of ``text`` that is a prefix of a stop string."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stop):
-                return length
-        return 0
+    def _length(self, marked: str) -> int:
+        """The length of a text without its marks."""
+        return len(marked) - sum(map(marked.count, self._marks.values()))
+
+
+def _overlap(text: str, stops: Sequence[str]) -> str:
+    """The longest suffix of ``text`` that is a proper prefix of one of the stop strings."""
+    longest = max((len(stop) for stop in stops), default=1) - 1
+    for start in range(max(0, len(text) - longest), len(text)):
+        if any(stop.startswith(text[start:]) for stop in stops):
+            return text[start:]
+    return ""
+
+
+def _marks(tokenizer: Any, special: frozenset[int], stops: Sequence[str]) -> tuple[dict[int, str], dict[str, str]]:
+    """Marks of the special tokens that stop strings name, and these stop strings with marks → as they were given.
+
+    A mark is half of a surrogate pair, a character that no text contains.
+    """
+    names = {token: tokenizer.convert_ids_to_tokens(token) for token in special}
+    longest = sorted((name for name in names.values() if name), key=len, reverse=True)
+    named = [name for name in dict.fromkeys(longest) if any(name in stop for stop in stops)]
+    mark_of = {name: chr(0xD800 + number) for number, name in enumerate(named)}
+    marked = {}
+    for stop in stops:
+        replaced = stop
+        for name, mark in mark_of.items():
+            replaced = replaced.replace(name, mark)
+        if replaced != stop:
+            marked[replaced] = stop
+    return {token: mark_of[name] for token, name in names.items() if name in mark_of}, marked
+
+
+def context_of(tokenizer: Any, prompt_token_ids: list[int]) -> list[int]:
+    """The shortest suffix of a prompt that decodes to valid text (it must not start inside a character), if any."""
+    special = special_token_ids(tokenizer)
+    tail = [token for token in prompt_token_ids[-MAX_WINDOW:] if token not in special]
+    for start in range(len(tail) - 1, -1, -1):
+        text = decode(tokenizer, tail[start:])
+        if text and REPLACEMENT not in text:
+            return tail[start:]
+    return []
 
 
 def decode(tokenizer: Any, token_ids: list[int]) -> str:

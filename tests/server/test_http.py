@@ -12,7 +12,8 @@ import httpx2
 import pytest
 
 from minipaged import SamplingParams
-from minipaged.errors import InvalidConfig, PortInUse
+from minipaged.core.plan import SampledToken
+from minipaged.errors import InvalidConfig, PortInUse, RequestFailed
 from minipaged.server.routes import EventStream
 from minipaged.server.run import Server, bind
 from minipaged.server.service import Limits
@@ -196,6 +197,56 @@ def test_what_is_asked_stays_out_of_the_logs(server, caplog, capfd) -> None:
     out, errors = capfd.readouterr()
     assert "out of memory" in caplog.text
     assert secret not in caplog.text + out + errors
+
+
+def test_a_request_from_which_nothing_can_be_drawn_fails_alone(server, monkeypatch) -> None:
+    sample = server.engine.sampler
+
+    def sampler(logits, plan):  # requests with the seed 13 fail at their third token
+        error = RequestFailed("no token can be drawn")
+        doomed = [request.params.seed == 13 and seq.num_output == 2 for request, seq in plan.samples]
+        tokens = zip(sample(logits, plan), doomed, strict=True)
+        return [SampledToken(-1, error=error) if fails else token for token, fails in tokens]
+
+    good = GOOD | {"max_tokens": 40, "ignore_eos": True, "seed": 1}
+    alone = post(server, good).json()["choices"]
+    monkeypatch.setattr(server.engine, "sampler", sampler)
+    server.hold()
+    neighbour = in_thread(lambda: post(server, good))
+    failed = in_thread(lambda: post(server, good | {"seed": 13}))
+    streamed = in_thread(lambda: post(server, good | {"seed": 13, "stream": True}))
+    until(lambda: len(server.service._jobs) == 3)
+    server.release()
+    assert neighbour.result(PATIENCE).json()["choices"] == alone
+    error = is_error(failed.result(PATIENCE), 500)
+    assert (error["message"], error["code"]) == ("no token can be drawn", "request_failed")
+    events = [line for line in streamed.result(PATIENCE).text.splitlines() if line]
+    assert json.loads(events[-1].removeprefix("data: ")) == {"error": error} and "[DONE]" not in events[-1]
+
+
+def test_parameters_that_forbid_every_token_are_refused(server) -> None:
+    every = range(server.engine.vocab_size)
+    ban = {"logit_bias": {str(token): -100 for token in every}}
+    for change in ({"min_tokens": 1, "stop_token_ids": list(every)}, ban):
+        assert "no token can be drawn" in is_error(post(server, GOOD | change), 400)["message"]
+
+
+def test_a_stop_string_that_is_a_special_token_stops(server) -> None:
+    """<|user|> is made likely: it is not in the text, and the text ends where it is generated."""
+    tokenizer = server.llm.tokenizer
+    user = tokenizer.convert_tokens_to_ids("<|user|>")
+    asked = GOOD | {"max_tokens": 30, "temperature": 0, "ignore_eos": True, "logit_bias": {str(user): 100}}
+    (without,) = post(server, asked).json()["choices"]
+    (choice,) = post(server, asked | {"stop": ["<|user|>"]}).json()["choices"]
+    assert (without["text"], without["finish_reason"]) == ("", "length")
+    assert (choice["text"], choice["finish_reason"]) == ("", "stop")
+
+
+def test_half_of_a_surrogate_pair_is_refused_wherever_it_is(server) -> None:
+    for change in ({"prompt": "\ud800"}, {"prompt": ["fine", "\udfff"]}, {"stop": "\ud800"}, {"user": "\ud800"}):
+        is_error(post(server, GOOD | change), 400)
+    talk = {"model": "babbler", "messages": [{"role": "user", "content": "\ud83d"}]}
+    is_error(post(server, talk, "/v1/chat/completions"), 400)
 
 
 def test_hanging_up_in_the_midst_of_a_stream(server) -> None:

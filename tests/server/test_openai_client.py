@@ -145,8 +145,8 @@ def test_logprobs_of_completions_and_of_an_echoed_prompt(client, llm) -> None:
     for token, mine, theirs in list(zip(tokens, lp.token_logprobs, everything, strict=True))[1:]:
         assert mine == pytest.approx(theirs[token], abs=1e-4)
     for piece, offset in zip(lp.tokens, lp.text_offset, strict=True):
-        if "\ufffd" in piece:
-            break  # part of a character: later offsets count replacement characters
+        if piece.startswith("bytes:"):
+            continue  # part of a character
         assert piece == llm.tokenizer.eos_token or choice.text[offset:].startswith(piece)
 
 

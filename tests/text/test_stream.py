@@ -188,3 +188,60 @@ def test_forks_are_independent(family, text, left, right):
                 text_stream.push(token_id)
         text_stream.finish()
         assert text_stream.text == stream(tokenizer, common + own, ("ab",))[1].text
+
+
+# --- stop strings with special tokens -----------------------------------------------------------------------------
+
+
+def test_a_stop_string_that_is_a_special_token_stops():
+    tokenizer = byte_level()
+    pieces, text_stream = stream(tokenizer, [*encode(tokenizer, "hi"), 2, *encode(tokenizer, "no")], ("<|user|>",))
+    assert ("".join(pieces), text_stream.stopped) == ("hi", "<|user|>")
+    pieces, text_stream = stream(tokenizer, [*encode(tokenizer, "hi"), 1, *encode(tokenizer, "no")], ("<|user|>",))
+    assert ("".join(pieces), text_stream.stopped) == ("hino", None)
+
+
+def test_an_unfinished_character_before_such_a_stop_is_shown():
+    tokenizer = byte_level()
+    pieces, text_stream = stream(tokenizer, [*encode(tokenizer, "a𝄞")[:-1], 2], ("<|user|>",))
+    assert ("".join(pieces), text_stream.stopped) == ("a" + REPLACEMENT, "<|user|>")
+
+
+SPECIAL_STOPS = ["<|user|>", "a<|user|>", "<|user|>\n", "<|end|><|user|>", "b<|end|> a", "ab", "<|user|", "|>a"]
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_stop_strings_match_the_text_and_where_they_name_special_tokens_these_too(data):
+    """Against a search in two strings: the text, and the text with the special tokens that stop strings name."""
+    tokenizer = byte_level()
+    stops = data.draw(st.lists(st.sampled_from(SPECIAL_STOPS), min_size=1, max_size=3, unique=True))
+    kinds = st.sampled_from(["a", "b", " ", "\n", "<|user|>", "<|end|>", 0, 2, 3])
+    units = data.draw(st.lists(kinds, max_size=9))
+    token_ids = [token for unit in units for token in ([unit] if isinstance(unit, int) else _ordinary(tokenizer, unit))]
+    names = {0: "<|end|>", 2: "<|user|>"}
+    marks = {0: "\ud800", 2: "\ud801"}
+    named = [token for token, name in names.items() if any(name in stop for stop in stops)]
+    found = []  # (tokens read, end, start, stop): the first to be completed wins
+    for stop in stops:
+        marked = stop.replace("<|end|>", marks[0]).replace("<|user|>", marks[2])
+        for wanted, visible in ((stop, ()), (marked, tuple(named))):
+            if wanted == stop and visible:
+                continue
+            raw = ""
+            for number, token in enumerate(token_ids):
+                raw += marks[token] if token in visible else decode(tokenizer, [token]) if token > 3 else ""
+                if (at := raw.find(wanted)) >= 0:
+                    ends = (raw[: at + len(wanted)], raw[:at])
+                    lengths = (len(part) - sum(map(part.count, marks.values())) for part in ends)
+                    found.append((number, *lengths, stop))
+                    break
+    whole = decode(tokenizer, token_ids)
+    pieces, text_stream = stream(tokenizer, token_ids, tuple(stops))
+    expected = (whole[: min(found)[2]], min(found)[3]) if found else (whole, None)
+    assert ("".join(pieces), text_stream.stopped) == expected
+
+
+def _ordinary(tokenizer, text):
+    """Tokens of the text's characters, of which none is special, even if the text is a special token's name."""
+    return [token for char in text for token in encode(tokenizer, char)]

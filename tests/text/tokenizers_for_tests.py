@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
@@ -60,3 +60,28 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@cache
+def metaspace() -> PreTrainedTokenizerFast:
+    """A tokenizer like T5's, with a decoder for Metaspace; characters that it does not know become bytes."""
+    alphabet = sorted({char for line in CORPUS for char in line if char.isascii()} - {" "})
+    words = ["▁the", "▁a", "ing", "▁block", "quick", "▁"]
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((word, -3.0) for word in words)]
+    pieces += [(char, -5.0) for char in alphabet] + [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+@cache
+def wordpiece() -> PreTrainedTokenizerFast:
+    """A tokenizer like BERT's: "##" continues a word, and the decoder puts a space before every other token."""
+    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False)
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[SEP]")
