@@ -23,6 +23,8 @@ from minipaged.models import diagnosis, sampling_defaults
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 # Architecture → module, network class and configuration class. The module is imported when a model is loaded.
 ARCHITECTURES: dict[str, tuple[str, str, str]] = {
     "GPT2LMHeadModel": ("minipaged.models.gpt2", "GPT2", "GPT2Config"),
@@ -114,7 +116,8 @@ def load_model(
     if shard is not None:
         shard.join(network)
     tokenizer = None if shard and shard.rank else _load_tokenizer(directory)  # other ranks handle no text
-    spec = _spec(architecture, network.config, _eos_token_ids(generation_config or {}, config, tokenizer))
+    eos_token_ids = _eos_token_ids(directory, generation_config, config, tokenizer, network.config.vocab_size)
+    spec = _spec(architecture, network.config, eos_token_ids)
     return LoadedModel(network.eval(), spec, tokenizer, directory, where, what, shard, generation_config)
 
 
@@ -245,12 +248,31 @@ def _generation_config(directory: Path) -> dict[str, Any] | None:
     return generation_config
 
 
-def _eos_token_ids(generation: dict[str, Any], config: dict[str, Any], tokenizer: Any) -> frozenset[int]:
+def _eos_token_ids(
+    directory: Path, generation: dict[str, Any] | None, config: dict[str, Any], tokenizer: Any, vocab_size: int
+) -> frozenset[int]:
+    """Every token that ends a sequence. Warns of those beyond the vocabulary, which the model cannot generate: a GPT-2
+    trained with fewer tokens often states 50256, the default. Raises `ModelError` for what is no token id."""
     # A chat model ends a turn and a document with different tokens; often only generation_config.json lists both.
-    stated = generation.get("eos_token_id")
-    stated = config.get("eos_token_id") if stated is None else stated
-    ids = stated if isinstance(stated, list) else [stated]
-    return frozenset(i for i in [*ids, getattr(tokenizer, "eos_token_id", None)] if i is not None)
+    path, stated = directory / "generation_config.json", (generation or {}).get("eos_token_id")
+    if stated is None:
+        path, stated = directory / "config.json", config.get("eos_token_id")
+    named = [(token, str(path)) for token in (stated if isinstance(stated, list) else [stated])]
+    named.append((getattr(tokenizer, "eos_token_id", None), f"the tokenizer in {directory}"))
+    ids = set()
+    for token, where in named:
+        if token is None:
+            continue
+        if type(token) is not int:
+            raise ModelError(f"{where}: the eos_token_id {token!r} is not a token id, a whole number; correct it there")
+        if 0 <= token < vocab_size:
+            ids.add(token)
+        else:
+            log.warning(
+                "%s: the eos_token_id %d is beyond the model's %d tokens and never ends a text; correct it there",
+                where, token, vocab_size,
+            )  # fmt: skip
+    return frozenset(ids)
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:

@@ -109,6 +109,37 @@ def test_eos_token_ids_come_from_all_three_files(copy):
     assert loaded.tokenizer is not None and loaded.tokenizer.decode([9]) == "</s>"
 
 
+@pytest.mark.parametrize("wrong", ["2", [3, "</s>"], True, 2.0, {"id": 2}], ids=repr)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_eos_token_that_is_no_token_id_is_named(copy, name, wrong):
+    with pytest.raises(ModelError, match=f"{name}: the eos_token_id .* is not a token id, a whole number"):
+        load_model(str(with_eos(copy(), name, wrong)), "cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_eos_token_beyond_the_vocabulary_is_named_and_the_others_count(copy, name, caplog):
+    loaded = load_model(str(with_eos(copy(), name, [3, 10**6, -1])), "cpu")
+    assert loaded.spec.eos_token_ids == {3}
+    said = [record.getMessage() for record in caplog.records]
+    assert [f"{name}: the eos_token_id {token} is beyond" in one for token, one in zip((10**6, -1), said, strict=True)]
+
+
+def with_eos(directory, name, value):
+    """Writes ``eos_token_id`` into one of the two files; the other has none."""
+    edit_config(directory, eos_token_id=value if name == "config.json" else None)
+    stated = {"eos_token_id": value} if name == "generation_config.json" else {}
+    (directory / "generation_config.json").write_text(json.dumps(stated))
+    return directory
+
+
+def test_an_eos_token_of_the_tokenizer_beyond_the_vocabulary_is_named(copy, caplog):
+    directory = with_eos(copy(), "config.json", 5)
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 100_000}, unk_token="<s>"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(directory)
+    assert load_model(str(directory), "cpu").spec.eos_token_ids == {5}
+    assert "the tokenizer in" in caplog.text and "100000" in caplog.text
+
+
 def test_a_directory_without_a_tokenizer_has_none(checkpoint):
     assert load_model(str(checkpoint("gpt2")), "cpu").tokenizer is None
 
