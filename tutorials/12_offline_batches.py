@@ -273,7 +273,7 @@ for name, order in orders.items():
 # steps, for it knows nothing of answers. The differences are small, since the work is; what counts is that there are
 # *two* goals, rows and steps, and that no order here is best at both. (Chance plays a part as well: requests that are
 # admitted in one step cannot find each other's blocks.) The answers are the same in any order, because a text's tokens
-# do not depend on who else is in the batch.
+# do not depend on who else is in the batch (up to rounding: other batches add numbers in another order).
 #
 # And the program's promise? It saves 1,280 tokens with *one* level, so it computes 816. The cache found more, because
 # it follows a chain of blocks through any number of levels.

@@ -54,7 +54,7 @@ TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest 
 MinP = Annotated[float | None, typer.Option(help="Drop tokens less likely than this times the likeliest.")]
 MaxTokens = Annotated[int | None, typer.Option(help=f"Most tokens to generate. Default: {SamplingParams.max_tokens}.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output; repeatable.")]
-Seed = Annotated[int | None, typer.Option(help="Makes the output repeat. Default: random.")]
+Seed = Annotated[int | None, typer.Option(help="Makes the output repeat, on this machine. Default: random.")]
 
 
 def load(model: str, **settings: Any) -> LLM:

@@ -78,7 +78,7 @@ class _Request(_Strict):
     frequency_penalty: float = 0.0
     logit_bias: dict[str, float] = {}
     stop: str | list[str] = []
-    seed: int | None = None
+    seed: int | None = None  # repeats with the same requests on the same machine; in another batch up to rounding
     stream: bool = False
     stream_options: StreamOptions | None = None
     # Extensions of OpenAI's API, with vLLM's names.

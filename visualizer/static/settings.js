@@ -30,7 +30,7 @@ const SAMPLING = [
   { name: "frequency_penalty", label: "Frequency", hint: "the same, once for each time" },
   { name: "stop", label: "Stop strings", kind: "lines", hint: "one a line; the text ends before them. \\n is a line's end" },
   { name: "min_tokens", label: "Min tokens", hint: "no text ends before so many" },
-  { name: "seed", label: "Seed", hint: "a whole number: the same text every time" },
+  { name: "seed", label: "Seed", hint: "a whole number: the same random numbers every time" },
 ];
 
 export class Settings {
