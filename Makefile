@@ -16,13 +16,15 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check \
 # From npm's registry, into npm's cache; nothing is installed.
 TSC := npx --yes --package typescript@7.0.2 tsc
 
-.PHONY: help demo test test-fast test-optimized check check-js typescript gpu-check clean
+.PHONY: help demo test test-all test-fast test-optimized real-model check check-js typescript gpu-check clean
 
 help:
 	@echo "make demo    install into .venv if necessary and start the visualizer on http://127.0.0.1:$(PORT)"
 	@echo "make test    all tests, in random order (CONTRIBUTING.md says how to repeat an order)"
+	@echo "make test-all  those and the slow ones, with a real model (some minutes)"
 	@echo "make test-fast  the tests of the heart and what most changes touch, in under 90 seconds"
 	@echo "make test-optimized  some of the tests under python -O"
+	@echo "make real-model  download the model (93 MB) that the tests marked real_model need"
 	@echo "make check   ruff and mypy"
 	@echo "make check-js  the types of the page's JavaScript (needs npm and its registry)"
 	@echo "make gpu-check  on a machine with a GPU: kernels, parity, benchmarks (no .venv; PYTHON=python3)"
@@ -36,12 +38,18 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
+test-all: real-model
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "" $(PYTEST_ARGS)
+
 test-fast: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m fast $(PYTEST_ARGS)
 
 # minipaged must not depend on its asserts. One process, because pytest-xdist's workers would run without -O.
 test-optimized: $(VENV)/.installed-dev
 	$(VENV)/bin/python -O -m pytest --numprocesses 0 tests/test_engine.py tests/test_fuzz.py tests/test_events.py
+
+real-model: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m tests.real_model download
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check

@@ -79,7 +79,7 @@ class EngineConfig(CoreConfig):
     """The settings that an engine is built with. They do not change while it runs.
 
     Attributes:
-        model: ``"tiny"`` (the embedded model), a directory in Hugging Face format, or a hub id.
+        model: ``"tiny"`` (the embedded model), a directory in Hugging Face format, a GGUF file, or a hub id.
         device: ``"auto"`` uses CUDA if there is a CUDA device, else the CPU.
         dtype: data type of weights and KV cache. ``"auto"``: that of the checkpoint; on a CPU float32, except for large
             models stored in bfloat16 if the CPU computes bfloat16 in hardware (`minipaged doctor` tells).
@@ -172,7 +172,7 @@ class EngineConfig(CoreConfig):
             if isinstance(getattr(self, name), PathLike):
                 object.__setattr__(self, name, fspath(getattr(self, name)))
         if not isinstance(self.model, str) or not self.model:
-            raise InvalidConfig(f"model must be 'tiny', a directory or a hub id, not {self.model!r}")
+            raise InvalidConfig(f"model must be 'tiny', a directory, a GGUF file or a hub id, not {self.model!r}")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InvalidConfig(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")

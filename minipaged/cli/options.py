@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 DEFAULT = EngineConfig()
 
 # None means not given: EngineConfig and SamplingParams have the defaults and check the limits.
-MODEL_HELP = "'tiny' (embedded), a directory (Hugging Face), or a hub id."
+MODEL_HELP = "'tiny' (embedded), a directory (Hugging Face), a GGUF file, or a hub id."
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
 Device = Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}.")]
 Dtype = Annotated[str, typer.Option(help=f"Data type of weights and KV cache: {', '.join(DTYPES)}.")]

@@ -42,6 +42,8 @@ def without_config(directory: Path) -> str:
     if nested:
         return f"{directory} holds no config.json, but {nested[0]} does; give that directory"
     held = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+    if ggufs := [name for name in held if name.endswith(".gguf")]:
+        return f"{directory} holds no config.json; to load {ggufs[0]}, give its path"
     if any(name.startswith("consolidated.") for name in held):
         return f"{directory} holds weights in the format of Meta or Mistral; give a directory in Hugging Face format"
     listed = f"only {', '.join(held[:3])}{' and others' if len(held) > 3 else ''}" if held else "nothing: it is empty"

@@ -23,6 +23,8 @@ from minipaged.models import diagnosis, sampling_defaults
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from minipaged.models.gguf import GGUFFile
+
 log = logging.getLogger(__name__)
 
 # Architecture → module, network class and configuration class. The module is imported when a model is loaded.
@@ -79,7 +81,7 @@ class LoadedModel:
     model: nn.Module  # (batch, kv_cache) → logits [R, V] float32
     spec: ModelSpec
     tokenizer: PreTrainedTokenizerBase | None
-    directory: Path
+    directory: Path  # or the GGUF file
     device: torch.device
     dtype: torch.dtype
     shard: Any = None  # a features.tensor_parallel Shard; None: the whole model
@@ -92,7 +94,7 @@ def load_model(
     """Finds, reads and checks a model.
 
     Args:
-        model: ``"tiny"``, a directory in Hugging Face format, or a hub id.
+        model: ``"tiny"``, a directory in Hugging Face format, a GGUF file, or a hub id.
         device: ``"auto"`` uses CUDA if there is a CUDA device, else the CPU.
         dtype: one of `DTYPES`, or ``"auto"``: the dtype in ``config.json``; on a CPU float32, except for `LARGE` models
             stored in bfloat16 if the CPU computes bfloat16 in hardware.
@@ -103,19 +105,30 @@ def load_model(
     """
     where = device_of(device)
     directory = resolve(model)
-    config = _read_json(directory / "config.json")
+    file = _gguf_file(directory) if directory.is_file() else None
+    config = _read_json(directory / "config.json") if file is None else file.config()
     generation_config = _generation_config(directory)
     architecture, network_class, config_class = _architecture(config, directory, families or {})
+    try:
+        read = config_class.from_config(config, architecture)
+    except ModelError as error:
+        # A GGUF file has no config.json; the message should name what there is.
+        raise ModelError(str(error).replace("config.json", str(directory)) if file else str(error)) from None
     with torch.device("meta"):  # shapes without memory: initialising random weights would take minutes
-        whole = network_class(config_class.from_config(config, architecture))
+        whole = network_class(read)
         network = whole if shard is None else network_class(shard.config(whole.config))
     shapes = {name: place.shape for name, place in whole.checkpoint_views()}
     what = _dtype(dtype, where, config, sum(parameter.numel() for parameter in whole.parameters()))
+    if file is not None:
+        file.check(shapes)
     _allocate(network, where, what)
-    _load_weights(network, directory, shapes, shard)
+    if file is None:
+        _load_weights(network, directory, shapes, shard)
+    else:
+        file.load(network, shard)
     if shard is not None:
         shard.join(network)
-    tokenizer = None if shard and shard.rank else _load_tokenizer(directory)  # other ranks handle no text
+    tokenizer = None if shard and shard.rank else _load_tokenizer(directory, file)  # other ranks handle no text
     eos_token_ids = _eos_token_ids(directory, generation_config, config, tokenizer, network.config.vocab_size)
     spec = _spec(architecture, network.config, eos_token_ids)
     return LoadedModel(network.eval(), spec, tokenizer, directory, where, what, shard, generation_config)
@@ -125,7 +138,7 @@ def load_model(
 
 
 def resolve(model: str) -> Path:
-    """The directory of a model. For a hub id (``owner/name``) it is downloaded, or found in the hub's cache.
+    """The directory of a model, or its GGUF file. A hub id (``owner/name``) is downloaded, or found in the hub's cache.
 
     Anything that looks like a path is treated as one: a misspelt directory must not cause a request to the internet.
     Raises ModelError.
@@ -138,11 +151,17 @@ def resolve(model: str) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise ModelError(f"{model!r} is a file; give the directory that holds config.json and the weights")
+        if path.is_file() and (model.endswith(".gguf") or _begins_as_gguf(path)):
+            return path
+        raise ModelError(
+            f"{model!r} is a file, but no GGUF file; give the directory that holds config.json and the weights"
+        )
+    if model.endswith(".gguf"):
+        raise ModelError(f"there is no file {model!r}")
     if model.startswith((".", "/", "~")) or "\\" in model or model.count("/") != 1:
         raise ModelError(
-            f"there is no directory {model!r}. A model is 'tiny' (the embedded one), a directory with "
-            "config.json and model.safetensors, or a hub id, owner/name, such as 'HuggingFaceTB/SmolLM2-135M'"
+            f"there is no directory {model!r}. A model is 'tiny' (the embedded one), a directory with config.json "
+            "and model.safetensors, a GGUF file, or a hub id, owner/name, such as 'HuggingFaceTB/SmolLM2-135M'"
         )
     from huggingface_hub import snapshot_download
 
@@ -154,6 +173,20 @@ def resolve(model: str) -> Path:
             f"there is no directory {model!r}, and no model of that name from the Hugging Face hub ({reason}). "
             "Check the spelling and the network, run `hf auth login` for a gated model, or give a directory"
         ) from error
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def _gguf_file(path: Path) -> GGUFFile:
+    from minipaged.models.gguf import GGUFFile  # needs a package that most users do not have
+
+    return GGUFFile(path)
 
 
 def device_of(name: str) -> torch.device:
@@ -256,7 +289,8 @@ def _eos_token_ids(
     # A chat model ends a turn and a document with different tokens; often only generation_config.json lists both.
     path, stated = directory / "generation_config.json", (generation or {}).get("eos_token_id")
     if stated is None:
-        path, stated = directory / "config.json", config.get("eos_token_id")
+        path = directory if directory.is_file() else directory / "config.json"
+        stated = config.get("eos_token_id")
     named = [(token, str(path)) for token in (stated if isinstance(stated, list) else [stated])]
     named.append((getattr(tokenizer, "eos_token_id", None), f"the tokenizer in {directory}"))
     ids = set()
@@ -275,7 +309,11 @@ def _eos_token_ids(
     return frozenset(ids)
 
 
-def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(directory: Path, file: GGUFFile | None) -> PreTrainedTokenizerBase | None:
+    if file is not None:
+        from minipaged.text.gguf_tokenizer import gguf_tokenizer
+
+        return gguf_tokenizer(file)
     if not any((directory / name).exists() for name in TOKENIZER_FILES):
         return None
     if why := diagnosis.unreadable_tokenizer(directory):  # transformers would make an empty tokenizer of some of these

@@ -7,7 +7,8 @@ seen, so each kind of scaling slows pairs down. All kinds compute what transform
 default    no scaling
 linear     every pair is slowed down by ``factor``
 llama3     only pairs that turn less than ``low_freq_factor`` times within ``original_max_len`` tokens are; those that
-           turn more than ``high_freq_factor`` times are unchanged, and those between are interpolated
+           turn more than ``high_freq_factor`` times are unchanged, and those between are interpolated. GGUF files state
+           the result: what each pair's frequency is divided by
 yarn       the same idea (Peng et al. 2023), interpolated between ``beta_slow`` and ``beta_fast`` turns by the number of
            the pair; cosines and sines are multiplied by ``attention_factor``, which sharpens attention
 dynamic    no scaling up to ``original_max_len`` tokens; beyond, a larger theta that depends on the sequence's length
@@ -44,6 +45,7 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True  # yarn interpolates between whole numbers of pairs
     attention_factor: float = 1.0  # cosines and sines are multiplied by it
+    divisors: tuple[float, ...] = ()  # of llama3, from a GGUF file: one for each pair, in place of the four numbers
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Rope:
@@ -63,6 +65,8 @@ class Rope:
             return cls(theta)
         if kind == "linear":
             return cls(theta, kind, need(params, "factor", float))
+        if params.get("divisors"):
+            return cls(theta, kind, divisors=tuple(params["divisors"]))
         trained = need(config, "max_position_embeddings")
         if kind == "dynamic":  # in which transformers counts from max_position_embeddings, whatever else is given
             return cls(theta, kind, need(params, "factor", float), original_max_len=trained)
@@ -91,6 +95,8 @@ class Rope:
         freq = 1.0 / self.theta ** (pair / head_dim)
         if self.kind == "linear":
             return freq / self.factor
+        if self.divisors:
+            return freq / torch.tensor(self.divisors, device="cpu")
         if self.kind == "llama3":
             turns = self.original_max_len * freq / (2 * math.pi)
             keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)

@@ -40,8 +40,8 @@ def prepare(llm: Any, model: str, request: ChatRequest | CompletionRequest) -> P
 
 
 def model_name(model: str) -> str:
-    """The model's name in the API: a hub id unchanged, or the last part of a directory's path."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    """The model's name in the API: a hub id unchanged, or the last part of a path."""
+    return Path(model).resolve().name.removesuffix(".gguf") if Path(model).exists() else model
 
 
 def no_model(name: str, model: str) -> ApiError:
