@@ -234,7 +234,8 @@ def test_one_line_tells_the_size_of_the_pool(run):
     args = ["generate", "Once", "--max-tokens", "2", "--device", "cpu"]
     code, _, told = run(*args)
     line = "KV cache: 64 blocks of 16 tokens, 1,024 tokens in all; it takes 4 MiB at most, 0 MiB of them now\n"
-    assert (code, told) == (0, line + "sampling: temperature 0.8 — from generation_config.json\n"), "for one user"
+    line += "sampling: temperature 0.8 — from generation_config.json\n"
+    assert code == 0 and told.endswith(line), "for one user"  # another line may tell that the C++ is compiled
     assert "192 blocks" in run(*args, "-n", "3")[2], "for three samples"
     assert "48 blocks" in run(*args, "--kv-memory", "3MiB")[2]
     assert "5 blocks" in run(*args, "--num-blocks", "5", "--max-num-seqs", "2")[2]

@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -89,6 +90,7 @@ def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
         if cached.stem.endswith(_digest(cached)):
             return cached
         cached.unlink(missing_ok=True)  # another process may have found it, too
+    print("minipaged: compiling the C++ kernels, once for this machine and version", file=sys.stderr, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         options = [flag for flag in flags if flag.startswith("-")]

@@ -322,12 +322,14 @@ def _load_tokenizer(directory: Path, file: GGUFFile | None) -> PreTrainedTokeniz
 
     try:
         known = {}
-        told = directory / "tokenizer_config.json"
-        about = _read_json(told) if told.exists() else {}
+        path = directory / "tokenizer_config.json"
+        about = _read_json(path) if path.exists() else {}
         if about.get("tokenizer_class") and "auto_map" not in about:
-            # Spares transformers to look up the model's own class of configurations, which imports all that generates
-            # text: 1.5 seconds. The tokenizer's class follows from its name and the model's type alone.
-            known["config"] = PreTrainedConfig.from_dict(_read_json(directory / "config.json"))
+            # The tokenizer's class follows from this name and the model's type. Without a configuration, transformers
+            # imports the model's own class of them, and with it all that generates text: 1.5 seconds.
+            config = _read_json(directory / "config.json")
+            names = ("model_type", "model_name", "tokenizer_class")
+            known["config"] = PreTrainedConfig.from_dict({name: config[name] for name in names if name in config})
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **known)
     except Exception as error:  # a damaged tokenizer file can make its parser raise anything
         raise ModelError(diagnosis.unreadable_tokenizer(directory, error)) from error
@@ -337,6 +339,7 @@ def _load_tokenizer(directory: Path, file: GGUFFile | None) -> PreTrainedTokeniz
 
 HEAD = "lm_head.weight"
 STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes of weights that are not quantized
+PATIENCE = 2.0  # seconds of loading without a word
 LARGE_PAGE = 2 << 20  # bytes in a huge page, on most CPUs
 
 
@@ -346,20 +349,18 @@ def _allocate(network: nn.Module, device: torch.device, dtype: torch.dtype) -> N
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, device=device, dtype=dtype)  # empty_like would import sympy: a second
             if device.type == "cpu" and empty.nbytes >= LARGE_PAGE:
-                _ask_for_large_pages(empty)
+                # Every step reads all weights and looks up each page. Linux may refuse: a few percent slower.
+                _advise(empty, "MADV_HUGEPAGE")
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
     network.to(device)
 
 
-def _ask_for_large_pages(tensor: Tensor) -> None:
-    """Asks Linux for huge pages for newly allocated memory: every step reads all weights and looks up each page.
-
-    Linux may refuse; then a step takes a few percent longer.
-    """
-    if advice := getattr(mmap, "MADV_HUGEPAGE", None):
+def _advise(tensor: Tensor, advice: str) -> None:
+    """Tells the system how a tensor's memory will be used: ``advice`` is a name of the mmap module."""
+    if (number := getattr(mmap, advice, None)) is not None:
         start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         size = tensor.data_ptr() + tensor.nbytes - start
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), number)
 
 
 def _load_weights(network: Any, directory: Path, shapes: dict[str, torch.Size], shard: Any) -> None:
@@ -373,7 +374,7 @@ def _load_weights(network: Any, directory: Path, shapes: dict[str, torch.Size], 
         head = next(name for name, parameter in network.named_parameters() if parameter is network.lm_head.weight)
     _check_names(directory, files, network.PREFIX, {*places}, head)
     filled = set()
-    for file, name, tensor in _tensors(files):
+    for file, name, tensor in _followed(_tensors(files), directory, files, quiet=bool(shard and shard.rank)):
         name = name.removeprefix(network.PREFIX)
         target = head if head and name == HEAD else name
         if target not in places:  # computed by the model
@@ -418,6 +419,23 @@ def _check_names(directory: Path, files: list[Path], prefix: str, wanted: set[st
 def _names(file: Path) -> list[str]:
     with _opened(file) as tensors:
         return list(tensors.keys())
+
+
+def _followed(
+    tensors: Iterator[tuple[Path, str, Tensor]], directory: Path, files: list[Path], quiet: bool
+) -> Iterator[tuple[Path, str, Tensor]]:
+    """Yields the same; what takes longer than `PATIENCE` shows its progress on stderr, unless ``quiet``."""
+    from tqdm import tqdm
+
+    size = sum(file.stat().st_size for file in files)
+    desc = f"loading {directory.name}"
+    with tqdm(desc=desc, total=size, unit="B", unit_scale=True, delay=PATIENCE, leave=False, disable=quiet) as bar:
+        for file, name, tensor in tensors:
+            yield file, name, tensor
+            bar.update(tensor.nbytes)
+            # The tensor is a part of the file in memory. Its pages are no longer needed; they would count like a
+            # second copy of the weights.
+            _advise(tensor, "MADV_DONTNEED")
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
