@@ -44,12 +44,12 @@ def figures_as_json() -> dict[str, Any]:
 
 
 def memory_figure() -> go.Figure:
-    """Reserved slots, filled slots and tokens per step.
+    """Reserved slots, filled slots and tokens per step; the process' resident memory on an axis of its own.
 
     Tokens need a line of their own: sequences that share blocks have more tokens than filled slots in total. Only
     reserved minus filled slots is waste.
     """
-    figure = go.Figure()
+    figure = make_subplots(specs=[[{"secondary_y": True}]])
     figure.add_scatter(
         x=[], y=[], name="slots reserved", mode="lines",
         line={"color": SKY, "width": 1.5, "shape": "hv"},
@@ -64,8 +64,14 @@ def memory_figure() -> go.Figure:
         line={"color": ORANGE, "width": 2, "dash": "dot"},
         hovertemplate="%{y} tokens in all<extra></extra>",
     )  # fmt: skip
+    figure.add_scatter(
+        x=[], y=[], name="process, MiB", mode="lines", line={"color": GREEN, "width": 1.5},
+        hovertemplate="%{y} MiB of memory in all<extra></extra>", secondary_y=True,
+    )  # fmt: skip
     _pool_line(figure)
-    return _styled(figure)
+    _styled(figure)
+    figure.update_yaxes(showgrid=False, tickformat="d", secondary_y=True)
+    return figure.update_layout(margin={"r": 34})
 
 
 def waste_figure() -> go.Figure:

@@ -15,6 +15,8 @@ import threading
 import time
 from typing import Any
 
+import psutil
+
 from minipaged.events import EngineStarted, Event, State
 
 KEYFRAME_EVERY = 40  # records
@@ -47,6 +49,7 @@ class RecordLog:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._process = psutil.Process()
         self._status: dict[str, Any] = {}
         self._status_version = 0
         self._pulling = 0  # viewers that are waiting for an answer
@@ -60,6 +63,7 @@ class RecordLog:
         self.run = secrets.token_hex(4)
         self.state = state
         self._records: list[str] = []
+        self._rss: list[int] = []  # the process' resident memory after each record, in MiB
         self._first = 0  # number of the oldest record kept
         self._keyframes = {0: encode(state.to_dict())}
 
@@ -78,6 +82,7 @@ class RecordLog:
             for event in events:
                 self.state.apply(event)
             self._records.append(encode_events(events))
+            self._rss.append(self._process.memory_info().rss >> 20)
             self._keep(self._records[-1])
             if self.end % KEYFRAME_EVERY == 0:
                 self._keyframes[self.end] = encode(self.state.to_dict())
@@ -114,6 +119,7 @@ class RecordLog:
 
     def _forget_oldest(self) -> None:
         del self._records[:KEYFRAME_EVERY]
+        del self._rss[:KEYFRAME_EVERY]
         del self._keyframes[self._first]
         self._first += KEYFRAME_EVERY
 
@@ -158,6 +164,7 @@ class RecordLog:
                 "first": cursor,
                 "status": self._status,
                 "status_version": self._status_version,
+                "rss": self._rss[cursor - self._first :],
             }
         return f'{encode(head)[:-1]},"keyframe":{keyframe},"records":[{records}]}}'
 

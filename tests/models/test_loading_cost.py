@@ -15,7 +15,6 @@ from minipaged.models.loader import load_model
 from tests.checkpoints import save_llama
 from tests.text.tokenizers_for_tests import byte_level, sentencepiece_like
 
-
 LOAD = """
 import sys, torch
 from transformers import AutoTokenizer

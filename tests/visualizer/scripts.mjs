@@ -15,6 +15,8 @@ const { State, check } = await import(address("reducer.js"));
 const { Player } = await import(address("player.js"));
 /** @type {typeof import("../../visualizer/static/narration.js")} */
 const { sourceOf } = await import(address("narration.js"));
+/** @type {typeof import("../../visualizer/static/chart_kinds.js")} */
+const { LineChart } = await import(address("chart_kinds.js"));
 const plain = (/** @type {unknown} */ state) => JSON.parse(JSON.stringify(state));
 
 /** @type {{ [name: string]: (run: Run) => void }} */
@@ -88,6 +90,24 @@ const CHECKS = {
     assert.equal(player.position, player.first);
     player.seek(player.end);
     assert.deepEqual(plain(player.state).seqs, states.at(-1).seqs);
+  },
+
+  // The process' memory comes beside the records; a recording has none, and its chart neither the line nor the axis.
+  memory({ records }) {
+    const chart = (/** @type {InstanceType<typeof Player>} */ player) => {
+      const values = (/** @type {RunRecord} */ { metrics, rss }) => [metrics.used, rss];
+      const figure = { data: [{}, {}], layout: {} };
+      const line = new LineChart(/** @type {any} */ (null), figure, values, /** @type {any} */ ({ points: [], first: 0 }));
+      return line.data(player, { first: 0, end: player.end });
+    };
+    const player = new Player();
+    const rss = records.map((_, i) => 300 + i);
+    const first = { run: "live", first: 0, keyframe: plain(new State()), records: records.slice(0, 5), rss: rss.slice(0, 5) };
+    player.receive(first);
+    player.receive({ run: "live", first: 5, records: records.slice(5), rss: rss.slice(5) });
+    const drawn = chart(player);
+    assert.deepEqual([drawn?.y[1], drawn?.visible], [rss, [true, true]]);
+    assert.deepEqual(chart(loaded(records))?.visible, [true, false]);
   },
 
   // Only the reason of a `shared` event is one of the engine's words; an eviction policy gives any text as its reason.

@@ -55,6 +55,15 @@ def test_a_viewer_from_the_start_sees_everything_once() -> None:
     assert log.news(answer["run"], len(answer["records"]), answer["status_version"]) is None
 
 
+def test_each_record_comes_with_the_memory_of_the_process() -> None:
+    log = RecordLog()
+    record_run(log)
+    answer = json.loads(log.news(log.run, 5, 0) or "")
+    assert len(answer["rss"]) == len(answer["records"]) == log.end - 5
+    assert all(50 < mib < 100_000 for mib in answer["rss"])
+    assert "rss" not in "".join(log.saved()), "a recording does not depend on the machine"
+
+
 def test_news_from_a_cursor_continue_a_viewers_state() -> None:
     log = RecordLog()
     final = record_run(log)

@@ -116,6 +116,9 @@ def test_tabs_enlarging_and_what_each_chart_draws(serve: Callable[..., Visualize
     caught_up(page, visualizer)
     records = visualizer.log.end
     page.wait_for_function(f"({LENGTHS})('chart')?.[0] === {records}")
+    process = page.evaluate("document.querySelector('[data-testid=chart]').data[3].y")
+    assert len(process) == records and all(mib > 50 for mib in process), "the process' memory beside the slots"
+    assert f"process: {process[-1]} MiB" in (page.text_content("[data-testid=chart-now]") or "")
 
     page.focus("[data-testid=tab-memory]")
     position = page.evaluate("minipaged.player.position")

@@ -85,7 +85,9 @@ def test_reducer_and_player_agree_with_python(tmp_path: Path, monkeypatch: Any) 
     assert {"forked", "copied", "preempted", "swapped_in", "group_started", "speculated", "evicted"} <= told
     longest = max(runs, key=lambda run: len(run["records"]))
     for run in runs:
-        run["checks"] = ["reducer"] + ["seeking", "stepping", "following", "forgetting", "reasons"] * (run is longest)
+        run["checks"] = ["reducer"] + ["seeking", "stepping", "following", "forgetting", "memory", "reasons"] * (
+            run is longest
+        )
     file = tmp_path / "runs.json"
     file.write_text(json.dumps(runs), encoding="utf-8")
     script = Path(__file__).with_name("scripts.mjs")
@@ -93,4 +95,4 @@ def test_reducer_and_player_agree_with_python(tmp_path: Path, monkeypatch: Any) 
         [node(), script, tmp_path / "static", file], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.count(" ok\n") == len(runs) + 5
+    assert done.stdout.count(" ok\n") == len(runs) + 6

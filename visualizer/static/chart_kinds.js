@@ -78,7 +78,7 @@ export class LineChart extends PlotlyChart {
   /**
    * @param {HTMLElement} node
    * @param {Figure} figure
-   * @param {(record: RunRecord, point: import("./history.js").Point) => (number | null)[]} values
+   * @param {(record: RunRecord, point: import("./history.js").Point) => (number | null | undefined)[]} values
    * @param {StepHistory} history
    */
   constructor(node, figure, values, history) {
@@ -105,7 +105,9 @@ export class LineChart extends PlotlyChart {
     /** @type {number[]} */
     const traces = Object.keys(this.figure.data).map(Number);
     const steps = records.map((record) => record.metrics.step);
-    return { x: traces.map(() => steps), y: traces.map((i) => rows.map((row) => row[i])) };
+    // A trace of which the records tell nothing (memory, in a recording) is not drawn, nor is its axis.
+    const visible = traces.map((i) => !rows.length || rows.some((row) => row[i] !== undefined));
+    return { x: traces.map(() => steps), y: traces.map((i) => rows.map((row) => row[i])), visible };
   }
 }
 

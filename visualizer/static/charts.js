@@ -26,7 +26,8 @@ const SAY = {
   memory({ record }) {
     const { logical, used, reserved } = record.metrics;
     const share = reserved ? ` (${Math.round((100 * used) / reserved)} %)` : "";
-    return `${plural(reserved, "slot")} reserved, ${used} filled${share}, for ${plural(logical, "token")}`;
+    const process = record.rss === undefined ? "" : ` · process: ${record.rss} MiB`;
+    return `${plural(reserved, "slot")} reserved, ${used} filled${share}, for ${plural(logical, "token")}${process}`;
   },
   throughput({ point }) {
     if (point.ms === null) return "nothing computed yet";
@@ -212,9 +213,9 @@ export class Charts {
 }
 
 // The values of a figure's traces at a record, in the traces' order.
-/** @type {{ [tab: string]: (record: RunRecord, point: Point) => (number | null)[] }} */
+/** @type {{ [tab: string]: (record: RunRecord, point: Point) => (number | null | undefined)[] }} */
 const POINTS = {
-  memory: ({ metrics }) => [metrics.reserved, metrics.used, metrics.logical],
+  memory: ({ metrics, rss }) => [metrics.reserved, metrics.used, metrics.logical, rss],
   throughput: (record, point) => [point.decode, point.prefill, point.ms, point.rate],
   prefix: (record, point) => [point.known ? (100 * point.hit) / point.known : null, point.cached, point.evicted],
 };

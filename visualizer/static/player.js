@@ -98,18 +98,18 @@ export class Player {
     if (answer.keyframe) {
       this.begin(answer.run ?? null, answer.first, State.from(answer.keyframe));
       // A viewer who joins late sees the live state first, and can rewind from there.
-      for (const events of answer.records) this.ingest(events);
+      answer.records.forEach((events, i) => this.ingest(events, answer.rss?.[i]));
       this.seekTo(this.end);
     } else if (answer.first === this.end) {
-      for (const events of answer.records) this.ingest(events);
+      answer.records.forEach((events, i) => this.ingest(events, answer.rss?.[i]));
     }
   }
 
-  /** @param {EngineEvent[]} events */
-  ingest(events) {
+  /** @param {EngineEvent[]} events @param {number} [rss] */
+  ingest(events, rss) {
     for (const event of events) this.head.apply(event);
     const told = tell({ events }, this.head);
-    this.records.push(new Record({ events, marks: marksOf(events), metrics: measure(this.head), told }));
+    this.records.push(new Record({ events, marks: marksOf(events), metrics: measure(this.head), told, rss }));
     if (this.end % KEYFRAME_EVERY === 0) this.keyframes.set(this.end, JSON.stringify(this.head));
     if (this.records.length > MAX_RECORDS && !this.recording) this.forgetOldest();
   }

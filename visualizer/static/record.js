@@ -8,12 +8,13 @@ export class Record {
   /** @type {WeakRef<EngineEvent[]>} */
   #events;
 
-  /** @param {{ events: EngineEvent[], marks: string[], metrics: Metrics, told: Told | null }} about */
-  constructor({ events, marks, metrics, told }) {
+  /** @param {{ events: EngineEvent[], marks: string[], metrics: Metrics, told: Told | null, rss?: number }} about */
+  constructor({ events, marks, metrics, told, rss }) {
     this.marks = marks;
     this.mark = marks.at(0); // the most important one
     this.metrics = metrics;
     this.told = told;
+    this.rss = rss; // the process' resident memory after it, in MiB; recordings do not have it
     this.#text = JSON.stringify(events);
     this.#events = new WeakRef(events);
   }

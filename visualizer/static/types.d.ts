@@ -72,7 +72,7 @@ interface Chip { node: HTMLElement; fill: HTMLElement; block: HTMLElement; key: 
 
 // What the server answers to a pull: records from `first` on, and a keyframe if the viewer has to start over.
 interface Answer {
-  first: number; records: EngineEvent[][]; run?: string; keyframe?: State; status?: Status; status_version?: number;
+  first: number; records: EngineEvent[][]; rss?: number[]; run?: string; keyframe?: State; status?: Status; status_version?: number;
 }
 
 // --- what the library's types lack ---
