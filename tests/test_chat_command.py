@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -209,6 +210,22 @@ def test_control_characters_of_an_answer_are_shown_and_not_executed(say):
 def test_errors_of_a_server_are_shown_too(capsys):
     cli.options.fail("bad \x1b]0;x\x07\n gateway\x9b")
     assert capsys.readouterr().err == "minipaged: bad ␛]0;x␇ gateway�\n"
+
+
+@pytest.mark.parametrize(("at_once", "begun"), [(True, "one "), (False, "one two ")])
+def test_ctrl_c_stops_an_answer_and_keeps_its_beginning(say, at_once, begun):
+    class Interrupted(Echo):
+        stops_at_once = at_once
+
+        def answer(self, question):
+            self.asked.append(question)
+            yield "one ", None
+            signal.raise_signal(signal.SIGINT)
+            yield "two ", None
+            yield "three", "stop"
+
+    code, _, _, asked = say("hello", "/more", model=Interrupted())
+    assert code == 0 and contents(asked[1]) == ["hello", begun]
 
 
 @pytest.mark.parametrize("markers", [(PASTE_BEGINS, PASTE_ENDS), tuple(LIBEDIT.values())], ids=["none", "libedit"])

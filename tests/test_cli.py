@@ -283,9 +283,10 @@ def test_sampling_options_reach_the_engine(monkeypatch, run):
 
     monkeypatch.setattr(generate_command, "load", lambda *_, **__: stub(generate=generate))
     options = "-n 2 --temperature 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 --max-tokens 9 --stop a --stop b --seed 4"
-    assert run("generate", "Hi", *options.split())[0] == 0
+    assert run("generate", "Hi", *options.split(), "--repetition-penalty", "1.2")[0] == 0
     params = asked["params"]
     assert (params.n, params.temperature, params.top_p, params.top_k) == (2, 0.5, 0.9, 7)
+    assert params.repetition_penalty == 1.2
     assert (params.min_p, params.max_tokens, params.stop, params.seed) == (0.1, 9, ("a", "b"), 4)
 
 

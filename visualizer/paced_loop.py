@@ -11,7 +11,7 @@ from itertools import count
 from typing import Any, Protocol
 
 from minipaged.build import rebuild
-from minipaged.config import EngineConfig
+from minipaged.config import EngineConfig, SamplingParams
 from minipaged.core.engine import Engine
 from minipaged.engine_thread import EngineLoop
 from minipaged.errors import InvalidConfig, InvalidRequest
@@ -329,4 +329,5 @@ class PacedLoop(EngineLoop):
 def own_sampling(llm: Any) -> dict[str, float]:
     """The sampling parameters that apply where the viewer gives none: the model's own, if it states any."""
     own = {name: getattr(llm.default_params, name) for name in FIELDS}
-    return own if stated(llm.generation_config) else own | {"temperature": CHAT_TEMPERATURE}
+    unstated = not stated(llm.generation_config) and own["temperature"] == SamplingParams.temperature
+    return own | {"temperature": CHAT_TEMPERATURE} if unstated else own

@@ -23,6 +23,7 @@ from minipaged.cli.options import (
     MinP,
     NumBlocks,
     NumSpeculativeTokens,
+    RepetitionPenalty,
     Seed,
     Speculate,
     Temperature,
@@ -46,6 +47,7 @@ def chat(
     top_p: TopP = None,
     top_k: TopK = None,
     min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer. Default: no limit.")] = None,
     seed: Seed = None,
     no_think: Annotated[bool, typer.Option("--no-think", help="Tell the model not to think first (Qwen3).")] = False,
@@ -65,7 +67,10 @@ def chat(
     num_speculative_tokens: NumSpeculativeTokens = None,
 ) -> None:
     """Talk with a chat model, here or on an OpenAI-compatible server."""
-    options = given(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, seed=seed)
+    options = given(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+        max_tokens=max_tokens, seed=seed,
+    )  # fmt: skip
     settings = given(
         memory=memory, attention=attention, kv_dtype=kv_dtype, speculate=speculate,
         num_speculative_tokens=num_speculative_tokens,

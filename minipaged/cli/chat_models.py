@@ -145,7 +145,8 @@ class RemoteModel:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = httpx2.Timeout(600, connect=10)
         self._url = url
-        self._client = httpx2.Client(base_url=url.rstrip("/") + "/", headers=headers, timeout=timeout)
+        with self._errors():
+            self._client = httpx2.Client(base_url=url.rstrip("/") + "/", headers=headers, timeout=timeout)
         self.usage = Usage()
         self.model, self.context = self._find(model)
 
@@ -185,8 +186,10 @@ class RemoteModel:
             with self._errors():
                 response = self._client.get("models")
                 check(response)
-                listed = {one["id"]: one.get("max_model_len") for one in response.json()["data"]}
-        except (ServerError, ValueError, TypeError, KeyError) as error:
+            listed = {one["id"]: one.get("max_model_len") for one in response.json()["data"]}
+        except InvalidRequest:
+            raise
+        except (ServerError, ValueError, TypeError, KeyError, AttributeError) as error:
             if model is None:
                 raise ServerError(f"{self._url} does not say which models it has ({error}); give --model") from None
             listed = {}
@@ -202,8 +205,8 @@ class RemoteModel:
 
         try:
             yield
-        except httpx2.InvalidURL as error:
-            raise InvalidRequest(f"{self._url} is not a URL: {error}") from None
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+            raise InvalidRequest(f"{self._url} is not a URL such as http://127.0.0.1:8000/v1: {error}") from None
         except (httpx2.HTTPError, RequestFailed) as error:
             reason = f"{self._url}: {str(error) or type(error).__name__}"
             if getattr(error, "code", None) == TOO_LONG or re.search("context (length|size)", str(error), re.I):

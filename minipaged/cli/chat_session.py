@@ -197,6 +197,8 @@ class Chat:
                     self._start = self._next_turn() or 0
         except MinipagedError as error:
             self._start = before
+            if "chat_template_kwargs" in str(error):  # a server's template does not know what /think or /no-think set
+                self._template = {}
             full = isinstance(error, ContextFull) or "needs room" in str(error)
             fail(f"{error} (/reset forgets the conversation)" if full else str(error))
             return False
@@ -228,6 +230,10 @@ class Chat:
             except KeyboardInterrupt:
                 if len(stopped) > 1:
                     raise
+            except MinipagedError:
+                if texts:
+                    printer.end()  # the message gets a line of its own
+                raise
             finally:
                 getattr(pieces, "close", lambda: None)()  # ends the request, in the engine or at the server
         printer.end()

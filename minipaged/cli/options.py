@@ -52,6 +52,9 @@ Temperature = Annotated[float | None, typer.Option(help="Divides the logits; 0 i
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this total probability.")]
 TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens.")]
 MinP = Annotated[float | None, typer.Option(help="Drop tokens less likely than this times the likeliest.")]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Divides the logits of tokens that occurred; above 1 discourages them.")
+]
 MaxTokens = Annotated[int | None, typer.Option(help=f"Most tokens to generate. Default: {SamplingParams.max_tokens}.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output; repeatable.")]
 Seed = Annotated[int | None, typer.Option(help="Makes the output repeat, on this machine. Default: random.")]

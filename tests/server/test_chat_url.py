@@ -60,6 +60,8 @@ def test_errors_are_one_line_and_the_chat_goes_on(say, server) -> None:
     assert code == 0 and err.count("\n") == 1 and "http://127.0.0.1:9/v1" in err
     code, _, err = say("Hello", url="http://127.0.0.1:9/v1")
     assert code == 1 and err.count("\n") == 1 and "give --model" in err
+    code, _, err = say("Hello", url="localhost:8000/v1")
+    assert code == 2 and err.count("\n") == 1 and "is not a URL such as" in err
     code, _, err = say("Hello", args=("--model", "gpt-9"))
     assert code == 0 and "404: there is no model 'gpt-9' here; use 'babbler'" in err
 
@@ -67,15 +69,15 @@ def test_errors_are_one_line_and_the_chat_goes_on(say, server) -> None:
 def test_the_server_is_asked_for_its_model_and_the_commands_work(say, llm, server, tmp_path) -> None:
     messages: list[dict[str, str]] = [{"role": "user", "content": "Hello"}]
     args = ("--temperature", "0", "--max-tokens", "4")
-    _, out, err = say(
-        "Hello", "/more", f"/save {tmp_path / 'talk'}", "/retry", "/undo", "/no-think", "Hello", args=args
-    )
+    lines = ("Hello", "/more", f"/save {tmp_path / 'talk'}", "/retry", "/undo", "/no-think", "Hello", "Hello")
+    _, out, err = say(*lines, args=args)
     assert out.startswith(f"babbler on {server.url}/v1; sampling: temperature 0 — as given; else its own")
     messages.append({"role": "assistant", "content": llm.chat(messages, greedy(4)).outputs[0].text.rstrip("\ufffd")})
     rest = llm.chat(messages, greedy(4), continue_final_message=True).outputs[0].text
     messages[1]["content"] += rest
     assert json.loads((tmp_path / "talk").read_text())["messages"] == messages
     assert err.count("\n") == 1 and "does not read 'enable_thinking'" in err
+    assert out.rstrip("> \n").endswith("[cut: max_tokens is 4; /more goes on]"), "the next message is answered"
 
 
 def test_a_full_context_drops_the_oldest_turns(say, llm) -> None:

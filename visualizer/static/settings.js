@@ -41,6 +41,8 @@ export class Settings {
   constructor(root, send, choices = {}) {
     const part = (/** @type {string} */ name) => root.querySelector(`[data-part=${name}]`);
     this.send = send;
+    /** @type {Status | null} */
+    this.status = null;
     this.drawer = part("settings");
     this.form = part("engine-form");
     this.message = part("engine-message");
