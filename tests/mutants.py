@@ -370,8 +370,8 @@ MUTANTS = [
         "prefills go before decodes and starve them",
         Scheduler,
         "_spend",
-        "item[1] > 1",
-        "item[1] <= 1",
+        "pair[1] > 1",
+        "pair[1] <= 1",
         (scheduler.test_running_sequences_get_their_token_in_every_step_while_prompts_keep_arriving,),
     ),
     Mutant(

@@ -159,7 +159,12 @@ class MemoryMachine(RuleBasedStateMachine):
         """Reserves for all, then copies for all, then writes, like a step of the engine."""
         writes = [Write(s, len(self.tokens[s]), len(self.tokens[s]) + len(new)) for s, new in rows]
         needed, free = self.tables.blocks_needed(writes), self.pool.num_free
-        copies = [copy for write in writes for copy in self.tables.reserve(write)]
+        copies = []
+        for write in writes:
+            owners = list(self.pool.ref_counts)
+            made = self.tables.reserve(write)
+            assert all(owners[copy.src] > 1 for copy in made), "a block of one sequence alone was copied"
+            copies += made
         assert free - self.pool.num_free == needed, "blocks_needed must be what reserve takes"
         if aborted:  # after the blocks were reserved, before anything was copied or written
             for seq_id, _ in rows:
