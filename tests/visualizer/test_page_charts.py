@@ -170,7 +170,7 @@ def test_tabs_enlarging_and_what_each_chart_draws(serve: Callable[..., Visualize
     page.evaluate("minipaged.player.seek(12)")
     shape = "document.querySelector('[data-testid=chart]').layout.shapes.find((s) => s.name === 'moment')"
     page.wait_for_function(f"{shape}.visible && {shape}.x0 === minipaged.player.state.step")
-    assert page.evaluate(LENGTHS, "chart") == [records] * 3
+    assert page.evaluate(LENGTHS, "chart") == [records] * 4
     visualizer.thread.reset().result(20)
     submit(visualizer, STORIES[:1])
     steps(visualizer, 3)
