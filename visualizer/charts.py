@@ -51,16 +51,16 @@ def memory_figure() -> go.Figure:
     """
     figure = make_subplots(specs=[[{"secondary_y": True}]])
     figure.add_scatter(
-        x=[], y=[], name="slots reserved", mode="lines",
+        x=[], y=[], name="reserved", mode="lines",
         line={"color": SKY, "width": 1.5, "shape": "hv"},
         fill="tozeroy", fillcolor="rgba(86,180,233,0.18)", hovertemplate="%{y} slots reserved<extra></extra>",
     )  # fmt: skip
     figure.add_scatter(
-        x=[], y=[], name="slots filled", mode="lines", line={"color": BLUE, "width": 2},
+        x=[], y=[], name="filled", mode="lines", line={"color": BLUE, "width": 2},
         fill="tozeroy", fillcolor="rgba(0,114,178,0.25)", hovertemplate="%{y} slots filled<extra></extra>",
     )  # fmt: skip
     figure.add_scatter(
-        x=[], y=[], name="tokens, sharing not counted", mode="lines",
+        x=[], y=[], name="tokens in all", mode="lines",
         line={"color": ORANGE, "width": 2, "dash": "dot"},
         hovertemplate="%{y} tokens in all<extra></extra>",
     )  # fmt: skip
@@ -70,8 +70,9 @@ def memory_figure() -> go.Figure:
     )  # fmt: skip
     _pool_line(figure)
     _styled(figure)
-    figure.update_yaxes(showgrid=False, tickformat="d", secondary_y=True)
-    return figure.update_layout(margin={"r": 34})
+    figure.update_yaxes(showgrid=False, tickformat="d", tickmode="auto", nticks=3, secondary_y=True)
+    figure.update_xaxes(domain=[0, 1])
+    return figure.update_layout(margin={"r": 34}, legend={"entrywidth": 0.24, "entrywidthmode": "fraction"})
 
 
 def waste_figure() -> go.Figure:

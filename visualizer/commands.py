@@ -203,7 +203,7 @@ def _config(payload: dict[str, Any], old: EngineConfig) -> EngineConfig:
             changes[name] = None  # the default of the memory manager or the model
     if payload.get("kv_memory"):
         try:
-            changes["kv_memory"] = num_bytes(_text(payload, "kv_memory", 40), "kv_memory")
+            changes["kv_memory"] = num_bytes(_text(payload, "kv_memory", 40), "KV memory")
         except InvalidConfig as error:
             raise BadCommand(str(error), "kv_memory") from None
         changes.setdefault("num_blocks", None)

@@ -108,7 +108,7 @@ def test_a_scenario_brings_its_own_engine_and_applied_settings_stay(thread: Pace
         ({"model": 7}, "text"),
         ({"max_model_len": 1}, "max_model_len"),
         ({"max_model_len": 2000}, "supports 1024"),
-        ({"kv_memory": "2gib"}, "kv_memory must be a number of bytes"),
+        ({"kv_memory": "2gib"}, "kv memory must be a number of bytes"),
         ({"kv_memory": 5}, "text"),
         ({"kv_memory": "10"}, "holds no kv block"),
         ({"kv_memory": "1GiB"}, "16,384 blocks; this page shows at most 4,096"),
