@@ -92,7 +92,7 @@ const CHECKS = {
     assert.deepEqual(plain(player.state).seqs, states.at(-1).seqs);
   },
 
-  // The process' memory comes beside the records; a recording has none, and its chart neither the line nor the axis.
+  // The process' memory comes beside the records; a recording has none, and its chart neither the line nor its name.
   memory({ records }) {
     const chart = (/** @type {InstanceType<typeof Player>} */ player) => {
       const values = (/** @type {RunRecord} */ { metrics, rss }) => [metrics.used, rss];
@@ -106,8 +106,8 @@ const CHECKS = {
     player.receive(first);
     player.receive({ run: "live", first: 5, records: records.slice(5), rss: rss.slice(5) });
     const drawn = chart(player);
-    assert.deepEqual([drawn?.y[1], drawn?.visible], [rss, [true, true]]);
-    assert.deepEqual(chart(loaded(records))?.visible, [true, false]);
+    assert.deepEqual([drawn?.y[1], drawn?.showlegend], [rss, [true, true]]);
+    assert.deepEqual(chart(loaded(records))?.showlegend, [true, false]);
   },
 
   // Only the reason of a `shared` event is one of the engine's words; an eviction policy gives any text as its reason.

@@ -449,8 +449,9 @@ def test_the_chart_is_fed(serve: Callable[..., Visualizer], pages: Any) -> None:
     caught_up(page, visualizer)
     page.wait_for_function("document.querySelector('[data-testid=chart]').data?.[0].x.length === minipaged.player.end")
     traces = page.evaluate("document.querySelector('[data-testid=chart]').data.map(t => [...t.y])")
-    reserved, used, logical = (max(line) for line in traces)
+    reserved, used, logical, memory = (max(line) for line in traces)
     assert 0 < used <= reserved <= DEMO_SETTINGS["num_blocks"] * DEMO_SETTINGS["block_size"] and logical > used
+    assert memory > 50, "MiB of this process"
 
 
 def test_a_port_in_use_is_one_clear_error(launching: Callable[..., Visualizer], free_port: int) -> None:

@@ -92,7 +92,11 @@ export class LineChart extends PlotlyChart {
   /** @param {Player} player */
   render(player) {
     this.begin();
-    this.update(this.data(player, windowOf(player)), this.decorations(player, player.state.step));
+    const data = this.data(player, windowOf(player));
+    /** @type {{ [change: string]: any }} */
+    const layout = this.decorations(player, player.state.step);
+    if (data && this.figure.layout.yaxis2) layout["yaxis2.showticklabels"] = data.showlegend.at(-1);
+    this.update(data, layout);
   }
 
   /** @param {Player} player @param {{ first: number, end: number }} shown */
@@ -105,9 +109,9 @@ export class LineChart extends PlotlyChart {
     /** @type {number[]} */
     const traces = Object.keys(this.figure.data).map(Number);
     const steps = records.map((record) => record.metrics.step);
-    // A trace of which the records tell nothing (memory, in a recording) is not drawn, nor is its axis.
-    const visible = traces.map((i) => !rows.length || rows.some((row) => row[i] !== undefined));
-    return { x: traces.map(() => steps), y: traces.map((i) => rows.map((row) => row[i])), visible };
+    // A recording tells nothing of the process' memory: the trace is empty, and neither its name nor its axis has a text.
+    const showlegend = traces.map((i) => !rows.length || rows.some((row) => row[i] !== undefined));
+    return { x: traces.map(() => steps), y: traces.map((i) => rows.map((row) => row[i] ?? null)), showlegend };
   }
 }
 
