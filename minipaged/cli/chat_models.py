@@ -59,6 +59,18 @@ class Usage:
     output: int = 0
 
 
+def whole_text(text: Any) -> str:
+    """A text from a server, in which halves of surrogate pairs, which cannot be sent again, are replaced."""
+    if not isinstance(text, str):
+        return ""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def count_or_none(number: Any) -> int | None:
+    """A server's number of tokens; ``None`` if it is not one."""
+    return number if type(number) is int and number >= 0 else None
+
+
 class Answerer(Protocol):
     """``context``: the most tokens that a conversation can have; ``usage``: of the newest answer."""
 
@@ -169,16 +181,19 @@ class RemoteModel:
             if response.status_code != 200:
                 response.read()
             for event in events(response, response.iter_lines()):
-                for choice in event.get("choices") or ():
-                    text = (choice.get("delta") or {}).get("content") or ""
+                try:
+                    pieces = [(whole_text((one.get("delta") or {}).get("content")), one.get("finish_reason"))
+                              for one in event.get("choices") or ()]  # fmt: skip
+                    usage = event.get("usage") or {}
+                    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+                except (AttributeError, TypeError):
+                    raise ServerError(f"{self._url} sent an event of another form: {str(event)[:200]}") from None
+                for text, reason in pieces:
                     self.usage.output += bool(text)  # servers usually send one chunk per token
-                    yield text, choice.get("finish_reason")
-                if event.get("usage"):
-                    self._count(event["usage"])
-
-    def _count(self, usage: dict[str, Any]) -> None:
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-        self.usage = Usage(usage.get("prompt_tokens"), cached, usage.get("completion_tokens") or self.usage.output)
+                    yield text, reason
+                if usage:
+                    output = count_or_none(usage.get("completion_tokens")) or self.usage.output
+                    self.usage = Usage(count_or_none(usage.get("prompt_tokens")), count_or_none(cached), output)
 
     def _find(self, model: str | None) -> tuple[str, int | None]:
         """The model's name and the most tokens of a conversation, if the server says so (vLLM's `max_model_len`)."""
@@ -186,7 +201,7 @@ class RemoteModel:
             with self._errors():
                 response = self._client.get("models")
                 check(response)
-            listed = {one["id"]: one.get("max_model_len") for one in response.json()["data"]}
+            listed = {str(one["id"]): count_or_none(one.get("max_model_len")) for one in response.json()["data"]}
         except InvalidRequest:
             raise
         except (ServerError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -196,7 +211,7 @@ class RemoteModel:
         if model is None and not listed:
             raise ServerError(f"{self._url} has no model")
         name = model or next(iter(listed))
-        return name, listed.get(name)
+        return name, listed.get(name) or None
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import sys
 import time
@@ -83,12 +84,14 @@ class Chat:
             return False
         try:
             command(rest)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             fail(str(error))
         return name == "/exit"
 
     def _hint(self, name: str, rest: str) -> str:
         """What to tell about a slash that is no command: nothing about a path, which is a message."""
+        if os.path.lexists(name):
+            return ""
         if close := difflib.get_close_matches(name.lower(), self._commands, 1, 0.75):
             return f"There is no {name}; did you mean {close[0]}? To send it as a message, begin with a space."
         if not rest and re.fullmatch(r"/[A-Za-z-]*", name):
@@ -125,7 +128,7 @@ class Chat:
         self._ask(continues=True)
 
     def _set(self, text: str) -> None:
-        name, _, value = (part.strip() for part in text.partition(" "))
+        name, value = [*text.replace("=", " ", 1).split(None, 1), "", ""][:2]
         if value == "default" and name in SETTABLE:
             self._sampling.pop(name, None)
         elif value:
@@ -151,13 +154,13 @@ class Chat:
         if not name:
             raise ValueError("/save needs the name of a file")
         text = json.dumps({"messages": self._all()}, indent=1, ensure_ascii=False) + "\n"
-        Path(name).expanduser().write_bytes(text.encode())  # encoded first: an error leaves the file as it was
+        Path(os.path.expanduser(name)).write_bytes(text.encode())  # encoded first: an error leaves the file as it was
         print(f"Saved {_count(len(self._messages), 'message')}.")
 
     def _load(self, name: str) -> None:
         if not name:
             raise ValueError("/load needs the name of a file")
-        saved = json.loads(Path(name).expanduser().read_text("utf-8"))
+        saved = json.loads(Path(os.path.expanduser(name)).read_text("utf-8-sig"))
         messages = saved.get("messages") if isinstance(saved, dict) else None
         if not isinstance(messages, list) or not all(map(_is_message, messages)):
             raise ValueError(f"{name} is not a saved conversation")
@@ -197,8 +200,11 @@ class Chat:
                     self._start = self._next_turn() or 0
         except MinipagedError as error:
             self._start = before
-            if "chat_template_kwargs" in str(error):  # a server's template does not know what /think or /no-think set
+            if self._template and "chat_template_kwargs" in str(error):
+                # A server's template does not know what /think or /no-think set.
+                fail(f"{error}; asked again without it")
                 self._template = {}
+                return self._ask(continues)
             full = isinstance(error, ContextFull) or "needs room" in str(error)
             fail(f"{error} (/reset forgets the conversation)" if full else str(error))
             return False
@@ -289,6 +295,7 @@ def _is_message(message: Any) -> bool:
         and set(message) == {"role", "content"}
         and message["role"] in ("system", "user", "assistant")
         and isinstance(message["content"], str)
+        and not re.search("[\ud800-\udfff]", message["content"])  # half of a surrogate pair, which no model can read
     )
 
 

@@ -11,6 +11,7 @@ TAB = 8
 # clipboard or hides lines. Without the first character a sequence is only text, so no state is needed across chunks.
 _VISIBLE: dict[int, int | None] = {code: 0x2400 + code for code in range(0x20)}  # U+2400 …: pictures of controls
 _VISIBLE |= {code: 0xFFFD for code in range(0x80, 0xA0)}  # the C1 controls, the 8-bit form of sequences
+_VISIBLE |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)  # reorder the text around them
 _VISIBLE |= {0x7F: 0x2421, ord("\r"): None}  # a carriage return would let a text overwrite its own line
 del _VISIBLE[ord("\n")], _VISIBLE[ord("\t")]
 

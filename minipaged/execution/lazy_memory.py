@@ -16,6 +16,8 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
+from minipaged.errors import InvalidConfig
+
 
 def zeros(shape: Seq[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """As ``torch.zeros``; on a CPU, the system commits the memory as it is written.
@@ -25,7 +27,10 @@ def zeros(shape: Seq[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not size or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.zeros(shape, dtype=dtype, device=device)
-    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:  # a limit of the process, or a system that promises no more than it has
+        raise InvalidConfig(f"the system refuses {size:,} bytes for KV ({error}); set a smaller kv_memory") from None
     if hasattr(mmap, "MADV_NOHUGEPAGE"):  # each layer's first token would commit 2 MB: 120 MB in a model of 30 layers
         try:
             area.madvise(mmap.MADV_NOHUGEPAGE)

@@ -20,7 +20,20 @@ def free_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil  # imported here because an engine on a GPU does not need it
 
-    return min([int(psutil.virtual_memory().available), *_left_in_cgroups()])
+    return min([int(psutil.virtual_memory().available), *_left_in_cgroups(), *_left_of_addresses()])
+
+
+def _left_of_addresses() -> Iterator[int]:
+    """Bytes of addresses that the process may still map, if it has a limit (``ulimit -v``)."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        import psutil
+
+        yield max(0, limit - psutil.Process().memory_info().vms)
 
 
 def _left_in_cgroups() -> Iterator[int]:
@@ -30,8 +43,8 @@ def _left_in_cgroups() -> Iterator[int]:
     the limits of all groups above it hold, too. A container may see its own group as the root, under another path.
     """
     for line in _text(OWN_CGROUPS).splitlines():  # none if the system is not Linux
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if not path or controllers and "memory" not in controllers.split(","):
             continue
         root = CGROUPS / "memory" if controllers else CGROUPS
         group = root if ".." in path.split("/") else root / path.strip("/")
@@ -48,7 +61,7 @@ def _left(group: Path) -> Iterator[int]:
         (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
     ):
         used, files_at = _text(group / usage), re.search(rf"^{files} (\d+)$", _text(group / "memory.stat"), re.M)
-        kept = int(used or 0) - int(files_at[1] if files_at else 0)
+        kept = int(used if used.isdigit() else 0) - int(files_at[1] if files_at else 0)
         for limit in (_text(group / name) for name in limits):
             if limit.isdigit():  # not "max"
                 yield max(0, int(limit) - max(0, kept))

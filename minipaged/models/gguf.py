@@ -105,7 +105,7 @@ class _Header:
         kind, offset = self.number("I"), self.number("Q")
         if kind not in TYPES:
             supported = ", ".join(known for known, *_ in TYPES.values())
-            problem = f"tensor {brief(name)} has type {_type_name(kind)}, which is not supported"
+            problem = f"tensor {brief(name)} has the unsupported type {_type_name(kind)}"
             raise ModelError(f"{self.path}: {problem}. Supported: {supported}")
         known, values, size = TYPES[kind]
         if 0 in shape or shape[-1] % values:
@@ -415,4 +415,4 @@ def _type_name(kind: int) -> str:
     try:
         return _package().GGMLQuantizationType(kind).name
     except ValueError:
-        return f"{kind}, which is unknown"
+        return str(kind)

@@ -77,6 +77,8 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerBase | None:
         raise ModelError(f"{file.path}: tokenizer.ggml.model {kind!r} is not supported. Supported: gpt2, llama")
     # llama.cpp gives names to empty tokens, which some files have as padding.
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(file.get_list("tokenizer.ggml.tokens", str))]
+    if not tokens:
+        raise ModelError(f"{file.path}: tokenizer.ggml.tokens is missing or empty")
     types = file.get_list("tokenizer.ggml.token_type", int, len(tokens)) or [NORMAL] * len(tokens)
     named = {name: file.token_id(f"tokenizer.ggml.{key}_token_id", tokens) for name, key in NAMED.items()}
     for name in ("unk_token", "pad_token"):  # some files pad with "!"; as a special token it would vanish from outputs
@@ -123,6 +125,8 @@ def _byte_level(file: GGUFFile, ids: dict[str, int]) -> Any:
             f"{file.path}: tokenizer.ggml.pre {pre!r} is not supported. Supported: {', '.join(sorted(SPLITS))}"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in file.get_list("tokenizer.ggml.merges", str)]
+    if wrong := next((merge for merge in merges if len(merge) != 2), None):
+        raise ModelError(f"{file.path}: tokenizer.ggml.merges has {wrong[0]!r}, which is not two parts")
     tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre in WHOLE_PIECES))
     splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in SPLITS[pre]]
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -11,6 +11,7 @@ import torch
 
 from minipaged import LLM, SamplingParams
 from minipaged.build import kv_tensors
+from minipaged.errors import InvalidConfig
 from minipaged.execution.lazy_memory import committed, zeros
 
 CPU = torch.device("cpu")
@@ -24,6 +25,15 @@ def test_they_are_zeros_like_torchs(dtype):
     assert zeros((0, 5), dtype, CPU).shape == (0, 5)
     ours[1] = 1
     assert ours.sum() == 35
+
+
+def test_a_refusal_of_the_system_says_what_to_do(monkeypatch):
+    def refuse(*args, **options):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    with pytest.raises(InvalidConfig, match="the system refuses 64 bytes for KV .*smaller kv_memory"):
+        zeros((16,), torch.float32, CPU)
 
 
 @linux

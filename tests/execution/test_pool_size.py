@@ -51,6 +51,8 @@ GIB, UNLIMITED = 1 << 30, 9223372036854771712  # v1 writes the largest number of
 V1 = "12:cpu,cpuacct:/a\n4:memory:/{}\n1:name=systemd:/a\n0::/a\n"
 CASES = {
     "no control groups": ("", {}, MACHINE),
+    "lines of another form": ("nonsense\n0:\n", {}, MACHINE),
+    "a use that is no number": ("0::/a\n", v2("a/", 3 * GIB, "much"), 3 * GIB),
     "v2, no limit": ("0::/a\n", v2("a/", "max", 5), MACHINE),
     "v2, a limit": ("0::/a\n", v2("a/", 3 * GIB, GIB), 2 * GIB),
     "v2, a limit above the machine's memory": ("0::/a\n", v2("a/", 64 * GIB, GIB), MACHINE),
@@ -125,3 +127,12 @@ def test_what_is_no_size_is_refused(size):
 def test_the_pool_has_one_size():
     with pytest.raises(InvalidConfig, match="kv_memory and num_blocks exclude each other"):
         EngineConfig(kv_memory="1GiB", num_blocks=5)
+
+
+def test_a_limit_of_addresses_counts(cgroups, monkeypatch):
+    resource = pytest.importorskip("resource")
+    used = psutil.Process().memory_info().vms
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (used + GIB, resource.RLIM_INFINITY))
+    assert GIB // 2 < cgroups("", {}) <= GIB + (64 << 20), "ulimit -v"
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
+    assert cgroups("", {}) == MACHINE

@@ -244,9 +244,9 @@ ARRAY_OF = struct.pack("<IIQ", 9, 9, 1) + struct.pack("<IQ", 4, 0)  # an array o
         (dict(info={UP: dict(dims=(BIG, BIG))}), "ends at byte"),
         (dict(info={UP: dict(dims=(0, 256))}), r"has shape \[256, 0\]"),
         (dict(info={UP: dict(type=12, dims=(255, 256))}), "Q4_K has blocks of 256 values"),
-        (dict(info={UP: dict(type=10)}), "type Q2_K, which is not supported. Supported: F32, F16, BF16, Q8_0, Q4_0"),
-        (dict(info={UP: dict(type=4)}), "type 4, which is unknown"),
-        (dict(info={UP: dict(type=BIG % 2**32)}), "type 4294967295, which is unknown"),
+        (dict(info={UP: dict(type=10)}), "unsupported type Q2_K. Supported: F32, F16, BF16, Q8_0, Q4_0"),
+        (dict(info={UP: dict(type=4)}), "unsupported type 4"),
+        (dict(info={UP: dict(type=BIG % 2**32)}), "unsupported type 4294967295"),
         (dict(twice=True), "has the tensor 'blk.0.ffn_down.weight' twice"),
         (dict(metadata={"general.alignment": 0}), "general.alignment is 0"),
         (dict(metadata={"general.alignment": 24}), "general.alignment is 24"),
@@ -325,7 +325,8 @@ def test_without_the_package_the_error_says_what_to_install(tmp_path):
     program = "import sys; sys.modules['gguf'] = None; from minipaged.cli import main; main()"
     command = [sys.executable, "-c", program, "generate", "hello", "--model", str(path), "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    said = [line for line in done.stderr.splitlines() if "compiling the C++ kernels" not in line]
+    assert done.returncode == 2 and len(said) == 1, done.stderr
     assert "pip install 'minipaged[gguf]'" in done.stderr
 
 

@@ -54,7 +54,10 @@ def test_the_tokenizer_is_the_one_that_transformers_would_choose(tokenizers, kin
     about |= {"tokenizer_class": named} if named else {}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    ours, theirs = loader._load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    ours, theirs = (
+        loader._load_tokenizer(tmp_path, None),
+        AutoTokenizer.from_pretrained(tmp_path, local_files_only=True),
+    )
     text = "The quick brown fox, naïve café 🙂 "
     assert type(ours) is type(theirs) and ours(text)["input_ids"] == theirs(text)["input_ids"]
     assert ours.decode(ours(text)["input_ids"]) == theirs.decode(ours(text)["input_ids"])

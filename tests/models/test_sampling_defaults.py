@@ -41,6 +41,15 @@ def test_sampling_parameters_of_the_generation_config_are_the_defaults(directory
     assert [token for delta in llm.stream([5, 6]) for token in delta.token_ids] == greedy[0].token_ids
 
 
+def test_a_byte_order_mark_and_deep_nesting(directory):
+    file = directory / "generation_config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + b'{"temperature": 0.3}')  # as Windows' editors write it
+    assert load_model(str(directory), device="cpu").generation_config == {"temperature": 0.3}
+    file.write_text("[" * 100_000)
+    with pytest.raises(ModelError, match=r"generation_config\.json cannot be read as JSON"):
+        load_model(str(directory), device="cpu")
+
+
 @pytest.mark.parametrize("content", [None, "{}", '{"eos_token_id": 5, "temperature": null, "top_k": -1}'])
 def test_without_a_stated_temperature(content, directory):
     if content:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -78,6 +80,50 @@ def test_the_server_is_asked_for_its_model_and_the_commands_work(say, llm, serve
     assert json.loads((tmp_path / "talk").read_text())["messages"] == messages
     assert err.count("\n") == 1 and "does not read 'enable_thinking'" in err
     assert out.rstrip("> \n").endswith("[cut: max_tokens is 4; /more goes on]"), "the next message is answered"
+
+
+MODELS = {"data": [{"id": "odd", "max_model_len": "lots"}]}
+STRANGE = [
+    [{"choices": [{"delta": {"content": "half \ud83d"}}], "usage": {"prompt_tokens": "many"}}],
+    [{"choices": [{"delta": {"content": 5}, "finish_reason": "stop"}], "usage": {"prompt_tokens_details": None}}],
+    [{"choices": ["none"]}],
+    [{"choices": [{"delta": "none"}], "usage": "none"}],
+]
+
+
+class _Strange(BaseHTTPRequestHandler):
+    """Answers with events that OpenAI's API does not have, one list of `STRANGE` for each message."""
+
+    def do_GET(self) -> None:
+        self._send("application/json", json.dumps(MODELS))
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.bodies.append(body)  # type: ignore[attr-defined]
+        events = STRANGE[(len(self.server.bodies) - 1) % len(STRANGE)]  # type: ignore[attr-defined]
+        text = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+        self._send("text/event-stream", text + "data: [DONE]\n\n")
+
+    def _send(self, kind: str, text: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_server_of_another_kind_never_ends_the_chat(say) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Strange) as strange:
+        strange.bodies = []  # type: ignore[attr-defined]
+        threading.Thread(target=strange.serve_forever, daemon=True).start()
+        code, out, err = say("one", "two", "three", "four", "five", url=f"http://127.0.0.1:{strange.server_port}/v1")
+        strange.shutdown()
+    assert code == 0 and out.startswith("odd on") and "half \ufffd" in out
+    assert err.count("\n") == 2 and err.count("sent an event of another form") == 2
+    assert len(strange.bodies) == 5  # type: ignore[attr-defined]
 
 
 def test_a_full_context_drops_the_oldest_turns(say, llm) -> None:

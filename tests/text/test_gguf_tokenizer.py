@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,8 @@ def test_ids_that_end_a_text_are_all_that_the_metadata_state(tmp_path):
         ({"ggml__tokens": [1] * 400}, "tokens must list values of type str"),
         ({"ggml__tokens": ["a" * 1001, *map(str, range(399))]}, "has a token of 1001 characters"),
         ({"ggml__tokens": ["a"] * 400}, "tokenizer.ggml.tokens has 'a' twice"),
-        ({"ggml__merges": ["ab"]}, "its tokenizer cannot be built"),
+        ({"ggml__merges": ["ab"]}, "merges has 'ab', which is not two parts"),
+        ({"ggml__tokens": struct.pack("<IIQ", 9, 8, 0)}, "tokenizer.ggml.tokens is missing or empty"),
         ({"ggml__merges": ["a zz"]}, "its tokenizer cannot be built"),
         ({"ggml__merges": "a b"}, "merges must be list"),
         ({"ggml__eos_token_id": 400}, "eos_token_id is 400, but the file has 400 tokens"),

@@ -19,8 +19,9 @@ def engine() -> dict[str, Any]:
 
     def slot_mapping(block_table: list[int], start: int, num_tokens: int, block_size: int) -> list[int]:
         tokens = [0] * num_tokens
+        seq = SimpleNamespace(num_prompt=start + num_tokens)
         chunk = SimpleNamespace(
-            token_ids=tokens, start=start, num_tokens=num_tokens, block_table=block_table, num_rows=1
+            seq=seq, token_ids=tokens, start=start, num_tokens=num_tokens, block_table=block_table, num_rows=1
         )
         plan: Any = SimpleNamespace(chunks=[chunk], maps=None)
         return build_batch(plan, block_size, torch.device("cpu")).slot_mapping.tolist()
