@@ -251,7 +251,10 @@ def test_ids_that_end_a_text_are_all_that_the_metadata_state(tmp_path):
         ({"ggml__tokens": ["a" * 1001, *map(str, range(399))]}, "has a token of 1001 characters"),
         ({"ggml__tokens": ["a"] * 400}, "tokenizer.ggml.tokens has 'a' twice"),
         ({"ggml__merges": ["ab"]}, "merges has 'ab', which is not two parts"),
-        ({"ggml__tokens": struct.pack("<IIQ", 9, 8, 0)}, "tokenizer.ggml.tokens is missing or empty"),
+        (
+            {"ggml__tokens": struct.pack("<IIQ", 9, 8, 0), "ggml__token_type": None},
+            "tokenizer.ggml.tokens is missing or empty",
+        ),
         ({"ggml__merges": ["a zz"]}, "its tokenizer cannot be built"),
         ({"ggml__merges": "a b"}, "merges must be list"),
         ({"ggml__eos_token_id": 400}, "eos_token_id is 400, but the file has 400 tokens"),
