@@ -34,6 +34,8 @@ from minipaged.text.prompts import as_prompts, read_prompt
 Prompt = str | list[int] | Mapping[str, Any]
 Messages = list[dict[str, Any]]  # contents are strings, or lists of OpenAI's text parts
 
+_BUILT_IN: dict[str, int] = {}  # the process that built the first LLM; a forked one inherits it
+
 
 class LLM:
     """A model and an engine that serves it. Threads may share it: their requests are batched together.
@@ -50,6 +52,7 @@ class LLM:
     """
 
     def __init__(self, model: str | PathLike[str] = "tiny", *, shard: Any = None, **settings: Any) -> None:
+        _first_process()
         try:
             config = EngineConfig(model=model, **settings)  # type: ignore[arg-type]  # it takes a Path, too
         except TypeError as error:
@@ -339,6 +342,14 @@ class LLM:
                 _raise_error(output)
         finally:
             self._close(request_id)
+
+
+def _first_process() -> None:
+    """Raises `UsedAfterFork` if an LLM was built in a process that this one was forked from: torch's threads computed
+    there, do not exist here, and would be waited for.
+    """
+    _BUILT_IN.setdefault("pid", os.getpid())
+    same_process(_BUILT_IN["pid"], "program's first LLM")
 
 
 def _raise_error(output: RequestOutput) -> None:

@@ -27,7 +27,7 @@ from minipaged.build import BatchItem
 from minipaged.errors import InvalidRequest, StepFailed
 from minipaged.outputs import RequestOutput
 from minipaged.server.answers import Answer, model_name, prepare, refusal
-from minipaged.server.protocol import ApiError, ChatRequest, CompletionRequest, parse
+from minipaged.server.protocol import ApiError, ChatRequest, CompletionRequest, parse, why_no_json
 
 KINDS: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
     "/v1/chat/completions": ChatRequest,
@@ -240,7 +240,7 @@ def _task(line: bytes, where: str) -> Task:
     try:
         data = from_json(line, allow_inf_nan=False)
     except ValueError as error:
-        raise InvalidRequest(f"{where}: this is not valid JSON: {error}") from None
+        raise InvalidRequest(f"{where}: {why_no_json(error)}") from None
     if not isinstance(data, dict) or not isinstance(data.get("body"), dict):
         raise InvalidRequest(f"{where}: a request is an object with custom_id, method, url and body")
     custom_id, url = data.get("custom_id"), data.get("url")

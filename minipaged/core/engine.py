@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
@@ -19,7 +20,7 @@ from minipaged.core.plan import SampledToken, StepPlan
 from minipaged.core.request import Request, Sequence
 from minipaged.core.scheduler import Scheduler, piece
 from minipaged.core.seams import FCFS, AdmissionPolicy, Decoding, MemoryManager, Runner, Sampling, Stage
-from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed, unicode_text  # typed errors
+from minipaged.errors import InvalidConfig, InvalidRequest, StepFailed, same_process, unicode_text  # typed errors
 from minipaged.events import EngineError, EngineStarted, EventLog, RequestAdded, StepFinished, StepStarted  # events
 from minipaged.events.waste import Held, held_now  # Held: slots by class of waste (paper, Fig. 2)
 from minipaged.outputs import RequestOutput, output_of  # what callers get back: plain data
@@ -77,8 +78,7 @@ class Engine:
         self.runner, self.sampler, self.tokenizer = runner, sampler, tokenizer
         self.vocab_size, self.bytes_per_block, self.eos_token_ids = vocab_size, bytes_per_block, eos_token_ids
         self.make_text, self.make_memory, self.make_scheduler = make_text, make_memory, make_scheduler
-        self.wings = wings
-        self.events = EventLog()
+        self.wings, self.events = wings, EventLog()
         self.memory: MemoryManager = make_memory(config, self.events)
         self.scheduler = make_scheduler(
             self.memory,
@@ -90,7 +90,7 @@ class Engine:
         )
         self.requests: dict[str, Request] = {}
         self.next_arrival = count().__next__
-        self._busy, self.num_forks = False, 0  # forks are numbered by features.fork_by_hand
+        self._busy, self._pid, self.num_forks = False, os.getpid(), 0  # features.fork_by_hand numbers forks
         self._random = Random(config.seed)
 
     def step(self) -> list[RequestOutput]:
@@ -128,6 +128,7 @@ class Engine:
         Raises `InvalidRequest` for one that can never be served; nothing has changed then.
         """
         params = params or SamplingParams()
+        unicode_text(prompt or "", "prompt")
         with self._exclusive():
             tokens = self.check_request(request_id, prompt_token_ids, params)
             self.enqueue(request_id, tokens, params, prompt)
@@ -181,7 +182,7 @@ class Engine:
         self.wings.decoding(params, frozenset())  # raises for a way of decoding that this engine does not have
         getattr(self.sampler, "check", lambda params: None)(params)
         if unread := set(params.extra_args) - getattr(self.scheduler.admission, "extra_args", frozenset()):
-            raise InvalidRequest(f"extra_args: the admission policy does not read {', '.join(map(str, unread))}")
+            raise InvalidRequest(f"extra_args: the admission policy does not read {', '.join(map(repr, unread))}")
         name, width = ("beam_width", params.beam_width) if params.beam_width else ("n", params.n)
         if width > self.config.max_num_seqs:
             raise InvalidRequest(f"{name} is {width}, but max_num_seqs = {self.config.max_num_seqs} is the limit")
@@ -236,6 +237,7 @@ class Engine:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Rejects re-entrant changes, for example from a subscriber of events: they would corrupt both changes."""
+        same_process(self._pid, "engine")
         if self._busy:
             raise RuntimeError("the engine is in the midst of a change; subscribers may watch, and act when it is over")
         self._busy, collecting = True, gc.isenabled()

@@ -34,12 +34,16 @@ class FullSampler:
     def check(self, params: SamplingParams) -> None:
         """Raises `InvalidRequest` for parameters that forbid every token."""
         forbidden = {token for token, bias in params.logit_bias.items() if bias <= BANNED}
-        why = f"a logit_bias of {BANNED:g} or less bans {len(forbidden)} of {self.vocab_size} tokens"
+        why = (
+            [f"a logit_bias of {BANNED:g} or less bans {len(forbidden)} of {self.vocab_size} tokens"]
+            if forbidden
+            else []
+        )
         if params.min_tokens:
             forbidden.update(params.stop_token_ids, () if params.ignore_eos else self.eos_token_ids)
-            why += f", min_tokens ({params.min_tokens}) forbids stop and end-of-text tokens, and no other token is left"
+            why.append(f"min_tokens ({params.min_tokens}) forbids stop and end-of-text tokens, and no other is left")
         if len(forbidden) >= self.vocab_size and forbidden.issuperset(range(self.vocab_size)):
-            raise InvalidRequest(f"no token can be drawn: {why}; leave one")
+            raise InvalidRequest(f"no token can be drawn: {', '.join(why)}; leave one")
 
     def __call__(self, logits: Tensor, plan: StepPlan) -> list[SampledToken | None]:
         return sample(logits, plan)

@@ -14,6 +14,7 @@ from typing import Any
 READS = "minipaged reads model.safetensors or its shards; transformers' save_pretrained writes them"
 # Other formats of weights: pattern → what such a file is.
 OTHER_WEIGHTS = {
+    "adapter_model.*": "a LoRA adapter: merge it into its base model with peft",
     "*.bin": "a pickle, which can run code when read",
     "*.pth": "a pickle, which can run code when read",
     "*.pt": "a pickle, which can run code when read",
@@ -24,7 +25,10 @@ OTHER_WEIGHTS = {
     "*.gguf": "GGUF; give that file instead of the directory",
     "*.safetensors": "a file of another name",
 }
-QUANTIZED = (".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".SCB", ".absmax")
+QUANTIZED = (".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".SCB", ".absmax",
+             ".input_scale", ".scales", ".biases")  # fmt: skip
+# Files of quantizers that leave config.json as it is: old GPTQ and AWQ, NVIDIA's ModelOpt.
+QUANTIZERS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 AGAIN = "; copy or download it again"
 SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package → module
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -120,10 +124,10 @@ def damaged(file: Path, error: Exception) -> str:
 
 def quantized(config: dict[str, Any], directory: Path) -> str | None:
     """Why quantized weights cannot be read; ``None`` if they are not quantized."""
-    given = config.get("quantization_config") or config.get("compression_config")
-    for name in ("quantize_config.json", "quant_config.json"):  # of old GPTQ and AWQ checkpoints
+    given = config.get("quantization_config") or config.get("compression_config") or config.get("quantization")
+    for name, method in QUANTIZERS.items():
         if not given and (directory / name).exists():
-            given = {"quant_method": "gptq" if name == "quantize_config.json" else "awq"} | _read(directory / name)
+            given = {"quant_method": method} | _read(directory / name)
     if not given:
         return None
     about = given if isinstance(given, dict) else {}

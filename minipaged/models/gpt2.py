@@ -20,6 +20,11 @@ from minipaged.execution.kv_cache import KVCache
 from minipaged.models.config_json import flag, need, require_plain
 from minipaged.models.layers import embedding, paged_attention
 
+ALIASES = {  # names that transformers takes for GPT-2's own
+    "hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class GPT2Config:
@@ -40,6 +45,7 @@ class GPT2Config:
     @classmethod
     def from_config(cls, config: dict[str, Any], architecture: str) -> GPT2Config:
         """Reads a parsed ``config.json``. Raises ModelError for missing or unsupported values."""
+        config = {ALIASES[name]: value for name, value in config.items() if name in ALIASES} | config
         if config.get("activation_function") != "gelu_pytorch_tanh":  # another name of gelu_new
             require_plain(config, activation_function="gelu_new")
         require_plain(

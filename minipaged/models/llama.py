@@ -25,6 +25,8 @@ from minipaged.models.config_json import flag, need, require_plain
 from minipaged.models.layers import RMSNorm, RotaryEmbedding, embedding, paged_attention
 from minipaged.models.rope import Rope  # the parameters of rotary positions
 
+KV_HEADS = {"MistralForCausalLM": 8, "Qwen2ForCausalLM": 32, "Qwen3ForCausalLM": 32}  # transformers' defaults
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -56,6 +58,7 @@ class LlamaConfig:
         if architecture == "MistralForCausalLM":
             require_plain(config, attention_bias=False)
         qwen2 = architecture == "Qwen2ForCausalLM"  # always has the first three biases, and never the fourth
+        qwen3 = architecture == "Qwen3ForCausalLM"
         biased = not qwen2 and flag(config, "attention_bias")
         rope = Rope.from_config(config)
         num_heads, hidden_size = need(config, "num_attention_heads"), need(config, "hidden_size")
@@ -66,14 +69,14 @@ class LlamaConfig:
             intermediate_size=need(config, "intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=need(config, "num_key_value_heads", default=num_heads),
-            head_dim=need(config, "head_dim", default=hidden_size // num_heads),
+            num_kv_heads=need(config, "num_key_value_heads", default=KV_HEADS.get(architecture, num_heads)),
+            head_dim=need(config, "head_dim", default=128 if qwen3 else hidden_size // num_heads),
             max_model_len=rope.max_len(need(config, "max_position_embeddings")),
             norm_eps=need(config, "rms_norm_eps", float, default=1e-6),
             rope=rope,
             windows=_windows(config, architecture, num_layers),
             qkv_bias=qwen2 or biased,
-            qk_norm=architecture == "Qwen3ForCausalLM",
+            qk_norm=qwen3,
             tied=flag(config, "tie_word_embeddings"),
             out_bias=biased,
             mlp_bias=flag(config, "mlp_bias"),
@@ -106,7 +109,7 @@ def _windows(config: dict[str, Any], architecture: str, num_layers: int) -> tupl
     if named is None:
         return windows
     meaning = {"full_attention": None, "sliding_attention": window}
-    if len(named) != num_layers or not set(named) <= set(meaning):
+    if not isinstance(named, list) or len(named) != num_layers or any(str(name) not in meaning for name in named):
         raise ModelError(f"config.json: layer_types must list {num_layers} layers, each {' or '.join(meaning)}")
     if window is None and "sliding_attention" in named:
         raise ModelError("config.json: layer_types asks for sliding attention, but sliding_window is off")

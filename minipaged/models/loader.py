@@ -122,7 +122,11 @@ def load_model(
     what = _dtype(dtype, where, config, sum(parameter.numel() for parameter in whole.parameters()))
     if file is not None:
         file.check(shapes)
-    _allocate(network, where, what)
+    try:
+        _allocate(network, where, what)
+    except RuntimeError as error:
+        size = sum(parameter.numel() for parameter in network.parameters()) * what.itemsize
+        raise ModelError(f"{directory}: its weights, {size / 1e9:,.1f} GB, do not fit into {where} memory") from error
     if file is None:
         _load_weights(network, directory, shapes, shard)
     else:
@@ -169,7 +173,7 @@ def resolve(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=DOWNLOADED))
     except Exception as error:  # the hub's client raises a dozen types without a common base
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].encode("utf-8", "backslashreplace").decode()
         raise ModelError(
             f"there is no directory {model!r}, and no model of that name from the Hugging Face hub ({reason}). "
             "Check the spelling and the network, run `hf auth login` for a gated model, or give a directory"
@@ -246,7 +250,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _architecture(config: dict[str, Any], directory: Path, families: Families) -> tuple[str, Any, Any]:
     """The architecture's name, its network class and its configuration class."""
     named = config.get("architectures") or [f"model_type {config.get('model_type')!r} without architectures"]
-    named = named if isinstance(named, list) else [named]
+    named = [str(one) for one in named] if isinstance(named, list) else [str(named)]
     if named[0] not in families and named[0] not in ARCHITECTURES:
         supported = ", ".join([*ARCHITECTURES, *families])
         raise ModelError(f"{directory / 'config.json'}: {named[0]} is not supported. Supported: {supported}")
@@ -458,7 +462,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 def _weight_files(directory: Path) -> list[Path]:
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists():
+    if single.is_file():
         return [single]
     if not index.exists():
         raise ModelError(diagnosis.without_weights(directory))
@@ -466,8 +470,8 @@ def _weight_files(directory: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelError(f"{index} has no weight_map, so the files of the weights are unknown; download it again")
     files = [directory / name for name in sorted(set(weight_map.values()))]
-    missing = [file for file in files if not file.exists()]
+    missing = [file for file in files if not file.is_file()]
     if missing:
-        lost = min(name for name, shard in weight_map.items() if shard == missing[0].name)
+        lost = min(name for name, shard in weight_map.items() if directory / shard == missing[0])
         raise ModelError(diagnosis.without_shards(index, missing, len(files), lost))
     return files

@@ -82,7 +82,7 @@ class Rope:
     def max_len(self, max_position_embeddings: int) -> int:
         """The tokens that a sequence may have. Configurations of these kinds often state the length before scaling."""
         stated = {"linear": max_position_embeddings, "dynamic": self.original_max_len, "yarn": self.original_max_len}
-        return max(max_position_embeddings, int(stated.get(self.kind, 0) * self.factor))
+        return max(max_position_embeddings, int(min(stated.get(self.kind, 0) * self.factor, 2**31)))
 
     @property
     def dynamic_after(self) -> int | None:

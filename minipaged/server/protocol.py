@@ -191,13 +191,20 @@ def parse(kind: type[Body], body: bytes | dict[str, Any]) -> Body:
         try:
             body = from_json(body, allow_inf_nan=False)
         except ValueError as error:
-            raise ApiError(400, f"the body is not valid JSON: {error}") from None
+            raise ApiError(400, f"the body: {why_no_json(error)}") from None
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     try:
         return kind.model_validate(_given(body))
     except ValidationError as invalid:
         raise _bad_field(invalid) from None
+
+
+def why_no_json(error: ValueError) -> str:
+    """What is wrong with bytes that pydantic's parser refused."""
+    if "hex escape" in str(error):  # JSON can escape half of a surrogate pair, but it is no character
+        return f"a text in it has half of a surrogate pair, which is no character ({error})"
+    return f"this is not valid JSON: {error}"
 
 
 def _given(value: Any) -> Any:
@@ -209,7 +216,9 @@ def _given(value: Any) -> Any:
 
 def _bad_field(invalid: ValidationError) -> ApiError:
     error = invalid.errors(include_url=False, include_input=False)[0]
-    path = [part for part in error["loc"] if isinstance(part, int) or part.isidentifier()]  # not pydantic's type names
+    # Without pydantic's names of a union's members.
+    named = (part for part in error["loc"] if isinstance(part, int) or part.isidentifier())
+    path = [part for part in named if part not in ("str", "int")]
     param = ".".join(map(str, path))
     if error["type"] == "extra_forbidden":
         name = ".".join(map(str, error["loc"]))

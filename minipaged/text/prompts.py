@@ -36,6 +36,8 @@ def read_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:
         unicode_text(prompt, "the prompt")
         return prompt, None
     if isinstance(prompt, (list, tuple)):
+        if wrong := [token for token in prompt if not isinstance(token, Number)]:
+            raise InvalidRequest(f"a prompt's token ids are whole numbers, but one of the list is {_type(wrong[0])}")
         return None, list(prompt)
     if not isinstance(prompt, Mapping):
         raise _refusal(prompt)

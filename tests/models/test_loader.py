@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from minipaged.errors import ModelError
+from minipaged.models.gpt2 import GPT2Config
 from minipaged.models.layers import Rope
+from minipaged.models.llama import LlamaConfig
 from minipaged.models.loader import load_model, resolve
 from tests.checkpoints import save_llama
 from tests.models.families import LLAMA3_ROPE, config_of
@@ -291,6 +293,12 @@ def test_devices_and_dtypes(checkpoint):
         ("mistral", {"sliding_window": -1}, "sliding_window.*-1"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "sliding_window is off"),
         ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "layer_types"),
+        ("qwen3", {"layer_types": 5}, "layer_types"),
+        ("qwen3", {"layer_types": [["x"]] * 3}, "layer_types"),
+        ("llama2", {"architectures": [["x"]]}, "is not supported"),
+        ("llama2", {"architectures": {"a": 1}}, "is not supported"),
+        ("llama2", {"quantization": {"bits": 4}}, "quantized .*4 bits"),
+        ("llama2", {"vocab_size": 10**12}, "GB, do not fit into cpu memory"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
@@ -544,6 +552,41 @@ def test_other_downloads_that_were_cut_off(copy):
     refused(directory, "holds no weights.*download was not completed")
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
     refused(directory, "is a pointer of Git LFS.*git lfs pull")
+
+
+@pytest.mark.parametrize("name", ["sub/model-1.safetensors", "../../etc/nothing", ""])
+def test_a_shard_in_another_folder_is_missing(name, copy):
+    directory = copy()
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    refused(directory, "is missing; model.safetensors.index.json says that it holds 'lm_head.weight'")
+
+
+def test_files_of_quantizers_and_adapters_are_named(copy):
+    directory = copy()
+    (directory / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    refused(directory, r"quantized \(modelopt")
+    (directory / "hf_quant_config.json").unlink()
+    (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
+    refused(directory, "holds only adapter_model.safetensors, a LoRA adapter")
+
+
+def test_a_scaling_beyond_all_numbers(copy):
+    scaled = load_model(str(edit_config(copy("llama2"), rope_scaling={"type": "linear", "factor": 1e308})), "cpu")
+    assert scaled.spec.max_model_len == 2**31
+
+
+def test_defaults_and_names_are_those_of_transformers(checkpoint):
+    config = json.loads((Path(checkpoint("qwen3")) / "config.json").read_text())
+    plain = {key: config[key] for key in config if key not in ("head_dim", "num_key_value_heads")}
+    read = LlamaConfig.from_config(plain | {"num_attention_heads": 32, "hidden_size": 64}, "Qwen3ForCausalLM")
+    assert (read.head_dim, read.num_kv_heads) == (128, 32)
+    mistral = LlamaConfig.from_config(plain | {"num_attention_heads": 32, "hidden_size": 64}, "MistralForCausalLM")
+    assert (mistral.head_dim, mistral.num_kv_heads) == (2, 8)
+    config = json.loads((Path(checkpoint("gpt2")) / "config.json").read_text())
+    names = {"n_embd": "hidden_size", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
+    renamed = {names.get(key, key): value for key, value in config.items()}
+    assert GPT2Config.from_config(renamed, "") == GPT2Config.from_config(config, "")
 
 
 def test_several_shards_are_missing(checkpoint, tmp_path):

@@ -117,7 +117,7 @@ def test_a_request_that_fails_has_a_line_of_its_own_and_the_others_are_answered(
 
 def test_a_line_with_half_of_a_surrogate_pair_is_refused_by_its_number(tmp_path) -> None:
     path = written(tmp_path / "in.jsonl", [line("fine"), line("half", prompt="\ud800")])
-    with pytest.raises(InvalidRequest, match="line 2: this is not valid JSON"):
+    with pytest.raises(InvalidRequest, match="line 2: a text in it has half of a surrogate pair"):
         open_batch(path, tmp_path / "out.jsonl")
 
 
