@@ -173,7 +173,7 @@ ALL = list(range(VOCAB))
 )
 def test_parameters_that_forbid_every_token_are_refused(params):
     door = FullSampler(VOCAB, frozenset({0, 1}))
-    with pytest.raises(InvalidRequest, match="no token can be drawn: (a logit_bias .* of 40 tokens|min_tokens .* forbids)"):
+    with pytest.raises(InvalidRequest, match="no token can be drawn: (a logit_bias .* of 40|min_tokens .* forbids)"):
         door.check(SamplingParams(**params))
 
 
