@@ -113,7 +113,7 @@ def test_what_the_policy_cannot_read_is_refused(extra):
     with pytest.raises(InvalidRequest, match="extra_args"):
         engine.add_request("a", [1], SamplingParams(extra_args=extra))
     assert not engine.has_unfinished()
-    with pytest.raises(InvalidRequest, match="does not read priority"):
+    with pytest.raises(InvalidRequest, match="does not read 'priority'"):
         fake_engine().add_request("a", [1], SamplingParams(extra_args={"priority": 1}))
     with pytest.raises(InvalidRequest, match="extra_args must be a mapping"):
         SamplingParams(extra_args=["priority"])
