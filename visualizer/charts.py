@@ -65,7 +65,7 @@ def memory_figure() -> go.Figure:
         hovertemplate="%{y} tokens in all<extra></extra>",
     )  # fmt: skip
     figure.add_scatter(
-        x=[], y=[], name="process, MiB", mode="lines", line={"color": GREEN, "width": 1.5},
+        x=[], y=[], name="RSS, MiB", mode="lines", line={"color": GREEN, "width": 1.5},
         hovertemplate="%{y} MiB of memory in all<extra></extra>", secondary_y=True,
     )  # fmt: skip
     _pool_line(figure)
