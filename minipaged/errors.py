@@ -100,7 +100,9 @@ def real_number(value: Any, name: str, low: float, high: float) -> None:
 
 
 def unicode_text(text: str, name: str) -> None:
-    """Raises `InvalidRequest` for a string that is not Unicode text: it holds half of a surrogate pair."""
+    """Raises `InvalidRequest` for what is no string, or no Unicode text: it holds half of a surrogate pair."""
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{name} must be text, not {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

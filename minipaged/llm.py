@@ -52,12 +52,13 @@ class LLM:
     """
 
     def __init__(self, model: str | PathLike[str] = "tiny", *, shard: Any = None, **settings: Any) -> None:
-        _first_process()
+        _refuse_a_forked_process()
         try:
             config = EngineConfig(model=model, **settings)  # type: ignore[arg-type]  # it takes a Path, too
         except TypeError as error:
             raise InvalidConfig(f"{error}; see EngineConfig for the settings") from None
         loaded = load(config, shard)
+        _BUILT_IN.setdefault("pid", os.getpid())
         self.tokenizer = loaded.tokenizer
         self.generation_config = loaded.generation_config
         self.default_params = SamplingParams(**stated(loaded.generation_config))
@@ -276,7 +277,7 @@ class LLM:
     def _step(self, inboxes: dict[str, deque[RequestOutput]]) -> None:
         """Runs one engine step, unless another thread's step has just delivered output to one of these inboxes.
 
-        Outputs of requests that failed have an ``error``: whoever waits for them raises it.
+        Outputs of failed requests have an ``error``, which the callers that wait for them raise.
         """
         with self._engine_alone():
             if any(inboxes.values()):
@@ -344,12 +345,11 @@ class LLM:
             self._close(request_id)
 
 
-def _first_process() -> None:
+def _refuse_a_forked_process() -> None:
     """Raises `UsedAfterFork` if an LLM was built in a process that this one was forked from: torch's threads computed
     there, do not exist here, and would be waited for.
     """
-    _BUILT_IN.setdefault("pid", os.getpid())
-    same_process(_BUILT_IN["pid"], "program's first LLM")
+    same_process(_BUILT_IN.get("pid", os.getpid()), "program's first LLM")
 
 
 def _raise_error(output: RequestOutput) -> None:

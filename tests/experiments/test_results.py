@@ -82,7 +82,7 @@ def test_progress_may_end_a_run(small):
 
 
 def test_figures_are_what_plotly_takes(small):
-    go = pytest.importorskip("plotly.graph_objects")
+    go = pytest.importorskip("plotly.graph_objects", reason="plotly is not installed")
     figure = go.Figure(experiments.run("kernel-overhead", quick=True).figure)
     assert len(figure.data) >= 2 and figure.layout.title.text
 
@@ -118,7 +118,7 @@ def test_list(command):
 
 
 def test_run_prints_the_paper_beside_ours_and_writes_both_files(command, small, tmp_path):
-    pytest.importorskip("plotly")
+    pytest.importorskip("plotly", reason="plotly is not installed")
     code, out, _ = command("run", "kernel-overhead", "--quick", "--out", str(tmp_path / "new"))
     assert code == 0
     assert "20–26" in out and "Why they differ" in out and "quick run" in out and "torch" in out
@@ -130,7 +130,7 @@ def test_run_prints_the_paper_beside_ours_and_writes_both_files(command, small, 
 
 
 def test_the_figures_page_has_its_fonts_inside_and_no_text_ends_its_script(tmp_path):
-    pytest.importorskip("plotly")
+    pytest.importorskip("plotly", reason="plotly is not installed")
     figure = {"data": [{"type": "bar", "name": "</script><b>", "x": ["2"], "y": [3.0]}], "layout": {}}
     Result([], figure, name="one", title="a < b").write(tmp_path)
     page = (tmp_path / "one.html").read_text(encoding="utf-8")

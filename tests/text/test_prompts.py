@@ -135,3 +135,10 @@ def test_half_of_a_surrogate_pair_is_refused_at_every_door(tiny):
         llm.chat([{"role": "user", "content": "x", LONE: 1}])
     str(caught.value).encode()
     assert not llm.engine.has_unfinished()
+
+
+@pytest.mark.parametrize("prompt", ["half \ud800", 5, b"bytes"])
+def test_the_text_that_a_request_carries_along_is_text(llm, prompt):
+    with pytest.raises(InvalidRequest, match="^prompt (holds|must be text)"):
+        llm.engine.add_request("a", [3, 4], GREEDY, prompt=prompt)
+    assert not llm.engine.has_unfinished()
