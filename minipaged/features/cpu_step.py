@@ -75,11 +75,6 @@ class NativeForward:
         self._weights = sum(parameter.numel() for parameter in model.parameters())
 
     @staticmethod
-    def serves(model: Any, kv_cache: KVCache) -> bool:
-        """Whether the kernels support this model on this KV cache: whether `unserved` has no reason against it."""
-        return not NativeForward.unserved(model, kv_cache)
-
-    @staticmethod
     def unserved(model: Any, kv_cache: KVCache) -> str:
         """Why the model must run its own ``forward``, in torch; empty if the kernels support it.
 

@@ -34,11 +34,9 @@ class FullSampler:
     def check(self, params: SamplingParams) -> None:
         """Raises `InvalidRequest` for parameters that forbid every token."""
         forbidden = {token for token, bias in params.logit_bias.items() if bias <= BANNED}
-        why = (
-            [f"a logit_bias of {BANNED:g} or less bans {len(forbidden)} of {self.vocab_size} tokens"]
-            if forbidden
-            else []
-        )
+        why = []
+        if forbidden:
+            why.append(f"a logit_bias of {BANNED:g} or less bans {len(forbidden)} of {self.vocab_size} tokens")
         if params.min_tokens:
             forbidden.update(params.stop_token_ids, () if params.ignore_eos else self.eos_token_ids)
             why.append(f"min_tokens ({params.min_tokens}) forbids stop and end-of-text tokens, and no other is left")

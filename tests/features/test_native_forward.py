@@ -164,17 +164,17 @@ def test_with_the_registers_of_other_cpus(tmp_path, level):
 
 def test_what_it_does_not_serve_the_model_does(tmp_path):
     model = load(tmp_path, "gpt2-untied", "float32")  # its MLP is 72 wide, not a multiple of 16
-    assert not NativeForward.serves(model, cache_for(model, torch.float32))
+    assert NativeForward.unserved(model, cache_for(model, torch.float32))
     normed = load(tmp_path / "normed", "qwen3", "float32")  # heads are 20 wide and have norms
-    assert not NativeForward.serves(normed, cache_for(normed, torch.float32))
+    assert NativeForward.unserved(normed, cache_for(normed, torch.float32))
     served = load(tmp_path / "served", "llama2", "float32")
-    assert NativeForward.serves(served, cache_for(served, torch.float32))
-    assert not NativeForward.serves(served, cache_for(served, torch.bfloat16))
+    assert not NativeForward.unserved(served, cache_for(served, torch.float32))
+    assert NativeForward.unserved(served, cache_for(served, torch.bfloat16))
     heads = {"hidden_size": 160, "num_heads": 32, "num_kv_heads": 32, "head_dim": 5}
     narrow = GPT2(replace(model.config, intermediate_size=64, **heads))
-    assert NativeForward.serves(narrow, cache_for(narrow, torch.float32))
-    assert not NativeForward.serves(narrow.to(torch.bfloat16), cache_for(narrow, torch.bfloat16))  # 5 is odd
-    assert not NativeForward.serves(served.to(torch.float16), cache_for(served, torch.float16))
+    assert not NativeForward.unserved(narrow, cache_for(narrow, torch.float32))
+    assert NativeForward.unserved(narrow.to(torch.bfloat16), cache_for(narrow, torch.bfloat16))  # 5 is odd
+    assert NativeForward.unserved(served.to(torch.float16), cache_for(served, torch.float16))
 
 
 class Doubled(Llama):
@@ -187,9 +187,9 @@ class Doubled(Llama):
 def test_a_model_of_another_class_is_not_computed_as_one_of_the_known_families(tmp_path, monkeypatch):
     model = load(tmp_path, "llama2", "float32")
     cache = cache_for(model, torch.float32)
-    assert NativeForward.serves(model, cache)
+    assert not NativeForward.unserved(model, cache)
     model.__class__ = Doubled
-    assert not NativeForward.serves(model, cache)
+    assert NativeForward.unserved(model, cache)
     with pytest.raises(KeyError):
         NativeForward(model, cache)
 
