@@ -49,7 +49,7 @@ _Step = _structure(
 
 
 class NativeForward:
-    """Runs a model of `FAMILIES` on one KV cache. Use it only if `serves` returns ``True``."""
+    """Runs a model of `FAMILIES` on one KV cache. Use it only if `unserved` has no reason against it."""
 
     def __init__(self, model: Any, kv_cache: KVCache) -> None:
         config = model.config
