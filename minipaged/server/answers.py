@@ -72,6 +72,7 @@ class Answer:
         self._spelling = spelling_of(tokenizer)
         self._readers: dict[tuple[int, int], Reader] = {}  # of each continuation, by prompt and number
         self.sampled = 0  # tokens of all continuations, including those that best_of discards
+        self.cached = 0  # tokens of the prompts whose KV came from the prefix cache
 
     @property
     def include_usage(self) -> bool:
@@ -111,9 +112,10 @@ class Answer:
         usage = {"usage": None} if self._request.include_usage else {}
         return {**self._head, "object": self.chunk_object, "choices": choices, **usage}
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         prompt = sum(map(len, self._prompts))
-        return {"prompt_tokens": prompt, "completion_tokens": self.sampled, "total_tokens": prompt + self.sampled}
+        counts = {"prompt_tokens": prompt, "completion_tokens": self.sampled, "total_tokens": prompt + self.sampled}
+        return counts | {"prompt_tokens_details": {"cached_tokens": self.cached}}
 
     def _best(self, outputs: list[CompletionOutput]) -> list[CompletionOutput]:
         """The ``n`` continuations with the highest log-probability per token, if ``best_of`` is above ``n``."""

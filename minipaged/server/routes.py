@@ -143,6 +143,7 @@ async def _whole(service: Service, prepared: Prepared, watch: Stopwatch) -> dict
         async for number, output in job.outputs():
             watch.token()
             newest[number] = output
+        answer.cached = sum(job.cached.values())
     return answer.whole([newest[number] for number in sorted(newest)])
 
 
@@ -162,6 +163,7 @@ async def _events(service: Service, prepared: Prepared, watch: Stopwatch) -> Asy
                     answer.count(output)
                 for chunk in answer.chunks(number, output):
                     yield _event(chunk)
+            answer.cached = sum(job.cached.values())
             last = answer.last_chunk()
             watch.done(200, last["usage"])
             if answer.include_usage:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from minipaged.config import SamplingParams
 from minipaged.engine_thread import EngineLoop
 from minipaged.errors import InvalidConfig, InvalidRequest
+from minipaged.events import Admitted, Event
 from minipaged.outputs import RequestOutput
 from minipaged.server.counters import Metrics
 from minipaged.server.protocol import ApiError
@@ -64,6 +65,7 @@ class Job:
 
     def __init__(self, prompts: int) -> None:
         self.ids = [f"req-{uuid.uuid4().hex}" for _ in range(prompts)]
+        self.cached: dict[str, int] = {}  # of each prompt that was admitted: its tokens from the prefix cache
         self.failed: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
         self._new: dict[str, RequestOutput] = {}
         self._news = asyncio.Event()
@@ -102,16 +104,19 @@ class Service:
         self._jobs: dict[str, Job] = {}
         self._busy = 0
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._unsubscribe: Callable[[], None] = lambda: None
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="minipaged-tokenizer")
 
     def open(self) -> None:
         """Call this in the event loop that the service will use."""
         self._loop = asyncio.get_running_loop()
         self.metrics.watch(self.thread)
+        self._unsubscribe = self.thread.engine.events.subscribe(self._saw)
         self.thread.listen(self)
 
     def close(self) -> None:
         self.thread.listen(None)
+        self._unsubscribe()
         self._tokenizing.shutdown(wait=False)
 
     def drain(self) -> None:
@@ -182,6 +187,10 @@ class Service:
             for request_id in ids:
                 engine.abort(request_id)
             raise
+
+    def _saw(self, event: Event) -> None:
+        if isinstance(event, Admitted) and (job := self._jobs.get(event.request_id)):
+            job.cached.setdefault(event.request_id, event.num_cached)  # after a preemption it is admitted again
 
     def delivered(self, outputs: list[RequestOutput], why: str | None = None) -> None:
         self._hand_over(self._sort, outputs, why)

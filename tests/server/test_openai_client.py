@@ -85,6 +85,7 @@ def test_a_chat_is_what_the_engine_says(client, llm) -> None:
     assert answer.usage.prompt_tokens == len(expected.prompt_token_ids)
     assert answer.usage.completion_tokens == len(output.token_ids)
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.usage.prompt_tokens_details.cached_tokens <= answer.usage.prompt_tokens
     again = chat(client, messages=[*HELLO, answer.choices[0].message, *HELLO], seed=3)
     assert again.usage.prompt_tokens > answer.usage.prompt_tokens, "a client's own message object can be sent back"
 
@@ -105,8 +106,19 @@ def test_a_stream_adds_up_to_the_whole(client) -> None:
     assert texts == [choice.message.content for choice in whole.choices]
     assert ends == [choice.finish_reason for choice in whole.choices]
     assert logprobs == [choice.logprobs.content for choice in whole.choices]
-    assert usage == whole.usage and roles == ["assistant"] * 3
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
+    assert roles == ["assistant"] * 3
     assert len({*texts}) > 1
+
+
+def test_usage_says_what_came_from_the_prefix_cache(client, llm) -> None:
+    prompt = [7, 11, 13] * 20
+    block_size = llm.engine.memory.block_size
+    first, second = (complete(client, prompt=prompt).usage for _ in range(2))
+    assert first.prompt_tokens_details.cached_tokens == 0
+    assert second.prompt_tokens_details.cached_tokens == (len(prompt) - 1) // block_size * block_size > 0
+    *_, last = complete(client, prompt=[prompt, prompt], stream=True, stream_options={"include_usage": True})
+    assert last.usage.prompt_tokens_details.cached_tokens == 2 * second.prompt_tokens_details.cached_tokens
 
 
 def test_a_stream_without_usage_has_none(client) -> None:
