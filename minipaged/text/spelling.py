@@ -57,6 +57,10 @@ class Spelling:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
+    def falls_back(self, token_id: int) -> bool:
+        """Whether the token stands for one byte of a character that the vocabulary does not have."""
+        return self._tokenizer is not None and bool(BYTE.fullmatch(self._piece(token_id) or ""))
+
     def _bytes_of(self, token_id: int, first: bool) -> bytes:
         piece = self._piece(token_id) if self._tokenizer is not None else None
         if piece is None or token_id in self.special:
@@ -107,12 +111,48 @@ class Reader:
     def __init__(self, spelling: Spelling, offset: int = 0, first: bool = False) -> None:
         self.spelling, self.offset, self._first = spelling, offset, first
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._run = b""  # byte fallback: the bytes of an unfinished character, or a run that is no text
 
     def read(self, token_ids: list[int]) -> list[Spelled]:
         """The next tokens. One that begins inside a character has that character's offset."""
         spelled = []
         for token_id in token_ids:
-            spelled.append(Spelled(token_id, self.offset, self._first))
-            self.offset += len(self._characters.decode(self.spelling.bytes_of(token_id, self._first)))
+            added = self.spelling.bytes_of(token_id, self._first)
+            if self.spelling.falls_back(token_id):
+                begins = self._fall_back(added)
+            else:
+                if self._run and token_id not in self.spelling.special:
+                    self.offset += 0 if _is_broken(self._run) else len(self._run)
+                    self._run = b""
+                begins = self.offset
+                self.offset += len(self._characters.decode(added))
+            spelled.append(Spelled(token_id, begins, self._first))
             self._first = self._first and token_id in self.spelling.special
         return spelled
+
+    def _fall_back(self, byte: bytes) -> int:
+        """Takes a token that is one byte and returns its offset. If a run is no text, each byte becomes one U+FFFD."""
+        was_broken, self._run = _is_broken(self._run), self._run + byte
+        if _is_broken(self._run):
+            self.offset += 1 if was_broken else len(self._run)
+            return self.offset - 1
+        begins = self.offset
+        if _is_whole(self._run):
+            self.offset, self._run = self.offset + 1, b""
+        return begins
+
+
+def _is_whole(run: bytes) -> bool:
+    try:
+        return bool(run.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def _is_broken(run: bytes) -> bool:
+    """Whether no bytes that follow can make it text."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(run)
+    except UnicodeDecodeError:
+        return True
+    return False

@@ -28,8 +28,9 @@ class TextStream:
 
     The pieces returned by `push` and `finish`, joined, equal the tokenizer's own decoding of all tokens without
     the special ones, cut before the stop string that is completed first (if one character completes two of them,
-    before the longer one). A stop string matches the text; one that contains the name of a special token, such as
-    ``"<|im_end|>"``, also matches where the model generates that token.
+    before the longer one). One exception: with byte fallback, characters that were returned stay, where the decoder
+    gives up a whole run of bytes because of one that is no text. A stop string matches the text; one that contains the
+    name of a special token, such as ``"<|im_end|>"``, also matches where the model generates that token.
 
     Each push decodes a short window of tokens again and compares the text with the previous one. The window starts
     at a *clean point*, a token boundary where no character is unfinished, and contains some tokens of context so

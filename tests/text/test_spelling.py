@@ -64,6 +64,24 @@ def test_bytes_that_are_no_text_decode_to_what_is_shown(data):
     assert raw.decode(errors="replace") == generated(tokenizer, [], token_ids)
 
 
+BYTE_TOKENS = [b"a", b"\xff", b"\xe4", b"\xbd", b"\xa0", b"\xf0", b"\x9f", b"\x99", b"\x82", b"\xc3", b"\xa9", b"\x80"]
+
+
+@pytest.mark.parametrize("family", [sentencepiece_like, metaspace])
+@given(run=st.lists(st.sampled_from([*BYTE_TOKENS, b"", b""]), max_size=12))
+@example(run=[b"\xe4", b"\xbd", b"a", b"", b"\xe4", b"\xbd"])
+@example(run=[b"\xc3", b"\xa9", b"\xff", b"\xc3", b"\xa9"])
+@settings(max_examples=150, deadline=None)
+def test_bytes_that_are_no_text_leave_the_offsets_after_them_right(family, run):
+    tokenizer = family()
+    (word,) = tokenizer("the", add_special_tokens=False)["input_ids"][-1:]
+    token_ids = [tokenizer.convert_tokens_to_ids(f"<0x{byte.hex().upper()}>") if byte else word for byte in run]
+    *_, last = reader_of(tokenizer, [word]).read([*token_ids, word])
+    shown = generated(tokenizer, [word], [*token_ids, word])
+    spelled = spelling_of(tokenizer).bytes_of(word).decode()
+    assert shown[last.offset :] == spelled
+
+
 @pytest.mark.parametrize("family", [byte_level, sentencepiece_like, metaspace])
 def test_a_stream_in_parts_reads_as_the_whole(family):
     tokenizer = family()
