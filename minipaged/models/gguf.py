@@ -12,7 +12,7 @@ import math
 import mmap
 import reprlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -360,8 +360,11 @@ class GGUFFile:
         if further := sorted(self.tensors.keys() - expected.keys() - {ROPE_FREQS}):
             raise ModelError(f"{self.path}: tensor {brief(further[0])} is not part of this architecture")
 
-    def load(self, network: Any, shard: Any = None) -> None:
-        """Dequantises the tensors into the parameters of a network, or into those of one rank's shard of it."""
+    def load(self, network: Any, shard: Any = None, progress: Callable[[int], Any] = lambda num_bytes: None) -> None:
+        """Dequantises the tensors into the parameters of a network, or into those of one rank's shard of it.
+
+        ``progress`` is called with the size of each tensor that was read, in bytes.
+        """
         places = [(self.tensors[gguf_name(name)], name, place) for name, place in network.checkpoint_views()]
         with open(self.path, "rb") as file:
             for info, name, place in sorted(places, key=lambda one: one[0].offset):  # from front to back
@@ -374,6 +377,7 @@ class GGUFFile:
                     _to_halves(whole, self.metadata.get("llama.attention.head_count_kv", heads))
                 if whole is not place:
                     place.copy_(shard.part(name, whole, place.shape))
+                progress(info.num_bytes)
 
 
 def read_into(file: BinaryIO, info: TensorInfo, place: Tensor) -> None:

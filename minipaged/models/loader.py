@@ -130,7 +130,8 @@ def load_model(
     if file is None:
         _load_weights(network, directory, shapes, shard)
     else:
-        file.load(network, shard)
+        with _progress_bar(directory, [directory], shard) as bar:
+            file.load(network, shard, bar.update)
     if shard is not None:
         shard.join(network)
     tokenizer = None if shard and shard.rank else _load_tokenizer(directory, file)  # other ranks handle no text
@@ -379,7 +380,7 @@ def _load_weights(network: Any, directory: Path, shapes: dict[str, torch.Size], 
         head = next(name for name, parameter in network.named_parameters() if parameter is network.lm_head.weight)
     _check_names(directory, files, network.PREFIX, {*places}, head)
     filled = set()
-    for file, name, tensor in _followed(_tensors(files), directory, files, quiet=bool(shard and shard.rank)):
+    for file, name, tensor in _followed(_tensors(files), directory, files, shard):
         name = name.removeprefix(network.PREFIX)
         target = head if head and name == HEAD else name
         if target not in places:  # computed by the model
@@ -426,15 +427,20 @@ def _names(file: Path) -> list[str]:
         return list(tensors.keys())
 
 
-def _followed(
-    tensors: Iterator[tuple[Path, str, Tensor]], directory: Path, files: list[Path], quiet: bool
-) -> Iterator[tuple[Path, str, Tensor]]:
-    """Yields the same; what takes longer than `PATIENCE` shows its progress on stderr, unless ``quiet``."""
+def _progress_bar(model: Path, files: list[Path], shard: Any) -> Any:
+    """Shows on stderr how many of the files' bytes are read, if it takes longer than `PATIENCE`; only rank 0 does."""
     from tqdm import tqdm
 
-    size = sum(file.stat().st_size for file in files)
-    desc = f"loading {directory.name}"
-    with tqdm(desc=desc, total=size, unit="B", unit_scale=True, delay=PATIENCE, leave=False, disable=quiet) as bar:
+    size, quiet = sum(file.stat().st_size for file in files), bool(shard and shard.rank)
+    desc = f"loading {model.name}"
+    return tqdm(desc=desc, total=size, unit="B", unit_scale=True, delay=PATIENCE, leave=False, disable=quiet)
+
+
+def _followed(
+    tensors: Iterator[tuple[Path, str, Tensor]], directory: Path, files: list[Path], shard: Any
+) -> Iterator[tuple[Path, str, Tensor]]:
+    """Yields the same, and shows the progress."""
+    with _progress_bar(directory, files, shard) as bar:
         for file, name, tensor in tensors:
             yield file, name, tensor
             bar.update(tensor.nbytes)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from minipaged.models import loader
 from minipaged.models.loader import load_model
 from tests.checkpoints import save_llama
+from tests.models.gguf_files import small_llama, write
 from tests.text.tokenizers_for_tests import byte_level, sentencepiece_like
 
 LOAD = """
@@ -85,3 +86,10 @@ def test_slow_loading_shows_its_progress(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loader, "PATIENCE", 0)
     load_model(str(tmp_path), "cpu")
     assert f"loading {tmp_path.name}: " in capsys.readouterr().err
+
+
+def test_slow_loading_of_a_gguf_file_shows_its_progress(tmp_path, monkeypatch, capsys):
+    file = write(tmp_path / "small.gguf", *small_llama())
+    monkeypatch.setattr(loader, "PATIENCE", 0)
+    load_model(str(file), "cpu")
+    assert f"loading {file.name}: " in capsys.readouterr().err
