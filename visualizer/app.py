@@ -17,7 +17,7 @@ import gradio as gr  # noqa: E402
 from fastapi import Response  # noqa: E402
 
 from minipaged.config import CHOICES  # noqa: E402
-from minipaged.errors import MinipagedError, PortInUse  # noqa: E402
+from minipaged.errors import InvalidConfig, MinipagedError, PortInUse  # noqa: E402
 from visualizer.charts import figures_as_json  # noqa: E402
 from visualizer.classroom import Guard  # noqa: E402
 from visualizer.commands import Commands  # noqa: E402
@@ -200,7 +200,8 @@ def launch(
 
     ``llm`` is an `LLM`, a function that makes one (called after the check that the port is free), or ``None`` for the
     embedded model with a KV block pool small enough to run full. If it cannot be loaded and ``recordings_will_do``, the
-    page shows the recordings shipped with minipaged. ``other_models`` allows viewers on this machine to load models.
+    page shows the recordings shipped with minipaged, except if a setting is wrong. ``other_models`` allows viewers on
+    this machine to load models.
     ``replay`` shows a recording instead of an engine. In a ``classroom`` only the presenter controls the engine; the
     other viewers watch. ``share`` makes a public link through Gradio's servers and implies ``classroom``; without
     internet access only the local page is served.
@@ -265,7 +266,7 @@ def _with_engine(
     try:
         llm = llm() if callable(llm) else llm
     except (MinipagedError, ImportError, OSError) as error:
-        if not recordings_will_do:
+        if isinstance(error, InvalidConfig) or not recordings_will_do:
             raise
         note = f"No model could be loaded ({error}). These are recordings of one."
         print(note, flush=True)

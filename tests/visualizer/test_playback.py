@@ -13,8 +13,10 @@ import pytest
 
 from minipaged import LLM
 from minipaged.config import MANAGERS
+from minipaged.errors import InvalidConfig
 from minipaged.events import Recorder, State, event_from_dict, load_recording
 from minipaged.events.types import EVENT_TYPES
+from minipaged.tiny import WEIGHTS
 from tests.aio import run
 from tests.visualizer.test_page import as_json, caught_up, finish, steps, submit
 from visualizer.app import Visualizer
@@ -341,6 +343,11 @@ def test_replaying_needs_no_torch(tmp_path: Path) -> None:
         f"build_replay(Path({str(GOLDEN[0])!r})); assert not {{'torch', 'transformers'}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
+
+
+def test_a_wrong_setting_is_an_error_and_not_a_reason_to_show_recordings(launching: Callable[..., Visualizer]) -> None:
+    with pytest.raises(InvalidConfig, match="kv_memory"):
+        launching(lambda: LLM(str(WEIGHTS), kv_memory=1), recordings_will_do=True)
 
 
 def test_without_a_model_the_recordings_are_shown(launching: Callable[..., Visualizer], pages: Any) -> None:
