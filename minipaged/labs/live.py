@@ -13,6 +13,7 @@ from minipaged.labs import find
 from minipaged.labs.checking import open_student
 from minipaged.labs.desk import Desk
 from minipaged.labs.lab import Lab
+from minipaged.labs.student import Violation
 
 SECONDS = 10.0  # for one call
 
@@ -31,15 +32,18 @@ def settings_of(key: str) -> dict[str, Any]:
 def install(llm: Any, key: str) -> None:
     """From its next start on the engine runs on the student's file, in a process of its own: read anew at each start.
 
-    What the file does wrong comes out of `Engine.step` as a `Violation`.
+    What the file does wrong comes out of `Engine.step` as a `Violation`. Raises `InvalidRequest` if it cannot start.
     """
     engine, lab = llm.engine, find(key)
-    if hasattr(_checks(lab), "manager"):
-        engine.make_memory = Part(lab, _checks(lab).manager)
-        engine.make_memory(engine.config, EventLog())  # complains now
-    else:
-        engine.make_scheduler = Part(lab, _checks(lab).scheduler)
-        engine.make_scheduler(engine.memory, max_num_seqs=1, max_num_batched_tokens=1)
+    try:
+        if hasattr(_checks(lab), "manager"):
+            engine.make_memory = Part(lab, _checks(lab).manager)
+            engine.make_memory(engine.config, EventLog())  # complains now
+        else:
+            engine.make_scheduler = Part(lab, _checks(lab).scheduler)
+            engine.make_scheduler(engine.memory, max_num_seqs=1, max_num_batched_tokens=1)
+    except Violation as error:
+        raise InvalidRequest(f"{error}; write it first: minipaged lab watch {lab.key}") from error
 
 
 class Part:

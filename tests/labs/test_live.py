@@ -51,6 +51,12 @@ def test_the_engine_runs_on_the_students_pool_and_says_the_same(llm):
     assert type(llm.engine.memory.pool).__name__ == "ShadowPool"
 
 
+def test_a_starter_is_refused_with_what_to_do(desk):
+    desk.file.write_text(LAB.starter())
+    with pytest.raises(InvalidRequest, match="num_free is not written yet .*write it first: minipaged lab watch A1"):
+        install(SimpleNamespace(engine=toy.toy_engine()), "a1")
+
+
 def test_each_restart_reads_the_file_anew_and_a_mistake_stops_the_step_with_its_cause(llm, desk):
     desk.file.write_text(LAB.reference().replace(GREEDY, "        block = self.free_blocks[0]\n"))
     assert serve(llm.engine), "the running engine keeps the old file"
