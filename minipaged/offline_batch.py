@@ -224,6 +224,8 @@ def _lock(file: BinaryIO, out: Path) -> None:
 def _read(path: Path) -> dict[str, Task]:
     tasks: dict[str, Task] = {}
     try:
+        if path.is_char_device():
+            raise InvalidRequest(f"{path} is a device; give a file of requests")
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -257,6 +259,8 @@ def _repair(out: Path) -> set[str]:
     """The ids of the tasks that ``out`` answers. Truncates an incomplete last line, left by a killed run."""
     if not out.exists():
         return set()
+    if not out.is_file():
+        raise InvalidRequest(f"{out} is no file, and --out must be one: a run that is interrupted resumes from it")
     with open(out, "r+b") as file:
         _lock(file, out)
         whole = 0
