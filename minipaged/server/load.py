@@ -51,8 +51,8 @@ class Sample:
 
     @property
     def normalized(self) -> float:
-        """Normalized latency: seconds per output token (PagedAttention paper §6.1)."""
-        return (self.ended - self.due) / self.output_tokens
+        """Normalized latency: seconds per output token (PagedAttention paper §6.1); an empty answer counts as one."""
+        return (self.ended - self.due) / max(1, self.output_tokens)
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,16 @@ async def _ask(client: httpx2.AsyncClient, target: Target, request: TraceRequest
         if response.status_code != 200:
             await response.aread()
         check(response)
+        usage: dict[str, Any] | None = None
         async for event in aevents(response.aiter_lines()):
             if any(choice.get("text") for choice in event.get("choices", ())):
                 sample.chunks.append(time.perf_counter() - began)
-            if event.get("usage"):
-                sample.prompt_tokens = event["usage"]["prompt_tokens"]
-                sample.output_tokens = event["usage"]["completion_tokens"]
-    if not sample.chunks or not sample.output_tokens:
-        raise RequestFailed("the answer has no text" if sample.output_tokens else "the server reports no usage")
+            usage = event.get("usage") or usage
+    if usage is None:
+        raise RequestFailed("the server reports no usage")
+    sample.prompt_tokens, sample.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+    if not sample.chunks:  # the model ended its answer at once, which is an answer, too
+        sample.chunks.append(time.perf_counter() - began)
 
 
 @dataclass(frozen=True)

@@ -104,12 +104,18 @@ def odd_server() -> Iterator[Callable[[bytes, int], str]]:
         (b"data: {\n\n", 200, "not an event of OpenAI's"),
         (b'data: {"error": {"message": "it broke"}}\n\n', 200, "it broke"),
         (b"data: [DONE]\n\n", 200, "no usage"),
-        (b'data: {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}\n\n', 200, "no text"),
     ],
 )
 def test_what_fails_is_counted_with_the_reason(odd_server, body, status, words) -> None:
     (sample,) = run_async(run(Target(odd_server(body, status), "m"), trace(1)))
     assert words in sample.error
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_an_empty_answer_is_an_answer(odd_server, tokens) -> None:
+    body = b'data: {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": %d}}\n\n' % tokens
+    (sample,) = run_async(run(Target(odd_server(body, 200), "m"), trace(1)))
+    assert not sample.error and len(sample.chunks) == 1 and 0 < sample.normalized < float("inf")
 
 
 def test_the_command_prints_and_writes_a_report(server: Running, tmp_path, monkeypatch, capsys) -> None:
