@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -22,9 +23,9 @@ PACKAGES = {
     "triton": "no kernels for CUDA: attention runs in plain torch (Triton exists only for Linux)",
     "gradio": "`minipaged visualize` cannot start: pip install gradio",
     "plotly": "`minipaged visualize` cannot start: pip install plotly",
-    "fastapi": "`minipaged serve` and `batch` cannot start: pip install 'minipaged[serve]'",
-    "uvicorn": "`minipaged serve` cannot start: pip install 'minipaged[serve]'",
-    "prometheus_client": "the server has no /metrics: pip install 'minipaged[serve]'",
+    "fastapi": "`minipaged serve` and `batch` cannot start: pip install fastapi uvicorn",
+    "uvicorn": "`minipaged serve` cannot start: pip install fastapi uvicorn",
+    "prometheus_client": "the server has no /metrics: pip install prometheus-client",
 }
 NEEDED = {"python", "torch", "safetensors", "transformers", "embedded model"}
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -52,6 +53,15 @@ def report(console: Console) -> bool:
         mark = Text("ok     ", "green") if check.ok else Text("missing", "yellow")
         console.print(Text.assemble(mark, f"  {check.name:<15} {check.detail}"), soft_wrap=True)
         fit &= check.ok or check.name not in NEEDED
+    return fit
+
+
+def report_json() -> bool:
+    """Prints the checks as one JSON object: name → ok, detail. Returns whether the engine itself can run."""
+    found = list(checks())
+    fit = all(check.ok or check.name not in NEEDED for check in found)
+    described = {check.name: {"ok": check.ok, "detail": check.detail} for check in found}
+    print(json.dumps({"can_run": fit, "checks": described}, indent=2))
     return fit
 
 

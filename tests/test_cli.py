@@ -439,6 +439,46 @@ def test_ctrl_c_in_the_visualizer(checkpoint):
     interrupt(process)
 
 
+# --- where the output goes --------------------------------------------------------------------------------
+
+
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="THIS SYSTEM HAS NO /dev/full")
+
+
+@FULL
+@pytest.mark.parametrize(
+    ("command", "code", "says"),
+    [
+        ("experiments list > /dev/full", 1, "minipaged: the output cannot be written: No space left on device\n"),
+        ("--version > /dev/full", 1, "minipaged: the output cannot be written: No space left on device\n"),
+        ("--version >&-", 2, "minipaged: stdout is closed, so there is nowhere to print; redirect it to a file\n"),
+        ("experiments list | head -c 1 > /dev/null", 0, ""),
+    ],
+)  # fmt: skip
+def test_output_that_cannot_be_written_is_one_line(command, code, says):
+    done = subprocess.run(["sh", "-c", f"{sys.executable} -m minipaged {command}"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, says)
+
+
+def test_experiments_make_their_folder_before_they_measure(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("minipaged.cli.experiments_commands._run", lambda *args: pytest.fail("it measured"))
+    (tmp_path / "file").write_text("")
+    code, _, err = run("experiments", "run", "waste", "--out", str(tmp_path / "file" / "results"))
+    assert code == 2 and "cannot be written" in err
+    code, _, err = run("experiments", "run", "weight", "--out", str(tmp_path / "results"))
+    assert code == 2 and "no experiment 'weight'" in err and not (tmp_path / "results").exists()
+
+
+@FULL
+def test_a_batch_neither_reads_nor_continues_a_device(run, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("")
+    code, _, err = run("batch", str(prompts), "-o", "/dev/full")
+    assert code == 2 and "/dev/full is no file" in err
+    code, _, err = run("batch", "/dev/full", "-o", str(tmp_path / "out.jsonl"))
+    assert code == 2 and "/dev/full is a device" in err
+
+
 # --- doctor -----------------------------------------------------------------------------------------------
 
 
@@ -457,6 +497,28 @@ def test_doctor_says_what_is_missing_and_what_that_means(monkeypatch, run):
     assert lines["triton"].startswith("missing") and "plain torch" in lines["triton"]
     assert lines["torch"].startswith("ok") and "1.2.3" in lines["torch"]
     assert {"python", "cpu", "chromium", "embedded"} <= set(lines)
+
+
+def test_doctor_speaks_json(monkeypatch, run):
+    monkeypatch.setattr(
+        doctor, "checks", lambda: iter([doctor.Check("torch", True, "2.13"), doctor.Check("g++", False, "no")])
+    )
+    code, out, _ = run("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["can_run"] and found["checks"]["g++"] == {"ok": False, "detail": "no"}
+    monkeypatch.setattr(doctor, "checks", lambda: iter([doctor.Check("torch", False, "none")]))
+    code, out, _ = run("doctor", "--json")
+    assert code == 1 and not json.loads(out)["can_run"]
+
+
+def test_python_dash_m_visualizer_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "visualizer", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "minipaged visualize" in done.stdout
+
+
+def test_completion_can_be_installed(run):
+    code, out, _ = run("--help")
+    assert code == 0 and "--install-completion" in out
 
 
 def test_doctor_fails_when_the_engine_cannot_run(monkeypatch, run):

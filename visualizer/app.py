@@ -236,7 +236,7 @@ def launch(
 
 
 def _tell(visualizer: Visualizer, share: bool) -> None:
-    print(f"minipaged visualizer: {visualizer.url}", flush=True)
+    print(f"minipaged visualizer: {visualizer.url} (open it in a browser; Ctrl-C stops it)", flush=True)
     if visualizer.public_url:
         print(f"public link, to watch only: {visualizer.public_url}", flush=True)
     elif share:

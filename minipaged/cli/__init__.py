@@ -6,6 +6,7 @@ torch, transformers and gradio take seconds to import, so each command imports w
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -26,7 +27,7 @@ from minipaged.cli.serve_commands import batch, serve
 from minipaged.cli.visualize_command import visualize
 from minipaged.errors import InvalidConfig, MinipagedError
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 app.add_typer(experiments, name="experiments")
 app.add_typer(bench, name="bench")
 app.command()(chat)
@@ -38,6 +39,10 @@ kernels = typer.Typer(help="Look into the Triton kernels.", no_args_is_help=True
 app.add_typer(kernels, name="kernels")
 app.command()(visualize)
 app.command()(generate)
+
+
+# Errors of the system that a write meets: a full disk, a quota, a closed pipe, a disk that fails or is read-only.
+NO_BUGS = {errno.ENOSPC, errno.EDQUOT, errno.EPIPE, errno.EIO, errno.EROFS, errno.EFBIG}
 
 
 def main() -> None:
@@ -58,14 +63,27 @@ def _main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without emoji shows "?", not a traceback
             stream.reconfigure(errors="replace")
+    if sys.stdout is None:
+        sys.exit(fail("stdout is closed, so there is nowhere to print; redirect it to a file"))
     try:
-        app(prog_name="minipaged")
+        try:
+            app(prog_name="minipaged")
+        finally:
+            sys.stdout.flush()
     except MinipagedError as error:
         # The user's mistakes are wrong values or a busy port; a failed step or broken bookkeeping is ours.
         fail(str(error))
         sys.exit(2 if isinstance(error, ValueError | OSError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in NO_BUGS:
+            raise
+        # What is left in the buffer would raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:  # the reader wanted no more: `minipaged … | head`
+            fail(f"the output cannot be written{f' to {error.filename}' if error.filename else ''}: {error.strerror}")
+        sys.exit(1)
 
 
 @app.callback(invoke_without_command=True)
@@ -88,11 +106,11 @@ def _root(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False) -> None:
     """Check what is installed and what this machine can do."""
-    from minipaged.doctor import report
+    from minipaged.doctor import report, report_json
 
-    raise typer.Exit(0 if report(Console(highlight=False)) else 1)
+    raise typer.Exit(0 if (report_json() if as_json else report(Console(highlight=False))) else 1)
 
 
 @kernels.command("report")
@@ -110,6 +128,10 @@ def kernels_report(
     chosen = [variant for variant in report.variants() if only in variant.name]
     if not chosen:
         raise typer.Exit(fail(f"no variant has {only!r} in its name; leave the name out to list all"))
+    total = len(chosen) * len(report.TARGETS)
+    print(
+        f"{total} kernels at most, half a second each: {total / 120:.1f} minutes, less if they were compiled before\n"
+    )
     print(report.LEGEND, report.HEADER, sep="\n\n", flush=True)
     for compiled in report.compile_all(chosen):
         print(report.line(compiled), flush=True)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from minipaged.errors import InvalidRequest
-from minipaged.experiments import Result, catalogue, run
+from minipaged.experiments import Result, catalogue, find, run
 from minipaged.experiments.result_text import machine_text, number_text, paper_text
 
 app = typer.Typer(help="Reproduce the papers' figures.", no_args_is_help=True)
@@ -34,7 +34,11 @@ def run_(
 ) -> None:
     """Run one experiment, or all."""
     console = Console(highlight=False)
-    names = [entry.name for entry in catalogue()] if name == "all" else [name]
+    names = [entry.name for entry in catalogue()] if name == "all" else [find(name).name]
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # before the measurement, which may take many minutes
+    except OSError as error:
+        raise InvalidRequest(f"the results cannot be written: {error}") from error
     for one in names:
         result = _run(one, quick)
         show(console, result)

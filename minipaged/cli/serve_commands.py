@@ -36,8 +36,8 @@ from minipaged.cli.options import (
 from minipaged.config import EngineConfig
 from minipaged.models.sampling_defaults import describe
 
-EXTRA = dict.fromkeys(("fastapi", "uvicorn", "starlette", "pydantic", "pydantic_core"), "serve")
-EXTRA |= dict.fromkeys(("ray", "pyarrow"), "ray")  # module: the extra that installs it
+EXTRA = dict.fromkeys(("fastapi", "uvicorn", "starlette", "pydantic", "pydantic_core"), "fastapi uvicorn")
+EXTRA |= dict.fromkeys(("ray", "pyarrow"), "'ray[data]'")  # module: what to install
 
 
 def serve(
@@ -150,4 +150,4 @@ def extra() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name not in EXTRA:
             raise
-        raise typer.Exit(fail(f"this needs {error.name}: pip install 'minipaged[{EXTRA[error.name]}]'")) from None
+        raise typer.Exit(fail(f"this needs {error.name}: pip install {EXTRA[error.name]}")) from None

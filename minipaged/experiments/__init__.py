@@ -17,7 +17,7 @@ from typing import NamedTuple
 from minipaged.errors import InvalidRequest
 from minipaged.experiments.result import Progress, Result, Row, machine
 
-__all__ = ["Entry", "Result", "Row", "catalogue", "run"]
+__all__ = ["Entry", "Result", "Row", "catalogue", "find", "run"]
 
 
 class Entry(NamedTuple):
@@ -34,15 +34,21 @@ def catalogue() -> list[Entry]:
     return list(_ENTRIES)
 
 
+def find(name: str) -> Entry:
+    """The experiment with this name. Raises `InvalidRequest` if the `catalogue` has none."""
+    entry = next((entry for entry in _ENTRIES if entry.name == name), None)
+    if entry is None:
+        raise InvalidRequest(f"there is no experiment {name!r}; choose one of {', '.join(e.name for e in _ENTRIES)}")
+    return entry
+
+
 def run(name: str, quick: bool = False, progress: Progress | None = None) -> Result:
     """Runs one experiment in this thread.
 
     ``progress(done, text)`` is called from time to time with the fraction done, from 0 to 1; an exception that it
     raises ends the experiment. Raises `InvalidRequest` for a name that is not in the `catalogue`.
     """
-    entry = next((entry for entry in _ENTRIES if entry.name == name), None)
-    if entry is None:
-        raise InvalidRequest(f"there is no experiment {name!r}; choose one of {', '.join(e.name for e in _ENTRIES)}")
+    entry = find(name)
     started = time.perf_counter()
     result = import_module(_module(name)).measure(quick, progress or _silent)
     result.name, result.title, result.reproduces, result.quick = name, entry.title, entry.figure, quick

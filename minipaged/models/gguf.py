@@ -409,9 +409,7 @@ def _package() -> Any:
     try:
         from gguf import quants
     except ImportError as error:
-        raise ModelError(
-            f"a GGUF file needs the package gguf ({error}); install it with: pip install 'minipaged[gguf]'"
-        ) from None
+        raise ModelError(f"a GGUF file needs the package gguf ({error}); install it with: pip install gguf") from None
     return quants
 
 

@@ -60,7 +60,7 @@ class Metrics:
     def text(self) -> bytes:
         """The metrics in Prometheus's text format. Raises `ApiError` 501 without ``prometheus_client``."""
         if prometheus is None:
-            raise ApiError(501, "metrics need prometheus_client: pip install 'minipaged[serve]'")
+            raise ApiError(501, "metrics need prometheus_client: pip install prometheus-client")
         return prometheus.generate_latest(self.registry)
 
     def request(self, endpoint: str) -> Stopwatch:
