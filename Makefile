@@ -16,7 +16,7 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check \
 # From npm's registry, into npm's cache; nothing is installed.
 TSC := npx --yes --package typescript@7.0.2 tsc
 
-.PHONY: help demo test test-all test-fast test-optimized real-model check check-js typescript gpu-check clean
+.PHONY: help demo test test-all test-fast test-optimized real-model wheel-check check check-js typescript gpu-check clean
 
 help:
 	@echo "make demo    install into .venv if necessary and start the visualizer on http://127.0.0.1:$(PORT)"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-fast  the tests of the heart and what most changes touch, in under 90 seconds"
 	@echo "make test-optimized  some of the tests under python -O"
 	@echo "make real-model  download the model (93 MB) that the tests marked real_model need"
+	@echo "make wheel-check  build the wheel, install it into an environment of its own, and try it there"
 	@echo "make check   ruff and mypy"
 	@echo "make check-js  the types of the page's JavaScript (needs npm and its registry)"
 	@echo "make gpu-check  on a machine with a GPU: kernels, parity, benchmarks (no .venv; PYTHON=python3)"
@@ -50,6 +51,15 @@ test-optimized: $(VENV)/.installed-dev
 
 real-model: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m tests.real_model download
+
+# The wheel as users get it: in an environment of its own, away from the repository.
+wheel-check:
+	rm -rf build/wheel && mkdir -p build/wheel/away
+	$(PYTHON) -m venv build/wheel/env
+	build/wheel/env/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	build/wheel/env/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) build/wheel/*.whl
+	cd build/wheel/away && ../env/bin/python -P ../../../tests/installed.py
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check

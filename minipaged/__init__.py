@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from minipaged.llm import LLM
 
 __version__ = "0.2.0"
+# Where the repository is public, such as "https://github.com/OWNER/minipaged". While it is empty, links and badges that
+# need it are left out; setup.py takes the links of the package's page from it.
+ADDRESS = ""
 __all__ = ["LLM", "EngineConfig", "SamplingParams", "__version__"]
 
 _HOMES = {"LLM": "minipaged.llm", "EngineConfig": "minipaged.config", "SamplingParams": "minipaged.core.params"}

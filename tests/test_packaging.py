@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from minipaged.shipped import RESULTS
 from tests.checkpoints import save_llama
 
 ROOT = Path(__file__).parent.parent
@@ -130,22 +136,33 @@ def test_the_import_walk_sees_torch_where_there_is_some():
     assert "torch" in reachable(ROOT / "minipaged" / "execution" / "runner.py")
 
 
+# Not part of the repository: what tools and tests leave behind.
+LEFT_BEHIND = shutil.ignore_patterns(
+    ".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "build", "dist", "*.checkpoint.pt"
+)
+
+
+class Built(NamedTuple):
+    """The archives, and the names of the files in each."""
+
+    wheel: Path
+    in_wheel: set[str]
+    in_sdist: set[str]
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> tuple[set[str], set[str]]:
-    """Names of the files in the wheel and in the sdist, built from a copy because building leaves files behind."""
+def built(tmp_path_factory) -> Built:
+    """Wheel and sdist, built from a copy because building leaves files behind."""
     pytest.importorskip("setuptools", minversion="77")
-    copy = tmp_path_factory.mktemp("source")
-    for name in ("minipaged", "visualizer"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
-        shutil.copy(ROOT / name, copy)
+    copy = tmp_path_factory.mktemp("source") / "minipaged"
+    shutil.copytree(ROOT, copy, ignore=LEFT_BEHIND, symlinks=True)
     code = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
     (copy / "dist").mkdir()
     done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (wheel,), (sdist,) = (copy / "dist").glob("*.whl"), (copy / "dist").glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive, tarfile.open(sdist) as source:
-        return set(archive.namelist()), {name.partition("/")[2] for name in source.getnames()}
+        return Built(wheel, {*archive.namelist()}, {name.partition("/")[2] for name in source.getnames()})
 
 
 def test_wheel_and_sdist_hold_every_file_of_the_packages(built):
@@ -156,12 +173,82 @@ def test_wheel_and_sdist_hold_every_file_of_the_packages(built):
         for file in (ROOT / package).rglob("*")
         if file.is_file() and not {"__pycache__", "screenshots"} & set(file.parts)  # pictures for the README only
     }
-    for archive in built:
+    for archive in (built.in_wheel, built.in_sdist):
         assert on_disk - archive == set()
 
 
+def test_the_wheel_holds_tutorials_results_recordings_and_licences(built):
+    data = {name.partition(".data/data/")[2] for name in built.in_wheel}
+    for folder, pattern in (
+        ("tutorials", "*.*"),
+        ("tutorials/pictures", "*"),
+        ("examples", "*.*"),
+        (RESULTS, "*.json"),
+    ):
+        files = [file for file in (ROOT / folder).glob(pattern) if file.is_file()]
+        assert files and {f"share/minipaged/{file.relative_to(ROOT).as_posix()}" for file in files} <= data
+    assert any(name.startswith("visualizer/recordings/") for name in built.in_wheel)
+    licences = {name.partition("/licenses/")[2] for name in built.in_wheel}
+    assert {"LICENSE", "NOTICE", "visualizer/static/fonts/OFL.txt"} <= licences
+
+
+def test_the_sdist_is_the_whole_repository(built):
+    if not (ROOT / ".git").exists():
+        pytest.skip("NO GIT REPOSITORY HERE: what belongs to it is unknown")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {name for name in listed.splitlines() if (ROOT / name).exists()} - built.in_sdist == set()
+
+
+def test_the_wheel_works_where_there_is_no_repository(built, tmp_path):
+    """Installed with the dependencies of this environment, but before it on the path, and away from the repository."""
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path), "platbase": str(tmp_path)}))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed"]
+    subprocess.run([*pip, "--prefix", tmp_path, built.wheel], check=True)
+
+    def run(code: str) -> str:
+        environment = os.environ | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    results = "from visualizer.experiments import EARLIER; print(EARLIER, len([*EARLIER.glob('*.json')]))"
+    where, count = run(results).split()
+    assert Path(where).is_relative_to(tmp_path) and int(count) >= 16
+    assert "README.md" in run("import sys; sys.argv[1:] = ['tutorials']; from minipaged.cli import main; main()")
+    copied = tmp_path / "minipaged-tutorials"
+    assert {file.name for file in (ROOT / "tutorials").glob("[0-9]*")} <= {file.name for file in copied.iterdir()}
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", (copied / "03_blocks_and_tables.md").read_text(encoding="utf-8"))
+    assert len(links) > 5 and all((copied / link).exists() for link in links)
+    assert any(Path(link).is_relative_to(site) for link in links), "links to the engine's files"
+    printed = subprocess.run(
+        [sys.executable, copied / "03_blocks_and_tables.py"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert printed.returncode == 0 and "block" in printed.stdout, printed.stderr
+
+
+@pytest.mark.parametrize("address", ["", "https://example.org/team/minipaged"])
+def test_the_packages_page_has_no_relative_links(address):
+    spec = importlib.util.spec_from_file_location("setup_of_minipaged", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    setup.ADDRESS = address
+    text = setup.absolute((ROOT / "README.md").read_text(encoding="utf-8"))
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose)
+    assert targets and all(re.match(r"https?:|#", target) for target in targets)
+    assert ("(https://example.org/team/minipaged/blob/main/CONTRIBUTING.md)" in text) == bool(address)
+    assert "visualizer/screenshots" not in text or address
+
+
+def test_citation_and_version_agree():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {PYPROJECT['version']}\n" in citation and "10.1145/3600006.3613165" in citation
+
+
 def test_the_embedded_model_is_part_of_the_package(built):
-    for archive in built:
+    for archive in (built.in_wheel, built.in_sdist):
         assert {"minipaged/tiny/weights/config.json", "minipaged/tiny/weights/tokenizer.json"} <= archive
         assert any(name.startswith("minipaged/tiny/weights/") and name.endswith(".safetensors") for name in archive)
 

@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import minipaged
 from minipaged.errors import MinipagedError
 from minipaged.experiments import Result, catalogue, run
 from minipaged.experiments.result import SECONDARY
 from minipaged.experiments.result_text import machine_text, number_text, paper_text
+from minipaged.shipped import RESULTS, folder
 
-EARLIER = Path(minipaged.__file__).resolve().parent.parent / "benchmarks" / "results" / "experiments"
+EARLIER = folder(RESULTS) or Path(RESULTS)
 WORKER = (sys.executable, "-P", "-m", "visualizer.experiments")
 LOOKING = ("experiments", "experiment")  # read-only commands, allowed for every viewer
 

@@ -24,6 +24,7 @@ from minipaged.cli.grade_command import grade
 from minipaged.cli.lab_commands import app as labs
 from minipaged.cli.options import fail, torchrun
 from minipaged.cli.serve_commands import batch, serve
+from minipaged.cli.tutorials_command import tutorials
 from minipaged.cli.visualize_command import visualize
 from minipaged.errors import InvalidConfig, MinipagedError
 
@@ -35,6 +36,7 @@ app.command()(serve)
 app.command()(batch)
 app.add_typer(labs, name="lab")
 app.command()(grade)
+app.command()(tutorials)
 kernels = typer.Typer(help="Look into the Triton kernels.", no_args_is_help=True)
 app.add_typer(kernels, name="kernels")
 app.command()(visualize)
