@@ -84,7 +84,7 @@ class BlockTables:
     def match(self, tokens: Seq[int]) -> list[Hit]:
         """The longest cached prefix of ``tokens``, in whole blocks. Changes nothing.
 
-        Stops short of the last token: only a computed token gives logits, and a fork happens after a chunk.
+        Stops short of the last token: only a computed token gives logits, and `Scheduler.commit` forks after a chunk.
         """
         hits: list[Hit] = []
         parent = EMPTY_PREFIX

@@ -110,7 +110,7 @@ class Engine:
                 tokens = self.sampler(logits, plan) if plan.chunks else []
             except BaseException as error:
                 self.give_up(plan, error)
-                raise  # only Ctrl-C and its kind get here
+                raise  # `give_up` raises StepFailed; only Ctrl-C and its kind get here
             requests = self.scheduler.commit(plan, tokens)
             self.events.emit(StepFinished, plan.step, plan.num_tokens, time.perf_counter() - started)
             return self._outputs(requests)

@@ -14,7 +14,7 @@ class BlockPool:
     A block is in one of three states: *free* (its content is of no use), *cached* (no owner, but the prefix cache can
     still find it) or *used* (``ref_counts[block] > 0`` owners). Free and cached blocks can both be handed out:
 
-        free ── allocate ──► used ── free, last owner ──► free, or cached if the prefix cache knows its content
+        free ── allocate ──► used ── free() by the last owner ──► free, or cached if the prefix cache knows it
         cached ── share (a hit) ──► used           cached ── allocate evicts it ──► used
 
     The prefix cache finds full used blocks, too: *cached* is the state of those without an owner.

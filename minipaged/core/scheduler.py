@@ -74,7 +74,7 @@ class Scheduler:
         plan = StepPlan(self.step)
         counts = self._spend(self.admission.limits(None).num_tokens, self.running)
         for request in list(self.running):
-            # First in the queue first: a request that is preempted for lack of blocks is not on the plan yet.
+            # Victims of preemption come from the queue's end, so they are not on the plan yet.
             if request.status is Status.RUNNING:
                 self.place(request, self._make_room(request, counts, plan), plan)
         # After a preemption, free blocks are for those that run.

@@ -51,7 +51,7 @@ class KVCache:
     ) -> Tensor:
         """Writes this step's keys and values to their slots; first rotates queries and keys by ``rope``, if given.
 
-        q: [T, H, D]; k, v: [T, KH, D]; rope: cosines and sines, [T, 1, D] each. Returns the queries.
+        q: [T, H, D]; k, v: [T, KH, D] (KV heads); rope: cosines and sines, [T, 1, D] each. Returns the queries.
         """
         caches = (self.k[layer], self.v[layer], batch.slot_mapping, self.k_scale[layer], self.v_scale[layer])
         if rope is not None:
