@@ -12,6 +12,7 @@ import time
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -84,6 +85,13 @@ def test_each_command_exists_and_names_files_that_exist(command):
         for word in words:
             if re.fullmatch(r"(examples|visualizer|tutorials|tests|benchmarks)/[\w./-]+", word) and word not in written:
                 assert (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python_in_a_document_is_python(document):
+    for block in blocks(document):
+        if block.language == "python":
+            compile(dedent(block.text), block.place, "exec")
 
 
 def quoted(code: str) -> list[str]:

@@ -80,7 +80,7 @@ class AdmissionPolicy(Protocol):
         """The requests that may start now, in order: ``waiting`` itself, or some of it."""
 
     def limits(self, request: Request | None) -> Limits:
-        """Limits for ``request`` to start, but ``num_tokens``; of ``None``: a step's ``num_tokens``, ``num_seqs``."""
+        """For ``request`` to start: all but ``num_tokens``; for ``None``, a step: ``num_tokens`` and ``num_seqs``."""
 
     def hits(self, request: Request) -> list[Hit]:
         """Blocks whose KV the request need not compute."""
