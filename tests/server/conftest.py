@@ -18,7 +18,7 @@ from minipaged import LLM
 from tests.checkpoints import save_llama
 from tests.text.tokenizers_for_tests import byte_level
 
-pytest.importorskip("fastapi", reason="the server's extra is not installed: pip install 'minipaged[serve]'")
+pytest.importorskip("fastapi", reason="the server's extra is not installed: pip install fastapi uvicorn")
 from minipaged.server.run import Server, bind  # noqa: E402
 from minipaged.server.service import Limits  # noqa: E402
 

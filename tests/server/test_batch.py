@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import minipaged
 
-pytest.importorskip("pydantic", reason="the server's extra is not installed: pip install 'minipaged[serve]'")
+pytest.importorskip("pydantic", reason="the server's extra is not installed: pip install fastapi uvicorn")
 from minipaged import SamplingParams  # noqa: E402
 from minipaged.cli import app  # noqa: E402
 from minipaged.core.plan import SampledToken  # noqa: E402
@@ -210,7 +210,7 @@ def test_the_command_says_what_ray_needs(files, monkeypatch) -> None:
     for name in ("ray", "pyarrow"):
         monkeypatch.setitem(sys.modules, name, None)
     missing = CliRunner().invoke(app, [*command, "--ray"])
-    assert missing.exit_code == 2 and "pip install 'minipaged[ray]'" in missing.output
+    assert missing.exit_code == 2 and "pip install 'ray[data]'" in missing.output
     assert not files[1].exists()
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'minipaged[ray]'")
-pytest.importorskip("pydantic", reason="the server's extra is not installed: pip install 'minipaged[serve]'")
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[data]'")
+pytest.importorskip("pydantic", reason="the server's extra is not installed: pip install fastapi uvicorn")
 import ray  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
