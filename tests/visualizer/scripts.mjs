@@ -42,6 +42,35 @@ const CHECKS = {
     }
   },
 
+  // Another run takes nobody away from an earlier moment; `live` leads to it, and who follows live is led there at once.
+  others({ records, states }) {
+    const player = new Player();
+    player.receive(answer("one", 0, records, new State()));
+    player.seek(5);
+    player.receive(answer("two", 0, records.slice(0, 2), new State()));
+    assert.deepEqual(plain(player.state), states[4]);
+    assert.deepEqual([player.run, player.position, player.mode, player.atEnd], ["one", 5, "frozen", false]);
+    assert.deepEqual([player.newest.run, player.newest.end], ["two", 2]);
+    player.receive(answer("two", 2, records.slice(2, 4)));
+    assert.equal(player.newest.end, 4);
+    player.stepBy(1);
+    assert.deepEqual(plain(player.state), states[5], "it can go on looking");
+    player.live();
+    assert.deepEqual([player.run, player.position, player.mode, player.next, player.atEnd], ["two", 4, "live", null, true]);
+    assert.deepEqual(plain(player.state), states[3]);
+    player.receive(answer("two", 4, records.slice(4, 6)));
+    player.seek(2);
+    assert.deepEqual(plain(player.state), states[1], "and can be rewound");
+    player.live();
+    player.receive(answer("three", 0, records.slice(0, 3), new State()));
+    assert.deepEqual([player.run, player.position, player.mode], ["three", 3, "live"]);
+    player.seek(1);
+    player.receive(answer("four", 10, records.slice(10, 12), states[9])); // the server has forgotten its first records
+    player.live();
+    assert.deepEqual([player.run, player.first, player.position], ["four", 10, 12]);
+    assert.deepEqual(plain(player.state), states[11]);
+  },
+
   // Event by event, forward to the end and back to the beginning, shows every state once.
   stepping({ records, states }) {
     const player = loaded(records.slice(0, 60));
@@ -118,6 +147,9 @@ const CHECKS = {
     assert.equal(sourceOf({ type: "evicted", block: 0, reason: "prefix" }), "evicted");
   },
 };
+
+/** @param {string} run @param {number} first @param {EngineEvent[][]} records @param {any} [keyframe] @returns {any} */
+const answer = (run, first, records, keyframe) => ({ run, first, records, keyframe });
 
 /** @param {EngineEvent[][]} records */
 function loaded(records) {

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.fake import swap_of
+from tests.visualizer.test_page import caught_up, steps, submit
 from visualizer.app import Visualizer
 from visualizer.scenarios import SCENARIOS, Arrival
 
@@ -121,3 +122,43 @@ def test_a_conversation_finds_its_blocks_again(serve: Callable[..., Visualizer],
     assert page.locator("[data-testid=answer]").count() == 0
     page.click("[data-testid=nav-watch]")
     assert page.is_visible("[data-testid=rows]")
+
+
+def test_a_new_run_takes_nobody_away_from_a_moment(serve: Callable[..., Visualizer], pages: Any) -> None:
+    visualizer = serve()
+    mine, other = pages.open(visualizer), pages.open(visualizer)
+    visualizer.thread.pause().result(20)
+    submit(visualizer)
+    steps(visualizer, 12)
+    for page in (mine, other):
+        caught_up(page, visualizer)
+        page.keyboard.press("Home")
+        page.wait_for_function("minipaged.player.position === minipaged.player.first")
+        page.evaluate("minipaged.player.seek(3)")
+    run, seen = visualizer.log.run, other.evaluate("minipaged.dump()")
+    mine.select_option("[data-testid=scenario]", "prefix")  # one's own action leads the view to what it does
+    mine.wait_for_function("run => minipaged.player.run !== run && minipaged.player.mode === 'live'", arg=run)
+    assert mine.is_hidden("[data-testid=new-run]")
+    other.wait_for_selector("[data-testid=new-run]")
+    assert other.evaluate("minipaged.dump()") == seen and other.evaluate("minipaged.player.run") == run
+    mine.wait_for_selector("[data-testid=quiz]")
+    assert other.is_hidden("[data-testid=quiz]"), "its moment is not in view"
+    other.click("[data-testid=keep-looking]")
+    other.wait_for_selector("[data-testid=new-run]", state="hidden")
+    assert other.evaluate("minipaged.dump()") == seen
+    visualizer.thread.reset().result(20)
+    other.wait_for_selector("[data-testid=new-run]")
+    other.click("[data-testid=go-there]")
+    other.wait_for_function("minipaged.player.mode === 'live'")
+    caught_up(other, visualizer)
+
+
+def test_a_question_is_hidden_while_the_view_is_elsewhere(serve: Callable[..., Visualizer], pages: Any) -> None:
+    visualizer = serve()
+    page = pages.open(visualizer)
+    page.select_option("[data-testid=scenario]", "prefix")
+    page.wait_for_selector("[data-testid=quiz]")
+    page.keyboard.press("Home")
+    page.wait_for_selector("[data-testid=quiz]", state="hidden")
+    page.keyboard.press("l")
+    page.wait_for_selector("[data-testid=quiz]")

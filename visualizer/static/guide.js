@@ -103,14 +103,16 @@ export class Guide {
       : "Nothing is being written. Pick a prompt above, or press Play again.");
   }
 
-  // Shows a question once the view has caught up with the live run; shows a verdict only if its question was shown.
+  // Shows a question while the view stands at its moment, the newest of the run, and a verdict only if its question was
+  // shown.
   /** @param {{ question: Question | null, verdict: Verdict | null }} status @param {Player} player */
   follow({ question, verdict }, player) {
-    const behind = player.mode === "live" && player.position < player.end;
+    if (this.open) this.quiz.hidden = !player.atEnd;
     if (question && question.id !== this.asked?.id) {
-      if (!behind) this.put(question);
+      if (player.atEnd) this.put(question);
     } else if (verdict && verdict.id === this.asked?.id && !this.told) {
-      this.tell(verdict);
+      if (player.mode === "live") this.tell(verdict);
+      else this.told = true; // the view is elsewhere
     } else if (!question && !verdict && this.asked) {
       this.asked = null; // another run
       this.hide();
@@ -164,6 +166,7 @@ export class Guide {
     });
     this.ends = performance.now() + SHOWN;
     setText(this.skip, "OK");
+    this.quiz.hidden = false;
   }
 
   tick() {

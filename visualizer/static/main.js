@@ -28,6 +28,8 @@ import { Timeline } from "./timeline.js";
 const SOON = 20; // milliseconds: what is due within that time is left to the next frame
 const LOOK = 50; // milliseconds between checks for what is due when nothing changes
 const RETRY = 700; // milliseconds between attempts when the server does not answer
+// What a viewer does leads the view to where it can be seen. These commands change nothing that is on the scene.
+const LEAVE_THE_VIEW = ["answer", "asks", "attention", "check", "rate"];
 const NO_ENGINE = { ok: false, message: "This is a recording; there is no engine to control." };
 
 // Starts the page. `server` has the server functions of app.py, `figures` are the charts' figures, `plotly` is the URL
@@ -57,6 +59,8 @@ class Page {
   wake = () => {}; // lets `pull` go on after a recording
   /** @type {number | null} */
   statusVersion = null; // of the status that came last
+  /** @type {string | null} */
+  kept = null; // the new run that the viewer does not want to see now
   served = false; // whether the server has served a page since the last pull failed
 
   /** @param {HTMLElement} root @param {any} server @param {{ [name: string]: Figure }} figures @param {string | null} plotly @param {any} more */
@@ -78,7 +82,12 @@ class Page {
     this.timeline = new Timeline(root, this.player);
     this.role = new Role(root, server, more);
     // While a recording is shown, commands must not reach the live engine.
-    const send = async (/** @type {Command} */ command) => (this.recording ? NO_ENGINE : this.role.send(command));
+    const send = async (/** @type {Command} */ command) => {
+      if (this.recording) return NO_ENGINE;
+      const answer = await this.role.send(command);
+      if (answer.ok && !LEAVE_THE_VIEW.includes(command.do)) this.player.live();
+      return answer;
+    };
     this.controls = new Controls(root, send);
     this.settings = new Settings(root, send, more.choices);
     this.controls.extras = () => this.settings.sampling();
@@ -105,6 +114,12 @@ class Page {
       this.dismissed = this.player.state.error;
       this.player.changed = true;
     });
+    this.newRun = root.querySelector("[data-part=new-run]");
+    this.newRun.querySelector("[data-do=go-there]").addEventListener("click", () => this.player.live());
+    this.newRun.querySelector("[data-do=keep-looking]").addEventListener("click", () => {
+      this.kept = this.player.newest.run;
+      this.player.changed = true;
+    });
     this.narration = root.querySelector("[data-part=narration]");
     root.addEventListener("keydown", (event) => {
       if (event.key === "Escape") this.select(null, "click");
@@ -122,7 +137,7 @@ class Page {
   async pull() {
     while (this.root.isConnected) {
       if (this.recording) await new Promise((resolve) => (this.wake = () => resolve(null))); // the live run is not shown
-      const { run, end } = this.player;
+      const { run, end } = this.player.newest;
       let answer;
       try {
         const asked = { run, cursor: end, status: this.statusVersion ?? -1, idle: document.hidden };
@@ -137,7 +152,7 @@ class Page {
       } catch (error) {
         if (this.recording) continue;
         console.warn(error);
-        this.player.run = null; // recover from any error: start over from a keyframe
+        this.player.newest.run = null; // recover from any error: start over from a keyframe
       }
       this.gone = answer ? 0 : this.gone + 1;
       if (answer) this.served = false;
@@ -262,6 +277,7 @@ class Page {
     this.guide.render(this.status, this.player, this.recording);
     if (!this.recording) this.chat.render(this.player); // a recording's requests may have the same ids
     this.renderNarration();
+    setHidden(this.newRun, !this.player.next || this.player.next.run === this.kept);
     // Last, what reads positions: after all writes, so that the browser computes the layout only once.
     this.sequences.showNewest();
     this.arrows.render(lit, this.sequences, this.pool, this.swap, this.player);

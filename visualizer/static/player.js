@@ -37,6 +37,8 @@ export class Player {
   restedAt; // mark -> the time when the view last paused on one
   /** @type {boolean} */
   stale; // see `changed`
+  /** @type {Player | null} */
+  next = null; // another run that has begun while the viewer looks at a moment of this one
   restUntil = 0; // when following live: the time until which the view pauses on a mark
   nextAt = 0; // when replaying: the time when the next record is due
 
@@ -51,6 +53,7 @@ export class Player {
 
   /** @param {string | null} run @param {number} first @param {State} state */
   begin(run, first, state) {
+    this.next = null;
     this.run = run;
     this.first = first;
     this.records = [];
@@ -92,9 +95,28 @@ export class Player {
     return this.records[this.position - this.first - 1];
   }
 
-  // Reads the answer to a pull. An answer with a keyframe (another run, or a cursor too old) starts the player over.
+  // What the next answer to a pull continues.
+  /** @returns {Player} */
+  get newest() {
+    return this.next ?? this;
+  }
+
+  // Whether the view stands at the newest moment, which is what the engine's status is about.
+  get atEnd() {
+    return this.position >= this.end && !this.next;
+  }
+
+  // Reads the answer to a pull. An answer with a keyframe (another run, or a cursor too old) starts the player over; but
+  // who looks at an earlier moment keeps it, until `live` leads to the other run.
   /** @param {Answer} answer */
   receive(answer) {
+    const another = answer.keyframe && answer.run !== this.run;
+    if (another && !this.next && this.run !== null && this.mode !== "live" && this.records.length) this.next = new Player();
+    if (this.next) {
+      this.next.receive(answer);
+      this.changed = true;
+      return;
+    }
     if (answer.keyframe) {
       this.begin(answer.run ?? null, answer.first, State.from(answer.keyframe));
       // A viewer who joins late sees the live state first, and can rewind from there.
@@ -215,6 +237,11 @@ export class Player {
   }
 
   live() {
+    if (this.next) {
+      const { run, first, records, keyframes, head } = this.next;
+      this.begin(run, first, head);
+      Object.assign(this, { records, keyframes, position: first + records.length });
+    }
     this.mode = this.recording ? "frozen" : "live";
     this.restUntil = 0;
     this.seekTo(this.end);
