@@ -142,6 +142,32 @@ def test_a_sample_prompt_is_one_click(serve: Callable[..., Visualizer], pages: A
     assert "<|" not in page.text_content("[data-testid=sequence]")
 
 
+def test_a_double_click_asks_once(serve: Callable[..., Visualizer], pages: Any) -> None:
+    visualizer = serve()
+    page = pages.open(visualizer)
+    page.dblclick("text=What is a block table?")
+    page.wait_for_selector("[data-testid=sequence]")
+    page.fill("[data-testid=prompt]", "Once")
+    page.wait_for_timeout(450)
+    page.dblclick("[data-testid=generate]")
+    page.wait_for_selector("[data-testid=sequence] >> nth=1")
+    assert page.is_hidden("[data-testid=message]")
+    finish(visualizer)
+    caught_up(page, visualizer)
+    assert len(visualizer.log.state.finished) == 2
+
+
+def test_every_menu_looks_like_one(serve: Callable[..., Visualizer], pages: Any) -> None:
+    page = pages.open(serve())
+    menus = page.evaluate("""() => [...document.querySelectorAll(".mp select")].map((menu) => {
+        const style = getComputedStyle(menu);
+        return [menu.name || menu.dataset.part, style.backgroundImage.includes("svg"), parseFloat(style.paddingRight)];
+    })""")
+    assert len(menus) > 5
+    for name, arrow, room in menus:
+        assert arrow and room >= 20, name
+
+
 def test_the_reducers_agree(serve: Callable[..., Visualizer], pages: Any) -> None:
     """The JavaScript and Python reducers agree on a run with forks, copies, preemptions and an abort."""
     visualizer = serve()

@@ -6,7 +6,11 @@ import { setText } from "./names.js";
 /** @type {(number | "max")[]} */
 const RATES = [1, 2, 4, 8, 12, 20, 40, "max"];
 
+const DOUBLE_CLICK = 400; // milliseconds: what is submitted again within that time is the second half of a double-click
+
 export class Controls {
+  submitting = false;
+  acceptedAt = -Infinity; // when the last accepted request was submitted
   // main.js sets these: more sampling parameters, and what to do when the server names a field that is wrong.
   /** @type {() => object} */
   extras = () => ({});
@@ -53,6 +57,8 @@ export class Controls {
   /** @param {SubmitEvent} event */
   async submit(event) {
     event.preventDefault();
+    if (this.submitting || event.timeStamp - this.acceptedAt < DOUBLE_CLICK) return;
+    this.submitting = true;
     const { prompt, n, beams, chat } = this.form.elements;
     const search = beams.value !== "1" ? { beam_width: Number(beams.value), temperature: 0 } : {};
     const done = await this.ask({
@@ -63,7 +69,10 @@ export class Controls {
       ...this.sampling(),
       ...search,
     });
-    if (done) prompt.value = "";
+    this.submitting = false;
+    if (!done) return;
+    this.acceptedAt = event.timeStamp;
+    prompt.value = "";
   }
 
   // The form's sampling parameters, which the chat uses, too.
