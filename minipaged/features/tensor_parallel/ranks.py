@@ -82,7 +82,8 @@ def process_group() -> Iterator[Shard]:
         raise InvalidConfig("tensor parallelism needs several processes: torchrun --nproc-per-node 2 …")
     store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
     store = dist.PrefixStore(f"minipaged-{next(_groups)}", store)  # the store keeps the addresses of earlier groups
-    backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
+    nccl = dist.is_nccl_available() and torch.cuda.is_available()  # a build for CUDA has NCCL on any machine
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     try:
         yield Shard(rank, world)
