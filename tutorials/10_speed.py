@@ -214,7 +214,7 @@ from minipaged.execution.kv_cache import KVCache
 from minipaged.execution.runner import ModelRunner
 from minipaged.features.cuda_graphs import DecodeGraphs
 
-prompts = [[100 + 7 * text + i for i in range(20)] for text in range(5)]
+prompts = [[400 + 11 * text + i for i in range(20)] for text in range(5)]
 model_of_engine, cpu, recorded = engine.runner.model, torch.device("cpu"), []
 size_of_block, dtype = tuple(engine.runner.kv_cache.k[0].shape[1:]), engine.runner.kv_cache.k[0].dtype
 

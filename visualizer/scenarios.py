@@ -413,9 +413,9 @@ PREDICTIONS = Scenario(
     tab="prefix",
 )
 
-_CACHE = (
-    "The KV cache stores the keys and values of all earlier tokens. So the model does not have to compute them again "
-    "at every step."
+_SLOT = (
+    "Divide the position by the block size. The quotient picks an entry of the block table, and the remainder is the "
+    "offset in that block."
 )
 # These differ slightly from what the model generates, so that some draft tokens are rejected.
 _PAGES = "PagedAttention splits the memory into blocks of one size and finds them with a map, much like pages in a book"
@@ -432,8 +432,8 @@ def _asked(at_step: int, question: str, before: str = "") -> Arrival:
 SPECULATION = Scenario(
     "Speculation: tokens taken back",
     (
-        _asked(0, "What is the KV cache?"),
-        _asked(2, "What is the KV cache?", _CACHE),
+        _asked(0, "How do I find the slot of a token?"),
+        _asked(2, "How do I find the slot of a token?", _SLOT),
         _asked(16, "What is PagedAttention?", _PAGES),
         _asked(26, "What is a block table?", _TABLE),
     ),

@@ -277,7 +277,7 @@ def document(rng: random.Random, facts: list[Fact], kind: str = "", held_out: bo
     return chat(rng, facts, held_out)
 
 
-def documents(seed: int) -> Iterator[str]:
+def documents(seed: int | str) -> Iterator[str]:
     """An endless stream of training documents; the same seed gives the same stream."""
     rng, facts = random.Random(seed), load_facts()
     while True:

@@ -13,14 +13,15 @@ import argparse
 import json
 import random
 import re
+from itertools import islice
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from . import WEIGHTS
-from .corpus import END, number_turn
-from .qa import OFF_TOPIC, OFF_TOPIC_SLOTS, load_facts
+from .corpus import END, documents, number_turn
+from .qa import OFF_TOPIC, OFF_TOPIC_SLOTS, Fact, load_facts
 from .stories import NAMES
 from .train import held_out_batches, held_out_loss
 
@@ -95,9 +96,31 @@ def keyword_score(reply: str, answers: list[str]) -> float:
     return max(len(content_words(a) & found) / len(content_words(a)) for a in answers)
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, possessives and contractions whole."""
+    return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
+
+
+def word_list() -> set[str]:
+    """Every word that the training documents use: what a story has beyond them, the model has made up."""
+    return {word for text in islice(documents(0), 20_000) for word in words_of(text)}
+
+
 def rate(flags: list[bool]) -> float:
     """Share of true values, rounded."""
     return round(sum(flags) / len(flags), 3)
+
+
+def unseen_questions(facts: list[Fact]) -> list[tuple[str, Fact]]:
+    """The questions of ``unseen.txt``, without those that training happens to ask as well."""
+
+    def plain(question: str) -> str:
+        return question.lower().rstrip("?.! ")
+
+    lines = (Path(__file__).parent / "unseen.txt").read_text(encoding="utf-8").splitlines()
+    questions = [line for line in lines if not line.startswith("#")]
+    taught = {plain(phrasing) for fact in facts for phrasing in fact.phrasings}
+    return [(q, fact) for q, fact in zip(questions, facts, strict=True) if plain(q) not in taught]
 
 
 def evaluate(path: Path = WEIGHTS) -> dict:
@@ -112,13 +135,14 @@ def evaluate(path: Path = WEIGHTS) -> dict:
     model.eval()
 
     for name, questions in (
-        ("seen_phrasing", [f.phrasings[0] for f in facts]),
-        ("held_out_phrasing", [f.held_out for f in facts]),
+        ("seen_phrasing", [(f.phrasings[0], f) for f in facts]),
+        ("held_out_phrasing", [(f.held_out, f) for f in facts]),
+        ("another_writers_phrasing", unseen_questions(facts)),
     ):
-        replies = generate(model, tokenizer, [chat_prompt(tokenizer, q) for q in questions])
-        answered = [(reply, fact.answers) for (reply, _), fact in zip(replies, facts, strict=True)]
+        replies = generate(model, tokenizer, [chat_prompt(tokenizer, question) for question, _ in questions])
+        answered = [(reply, fact.answers) for (reply, _), (_, fact) in zip(replies, questions, strict=True)]
         report[f"facts_{name}"] = {
-            "questions": len(facts),
+            "questions": len(questions),
             "exact": rate([reply in answers for reply, answers in answered]),
             "keywords": rate([keyword_score(reply, answers) >= 0.6 for reply, answers in answered]),
         }
@@ -144,12 +168,14 @@ def evaluate(path: Path = WEIGHTS) -> dict:
     starts += [chat_prompt(tokenizer, s) for s in STORY_REQUESTS for _ in range(10)]
     stories = generate(model, tokenizer, starts, 300, temperature=0.8, seed=1)
     names = {name for side in NAMES.values() for name in side}
+    known = word_list()
     casts = [len(names & set(re.findall(r"[A-Z][a-z]+", text))) for text, _ in stories]
     report["stories_at_0.8"] = {
         "samples": len(stories),
         "end_within_300_tokens": rate([ended for _, ended in stories]),
         "distinct": len({text for text, _ in stories}),
         "same_two_names_throughout": rate([cast == 2 for cast in casts]),
+        "made_up_words": sorted(word for text, _ in stories for word in words_of(text) if word not in known),
         "mean_words": round(sum(len(text.split()) for text, _ in stories) / len(stories)),
     }
     return report

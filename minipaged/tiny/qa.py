@@ -1,6 +1,6 @@
 """Questions and answers: reads ``facts.txt`` and gives every fact its phrasings.
 
-One phrasing of each fact is *held out*: it is never shown in training, so asking it measures whether the
+Phrasings of each fact are *held out*: they are never shown in training, so asking them measures whether the
 model has learnt the fact or only the sentence.
 """
 
@@ -26,6 +26,20 @@ ONE = [
     "Give me a definition of {t}.",
     "Do you know what {t} is?",
     "Could you tell me what {t} is?",
+    "Tell me what {t} is.",
+    "What is meant by {b}?",
+    "Describe {t}.",
+    "What is {t} for?",
+    "I want to know what {t} is.",
+    "Explain {b} to a beginner.",
+    "What is the meaning of {b}?",
+    "{B}, what is that?",
+    "Give a short explanation of {t}.",
+    "I keep reading about {t}. What is it?",
+    "How would you describe {t}?",
+    "Help me understand {t}.",
+    "What should I know about {t}?",
+    "I have never heard of {t}.",
 ]
 MANY = [
     "What are {t}?",
@@ -43,7 +57,24 @@ MANY = [
     "Give me a definition of {t}.",
     "Do you know what {t} are?",
     "Could you tell me what {t} are?",
+    "Tell me what {t} are.",
+    "What is meant by {t}?",
+    "Describe {t}.",
+    "What are {t} for?",
+    "I want to know what {t} are.",
+    "Explain {t} to a beginner.",
+    "What is the meaning of {t}?",
+    "{B}, what are they?",
+    "Give a short explanation of {t}.",
+    "I keep reading about {t}. What are they?",
+    "How would you describe {t}?",
+    "Help me understand {t}.",
+    "What should I know about {t}?",
+    "I have never heard of {t}.",
 ]
+# The held-out template of a term is one of those after the first, which is the most natural one: to hold that out
+# would only make the model worse.
+HELD_OUT = slice(1, 15)
 # Other spellings of the same thing.  Questions use them now and then, answers never.
 ALIASES = {
     "copy on write": ["copy-on-write", "COW"],
@@ -97,17 +128,24 @@ def load_facts(path: Path | None = None) -> list[Fact]:
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     facts = []
     for number, paragraph in enumerate(p for p in "\n".join(lines).split("\n\n") if p.strip()):
-        head, *rest = paragraph.strip().splitlines()
-        kind, _, text = head.partition(": ")
-        if kind == "q":
-            phrasings = [p.strip() for p in text.split("|")]
-        else:
-            bare = _bare(text)
-            slots = {"t": text, "b": bare, "B": bare[0].upper() + bare[1:]}
-            phrasings = [p.format_map(slots) for p in (ONE if kind == "term" else MANY)]
-        # Never the first phrasing: it is the most natural one, and holding it out would only make the model worse.
-        held_out = phrasings.pop(1 + number % (len(phrasings) - 1))
-        facts.append(Fact(kind, phrasings, held_out, [line.removeprefix("a: ") for line in rest]))
+        fields: dict[str, list[str]] = {}
+        for line in paragraph.strip().splitlines():
+            kind, _, text = line.partition(": ")
+            fields.setdefault(kind, []).append(text.strip())
+        if "q" in fields:
+            phrasings = [phrasing.strip() for line in fields["q"] for phrasing in line.split("|")]
+            (held_out,) = fields["h"]
+            facts.append(Fact("q", phrasings, held_out, fields["a"]))
+            continue
+        kind = "term" if "term" in fields else "terms"
+        (text,) = fields[kind]
+        bare = _bare(text)
+        slots = {"t": text, "b": bare, "B": bare[0].upper() + bare[1:]}
+        phrasings = [p.format_map(slots) for p in (ONE if kind == "term" else MANY)]
+        candidates = phrasings[HELD_OUT]
+        held_out = candidates[number % len(candidates)]
+        phrasings.remove(held_out)
+        facts.append(Fact(kind, phrasings, held_out, fields["a"]))
     return facts
 
 

@@ -1,13 +1,13 @@
 """Trains the embedded model from scratch: corpus, tokenizer, weights, training log.
 
-    python -m minipaged.tiny.train --out /tmp/tiny/weights                # both stages, about an hour
+    python -m minipaged.tiny.train --out /tmp/tiny/weights                # both stages, under 90 minutes on two cores
     python -m minipaged.tiny.train --quick --out /tmp/tiny/weights        # a smoke test of a few seconds
-    python -m minipaged.tiny.train --init minipaged/tiny/weights --out /tmp/tiny/weights   # continue training
 
-Without ``--out`` it replaces the committed weights and their log.
+Without ``--out`` it replaces the committed weights and their log.  If it is interrupted, the same command goes on
+from the last checkpoint.
 
-The documents are generated while training runs, so no step sees the same story twice.  Everything is seeded;
-without ``--minutes`` and with the same library versions the result is the same up to rounding.
+The documents are generated while training runs, so no step sees the same story twice.  Everything is seeded; with
+the same library versions the result is the same up to rounding.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
 )
 CONTEXT = 1024
+STEPS = (3000, 6000)  # of each stage
 SHAPE = dict(
     hidden_size=256,
     intermediate_size=768,
@@ -93,7 +94,7 @@ def rows(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast, length: int) 
                 row = []
 
 
-def batches(seed: int, tokenizer: PreTrainedTokenizerFast, size: int, length: int) -> Iterator[torch.Tensor]:
+def batches(seed: int | str, tokenizer: PreTrainedTokenizerFast, size: int, length: int) -> Iterator[torch.Tensor]:
     """An endless stream of (size, length) token tensors."""
     stream = rows(documents(seed), tokenizer, length)
     while True:
@@ -157,29 +158,10 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     tokenizer.save_pretrained(out, save_jinja_files=False)
 
 
-def train(
-    out: Path,
-    log: Path,
-    steps: tuple[int, int],
-    minutes: float,
-    seed: int = 0,
-    quick: bool = False,
-    init: Path | None = None,
-) -> list[dict]:
-    """Run both stages and return the log entries that were also written to ``log``.
-
-    In the first stage a row of documents is one long text: crude, but every position is trained, and the
-    facts are learnt quickly.  In the second stage the documents of a row are isolated, except in every eighth
-    batch.  Now the only names in sight are those of the story itself, and the model learns to keep to them.
-    ``init`` skips the first stage and starts from its weights.
-    """
-    torch.manual_seed(seed)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(seed, 600 if quick else 2560, 300 if quick else 30_000)
-    if init:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(init)
+def new_model(tokenizer: PreTrainedTokenizerFast, quick: bool) -> LlamaForCausalLM:
+    """The model with random weights."""
     end_ids = [tokenizer.convert_tokens_to_ids(token) for token in (EOT, END)]
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             max_position_embeddings=CONTEXT,
@@ -192,61 +174,95 @@ def train(
             **(QUICK_SHAPE if quick else SHAPE),
         )
     )
-    if init:
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(init, dtype=torch.float32).state_dict())
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
 
-    held_out = held_out_batches(tokenizer, 2 if quick else 6)
-    # Muon learns the matrices in far fewer steps than AdamW; embeddings and norms stay with AdamW.
+
+def new_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon learns the matrices in far fewer steps than AdamW; embeddings and norms stay with AdamW."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() < 2 or "embed" in name]
-    optimizers = [
+    return [
         torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
+
+
+def train(out: Path, log: Path, steps: tuple[int, int] = STEPS, seed: int = 0, quick: bool = False) -> list[dict]:
+    """Run both stages and return the log entries that were also written to ``log``.
+
+    In the first stage a row of documents is one long text: crude, but every position is trained, and the
+    facts are learnt quickly.  In the second stage the documents of a row are isolated, except in every eighth
+    batch.  Now the only names in sight are those of the story itself, and the model learns to keep to them.
+
+    Beside ``out`` lies a checkpoint; if there is one, training goes on from it.  Each part between two checkpoints
+    has documents of its own, so a training that was interrupted sees the same ones as one that was not.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     size, length = (4, 128) if quick else (4, 512)
     every, save_every = (10, 20) if quick else (50, 400)
+    tokenizer = train_tokenizer(seed, 600 if quick else 2560, 300 if quick else 30_000)
+    torch.manual_seed(seed)
+    model = new_model(tokenizer, quick)
+    optimizers = new_optimizers(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
 
-    entries, start, done, recent = [], time.time(), 0, []
-    with log.open("w") as file:
-        for stage in (2,) if init else (1, 2):
-            short = batches(seed + stage + 3 * bool(init), tokenizer, size, length)
-            long = batches(seed + 10 * stage, tokenizer, size // 2, 2 * length)
-            stage_start, progress, step = time.time(), 0.0, 0
-            while progress < 1:
-                isolate = stage == 2 and step % 8 != 0
-                # The first stage ends half-way down its cosine; the second has one of its own.
-                rate = learning_rate(progress / 2 if stage == 1 else progress, 1.5e-3)
-                for optimizer in optimizers:
-                    optimizer.param_groups[0]["lr"] = rate
-                loss = loss_of(model, next(short if isolate or stage == 1 else long), isolate)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                recent.append(loss.item())
-                step, done = step + 1, done + 1
-                # Whichever limit is nearer drives the schedule, so a slow machine still ends at a low rate.
-                progress = max(step / steps[stage - 1], (time.time() - stage_start) / 30 / minutes)
-                if step % every == 0 or progress >= 1:
-                    entry: dict = {
-                        "stage": stage,
-                        "step": done,
-                        "tokens": done * size * length,
-                        "seconds": round(time.time() - start, 1),
-                        "lr": round(rate, 6),
-                        "loss": round(sum(recent) / len(recent), 4),
-                    }
-                    if step % save_every == 0 or progress >= 1:
-                        entry["held_out"] = held_out_loss(model, held_out)
-                        save(model, tokenizer, out)
-                    entries.append(entry)
-                    recent = []
-                    file.write(json.dumps(entry) + "\n")
-                    file.flush()
-                    print(json.dumps(entry), flush=True)
+    entries: list[dict] = []
+    done, seconds = 0, 0.0
+    checkpoint = out.parent / f"{out.name}.checkpoint.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint)
+        if saved["run"] != (steps, seed, quick):
+            raise SystemExit(f"{checkpoint} is from a run with other options; delete it, or choose another --out")
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        entries, done, seconds = saved["entries"], saved["done"], saved["seconds"]
+        print(f"continuing after step {done}", flush=True)
+
+    held_out = held_out_batches(tokenizer, 2 if quick else 6)
+    start, recent = time.time() - seconds, []
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    while done < sum(steps):
+        if done % save_every == 0:
+            short = batches(f"{seed} {done}", tokenizer, size, length)
+            long = batches(f"{seed} {done} long", tokenizer, size // 2, 2 * length)
+        stage = 1 if done < steps[0] else 2
+        step = done if stage == 1 else done - steps[0]
+        isolate = stage == 2 and step % 8 != 7
+        # The first stage ends half-way down its cosine; the second has one of its own.
+        rate = learning_rate(step / steps[stage - 1] / (2 if stage == 1 else 1), 1.5e-3)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate
+        loss = loss_of(model, next(short if isolate or stage == 1 else long), isolate)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        recent.append(loss.item())
+        done += 1
+        if done % every and done < sum(steps):
+            continue
+        entry: dict = {
+            "stage": stage,
+            "step": done,
+            "tokens": done * size * length,
+            "seconds": round(time.time() - start, 1),
+            "lr": round(rate, 6),
+            "loss": round(sum(recent) / len(recent), 4),
+        }
+        entries.append(entry)
+        recent = []
+        if done % save_every == 0 or done == sum(steps):
+            entry["held_out"] = held_out_loss(model, held_out)
+            save(model, tokenizer, out)
+            state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            position = {"run": (steps, seed, quick), "done": done, "seconds": time.time() - start, "entries": entries}
+            torch.save(state | position, checkpoint)
+        with log.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        print(json.dumps(entry), flush=True)
+    checkpoint.unlink()
     return entries
 
 
@@ -255,15 +271,13 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m minipaged.tiny.train", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="directory for weights and tokenizer")
     parser.add_argument("--log", type=Path, help="training log (default: next to the output directory)")
-    parser.add_argument("--steps", type=int, nargs=2, default=(2400, 4000), help="steps of each stage")
-    parser.add_argument("--minutes", type=float, default=1e9, help="end each stage after half this time")
-    parser.add_argument("--init", type=Path, help="skip the first stage and start from these weights")
+    parser.add_argument("--steps", type=int, nargs=2, help=f"steps of each stage (default: {STEPS[0]} {STEPS[1]})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a very small model for a few seconds")
     args = parser.parse_args()
     log = args.log or args.out.parent / "training_log.jsonl"
-    steps = (30, 30) if args.quick else tuple(args.steps)
-    train(args.out, log, steps, args.minutes, args.seed, args.quick, args.init)
+    steps = tuple(args.steps or ((30, 30) if args.quick else STEPS))
+    train(args.out, log, steps, args.seed, args.quick)
 
 
 if __name__ == "__main__":
