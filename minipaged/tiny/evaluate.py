@@ -134,15 +134,15 @@ def evaluate(path: Path = WEIGHTS) -> dict:
     }
     model.eval()
 
-    for name, questions in (
+    for name, asked in (
         ("seen_phrasing", [(f.phrasings[0], f) for f in facts]),
         ("held_out_phrasing", [(f.held_out, f) for f in facts]),
         ("another_writers_phrasing", unseen_questions(facts)),
     ):
-        replies = generate(model, tokenizer, [chat_prompt(tokenizer, question) for question, _ in questions])
-        answered = [(reply, fact.answers) for (reply, _), (_, fact) in zip(replies, questions, strict=True)]
+        replies = generate(model, tokenizer, [chat_prompt(tokenizer, question) for question, _ in asked])
+        answered = [(reply, fact.answers) for (reply, _), (_, fact) in zip(replies, asked, strict=True)]
         report[f"facts_{name}"] = {
-            "questions": len(questions),
+            "questions": len(asked),
             "exact": rate([reply in answers for reply, answers in answered]),
             "keywords": rate([keyword_score(reply, answers) >= 0.6 for reply, answers in answered]),
         }
