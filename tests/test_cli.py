@@ -380,8 +380,9 @@ def launched(monkeypatch):
     return seen
 
 
-def test_no_command_starts_the_visualizer(run, launched):
-    run()
+def test_no_command_starts_the_visualizer_and_says_what_else_there_is(run, launched):
+    _, out, _ = run()
+    assert "minipaged --help" in out
     assert launched["model"] == "tiny"
     assert (launched["host"], launched["port"]) == ("127.0.0.1", 7860)
 

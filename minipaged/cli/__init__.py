@@ -104,6 +104,7 @@ def _root(
         command = context.invoked_subcommand or "visualize"
         raise InvalidConfig(f"{command!r} runs in a single process; only 'generate' goes with torchrun")
     if context.invoked_subcommand is None:
+        print("Starting the visualizer, as 'minipaged visualize' does; 'minipaged --help' lists the other commands.")
         visualize()
 
 
