@@ -29,7 +29,7 @@ const SOON = 20; // milliseconds: what is due within that time is left to the ne
 const LOOK = 50; // milliseconds between checks for what is due when nothing changes
 const RETRY = 700; // milliseconds between attempts when the server does not answer
 // What a viewer does leads the view to where it can be seen. These commands change nothing that is on the scene.
-const LEAVE_THE_VIEW = ["answer", "asks", "attention", "check", "rate"];
+const LEAVE_THE_VIEW = ["answer", "asks", "attention", "check", "pause", "rate"];
 const NO_ENGINE = { ok: false, message: "This is a recording; there is no engine to control." };
 
 // Starts the page. `server` has the server functions of app.py, `figures` are the charts' figures, `plotly` is the URL
@@ -85,7 +85,7 @@ class Page {
     const send = async (/** @type {Command} */ command) => {
       if (this.recording) return NO_ENGINE;
       const answer = await this.role.send(command);
-      if (answer.ok && !LEAVE_THE_VIEW.includes(command.do)) this.player.live();
+      if (answer?.ok && !LEAVE_THE_VIEW.includes(command.do)) this.player.live();
       return answer;
     };
     this.controls = new Controls(root, send);
