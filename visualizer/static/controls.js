@@ -6,11 +6,7 @@ import { setText } from "./names.js";
 /** @type {(number | "max")[]} */
 const RATES = [1, 2, 4, 8, 12, 20, 40, "max"];
 
-const DOUBLE_CLICK = 400; // milliseconds: what is submitted again within that time is the second half of a double-click
-
 export class Controls {
-  submitting = false;
-  acceptedAt = -Infinity; // when the last accepted request was submitted
   // main.js sets these: more sampling parameters, and what to do when the server names a field that is wrong.
   /** @type {() => object} */
   extras = () => ({});
@@ -28,6 +24,10 @@ export class Controls {
     this.rateText = root.querySelector("[data-part=rate-text]");
     this.rate.max = RATES.length - 1;
     this.form.addEventListener("submit", (/** @type {SubmitEvent} */ event) => this.submit(event));
+    // The second click of a double-click asks for nothing more.
+    this.form.querySelector("[type=submit]").addEventListener("click", (/** @type {PointerEvent} */ event) => {
+      if (event.detail > 1) event.preventDefault();
+    });
     root.querySelector("[data-part=samples]").addEventListener("click", (/** @type {On<PointerEvent>} */ event) => this.sample(event));
     root.querySelector("[data-do=engine-step]").addEventListener("click", () => this.ask({ do: "step" }));
     root.querySelector("[data-do=play]").addEventListener("click", () => this.ask({ do: "play" }));
@@ -47,7 +47,7 @@ export class Controls {
   /** @param {On<PointerEvent>} event */
   sample(event) {
     const chip = event.target.closest("[data-prompt]");
-    if (!chip) return;
+    if (!chip || event.detail > 1) return; // the second click of a double-click
     this.form.elements.prompt.value = chip.dataset.prompt;
     this.form.elements.chat.value = chip.dataset.chat ? "ask" : "continue";
     this.form.elements.n.value = chip.dataset.n ?? "1";
@@ -57,8 +57,6 @@ export class Controls {
   /** @param {SubmitEvent} event */
   async submit(event) {
     event.preventDefault();
-    if (this.submitting || event.timeStamp - this.acceptedAt < DOUBLE_CLICK) return;
-    this.submitting = true;
     const { prompt, n, beams, chat } = this.form.elements;
     const search = beams.value !== "1" ? { beam_width: Number(beams.value), temperature: 0 } : {};
     const done = await this.ask({
@@ -69,10 +67,7 @@ export class Controls {
       ...this.sampling(),
       ...search,
     });
-    this.submitting = false;
-    if (!done) return;
-    this.acceptedAt = event.timeStamp;
-    prompt.value = "";
+    if (done) prompt.value = "";
   }
 
   // The form's sampling parameters, which the chat uses, too.
