@@ -140,6 +140,9 @@ def test_a_new_run_takes_nobody_away_from_a_moment(serve: Callable[..., Visualiz
     mine.wait_for_function("run => minipaged.player.run !== run && minipaged.player.mode === 'live'", arg=run)
     assert mine.is_hidden("[data-testid=new-run]")
     other.wait_for_selector("[data-testid=new-run]")
+    assert other.is_visible("[data-testid=narration]") and SCENARIOS["prefix"].name not in other.text_content(
+        "[data-testid=lede]"
+    )
     assert other.evaluate("minipaged.dump()") == seen and other.evaluate("minipaged.player.run") == run
     mine.wait_for_selector("[data-testid=quiz]")
     assert other.is_hidden("[data-testid=quiz]"), "its moment is not in view"

@@ -56,6 +56,7 @@ export class Guide {
     if (recording) return this.aside(recording);
     if (this.paused) this.resume();
     if (!status) return;
+    if (player.next) return this.follow(status, player); // the status is about another run
     const scenario = this.scenarios.get(status.scenario ?? "");
     if (this.shownScenario !== status.scenario) {
       const first = this.shownScenario === undefined;
