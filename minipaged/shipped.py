@@ -45,9 +45,9 @@ def copy_tutorials(to: Path) -> None:
         raise InvalidRequest(
             "this installation has no tutorials; they are in a clone of the repository, and in the wheel"
         )
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InvalidRequest(f"{to} is there already; give another folder, or delete it")
     try:
+        if to.exists() and (not to.is_dir() or any(to.iterdir())):
+            raise InvalidRequest(f"{to} is there already; give another folder, or delete it")
         shutil.copytree(tutorials, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "build.py"))
         for file in [*to.glob("*.md"), *to.glob("[0-9]*.py")]:
             file.write_text(_LINK.sub(_led_home, file.read_text(encoding="utf-8")), encoding="utf-8")

@@ -193,8 +193,11 @@ def train(out: Path, log: Path, steps: tuple[int, int] = STEPS, seed: int = 0, q
     facts are learnt quickly.  In the second stage the documents of a row are isolated, except in every eighth
     batch.  Now the only names in sight are those of the story itself, and the model learns to keep to them.
 
-    Beside ``out`` lies a checkpoint; if there is one, training goes on from it.  Each part between two checkpoints
-    has documents of its own, so a training that was interrupted sees the same ones as one that was not.
+    ``steps``: batches in each stage. ``seed``: of documents and weights. ``quick``: a very small model.
+
+    A checkpoint is kept beside ``out``; if there is one, training goes on from it, or raises `SystemExit` if it is of
+    other options.  Each part between two checkpoints has documents of its own, so a training that was interrupted sees
+    the same ones as one that was not.
     """
     out.mkdir(parents=True, exist_ok=True)
     size, length = (4, 128) if quick else (4, 512)
@@ -258,7 +261,8 @@ def train(out: Path, log: Path, steps: tuple[int, int] = STEPS, seed: int = 0, q
             save(model, tokenizer, out)
             state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             position = {"run": (steps, seed, quick), "done": done, "seconds": time.time() - start, "entries": entries}
-            torch.save(state | position, checkpoint)
+            torch.save(state | position, part := checkpoint.with_suffix(".part"))
+            part.replace(checkpoint)  # in one go: whenever it is interrupted, there is a whole checkpoint
         with log.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         print(json.dumps(entry), flush=True)

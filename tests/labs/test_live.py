@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from minipaged.cli import visualize_command
 from minipaged.errors import InvalidConfig, InvalidRequest
 from minipaged.labs import find, toy
 from minipaged.labs.a5 import checks as a5
+from minipaged.labs.checking import check
 from minipaged.labs.desk import Desk
 from minipaged.labs.live import install, settings_of
 from minipaged.labs.student import NotImportable, Violation
@@ -49,6 +51,14 @@ def serve(engine):
 def test_the_engine_runs_on_the_students_pool_and_says_the_same(llm):
     assert serve(llm.engine) == [toy.alone([1, 2, 3], 6, branch) for branch in (0, 1)]
     assert type(llm.engine.memory.pool).__name__ == "ShadowPool"
+
+
+def test_the_sample_class_is_graded_as_its_files_say():
+    """``examples/class``: one handed in the starter, the other a pool that frees a block which is still shared."""
+    students = Path(__file__).parents[2] / "examples" / "class"
+    assert (students / "ben.py").read_text() == LAB.starter(), "it must follow the lab"
+    points = {name: sum(result.points for result in check(LAB, students / f"{name}.py")) for name in ("ada", "ben")}
+    assert points["ben"] == 0 < points["ada"] < LAB.points
 
 
 def test_a_starter_is_refused_with_what_to_do(desk):
